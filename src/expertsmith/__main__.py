@@ -1,0 +1,5 @@
+"""`python -m expertsmith`."""
+
+from expertsmith.cli import main
+
+main()

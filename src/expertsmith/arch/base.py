@@ -1,0 +1,132 @@
+"""What expertsmith has to know about a model family: one declarative record, no code paths.
+
+A record says where the routed experts stand in config.json, in the checkpoint's tensor names and in the module tree, and how the
+block's output joins the residual stream. It knows nothing of files or forwards; `checkpoint` and `calibration` read it.
+Field names use the project's words ("router"); the values keep upstream's spelling ("gate").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+LAYER_PATTERN = re.compile(r"^(?P<prefix>(?:.*?\.)?(?:layers|blocks|h)\.)(?P<layer>\d+)\.(?P<rest>.+)$")
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A checkpoint tensor whose rows run over the routed experts.
+
+    `name` is relative to the decoder layer. The first axis (after a leading axis of length 1, if there is one) has
+    `num_experts * rows_per_expert + extra` rows; rows_per_expert follows from the shape. `extra` rows after the experts' (shared
+    experts, zero experts, skip classes) always stay: an integer, or the config key that holds their number.
+    """
+
+    name: str
+    role: Literal["expert", "router"] = "expert"
+    extra: int | str = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One model family (`model_type` of config.json).
+
+    Config keys are dotted paths below the text config; the first name is the one that original checkpoints use, the others are
+    spellings that are also found (transformers renames some on save).
+    """
+
+    model_type: str
+    title: str  # as people say it, with an example checkpoint: "Qwen2-MoE (Qwen1.5-MoE-A2.7B)"
+    status: Literal["full", "partial", "refused"] = "full"
+    notes: str = ""  # what is different here, or why it is refused; one or two plain sentences
+
+    # config.json
+    experts_key: tuple[str, ...] = ("num_experts",)
+    top_k_key: tuple[str, ...] = ("num_experts_per_tok",)
+    group_key: str | None = None  # number of expert_groups of a group-limited router
+    top_group_key: str | None = None  # expert_groups a token may use
+    group_minimum: int = 1  # experts that an expert_group needs for its score: 2 where the score is a top-2 sum
+    group_active: tuple[str, tuple[Any, ...]] | None = None  # (config key, values) with which the groups are in force; None: always
+    shared_key: str | None = None  # number of shared experts, where the config counts them
+    expert_width_key: tuple[str, ...] = ("moe_intermediate_size",)
+    extra_config_keys: tuple[str, ...] = ()  # further keys that repeat the number of experts and change with it
+
+    # the checkpoint's tensor names, relative to a decoder layer
+    expert_prefix: tuple[str, ...] = ("mlp.experts.{expert}.",)  # every tensor below belongs to that expert
+    projections: tuple[str | None, str, str] = ("gate_proj", "up_proj", "down_proj")  # per expert: gate (None: no gate), up, down
+    stacked: tuple[Stacked, ...] = (Stacked("mlp.gate.weight", "router"),)
+
+    # the module tree
+    layers: str = "model.layers"  # from the causal LM to its decoder layers
+    block: str = "mlp"  # from a decoder layer to the module that holds router and experts; "" = the layer itself
+    router: str = "gate"  # from the block
+    experts: str = "experts"  # from the block
+    shared: str | None = None  # from the block: the shared expert(s)
+    selection_bias: tuple[str, ...] = ()  # from the block: biases that act on the selection only; dropped entries are masked with -inf
+    router_output: Literal["logits", "probabilities", "scores_logits", "logits_only"] = "logits"  # what the router returns first
+    score: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"  # from logits to full router scores
+    mask_value: float = float("-inf")  # what a dropped expert's logit becomes in the masked reference
+    # experts(x, selected, weights); the same but never with a single slot; or Llama-4's one scaled copy of x an expert
+    call: Literal["routed", "pairs", "dense_inputs"] = "routed"
+    unrouted_zero: bool = False  # a slot with routing weight exactly 0 is "no expert" (the router has a skip class)
+
+    # how the block's routed output r joins the residual stream x: x_scale * x + post_norm(r_scale * after_experts(r))
+    residual: Literal["norm_input", "norm_output", "block_input"] = "norm_input"
+    norm: str | None = "post_attention_layernorm"  # from the decoder layer: the norm between residual stream and block
+    after_experts: str | None = None  # from the block: a module applied to the routed output
+    block_scale: str | None = None  # attribute of the block that multiplies the routed output after the experts
+    post_norm: str | None = None  # from the decoder layer: a norm on the block's output before the residual add
+    layer_scale: str | None = None  # attribute of the decoder layer that multiplies the block's output before the add
+    residual_scale: str | None = None  # attribute of the decoder layer that multiplies the residual stream at the add
+    residual_exact: bool = True  # x_scale * x + ... + shared is the decoder layer's output (tested); False with the reason in notes
+
+    refusal: Callable[[Mapping[str, Any]], str | None] | None = None  # a config this family's record cannot handle: the reason
+    tiny: Mapping[str, Any] = field(default_factory=dict)  # config of a tiny random model: 8 experts, 3 layers, for tests
+
+    @property
+    def supported(self) -> bool:
+        return self.status != "refused"
+
+    def locate(self, name: str) -> tuple[int, str] | None:
+        """(decoder layer, name below it) of a checkpoint tensor, or None for tensors outside the decoder layers."""
+        match = LAYER_PATTERN.match(name)
+        return (int(match["layer"]), match["rest"]) if match else None
+
+    def expert_of(self, rest: str) -> tuple[int, str] | None:
+        """(expert id, name below the expert) for a per-expert tensor name, or None."""
+        for prefix in self.expert_prefix:
+            head, tail = prefix.split("{expert}")
+            if rest.startswith(head):
+                digits, dot, below = rest[len(head) :].partition(tail)
+                if dot and digits.isdigit():
+                    return int(digits), below
+        return None
+
+    def stacked_of(self, rest: str) -> Stacked | None:
+        """The `Stacked` entry that a tensor name stands for, or None."""
+        return next((entry for entry in self.stacked if entry.name == rest), None)
+
+
+def config_get(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """Look a dotted key up in nested mappings."""
+    for part in key.split("."):
+        if not isinstance(config, Mapping) or part not in config:
+            return default
+        config = config[part]
+    return config
+
+
+def config_first(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any] | None:
+    """The first of `keys` that the config holds with a value, and that value."""
+    for key in keys:
+        value = config_get(config, key)
+        if value is not None:
+            return key, value
+    return None
+
+
+def config_present(config: Mapping[str, Any], keys: tuple[str, ...]) -> Iterator[str]:
+    """Those of `keys` that the config holds."""
+    return (key for key in keys if config_get(config, key) is not None)

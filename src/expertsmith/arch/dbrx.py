@@ -1,0 +1,40 @@
+"""DBRX of Databricks."""
+
+from expertsmith.arch.base import Architecture, Stacked
+
+FAMILIES = (
+    Architecture(
+        model_type="dbrx",
+        title="DBRX (transformers-community/dbrx-instruct)",
+        notes="The router returns logits only and the experts take a three-dimensional input. Stacked weights are flattened to "
+        "experts * width rows.",
+        experts_key=("ffn_config.moe_num_experts",),
+        top_k_key=("ffn_config.moe_top_k",),
+        expert_width_key=("ffn_config.ffn_hidden_size",),
+        expert_prefix=(),
+        stacked=(
+            Stacked("ffn.router.layer.weight", "router"),
+            Stacked("ffn.experts.mlp.w1"),
+            Stacked("ffn.experts.mlp.v1"),
+            Stacked("ffn.experts.mlp.w2"),
+        ),
+        layers="transformer.blocks",
+        block="ffn",
+        router="router",
+        router_output="logits_only",
+        norm="norm_attn_norm.norm_2",
+        tiny={
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 3,
+            "max_seq_len": 256,
+            "vocab_size": 128,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2},
+            "initializer_range": 0.2,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+)

@@ -1,0 +1,62 @@
+"""Gemma 4 of Google (language model)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from expertsmith.arch.base import Architecture, Stacked
+
+
+def dense(config: Mapping[str, Any]) -> str | None:
+    """Most Gemma 4 models have no experts."""
+    return None if config.get("enable_moe_block") else "the model has no routed experts (enable_moe_block is not set)"
+
+
+FAMILIES = (
+    Architecture(
+        model_type="gemma4_text",
+        title="Gemma 4 MoE (google/gemma-4-26B-A4B-it)",
+        notes="Router and experts hang on the decoder layer, beside a dense MLP that stands here as the shared expert. After "
+        "the sum follow an optional per-layer input and a multiplication of everything by layer_scalar, so the plain sum "
+        "is not the layer's output.",
+        top_k_key=("top_k_experts",),
+        expert_prefix=(),
+        stacked=(
+            Stacked("router.proj.weight", "router"),
+            Stacked("router.per_expert_scale", "router"),
+            Stacked("experts.gate_up_proj"),
+            Stacked("experts.down_proj"),
+        ),
+        block="",
+        router="router",
+        shared="post_feedforward_layernorm_1",
+        router_output="probabilities",
+        norm="pre_feedforward_layernorm",
+        after_experts="post_feedforward_layernorm_2",
+        post_norm="post_feedforward_layernorm",
+        residual_exact=False,
+        refusal=dense,
+        tiny={
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "vocab_size": 128,
+            "vocab_size_per_layer_input": 128,
+            "hidden_size_per_layer_input": 0,
+            "intermediate_size": 48,
+            "moe_intermediate_size": 24,
+            "enable_moe_block": True,
+            "num_experts": 8,
+            "top_k_experts": 2,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 8,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.2,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+)

@@ -1,0 +1,104 @@
+"""The Qwen families with routed experts."""
+
+from expertsmith.arch.base import Architecture, Stacked
+
+BASE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+STACKED = (
+    Stacked("mlp.gate.weight", "router"),
+    Stacked("mlp.experts.gate_up_proj"),  # fused, in the in-memory layout
+    Stacked("mlp.experts.down_proj"),
+)
+LINEAR = {
+    "shared_expert_intermediate_size": 40,
+    "head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+SHARED_NOTE = "The shared expert is multiplied by a sigmoid gate of its own."
+
+FAMILIES = (
+    Architecture(
+        model_type="qwen2_moe",
+        title="Qwen2-MoE (Qwen1.5-MoE-A2.7B)",
+        notes=SHARED_NOTE,
+        stacked=STACKED,
+        shared="shared_expert",
+        tiny=dict(BASE, shared_expert_intermediate_size=40),
+    ),
+    Architecture(
+        model_type="qwen3_moe",
+        title="Qwen3-MoE (Qwen3-30B-A3B)",
+        notes="transformers 5.23 writes num_experts to config.json as num_local_experts.",
+        experts_key=("num_experts", "num_local_experts"),
+        stacked=STACKED,
+        tiny=dict(BASE, head_dim=8, norm_topk_prob=True, mlp_only_layers=[0]),
+    ),
+    Architecture(
+        model_type="qwen3_next",
+        title="Qwen3-Next (Qwen3-Next-80B-A3B-Instruct)",
+        notes=SHARED_NOTE,
+        stacked=STACKED,
+        shared="shared_expert",
+        tiny=dict(BASE, **LINEAR, layer_types=["linear_attention", "linear_attention", "full_attention"]),
+    ),
+    Architecture(
+        model_type="qwen3_5_moe_text",
+        title="Qwen3.5-MoE, text part (Qwen3.5-35B-A3B)",
+        notes=SHARED_NOTE,
+        stacked=STACKED,
+        shared="shared_expert",
+        tiny=dict(
+            {key: value for key, value in BASE.items() if key != "intermediate_size"},
+            **LINEAR,
+            layer_types=["linear_attention", "linear_attention", "full_attention"],
+        ),
+    ),
+    Architecture(
+        model_type="qwen4_exp_text",
+        title="Qwen4-Exp, text part (Qwen4-Exp)",
+        notes="The layer carries several residual streams (hyper-connections) that take the block's output with learned "
+        "weights; the residual stream stated here is the block's input. " + SHARED_NOTE,
+        stacked=STACKED,
+        shared="shared_expert",
+        residual="block_input",
+        norm=None,
+        residual_exact=False,
+        tiny=dict(
+            {key: value for key, value in BASE.items() if key != "intermediate_size"},
+            **LINEAR,
+            layer_types=["linear_attention", "linear_attention", "indexed_attention"],
+            hc_count=2,
+            hc_lowrank=8,
+            ple_layer_ids=[2],
+            ple_embed_dim=16,
+            ngram_size=2,
+            heads_per_ngram=2,
+            ngram_vocab_size_base=97,
+            make_ngram_vocab_size_divisible_by=8,
+            split_ngram_parts=2,
+            indexer_n_heads=2,
+            indexer_kv_heads=1,
+            indexer_head_dim=8,
+            indexer_budget=8,
+            indexer_compress_ratio=2,
+        ),
+    ),
+)

@@ -1,0 +1,339 @@
+"""Text → seeded batches of token ids with a domain label, and a fingerprint of exactly those ids.
+
+`[DOMAIN=]SOURCE[:N]`: SOURCE is a .jsonl/.json/.txt/.md/.parquet file, a folder of them, or a hub data set `name[subset](split)`; N bounds
+the sequences taken. A record holds `input_ids`, or `text`, or `messages` (the tokenizer's chat template is applied), or `prompt` and
+`response`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from expertsmith.engine.walk import Batch
+from expertsmith.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
+FIELDS = "input_ids, text, messages, or prompt + response"
+DEFAULT_DOMAIN = "default"
+HUB = re.compile(r"^(?P<name>[\w.\-]+/[\w.\-]+|[\w.\-]+)(?:\[(?P<subset>[^\]]+)\])?(?:\((?P<split>[^)]+)\))?$")
+Overlong = Literal["refuse", "truncate", "drop"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One `--data` argument."""
+
+    domain: str
+    source: str
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How records become sequences.
+
+    `pack` None packs plain text and keeps demonstrations (messages, prompt + response) one a sequence. `samples` bounds the
+    sequences of a domain; which ones is drawn with `seed`. `overlap` tokens of a packed window are repeated at the start of the
+    next, so that an evaluation predicts every token once.
+    """
+
+    samples: int = 128
+    seq_len: int = 2048
+    seed: int = 42
+    pack: bool | None = None
+    batch_tokens: int = 8192
+    overlong: Overlong = "refuse"
+    overlap: int = 0
+
+
+@dataclass
+class TokenData:
+    """Sequences of token ids by domain, and what they came from."""
+
+    sequences: dict[str, list[list[int]]]
+    packed: dict[str, bool]
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        return {domain: sum(map(len, rows)) for domain, rows in self.sequences.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for domain in sorted(self.sequences):
+            digest.update(f"{domain}\0{len(self.sequences[domain])}\0".encode())
+            for row in self.sequences[domain]:
+                digest.update(f"{len(row)}\0".encode())
+                digest.update(torch.tensor(row, dtype=torch.int64).numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+    def batches(self, batch_tokens: int, pad_id: int = 0) -> list[Batch]:
+        """Batches of one domain each, of at most `batch_tokens` positions with padding (one row at least); long rows first, so that rows
+        of like length share a batch."""
+        made = []
+        for domain, rows in self.sequences.items():
+            order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+            while order:
+                length = len(rows[order[0]])
+                take, order = order[: max(1, batch_tokens // length)], order[max(1, batch_tokens // length) :]
+                ids = torch.full((len(take), length), pad_id, dtype=torch.long)
+                mask = torch.zeros((len(take), length), dtype=torch.bool)
+                for row, index in enumerate(take):
+                    ids[row, : len(rows[index])] = torch.tensor(rows[index], dtype=torch.long)
+                    mask[row, : len(rows[index])] = True
+                made.append(Batch(ids, mask, domain, take))
+        return made
+
+
+def parse_spec(text: str) -> Spec:
+    """Split `[DOMAIN=]SOURCE[:N]`.
+
+    Raises:
+        UserError: an empty source or a limit that is not a positive number.
+    """
+    domain, equals, rest = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w.\-]+", domain):
+        domain, rest = "", text
+    source, colon, tail = rest.rpartition(":")
+    limit = None
+    if colon and re.fullmatch(r"-?\d+", tail):
+        limit = int(tail)
+        if limit <= 0:
+            raise UserError(f"--data {text!r}: the number after the colon is {limit}", "give a positive number of sequences")
+    else:
+        source = rest
+    if not source:
+        raise UserError(f"--data {text!r} names no source", "write [DOMAIN=]SOURCE[:N], for example math=calib.jsonl:64")
+    return Spec(domain or DEFAULT_DOMAIN, source, limit)
+
+
+def load_tokens(specs: Sequence[str | Spec], tokenizer: Any | None, options: DataOptions, max_positions: int | None = None, vocab_size: int | None = None) -> TokenData:
+    """Read, tokenize, pack and sample every source.
+
+    Args:
+        tokenizer: None where the model directory has none; then every record needs `input_ids`.
+        max_positions: the model's own window, which `seq_len` may not exceed.
+
+    Raises:
+        UserError: no data, a source that is not there, records without text, a record longer than the window, ids out of range.
+    """
+    if not specs:
+        raise UserError("no data was given", "pass --data FILE (repeatable)")
+    if options.seq_len < 2:
+        raise UserError(f"seq_len is {options.seq_len}; a sequence has at least 2 tokens")
+    if options.samples < 1:
+        raise UserError(f"samples is {options.samples}; at least one sequence is needed")
+    if max_positions is not None and options.seq_len - options.overlap > max_positions:
+        raise UserError(f"--seq-len {options.seq_len} is longer than the model's window of {max_positions} positions", f"use --seq-len {max_positions} or less")
+    parsed = [parse_spec(spec) if isinstance(spec, str) else spec for spec in specs]
+    sequences: dict[str, list[list[int]]] = {}
+    packed: dict[str, bool] = {}
+    for spec in parsed:
+        rows, is_packed = _sequences(spec, tokenizer, options)
+        if vocab_size is not None:
+            highest = max(max(row) for row in rows)
+            lowest = min(min(row) for row in rows)
+            if highest >= vocab_size or lowest < 0:
+                raise UserError(f"{spec.source} has token id {highest if highest >= vocab_size else lowest}, but the model's vocabulary has {vocab_size} entries")
+        count = min(spec.limit or options.samples, len(rows))
+        chosen = sorted(random.Random(f"{options.seed}/{spec.domain}/{len(sequences.get(spec.domain, []))}").sample(range(len(rows)), count))
+        sequences.setdefault(spec.domain, []).extend(rows[i] for i in chosen)
+        packed[spec.domain] = packed.get(spec.domain, False) or is_packed
+    return TokenData(dict(sorted(sequences.items())), packed)
+
+
+def _sequences(spec: Spec, tokenizer: Any | None, options: DataOptions) -> tuple[list[list[int]], bool]:
+    documents: list[list[int]] = []
+    places: list[str] = []
+    demonstrations = 0
+    for place, record in read_records(spec.source):
+        ids, demonstration = tokenize(record, tokenizer, place)
+        demonstrations += demonstration
+        if ids:
+            documents.append(ids)
+            places.append(place)
+    if not documents:
+        raise UserError(f"{spec.source} holds no text", f"its records need {FIELDS}")
+    pack = options.pack if options.pack is not None else demonstrations == 0
+    if pack:
+        return list(_pack(documents, options.seq_len, options.overlap)), True
+    rows = []
+    for place, ids in zip(places, documents, strict=True):
+        if len(ids) > options.seq_len:
+            if options.overlong == "refuse":
+                raise UserError(
+                    f"{place} has {len(ids)} tokens, more than the window of {options.seq_len}",
+                    "raise --seq-len, pass --overlong truncate|drop, or --pack",
+                )
+            if options.overlong == "drop":
+                continue
+        if len(ids) > 1:
+            rows.append(ids[: options.seq_len])
+    if not rows:
+        raise UserError(f"no record of {spec.source} has between 2 and {options.seq_len} tokens")
+    return rows, False
+
+
+def _pack(documents: Iterable[list[int]], seq_len: int, overlap: int) -> Iterator[list[int]]:
+    """Documents end to end, cut into windows; a remainder of at least 2 tokens is the last, shorter window."""
+    stream: list[int] = []
+    for ids in documents:
+        stream.extend(ids)
+    step = seq_len - overlap
+    for start in range(0, max(1, len(stream) - overlap), step):
+        window = stream[start : start + seq_len]
+        if len(window) > 1:
+            yield window
+
+
+def tokenize(record: Mapping[str, Any], tokenizer: Any | None, place: str) -> tuple[list[int], bool]:
+    """Token ids of a record, and whether it is a demonstration (messages, prompt + response).
+
+    A text becomes `bos text eos` as far as the tokenizer has these; a demonstration is what the chat template makes of it.
+    """
+    if "input_ids" in record:
+        ids = record["input_ids"]
+        if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) for i in ids):
+            raise UserError(f"{place}: input_ids is not a list of integers")
+        return list(ids), False
+    if tokenizer is None:
+        raise UserError(f"{place} holds text, but the model directory has no tokenizer", "give records with input_ids, or add the tokenizer files to the model directory")
+    if isinstance(record.get("messages"), list):
+        return _template(tokenizer, record["messages"], place), True
+    if isinstance(record.get("prompt"), str) and isinstance(record.get("response"), str):
+        if getattr(tokenizer, "chat_template", None):
+            messages = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["response"]}]
+            return _template(tokenizer, messages, place), True
+        return _frame(tokenizer, record["prompt"] + record["response"]), True
+    text = record.get("text")
+    if not isinstance(text, str):
+        raise UserError(f"{place} has the fields {', '.join(sorted(record)) or '(none)'}, but a record needs {FIELDS}")
+    return (_frame(tokenizer, text) if text.strip() else []), False
+
+
+def _frame(tokenizer: Any, text: str) -> list[int]:
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return ([bos] if bos is not None else []) + ids + ([eos] if eos is not None else [])
+
+
+def _template(tokenizer: Any, messages: list[Any], place: str) -> list[int]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"{place} holds messages, but the tokenizer has no chat template", "give prompt + response, or text")
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates are user-supplied Jinja: anything can come out
+        raise UserError(f"{place}: the chat template refuses these messages: {error}") from None
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def read_records(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, record) of a file, a folder or a hub data set, in a fixed order."""
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        if not files:
+            raise UserError(f"folder {source} holds no {'/'.join(SUFFIXES)} files")
+        for file in files:
+            yield from _read_file(file)
+    elif path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise UserError(f"{source} is a {path.suffix or 'nameless'} file", f"data files are {', '.join(SUFFIXES)}")
+        yield from _read_file(path)
+    elif path.suffix in SUFFIXES or path.is_absolute() or source.startswith("."):
+        raise UserError(f"there is no data file {source}")
+    else:
+        yield from _read_hub(source)
+
+
+def _read_file(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if file.suffix == ".parquet":
+        yield from _read_parquet(file)
+        return
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None
+    if file.suffix in (".txt", ".md"):
+        yield str(file), {"text": text}
+        return
+    if file.suffix == ".json":
+        records = _json(text, str(file))
+        if isinstance(records, dict):
+            records = [records]
+        for number, record in enumerate(records, 1):
+            yield f"{file} record {number}", _mapping(record, f"{file} record {number}")
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{file}:{number}", _mapping(_json(line, f"{file}:{number}"), f"{file}:{number}")
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is not JSON: {error}") from None
+
+
+def _mapping(record: Any, place: str) -> Mapping[str, Any]:
+    if isinstance(record, str):
+        return {"text": record}
+    if not isinstance(record, Mapping):
+        raise UserError(f"{place} is a {type(record).__name__}, but a record is an object with {FIELDS}")
+    return record
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ModuleNotFoundError:
+        raise UserError("reading .parquet needs pyarrow", 'pip install "expertsmith[data]"') from None
+    number = 0
+    for batch in parquet.ParquetFile(file).iter_batches():
+        for record in batch.to_pylist():
+            number += 1
+            yield f"{file} row {number}", record
+
+
+def _read_hub(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    match = HUB.fullmatch(source)
+    if match is None:
+        raise UserError(f"there is no data file {source}, and it is not a hub data set name[subset](split)")
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise UserError(f"{source} is no file here; hub data sets need the datasets library", 'pip install "expertsmith[data]"') from None
+    try:
+        table = datasets.load_dataset(match["name"], match["subset"], split=match["split"] or "train")
+    except Exception as error:  # the hub client raises many unrelated types; all mean "not available"
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{source!r} is no file here, and the hub data set could not be loaded: {first}") from None
+    for number, record in enumerate(table, 1):
+        yield f"{source} row {number}", record
+
+
+def load_tokenizer(path: Path) -> Any | None:
+    """The tokenizer of a model directory, or None where it has none.
+
+    Raises:
+        UserError: there are tokenizer files, but they cannot be loaded.
+    """
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tiktoken.model")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # tokenizer back ends raise bare Exceptions
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the tokenizer in {path} cannot be loaded: {first}") from None

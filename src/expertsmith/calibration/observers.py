@@ -1,0 +1,375 @@
+"""Watch one MoE layer at work and add up what every criterion needs.
+
+Experts run once, on the tokens that the model routes to them, and the ids and weights are those that the router returned. Tokens that
+padding added never count. Everything kept is a sum, a count or a maximum (float64 or int64), so batches, shards, ranks and domains
+add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from expertsmith.arch import Architecture
+from expertsmith.engine.walk import Batch
+from expertsmith.errors import UserError
+
+RATIO_BINS = 1000  # histogram of second / first routing weight over [0, 1]
+
+# name → what it is; E experts of the layer. The statistics file and `docs` are made from this table.
+STATISTICS = {
+    "tokens": "[] tokens that passed the layer",
+    "selections": "[E] tokens routed to the expert, N",
+    "coselections": "[E, E] tokens routed to both experts; the diagonal is N",
+    "weight_sum": "[E] sum of routing weights, sum g",
+    "weight_sq_sum": "[E] sum of g^2",
+    "score_sum": "[E] sum of the full router scores (softmax or sigmoid over all experts), routed or not",
+    "norm_sum": "[E] sum of raw output norms, sum ||f||",
+    "norm_sq_sum": "[E] sum of ||f||^2",
+    "norm_max": "[E] largest ||f||",
+    "weighted_norm_sum": "[E] sum of g ||f||",
+    "weighted_norm_sq_sum": "[E] sum of (g ||f||)^2",
+    "easy_ep": "[E] sum of g ||f|| s, s = max(0, 1 - cos(x, x + r)): how far the routed output r turned the residual stream x",
+    "turn_sum": "[] sum of s",
+    "ratio_histogram": f"[{RATIO_BINS}] second / first routing weight of a token, over [0, 1]",
+    "entropy_sum": "[] sum of the entropy of the full router scores, nats",
+    "easy_ep_by_sequence": "[sequences, E] easy_ep of every sequence, float32",
+    "output_sum": "[E, hidden] sum of raw outputs f (optional)",
+    "sample_inputs": "[n, hidden] block inputs of a seeded sample of tokens (optional)",
+    "sample_outputs": "[n, hidden] routed outputs of the same tokens (optional)",
+    "sample_index": "[n, 2] sequence and position of the same tokens (optional)",
+}
+SAMPLES = ("sample_inputs", "sample_outputs", "sample_index")
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is collected on request: summed expert outputs, and a seeded sample of block inputs and outputs a domain."""
+
+    output_sum: bool = False
+    sample_tokens: int = 0
+    seed: int = 42
+
+
+@dataclass
+class LayerSums:
+    """The accumulators of one layer: domain → statistic → tensor."""
+
+    num_experts: int
+    sequences: dict[str, int]  # of every domain
+    device: torch.device
+    extras: Extras = field(default_factory=Extras)
+    by_domain: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    chosen: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n, f64, i64 = self.num_experts, torch.float64, torch.int64
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "tokens": ((), i64), "selections": ((n,), i64), "coselections": ((n, n), i64), "weight_sum": ((n,), f64),
+            "weight_sq_sum": ((n,), f64), "score_sum": ((n,), f64), "norm_sum": ((n,), f64), "norm_sq_sum": ((n,), f64),
+            "norm_max": ((n,), f64), "weighted_norm_sum": ((n,), f64), "weighted_norm_sq_sum": ((n,), f64), "easy_ep": ((n,), f64),
+            "turn_sum": ((), f64), "ratio_histogram": ((RATIO_BINS,), i64), "entropy_sum": ((), f64),
+        }  # fmt: skip
+        for domain, count in self.sequences.items():
+            sums = {name: torch.zeros(shape, dtype=dtype, device=self.device) for name, (shape, dtype) in shapes.items()}
+            sums["easy_ep_by_sequence"] = torch.zeros((count, n), dtype=torch.float32, device=self.device)
+            self.by_domain[domain] = sums
+
+
+@contextmanager
+def observing(layer: nn.Module, architecture: Architecture, sums: LayerSums, current: Callable[[], Batch]) -> Iterator[None]:
+    """Watch a decoder layer for as long as the context lasts. `current` tells which batch is inside."""
+    watch = _Watch(layer, architecture, sums, current)
+    with ExitStack() as stack:
+        for handle in watch.attach():
+            stack.callback(handle)
+        yield
+
+
+def submodule(root: nn.Module, path: str) -> Any:
+    """The module at a dotted path; the root itself for an empty path."""
+    return root.get_submodule(path) if path else root
+
+
+class _Watch:
+    """The hooks on one decoder layer and what they hand to each other while a batch passes."""
+
+    def __init__(self, layer: nn.Module, architecture: Architecture, sums: LayerSums, current: Callable[[], Batch]) -> None:
+        self.layer, self.arch, self.sums, self.current = layer, architecture, sums, current
+        self.block = submodule(layer, architecture.block)
+        self.router = submodule(self.block, architecture.router)
+        self.experts = submodule(self.block, architecture.experts)
+        self.residual: torch.Tensor | None = None
+        self.router_output: Any = None
+
+    def attach(self) -> list[Callable[[], None]]:
+        """Install the hooks; returns what removes them."""
+        arch, removers = self.arch, []
+        if arch.residual == "block_input":
+            removers.append(self.block.register_forward_pre_hook(self._residual_from_args, with_kwargs=True).remove)
+        else:
+            norm = submodule(self.layer, arch.norm or "")
+            if arch.residual == "norm_input":
+                removers.append(norm.register_forward_pre_hook(self._residual_from_args, with_kwargs=True).remove)
+            else:
+                removers.append(norm.register_forward_hook(self._residual_from_output).remove)
+        removers.append(self.router.register_forward_hook(self._keep_router_output).remove)
+        if arch.call == "dense_inputs":
+            removers.append(self.experts.register_forward_hook(self._dense_experts).remove)
+        else:
+            self.experts.forward = self._experts_forward
+            removers.append(lambda: self.experts.__dict__.pop("forward", None))
+        return removers
+
+    def _residual_from_args(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.residual = args[0] if args else kwargs["hidden_states"]
+
+    def _residual_from_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.residual = output
+
+    def _keep_router_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.router_output = output
+
+    def _experts_forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        first, second = [*args, *kwargs.values()][:2]
+        selected, weights = (second, first) if first.is_floating_point() else (first, second)
+        shape = hidden_states.shape
+        x = hidden_states.reshape(-1, shape[-1])
+        if _is_grouped(self.experts):
+            out, slots = grouped_forward(self.experts, x, selected, weights)
+        else:
+            out, slots = flattened_forward(self.experts, x, selected, weights, self.arch.call == "pairs", shape)
+        self._add(x, out, slots, selected.shape[-1])
+        return out.reshape(shape)
+
+    def _dense_experts(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Llama-4: every expert got its own copy of the tokens, scaled by its score; copies scaled by 0 were not routed.
+
+        The weight is inside the expert, so the output's norm already is "weight x norm": it stands for both statistics.
+        """
+        scores = self.router_output[0]
+        count = module.num_experts
+        raw = output.reshape(count, -1, output.shape[-1])
+        token, expert = torch.nonzero(scores > 0, as_tuple=True)
+        order = torch.argsort(expert, stable=True)
+        token, expert = token[order], expert[order]
+        top_k = int((scores > 0).sum(-1).max())
+        slots = Slots(raw[expert, token], expert, scores[token, expert].float(), token, inside=True)
+        self._add(args[0].reshape(count, -1, output.shape[-1])[0], raw.sum(0), slots, top_k)
+
+    @torch.no_grad()
+    def _add(self, x: torch.Tensor, out: torch.Tensor, slots: Slots, top_k: int) -> None:
+        batch, arch, n = self.current(), self.arch, self.sums.num_experts
+        sums = self.sums.by_domain[batch.domain]
+        valid = batch.mask.reshape(-1).to(out.device)
+        tokens = valid.numel()
+        if out.shape[0] != tokens:
+            raise UserError(f"the MoE block of {arch.model_type} saw {out.shape[0]} tokens where the batch has {tokens}", "please report this family")
+        expert, token = slots.expert, slots.token
+        counted = valid[token] & (expert < n)
+        if arch.unrouted_zero:
+            counted &= slots.weight != 0
+        weight = slots.weight.abs().double() * counted
+        norm = torch.linalg.vector_norm(slots.raw, dim=-1, dtype=torch.float32).double() * counted
+        weighted = norm if slots.inside else weight * norm
+        turn = self._turn(out).double() * valid
+        turned = weighted * turn[token]
+        columns = torch.stack((counted.double(), weight, weight**2, norm, norm**2, weighted, weighted**2, turned), dim=-1)
+        lengths = torch.bincount(expert.clamp(max=n), minlength=n + 1)[:n]
+        inside = int(lengths.sum())
+        totals = torch.segment_reduce(columns[:inside], "sum", lengths=lengths, axis=0, unsafe=True)
+        names = ("weight_sum", "weight_sq_sum", "norm_sum", "norm_sq_sum", "weighted_norm_sum", "weighted_norm_sq_sum", "easy_ep")
+        sums["tokens"] += valid.sum()
+        sums["selections"] += totals[:, 0].round().long()
+        for name, column in zip(names, totals[:, 1:].unbind(-1), strict=True):
+            sums[name] += column
+        top = torch.segment_reduce(norm[:inside], "max", lengths=lengths, initial=0.0, unsafe=True)
+        sums["norm_max"] = torch.maximum(sums["norm_max"], top)
+        sums["turn_sum"] += turn.sum()
+        # each (token, expert) is written at most once, so the scatters below are deterministic on every device
+        hit = torch.zeros(tokens, n + 1, dtype=torch.float32, device=out.device)
+        hit[token, torch.where(counted, expert, n)] = 1.0
+        hit = hit[:, :n]
+        sums["coselections"] += (hit.T @ hit).round().long()
+        table = torch.zeros(tokens, n + 1, dtype=torch.float64, device=out.device)
+        table[token, expert.clamp(max=n)] = turned
+        rows = batch.input_ids.shape[0]
+        sums["easy_ep_by_sequence"][batch.sequences] = table[:, :n].reshape(rows, -1, n).sum(1).float()
+        if top_k > 1:
+            self._add_ratio(sums, slots, counted, valid)
+        self._add_scores(sums, valid, n)
+        self._add_extras(sums, batch, x, out, slots, counted, lengths, inside)
+
+    @staticmethod
+    def _add_ratio(sums: dict[str, torch.Tensor], slots: Slots, counted: torch.Tensor, valid: torch.Tensor) -> None:
+        by_token = torch.argsort(slots.token, stable=True)
+        per_token = int(slots.token.numel() // valid.numel())
+        weights = (slots.weight.abs() * counted)[by_token].reshape(valid.numel(), per_token)
+        first, second = weights.topk(2, dim=-1).values.unbind(-1)
+        ratio = (second / first)[valid & (first > 0)]
+        sums["ratio_histogram"] += torch.bincount((ratio * RATIO_BINS).long().clamp(max=RATIO_BINS - 1), minlength=RATIO_BINS)
+
+    def _add_scores(self, sums: dict[str, torch.Tensor], valid: torch.Tensor, n: int) -> None:
+        scores = full_scores(self.router_output, self.arch)[valid].float()
+        sums["score_sum"] += scores[:, :n].sum(0, dtype=torch.float64)
+        p = scores / scores.sum(-1, keepdim=True).clamp_min(1e-30)
+        sums["entropy_sum"] += torch.special.entr(p).sum(dtype=torch.float64)
+
+    def _turn(self, routed: torch.Tensor) -> torch.Tensor:
+        """s = 1 - cos(x, x + r) >= 0 of every token (EASY-EP, token contribution), r without shared experts.
+
+        With y = x + r, Lagrange's identity gives 1 - cos = (|x|^2 |r|^2 - (x.r)^2) / (|x||y| (|x||y| + x.y)): no cancellation where r
+        is small against x, which is the usual case. A token with x = 0 or r = 0 has s = 0.
+        """
+        arch = self.arch
+        assert self.residual is not None
+        x = self.residual.reshape(-1, self.residual.shape[-1])
+        r = routed
+        if arch.after_experts:
+            r = submodule(self.block, arch.after_experts)(r)
+        for owner, name in ((self.block, arch.block_scale), (self.layer, arch.layer_scale)):
+            if name:
+                r = r * getattr(owner, name)
+        if arch.post_norm:
+            r = submodule(self.layer, arch.post_norm)(r)
+        if arch.residual_scale:
+            x = x * getattr(self.layer, arch.residual_scale)
+        x, r = x.float(), r.float()
+        xx, xr, rr = (torch.linalg.vecdot(a, b).double() for a, b in ((x, x), (x, r), (r, r)))
+        yy = (xx + 2 * xr + rr).clamp_min(0)
+        length, xy = (xx * yy).sqrt(), xx + xr
+        same_side = (xx * rr - xr * xr).clamp_min(0) / (length * (length + xy))
+        turn = torch.where(xy > 0, same_side, 1 - xy / length)
+        turn = torch.where(length > 0, turn, (xx > 0).double())  # x + r = 0: no direction left, cosine taken as 0
+        return torch.where((xx > 0) & (rr > 0), turn, 0.0).clamp(0, 2)
+
+    def _add_extras(
+        self, sums: dict[str, torch.Tensor], batch: Batch, x: torch.Tensor, out: torch.Tensor, slots: Slots,
+        counted: torch.Tensor, lengths: torch.Tensor, inside: int,
+    ) -> None:  # fmt: skip
+        extras = self.sums.extras
+        if extras.output_sum:
+            raw = slots.raw[:inside].float() * counted[:inside, None]
+            total = torch.segment_reduce(raw, "sum", lengths=lengths, axis=0, unsafe=True).double()
+            sums["output_sum"] = sums["output_sum"] + total if "output_sum" in sums else total
+        if extras.sample_tokens:
+            wanted = self.sums.chosen[batch.domain]
+            length = batch.input_ids.shape[1]
+            picks = [(row, s, p) for row, s in enumerate(batch.sequences) for p in range(length) if (s, p) in wanted]
+            if picks:
+                at = torch.tensor([row * length + p for row, _, p in picks], device=out.device)
+                index = torch.tensor([(s, p) for _, s, p in picks], dtype=torch.int64)
+                for name, value in (("sample_inputs", x[at]), ("sample_outputs", out[at]), ("sample_index", index)):
+                    sums[name] = torch.cat((sums[name], value.cpu())) if name in sums else value.cpu()
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The (token, expert) pairs of a batch, sorted by expert.
+
+    `raw` [S, hidden] are the experts' outputs before the routing weight; `inside` says that the weight is in `raw` already.
+    """
+
+    raw: torch.Tensor
+    expert: torch.Tensor
+    weight: torch.Tensor
+    token: torch.Tensor
+    inside: bool = False
+
+
+def full_scores(router_output: Any, architecture: Architecture) -> torch.Tensor:
+    """Scores over all experts [tokens, num_experts + extra classes] from what the router returned."""
+    kind = architecture.router_output
+    first = router_output if kind == "logits_only" else router_output[1] if kind == "scores_logits" else router_output[0]
+    first = first.reshape(-1, first.shape[-1]).float()
+    if kind == "probabilities":
+        return first
+    if architecture.score == "sigmoid":
+        return first.sigmoid()
+    if architecture.score == "sqrtsoftplus":
+        return nn.functional.softplus(first).sqrt()
+    return first.softmax(-1)
+
+
+def _is_grouped(experts: nn.Module) -> bool:
+    """Whether transformers' experts decorator described the module's layout."""
+    return all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+
+
+def grouped_forward(experts: Any, x: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, Slots]:
+    """The experts' forward as transformers' "grouped_mm" does it, keeping the raw outputs in sight.
+
+    Tokens are sorted by expert, one grouped matrix product a projection, then weighted, brought back into order and summed. Same
+    operations in the same order as `transformers.integrations.moe`, so the result is the same bit for bit (tested).
+    """
+    from transformers.integrations.moe import _grouped_linear
+
+    top_k, count = selected.shape[-1], experts.num_experts
+    expert, order = torch.sort(selected.reshape(-1))
+    token = order // top_k
+    offsets = torch.cumsum(torch.bincount(expert, minlength=count)[:count], 0, dtype=torch.int32)
+
+    def linear(inputs: torch.Tensor, name: str) -> torch.Tensor:
+        bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+        return _grouped_linear(inputs, getattr(experts, name), offsets, bias=bias, is_transposed=experts.is_transposed)
+
+    if experts.has_gate:
+        hidden = experts._apply_gate(linear(x[token], "gate_up_proj"))
+    else:
+        hidden = experts.act_fn(linear(x[token], "up_proj"))
+    raw = linear(hidden, "down_proj")
+    if getattr(experts, "has_post_expert_norm", False):
+        raw = experts.post_expert_norm(raw)
+    weight = weights.reshape(-1)[order]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    out = (raw * weight.unsqueeze(-1))[back].view(x.shape[0], top_k, -1).sum(dim=1).to(x.dtype)
+    return out, Slots(raw, expert, weight.float(), token)
+
+
+def flattened_forward(
+    experts: nn.Module, x: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor, pairs: bool, shape: Sequence[int]
+) -> tuple[torch.Tensor, Slots]:
+    """For experts modules of any kind: the module's own forward with every (token, expert) pair as a token of its own and weight 1.
+
+    `pairs` gives it a second slot of weight 0, for forwards that cannot do with one slot.
+    """
+    top_k = selected.shape[-1]
+    selected, weights = selected.reshape(-1, top_k), weights.reshape(-1, top_k)
+    expert, order = torch.sort(selected.reshape(-1))
+    token = order // top_k
+    ids = expert.unsqueeze(-1)
+    ones = torch.ones_like(ids, dtype=weights.dtype)
+    if pairs:
+        ids, ones = ids.repeat(1, 2), torch.cat((ones, torch.zeros_like(ones)), -1)
+    inputs = x[token]
+    if len(shape) == 3:
+        inputs = inputs.unsqueeze(0)
+    raw = type(experts).forward(experts, inputs, ids, ones).reshape(token.numel(), -1)
+    weight = weights.reshape(-1)[order]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    out = (raw * weight.unsqueeze(-1))[back].view(x.shape[0], top_k, -1).sum(dim=1).to(x.dtype)
+    return out, Slots(raw, expert, weight.float(), token)
+
+
+def choose_sample(lengths: Sequence[int], count: int, seed: int, domain: str) -> set[tuple[int, int]]:
+    """A seeded sample of (sequence, position) over a domain's tokens, without replacement."""
+    import random
+
+    total = sum(lengths)
+    places = sorted(random.Random(f"{seed}/sample/{domain}").sample(range(total), min(count, total)))
+    chosen, start, sequence = set(), 0, 0
+    for place in places:
+        while place >= start + lengths[sequence]:
+            start += lengths[sequence]
+            sequence += 1
+        chosen.add((sequence, place - start))
+    return chosen
+
+

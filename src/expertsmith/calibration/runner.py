@@ -1,0 +1,196 @@
+"""One pass over the calibration data: every layer is observed once, saved, and never observed again by a run that resumes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from expertsmith.calibration import stats
+from expertsmith.calibration.data import TokenData
+from expertsmith.calibration.observers import SAMPLES, Extras, LayerSums, choose_sample, observing
+from expertsmith.engine import Batch, LoadedModel, Walk
+from expertsmith.errors import UserError
+from expertsmith.progress import Progress, Silent
+
+
+def collect(
+    model: LoadedModel,
+    data: TokenData,
+    out: Path,
+    *,
+    batch_tokens: int = 8192,
+    extras: Extras | None = None,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> stats.Statistics:
+    """Observe every MoE layer over the data and write the statistics folder.
+
+    A folder that holds some layers of the same calibration (same model, token ids, dtype, options) is completed: its layers are run
+    again, because later layers need what they hand on, but not observed again. Under `torchrun` the batches are split over
+    the ranks and the sums are reduced.
+
+    Raises:
+        UserError: the folder holds another calibration, or nothing to observe.
+    """
+    progress = progress or Silent()
+    extras = extras or Extras()
+    assert model.architecture is not None
+    wanted = model.moe_layers
+    if not wanted:
+        raise UserError(f"{model.checkpoint.source} has no layer with routed experts")
+    header = _header(model, data, wanted, batch_tokens, extras)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if rank == 0:
+        _prepare(out, header, resume)
+    if world > 1:
+        dist.barrier()
+    done = {layer for layer in wanted if stats.layer_path(out, layer).exists()}
+    if world > 1:
+        dist.barrier()
+    todo = [layer for layer in wanted if layer not in done]
+    if todo:
+        if done and rank == 0:
+            progress.note(f"resuming: {len(done)} of {len(wanted)} layers are there")
+        batches = data.batches(batch_tokens, pad_id=_pad_id(model))[rank::world]
+        with progress.task("calibrate", sum(b.tokens for b in batches) * (todo[-1] + 1), "layer tokens") as advance:
+            for layer, sums in _observe(model, data, batches, set(todo), extras, advance):
+                if world > 1:
+                    _reduce(sums)
+                if rank == 0:
+                    stats.save_layer(out, layer, _arrays(sums))
+    if world > 1:
+        dist.barrier()
+    return stats.load_statistics(out)
+
+
+def _observe(
+    model: LoadedModel, data: TokenData, batches: list[Batch], todo: set[int], extras: Extras, advance: Any
+) -> Iterator[tuple[int, LayerSums]]:
+    assert model.architecture is not None
+    now: list[Batch] = []
+    lengths = {domain: [len(row) for row in rows] for domain, rows in data.sequences.items()}
+    chosen = {domain: choose_sample(rows, extras.sample_tokens, extras.seed, domain) for domain, rows in lengths.items()} if extras.sample_tokens else {}
+    watch = ExitStack()
+    sums: LayerSums | None = None
+
+    def before(layer: int, number: int, batch: Batch) -> None:
+        nonlocal sums
+        now[:] = [batch]
+        if layer in todo and number == 0:
+            assert model.architecture is not None
+            sums = LayerSums(_num_experts(model, layer), {d: len(rows) for d, rows in lengths.items()}, model.device, extras, chosen=chosen)
+            watch.enter_context(observing(model.layers[layer], model.architecture, sums, lambda: now[0]))
+
+    def after(layer: int, number: int, hidden: torch.Tensor) -> None:
+        advance(batches[number].tokens)
+        if layer in todo and number == len(batches) - 1:
+            watch.close()
+
+    with watch, Walk(model, batches, before, after) as walk:
+        for layer in walk.layers(until=max(todo)):
+            if layer in todo:
+                if sums is None:  # this rank has no batches
+                    sums = LayerSums(_num_experts(model, layer), {d: len(rows) for d, rows in lengths.items()}, model.device, extras, chosen=chosen)
+                _check(sums, layer)
+                yield layer, sums
+                sums = None
+
+
+def _num_experts(model: LoadedModel, layer: int) -> int:
+    """Routed experts of a layer, counted on the family's own module (a checkpoint may hold different numbers a layer)."""
+    from expertsmith.calibration.observers import submodule
+
+    assert model.architecture is not None
+    experts = submodule(submodule(model.layers[layer], model.architecture.block), model.architecture.experts)
+    for name in ("num_routed_experts", "num_experts"):
+        if isinstance(getattr(experts, name, None), int):
+            return int(getattr(experts, name))
+    raise UserError(f"decoder layer {layer}: the experts module {type(experts).__name__} does not tell its number of experts")
+
+
+def _check(sums: LayerSums, layer: int) -> None:
+    for domain, entry in sums.by_domain.items():
+        for name, value in entry.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise UserError(
+                    f"decoder layer {layer}: the statistic {name} of domain {domain} is not finite",
+                    "the activations overflow in this dtype: try --dtype float32",
+                )
+
+
+def _reduce(sums: LayerSums) -> None:
+    for domain in sorted(sums.by_domain):
+        entry = sums.by_domain[domain]
+        for name in sorted(entry):
+            if name not in SAMPLES:
+                dist.all_reduce(entry[name], op=dist.ReduceOp.MAX if name in stats.MAXIMA else dist.ReduceOp.SUM)
+        if sums.extras.sample_tokens:
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, {name: entry.get(name) for name in SAMPLES})
+            held = [part for part in parts if part["sample_index"] is not None]
+            for name in SAMPLES:
+                entry[name] = torch.cat([part[name] for part in held])
+
+
+def _arrays(sums: LayerSums) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
+    """To numpy; samples in the order of (sequence, position), whatever the batches and ranks were."""
+    made = {}
+    for domain, entry in sums.by_domain.items():
+        tensors = {name: value.detach().cpu() for name, value in entry.items()}
+        if "sample_index" in tensors:
+            keys = tensors["sample_index"].numpy()
+            order = torch.from_numpy(np.lexsort((keys[:, 1], keys[:, 0])))
+            tensors.update({name: tensors[name][order] for name in SAMPLES})
+        made[domain] = {name: (value.float() if value.dtype == torch.bfloat16 else value).numpy() for name, value in tensors.items()}
+    return made
+
+
+def _header(model: LoadedModel, data: TokenData, layers: list[int], batch_tokens: int, extras: Extras) -> dict[str, Any]:
+    from expertsmith import __version__
+
+    assert model.architecture is not None
+    return {
+        "format": stats.FORMAT,
+        "version": stats.VERSION,
+        "made_by": f"expertsmith {__version__}",
+        "model": {"model_type": model.architecture.model_type, "fingerprint": model.checkpoint.fingerprint, "source": model.checkpoint.source},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "options": {"batch_tokens": batch_tokens, "output_sum": extras.output_sum, "sample_tokens": extras.sample_tokens, "seed": extras.seed},
+        "data": {
+            "fingerprint": data.fingerprint,
+            "tokens": data.tokens,
+            "sequences": {domain: len(rows) for domain, rows in data.sequences.items()},
+            "sequence_lengths": {domain: [len(row) for row in rows] for domain, rows in data.sequences.items()},
+            "packed": data.packed,
+        },
+        "layers": layers,
+    }
+
+
+def _prepare(out: Path, header: Mapping[str, Any], resume: bool) -> None:
+    if out.exists() and any(out.iterdir()):
+        old = stats.load_header(out) if (out / "stats.json").exists() else None
+        if old is None:
+            raise UserError(f"{out} holds other files than statistics", "choose another folder")
+        if not resume:
+            shutil.rmtree(out)
+        else:
+            for key in ("model", "data", "dtype", "options", "layers"):
+                mine = {k: v for k, v in header[key].items() if k != "source"} if key == "model" else header[key]
+                theirs = {k: v for k, v in old[key].items() if k != "source"} if key == "model" else old[key]
+                if mine != theirs:
+                    raise UserError(f"{out} holds the statistics of another calibration (its {key} differs)", "choose another folder, or pass --fresh to replace it")
+    out.mkdir(parents=True, exist_ok=True)
+    stats.save_header(out, header)
+
+
+def _pad_id(model: LoadedModel) -> int:
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return pad if isinstance(pad, int) and pad >= 0 else 0

@@ -1,0 +1,183 @@
+"""The statistics folder: `stats.json` and one `layer_NNN.safetensors` per MoE layer. Reading it needs numpy only, no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from expertsmith.errors import UserError
+
+FORMAT = "expertsmith.statistics"
+VERSION = 1
+MAXIMA = frozenset({"norm_max"})
+JOINED = frozenset({"easy_ep_by_sequence", "sample_inputs", "sample_outputs", "sample_index"})
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of one MoE layer: domain → name → array (names and shapes: `calibration.observers.STATISTICS`)."""
+
+    layer: int
+    domains: Mapping[str, Mapping[str, Array]]
+
+    @property
+    def num_experts(self) -> int:
+        return int(next(iter(self.domains.values()))["selections"].shape[0])
+
+    def total(self, name: str) -> Array:
+        """A statistic over all domains: the sum (the maximum for maxima), in float64 or int64."""
+        arrays = [entry[name] for entry in self.domains.values()]
+        return np.maximum.reduce(arrays) if name in MAXIMA else np.sum(arrays, axis=0)
+
+
+@dataclass
+class Statistics:
+    """All layers of a calibration, and what it was made from."""
+
+    header: dict[str, Any]
+    layers: dict[int, LayerStatistics] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        return dict(self.header["data"]["tokens"])
+
+    @property
+    def domains(self) -> list[str]:
+        return list(self.tokens)
+
+    @property
+    def sequence_lengths(self) -> dict[str, list[int]]:
+        return dict(self.header["data"]["sequence_lengths"])
+
+    def select(self, domains: Sequence[str] | None) -> Statistics:
+        """The same statistics with only some of the domains.
+
+        Raises:
+            UserError: a domain that was not calibrated.
+        """
+        if not domains:
+            return self
+        for name in domains:
+            if name not in self.tokens:
+                raise UserError(f"the statistics have no domain {name!r}", f"there are: {', '.join(self.domains)}")
+        header = json.loads(json.dumps(self.header))
+        for key in ("tokens", "sequences", "sequence_lengths", "packed"):
+            header["data"][key] = {name: value for name, value in header["data"][key].items() if name in domains}
+        layers = {
+            number: LayerStatistics(number, {name: entry.domains[name] for name in entry.domains if name in domains})
+            for number, entry in self.layers.items()
+        }
+        return Statistics(header, layers)
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Statistics of the union of two calibrations of the same model: sums add, maxima take the larger, sequences follow each other.
+
+        Raises:
+            UserError: the two are of different models or layers.
+        """
+        if self.header["model"]["fingerprint"] != other.header["model"]["fingerprint"] or set(self.layers) != set(other.layers):
+            raise UserError("the two statistics are of different models")
+        data: dict[str, dict[str, Any]] = {}
+        for key in ("tokens", "sequences", "sequence_lengths", "packed"):
+            mine, theirs = self.header["data"][key], other.header["data"][key]
+            data[key] = {name: _plus(mine.get(name), theirs.get(name)) for name in sorted({*mine, *theirs})}
+        fingerprints = sorted((self.header["data"]["fingerprint"], other.header["data"]["fingerprint"]))
+        header = {**self.header, "data": {**data, "fingerprint": "+".join(fingerprints)}}
+        layers = {}
+        for number, entry in self.layers.items():
+            theirs_by_domain = other.layers[number].domains
+            domains = {}
+            for name in sorted({*entry.domains, *theirs_by_domain}):
+                a, b = entry.domains.get(name), theirs_by_domain.get(name)
+                domains[name] = {key: combine(key, a[key], b[key]) for key in a if key in b} if a and b else dict(a or b or {})
+            layers[number] = LayerStatistics(number, domains)
+        return Statistics(header, layers)
+
+
+def combine(name: str, a: Array, b: Array) -> Array:
+    """Two parts of one statistic put together."""
+    if name in MAXIMA:
+        return np.maximum(a, b)
+    if name in JOINED:
+        return np.concatenate((a, b))
+    return a + b
+
+
+def _plus(a: Any, b: Any) -> Any:
+    if a is None or b is None:
+        return b if a is None else a
+    return (a or b) if isinstance(a, bool) else a + b
+
+
+def layer_path(folder: Path, layer: int) -> Path:
+    return folder / f"layer_{layer:03d}.safetensors"
+
+
+def save_layer(folder: Path, layer: int, domains: Mapping[str, Mapping[str, Array]]) -> None:
+    """Write one layer under a temporary name and rename it: a file that exists is whole."""
+    target = layer_path(folder, layer)
+    partial = target.with_name(target.name + ".partial")
+    flat = {f"{domain}/{name}": np.ascontiguousarray(value) for domain, entry in sorted(domains.items()) for name, value in sorted(entry.items())}
+    save_file(flat, partial)
+    partial.replace(target)
+
+
+def save_header(folder: Path, header: Mapping[str, Any]) -> None:
+    partial = folder / "stats.json.partial"
+    partial.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / "stats.json")
+
+
+def load_header(folder: Path) -> dict[str, Any]:
+    """The header of a statistics folder.
+
+    Raises:
+        UserError: no statistics there, or another format or version.
+    """
+    try:
+        header = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"there are no statistics in {folder} (no stats.json)", "make them with `expertsmith calibrate MODEL --data … -o STATS`") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / 'stats.json'} is not JSON: {error}") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
+        raise UserError(f"{folder / 'stats.json'} is not {FORMAT} version {VERSION}", "calibrate again with this version")
+    return header
+
+
+def load_layer(folder: Path, layer: int, names: Iterable[str] | None = None) -> LayerStatistics:
+    domains: dict[str, dict[str, Array]] = {}
+    try:
+        flat = load_file(layer_path(folder, layer))
+    except FileNotFoundError:
+        raise UserError(f"{layer_path(folder, layer)} is missing", "run `expertsmith calibrate` with the same options again: it resumes") from None
+    except Exception as error:  # safetensors raises its own error class for a damaged file
+        raise UserError(f"{layer_path(folder, layer)} is damaged: {error}", "delete it and calibrate again: only that layer is redone") from None
+    wanted = None if names is None else set(names)
+    for key, value in flat.items():
+        domain, _, name = key.rpartition("/")
+        if wanted is None or name in wanted:
+            domains.setdefault(domain, {})[name] = value
+    return LayerStatistics(layer, domains)
+
+
+def load_statistics(folder: Path | str) -> Statistics:
+    """Read a finished statistics folder.
+
+    Raises:
+        UserError: none there, or the calibration was interrupted.
+    """
+    root = Path(folder)
+    header = load_header(root)
+    layers = {layer: load_layer(root, layer) for layer in header["layers"] if layer_path(root, layer).exists()}
+    absent = [layer for layer in header["layers"] if layer not in layers]
+    if absent:
+        raise UserError(f"the calibration in {root} is not finished: layer {absent[0]} is missing", "run `expertsmith calibrate` with the same options again: it resumes")
+    return Statistics(header, layers)

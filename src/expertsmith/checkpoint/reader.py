@@ -1,0 +1,312 @@
+"""Open a checkpoint directory: config, tensor headers, single tensors. Nothing is executed and nothing outside is followed.
+
+Tensors are read with plain positioned reads into fresh buffers, not through a memory map: what a process holds is what it asked
+for, which is what a memory limit counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expertsmith.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER = 100 * 2**20  # the safetensors format's own limit
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+TORCH_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "F16": "float16", "BF16": "bfloat16",
+    "F32": "float32", "F64": "float64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "U16": "uint16", "U32": "uint32", "U64": "uint64",
+}  # fmt: skip
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor's bytes are. `start` counts from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass
+class Checkpoint:
+    """A directory in Hugging Face layout. `tensors` is in the order of files, then of bytes."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    source: str  # what the user typed
+    _keep_alive: Any = field(default=None, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def numel(self) -> int:
+        return sum(info.numel for info in self.tensors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the config, every header entry and 64 bytes from the start, middle and end of every tensor.
+
+        Headers alone would not tell a fine-tuned model from its base; hashing every byte would cost a read of the weights.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file, infos in self._by_file():
+            with open(file, "rb") as stream:
+                for info in infos:
+                    digest.update(f"{info.name}\0{info.dtype}\0{info.shape}\0".encode())
+                    for offset in (0, info.nbytes // 2, max(0, info.nbytes - 64)):
+                        stream.seek(info.start + offset)
+                        digest.update(stream.read(min(64, info.nbytes - offset)))
+        return f"sha256:{digest.hexdigest()}"
+
+    def _by_file(self) -> Iterator[tuple[Path, list[TensorInfo]]]:
+        files: dict[Path, list[TensorInfo]] = {}
+        for name in sorted(self.tensors):
+            files.setdefault(self.tensors[name].file, []).append(self.tensors[name])
+        for file in sorted(files):
+            yield file, files[file]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in its own dtype.
+
+        Raises:
+            UserError: no such tensor, or a dtype that torch does not have.
+        """
+        import torch
+
+        info = self.tensors.get(name)
+        if info is None:
+            raise UserError(f"{self.path} has no tensor {name!r}")
+        dtype = TORCH_DTYPES.get(info.dtype)
+        if dtype is None:
+            raise UserError(f"{name}: torch has no dtype for safetensors {info.dtype}")
+        buffer = bytearray(info.nbytes)
+        with open(info.file, "rb", buffering=0) as stream:
+            stream.seek(info.start)
+            view = memoryview(buffer)
+            while view:
+                count = stream.readinto(view)
+                if not count:
+                    raise UserError(f"{info.file.name} ended in the middle of {name}", "download the shard again")
+                view = view[count:]
+        if not buffer:
+            return torch.empty(info.shape, dtype=getattr(torch, dtype))
+        return torch.frombuffer(buffer, dtype=getattr(torch, dtype)).reshape(info.shape)
+
+
+def open_checkpoint(source: str | Path, *, headers_only: bool = False, allow_pickle: bool = False, revision: str | None = None) -> Checkpoint:
+    """Open a local directory or a hub id.
+
+    Args:
+        source: directory, or `owner/name` on the hub (then downloaded to the Hugging Face cache; with `headers_only` only the
+            config and the tensor headers are fetched).
+        allow_pickle: convert a pickle-only checkpoint through `torch.load(weights_only=True)`; otherwise it is refused.
+
+    Raises:
+        UserError: whatever is wrong with the directory, naming the file and the rule.
+    """
+    path = Path(source)
+    if path.is_file():
+        raise UserError(f"{path} is a file, not a checkpoint directory", "give the folder that holds config.json and the .safetensors files")
+    if not path.is_dir():
+        if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
+            raise UserError(f"there is no directory {source}")
+        if headers_only:
+            return _open_hub_headers(str(source), revision)
+        path = _download(str(source), revision)
+    config = _read_json(path / "config.json")
+    files = _weight_files(path)
+    keep_alive = None
+    if not files:
+        pickles = sorted(file for pattern in PICKLES for file in path.glob(pattern))
+        if not pickles:
+            raise UserError(f"{path} holds no .safetensors files")
+        if not allow_pickle:
+            raise UserError(
+                f"{path} holds only pickle files ({pickles[0].name}), which can run code when they are loaded",
+                "convert it to safetensors, or pass --allow-pickle (then read with weights_only)",
+            )
+        keep_alive = _convert_pickles(pickles)
+        files = _weight_files(Path(keep_alive.name))
+    tensors: dict[str, TensorInfo] = {}
+    for file, expected in files.items():
+        found = read_header(file)
+        missing = [name for name in expected if name not in found]
+        if missing:
+            raise UserError(f"{file.name} lacks tensor {missing[0]!r}, which the index says it holds", "download the shard again")
+        for name, info in found.items():
+            if expected and name not in expected:
+                continue  # not in the index: transformers does not load it either
+            if name in tensors:
+                raise UserError(f"tensor {name!r} stands in both {tensors[name].file.name} and {file.name}")
+            tensors[name] = info
+    if not tensors:
+        raise UserError(f"{path}: the .safetensors files hold no tensors")
+    return Checkpoint(path, config, tensors, str(source), keep_alive)
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The header of one .safetensors file, checked against the file's size.
+
+    Raises:
+        UserError: file missing or truncated, header not JSON, offsets that overlap, leave gaps, leave the file or contradict
+            shape and dtype.
+    """
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            head = stream.read(8)
+            length = int.from_bytes(head, "little")
+            if len(head) < 8 or length > MAX_HEADER or 8 + length > size:
+                raise UserError(f"{file.name}: the header claims {length} bytes, but the file has {size}", "the shard is truncated or not safetensors")
+            raw = stream.read(length)
+    except FileNotFoundError:
+        raise UserError(f"shard {file.name} is missing from {file.parent}", "download it again") from None
+    try:
+        header = json.loads(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{file.name}: the header is not JSON", "the shard is damaged or not safetensors") from None
+    return parse_header(header, 8 + length, size, file)
+
+
+def parse_header(header: Any, base: int, size: int, file: Path) -> dict[str, TensorInfo]:
+    """Tensors of a decoded header whose data begins at byte `base` of a file of `size` bytes."""
+    if not isinstance(header, dict):
+        raise UserError(f"{file.name}: the header is not a table of tensors", "the shard is damaged or not safetensors")
+    tensors: list[TensorInfo] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
+        except (TypeError, KeyError, ValueError):
+            raise UserError(f"{file.name}: the header entry of {name!r} is incomplete", "the shard is damaged") from None
+        if dtype not in DTYPE_BITS:
+            raise UserError(f"{file.name}: {name} has the unknown dtype {dtype!r}")
+        expected = math.prod(shape) * DTYPE_BITS[dtype] // 8
+        if min(shape, default=0) < 0 or not 0 <= begin <= end or end - begin != expected:
+            raise UserError(f"{file.name}: {name} claims shape {list(shape)} of {dtype} = {expected} bytes, but its offsets span {end - begin}", "the header lies or the shard is damaged")
+        if base + end > size:
+            raise UserError(f"{file.name}: {name} ends at byte {base + end}, but the file has only {size}", "the shard is truncated: download it again")
+        tensors.append(TensorInfo(name, dtype, shape, file, base + begin, end - begin))
+    tensors.sort(key=lambda info: (info.start, info.nbytes))
+    position = base
+    for info in tensors:
+        if info.start != position:
+            raise UserError(f"{file.name}: the bytes of {info.name} begin at {info.start} where {position} is expected", "the header has overlaps or gaps")
+        position += info.nbytes
+    if position != size:
+        raise UserError(f"{file.name}: the tensors end at byte {position}, but the file has {size}", "the header lies or the shard is damaged")
+    return {info.name: info for info in tensors}
+
+
+def _weight_files(path: Path) -> dict[Path, set[str]]:
+    """Shard → tensor names the index expects in it (empty: no index, everything counts)."""
+    index = path / INDEX
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, Mapping) or not weight_map:
+            raise UserError(f"{index} has no weight_map")
+        files: dict[Path, set[str]] = {}
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+                raise UserError(f"{index.name} places {name!r} in {shard!r}, which is outside the checkpoint directory", "an index may only name files beside it")
+            files.setdefault(path / shard, set()).add(name)
+        return dict(sorted(files.items()))
+    if (path / SINGLE).is_file():
+        return {path / SINGLE: set()}
+    return {file: set() for file in sorted(path.glob("*.safetensors"))}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}", "give the directory of a Hugging Face checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return data
+
+
+def _convert_pickles(pickles: list[Path]) -> tempfile.TemporaryDirectory[str]:
+    """Rewrite pickled shards as safetensors in a temporary folder that lives as long as the checkpoint object."""
+    import pickle
+
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tempfile.TemporaryDirectory(prefix="expertsmith-")
+    for number, file in enumerate(pickles):
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, ValueError) as error:
+            raise UserError(f"{file.name} cannot be read with weights_only: {str(error).splitlines()[0]}") from None
+        tensors = {name: value.contiguous().clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
+        save_file(tensors, os.path.join(folder.name, f"part-{number:05d}.safetensors"))
+    return folder
+
+
+def _hub_error(source: str, error: Exception) -> UserError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(f"{source!r} is neither a directory here nor could it be fetched from the hub: {first}")
+
+
+def _download(source: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "*.tiktoken"]
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many unrelated types; all mean "not available"
+        raise _hub_error(source, error) from None
+
+
+def _open_hub_headers(source: str, revision: str | None) -> Checkpoint:
+    """Config and headers of a hub repository, without its weights."""
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+
+    try:
+        config = _read_json(Path(hf_hub_download(source, "config.json", revision=revision)))
+        metadata = get_safetensors_metadata(source, revision=revision)
+    except UserError:
+        raise
+    except Exception as error:  # see _download
+        raise _hub_error(source, error) from None
+    tensors = {
+        name: TensorInfo(name, str(entry.dtype), tuple(entry.shape), Path(shard), entry.data_offsets[0], entry.data_offsets[1] - entry.data_offsets[0])
+        for shard, part in metadata.files_metadata.items()
+        for name, entry in part.tensors.items()
+    }
+    return Checkpoint(Path(source), config, tensors, source)

@@ -1,0 +1,193 @@
+"""Write a checkpoint as bounded shards from byte ranges of other files: no tensor is ever decoded.
+
+Everything lands under a temporary name beside the target and is renamed when complete; config.json is written last, so that what an
+interrupted run leaves behind does not load.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expertsmith.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from expertsmith.errors import UserError
+
+CHUNK = 8 * 2**20
+MAX_SHARD = 5 * 10**9  # the size at which transformers splits too
+SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5", ".py", ".index.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A range of bytes of a file."""
+
+    file: Path
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor to be written: the concatenation of `pieces`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+def prepare_target(out: Path, source: Path | None, overwrite: bool) -> None:
+    """Refuse a target that exists (unless `overwrite`), or that is, holds or lies in the source."""
+    if source is not None and source.exists():
+        resolved, origin = out.resolve(), source.resolve()
+        if resolved == origin or resolved in origin.parents or origin in resolved.parents:
+            raise UserError(f"the output {out} and the source {source} overlap", "choose another output directory")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already", "choose another output directory or pass --overwrite")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file", "choose another output directory")
+
+
+def write_checkpoint(
+    out: Path,
+    tensors: Sequence[OutputTensor],
+    config: Mapping[str, Any],
+    *,
+    source: Checkpoint,
+    texts: Mapping[str, str],
+    overwrite: bool = False,
+    max_shard: int = MAX_SHARD,
+    on_tensor: Callable[[OutputTensor, memoryview], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write shards, index, config, the source's tokenizer and generation files, and `texts` (relative path → content).
+
+    Args:
+        on_tensor: called with every chunk of bytes before it is written; may raise to stop.
+        progress: called with the number of bytes just written.
+
+    Raises:
+        UserError: the target exists or overlaps the source, or the disk is full; nothing is left behind then.
+    """
+    prepare_target(out, source.path, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    total = sum(tensor.nbytes for tensor in tensors)
+    free = shutil.disk_usage(out.parent).free
+    if free < total:
+        raise UserError(f"the checkpoint needs {total / 1e9:.2f} GB, but {out.parent} has {free / 1e9:.2f} GB free")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir()
+        _write_shards(partial, tensors, max_shard, on_tensor, progress)
+        for file in companions(source.path):
+            shutil.copyfile(file, partial / file.name)
+        for name, text in texts.items():
+            target = partial / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+        (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _swap(partial, out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk of {out.parent} is full after {total / 1e9:.2f} GB were to be written", "free some space; nothing was left behind") from None
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def companions(path: Path) -> list[Path]:
+    """Files that travel with a checkpoint unchanged: tokenizer, generation config, chat template, licence. No weights, no code."""
+    return [
+        file
+        for file in sorted(path.iterdir())
+        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(SKIPPED) and file.name not in ("config.json", "README.md")
+    ]
+
+
+def _shards(tensors: Sequence[OutputTensor], max_shard: int) -> list[list[OutputTensor]]:
+    shards: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_shard:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def _write_shards(
+    folder: Path,
+    tensors: Sequence[OutputTensor],
+    max_shard: int,
+    on_tensor: Callable[[OutputTensor, memoryview], None] | None,
+    progress: Callable[[int], None] | None,
+) -> None:
+    shards = _shards(tensors, max_shard)
+    names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    buffer = memoryview(bytearray(CHUNK))
+    for name, shard in zip(names, shards, strict=True):
+        with open(folder / name, "wb", buffering=0) as sink:
+            write_all(sink, _header(shard))
+            for tensor in shard:
+                for piece in tensor.pieces:
+                    for view in _read(piece, buffer):
+                        if on_tensor:
+                            on_tensor(tensor, view)
+                        write_all(sink, view)
+                        if progress:
+                            progress(len(view))
+    if len(shards) > 1:
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _header(tensors: Iterable[OutputTensor]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, position + tensor.nbytes]}
+        position += tensor.nbytes
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def write_all(sink: Any, data: bytes | memoryview) -> None:
+    """An unbuffered write may be short (a disk that is filling up): go on until all is written or the system says why not."""
+    view = memoryview(data)
+    while view:
+        view = view[sink.write(view) :]
+
+
+def _read(piece: Piece, buffer: memoryview) -> Iterable[memoryview]:
+    with open(piece.file, "rb", buffering=0) as stream:
+        stream.seek(piece.start)
+        left = piece.nbytes
+        while left:
+            count = stream.readinto(buffer[: min(left, len(buffer))])
+            if not count:
+                raise UserError(f"{piece.file.name} ended {left} bytes early", "the shard changed while it was read")
+            yield buffer[:count]
+            left -= count
+
+
+def _swap(partial: Path, out: Path) -> None:
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old)

@@ -1,0 +1,274 @@
+"""Build a model from a checkpoint, either resident or streamed layer by layer.
+
+This is the only module that touches transformers' loading helpers (`core_model_loading`, `conversion_mapping`), which are public by name
+but change between minor versions; `tests/test_stream.py` holds them to bit-equality with `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from expertsmith.arch import Architecture, text_config
+from expertsmith.checkpoint import Checkpoint
+from expertsmith.errors import UserError
+
+Memory = Literal["resident", "stream"]
+
+
+@dataclass
+class LoadedModel:
+    """A causal LM whose decoder layers can be brought in and let go. In `resident` mode both do nothing."""
+
+    module: nn.Module
+    layers: list[nn.Module]
+    checkpoint: Checkpoint
+    architecture: Architecture | None
+    memory: Memory
+    device: torch.device
+    dtype: torch.dtype
+    _groups: dict[int | None, list[str]] = field(default_factory=dict, repr=False)
+    _mapping: list[Any] = field(default_factory=list, repr=False)
+    _dtype_plan: dict[str, torch.dtype] = field(default_factory=dict, repr=False)
+    _prefix: str = ""
+    _checked: set[int] = field(default_factory=set, repr=False)
+
+    @property
+    def config(self) -> Any:
+        return self.module.config
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Decoder layers that have routed experts."""
+        assert self.architecture is not None
+        return [i for i, layer in enumerate(self.layers) if has_experts(layer, self.architecture)]
+
+    def bring(self, index: int) -> None:
+        """Load decoder layer `index` and make sure that its weights are finite."""
+        if self.memory == "stream":
+            self._load(index)
+        if index not in self._checked:
+            _check_finite(self.layers[index], f"decoder layer {index}")
+            self._checked.add(index)
+
+    def release(self, index: int) -> None:
+        """Forget the weights of decoder layer `index` (stream)."""
+        if self.memory == "stream":
+            _to_meta(self.layers[index])
+
+    def _load(self, group: int | None) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        state = {name: self.checkpoint.read(name) for name in self._groups.get(group, [])}
+        options = LoadStateDictConfig(
+            weight_mapping=deepcopy(self._mapping), dtype=self.dtype, dtype_plan=self._dtype_plan, device_map={"": self.device}
+        )
+        with _quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.module, state, options)
+        where = "outside the decoder layers" if group is None else f"in decoder layer {group}"
+        for problem, names in (("do not fit the model", info.mismatched_keys), ("could not be converted", info.conversion_errors)):
+            if names:
+                first = sorted(str(name[0] if isinstance(name, tuple) else name) for name in names)[0]
+                raise UserError(f"tensors {where} {problem}: {first}", "config.json and weights do not belong together, or a tensor has a wrong shape")
+        target = self.module if group is None else self.layers[group]
+        skipped = {id(p) for layer in self.layers for p in layer.parameters()} if group is None else set()
+        if group is None:
+            self.module.tie_weights()
+        absent = [name for name, p in target.named_parameters() if p.is_meta and id(p) not in skipped]
+        if absent:
+            place = absent[0] if group is None else f"{self._prefix}{group}.{absent[0]}"
+            raise UserError(f"the checkpoint lacks the weights of {place}", "download it again")
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    architecture: Architecture | None,
+    *,
+    memory: Memory = "resident",
+    device: str | torch.device = "cpu",
+    dtype: str = "auto",
+    config_overrides: Mapping[str, Any] | None = None,
+) -> LoadedModel:
+    """Build the stock transformers model of a checkpoint, in eval mode, without gradients and without remote code.
+
+    Args:
+        architecture: record of the family, or None for a dense model (then its layers are looked for under `model.layers`).
+        config_overrides: keys of the text config to change before the model is built.
+
+    Raises:
+        UserError: transformers cannot build the model, or the weights do not fit it.
+    """
+    import transformers
+
+    target = torch.device(device)
+    chosen = _dtype(dtype, checkpoint)
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise UserError(f"{checkpoint.path}/config.json is not understood by transformers {transformers.__version__}: {_first_line(error)}") from None
+    except Exception as error:  # strict config classes raise validation errors of their own
+        if "Validation" not in type(error).__name__:
+            raise
+        raise UserError(f"{checkpoint.path}/config.json is not valid: {_first_line(error)}") from None
+    inner = config.get_text_config()
+    for key, value in (config_overrides or {}).items():
+        setattr(inner, key, value)
+    auto = transformers.AutoModelForCausalLM
+    try:
+        if memory == "resident":
+            folder = checkpoint.path if checkpoint._keep_alive is None else None
+            with _quiet():
+                if folder is None:
+                    raise UserError("a converted pickle checkpoint is read with --memory stream only")
+                module, info = auto.from_pretrained(
+                    folder, config=config, dtype=chosen, device_map=None if target.type == "cpu" else {"": target},
+                    trust_remote_code=False, output_loading_info=True,
+                )  # fmt: skip
+            missing = sorted(info["missing_keys"])
+            if missing:
+                raise UserError(f"the checkpoint lacks the weights of {missing[0]}", "download it again")
+        else:
+            from accelerate import init_empty_weights
+
+            with init_empty_weights(include_buffers=False):
+                module = auto.from_config(config, dtype=chosen, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise UserError(f"transformers cannot load {checkpoint.source}: {_first_line(error)}", "is a shard damaged, or a tensor of a wrong shape?") from None
+    module.eval().requires_grad_(False)
+    path = architecture.layers if architecture else "model.layers"
+    try:
+        layers = list(module.get_submodule(path))  # type: ignore[arg-type]
+    except AttributeError:
+        raise UserError(f"{type(module).__name__} has no {path}, so it cannot be walked layer by layer", "use a supported family") from None
+    loaded = LoadedModel(module, layers, checkpoint, architecture, memory, target, chosen)
+    loaded._prefix = f"{path}."
+    if memory == "stream":
+        _group_names(loaded)
+        for buffer_name, buffer in module.named_buffers():
+            parent, _, leaf = buffer_name.rpartition(".")
+            module.get_submodule(parent)._buffers[leaf] = buffer.to(target)
+        loaded._load(None)
+    layer_ids = {id(p) for layer in layers for p in layer.parameters()}
+    _check_finite(module, "the model outside its decoder layers", skip=layer_ids)
+    return loaded
+
+
+def has_experts(layer: nn.Module, architecture: Architecture) -> bool:
+    """Whether a decoder layer holds routed experts where the family's record says."""
+    node: Any = layer
+    for part in filter(None, f"{architecture.block}.{architecture.experts}".split(".")):
+        node = getattr(node, part, None)
+    return isinstance(node, nn.Module)
+
+
+def choose_memory(memory: str, checkpoint: Checkpoint, device: torch.device, dtype: str = "auto") -> Memory:
+    """`auto` streams a model that would take more than 70 % of the memory that is free now."""
+    if memory in ("resident", "stream"):
+        return memory  # type: ignore[return-value]
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    need = checkpoint.numel * torch.empty(0, dtype=_dtype(dtype, checkpoint)).element_size()
+    return "resident" if need < 0.7 * free else "stream"
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU.
+
+    Raises:
+        UserError: a device that torch does not have here.
+    """
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device {device!r} is not known", "use auto, cpu, cuda or cuda:0") from None
+    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} GPUs", "use --device cpu")
+    return chosen
+
+
+def _dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
+    if name == "auto":
+        inner = text_config(checkpoint.config)
+        name = inner.get("dtype") or inner.get("torch_dtype") or checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+    value = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(value, torch.dtype):
+        raise UserError(f"dtype {name!r} is not known", "use auto, float32 or bfloat16")
+    return value
+
+
+def _group_names(loaded: LoadedModel) -> None:
+    """Sort the checkpoint's names by the decoder layer they load into (None: outside), by where transformers puts them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    module: Any = loaded.module
+    loaded._mapping = get_model_conversion_mapping(module)
+    loaded._dtype_plan = module._get_dtype_plan(loaded.dtype)
+    renamings = [entry for entry in loaded._mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in loaded._mapping if isinstance(entry, WeightConverter)]
+    targets = module.state_dict()
+    groups: dict[int | None, list[str]] = {}
+    for name in loaded.checkpoint.tensors:
+        renamed, pattern = rename_source_key(name, renamings, converters, module.base_model_prefix, targets)
+        if renamed not in targets and name in targets:
+            renamed, pattern = name, None
+        if renamed not in targets and pattern is None:
+            continue  # what transformers ignores too (multi-token-prediction layers, say)
+        rest = renamed.removeprefix(loaded._prefix)
+        head = rest.partition(".")[0]
+        inside = rest != renamed and head.isdigit() and int(head) < len(loaded.layers)
+        if rest != renamed and not inside:
+            continue
+        groups.setdefault(int(head) if inside else None, []).append(name)
+    loaded._groups = groups
+
+
+def _to_meta(layer: nn.Module) -> None:
+    for module in layer.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def _check_finite(module: nn.Module, where: str, skip: set[int] | frozenset[int] = frozenset()) -> None:
+    """Name the first parameter with NaN or inf. A sum in float32 is one read: any NaN or inf makes it non-finite."""
+    for name, parameter in module.named_parameters():
+        if id(parameter) in skip or not parameter.is_floating_point() or parameter.element_size() < 2:
+            continue
+        if not torch.isfinite(parameter.sum(dtype=torch.float32)) and not bool(torch.isfinite(parameter).all()):
+            bad = (~torch.isfinite(parameter)).nonzero()[0].tolist()
+            raise UserError(f"{name} in {where} has NaN or inf (first at {bad})", "the checkpoint is damaged: download it again")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' progress bars and loading reports while a layer loads."""
+    from transformers.utils import logging
+
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

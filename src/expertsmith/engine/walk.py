@@ -1,0 +1,130 @@
+"""Carry batches through a model in lock-step: all batches through decoder layer 0, then all through layer 1, and so on.
+
+Each batch runs the model's own forward in a greenlet of its own; the forward is stopped at the door of every decoder layer. So masks,
+position embeddings and any state that a model hands from layer to layer are the model's own, and a layer's weights are needed once.
+Greenlets instead of threads: OpenMP would start a pool of workers for every thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from greenlet import greenlet, getcurrent
+
+from expertsmith.engine.loading import LoadedModel
+
+
+@dataclass
+class Batch:
+    """Sequences of one domain, padded on the right. `mask` is True where a token counts.
+
+    `sequences` are the positions of the rows among the domain's sequences.
+    """
+
+    input_ids: torch.Tensor  # [rows, length]
+    mask: torch.Tensor  # [rows, length], bool
+    domain: str
+    sequences: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.mask.sum())
+
+    def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.input_ids.to(device), "attention_mask": self.mask.to(device=device, dtype=torch.long)}
+
+
+class Walk:
+    """One passage of `batches` through `model`.
+
+    Iterate `layers()` to advance; each step yields the index of the decoder layer that all batches have just left. Afterwards
+    `outputs()` finishes the forwards one by one. Use as a context manager: leaving it drops unfinished forwards and restores
+    the layers.
+
+    Args:
+        before: called as before(layer, batch_number, batch) right before a batch enters a decoder layer.
+        after: called as after(layer, batch_number, hidden) with what the layer returned (its first tensor).
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        batches: Sequence[Batch],
+        before: Callable[[int, int, Batch], None] | None = None,
+        after: Callable[[int, int, torch.Tensor], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.batches = batches
+        self.before = before
+        self.after = after
+        self._runs: list[greenlet] = []
+        self._results: dict[int, Any] = {}
+        self._driver: greenlet | None = None
+        self._current = -1  # the batch that runs
+        self._guard = torch.no_grad()
+
+    def __enter__(self) -> Walk:
+        self._driver = getcurrent()
+        self._guard.__enter__()
+        for index, layer in enumerate(self.model.layers):
+            layer.forward = partial(self._enter_layer, index, type(layer).forward.__get__(layer))  # type: ignore[method-assign]
+        self._runs = [greenlet(partial(self._forward, number), self._driver) for number in range(len(self.batches))]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for run in self._runs:
+            if not run.dead:
+                run.throw()
+        for index, layer in enumerate(self.model.layers):
+            layer.__dict__.pop("forward", None)
+            self.model.release(index)
+        self._runs.clear()
+        self._results.clear()
+        self._guard.__exit__(None, None, None)
+
+    def layers(self, until: int | None = None) -> Iterator[int]:
+        """Advance all batches layer by layer, up to and including decoder layer `until` (default: the last)."""
+        for number, run in enumerate(self._runs):
+            self._resume(number, run)  # up to the door of layer 0
+        last = len(self.model.layers) - 1 if until is None else until
+        for index in range(last + 1):
+            self.model.bring(index)
+            for number, run in enumerate(self._runs):
+                self._resume(number, run)
+            self.model.release(index)
+            yield index
+
+    def outputs(self) -> Iterator[Any]:
+        """The model's outputs, batch by batch, in order; each is forgotten once it is handed out."""
+        for number, run in enumerate(self._runs):
+            if not run.dead:
+                self._resume(number, run)
+            yield self._results.pop(number)
+
+    def _forward(self, number: int) -> None:
+        batch = self.batches[number]
+        self._results[number] = self.model.module(**batch.inputs(self.model.device), use_cache=False)
+
+    def _resume(self, number: int, run: greenlet) -> None:
+        self._current = number
+        run.switch()
+
+    def _door(self) -> None:
+        assert self._driver is not None
+        self._driver.switch()
+
+    def _enter_layer(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._door()
+        number = self._current
+        if self.before:
+            self.before(index, number, self.batches[number])
+        out = forward(*args, **kwargs)
+        if self.after:
+            self.after(index, number, out[0] if isinstance(out, tuple) else out)
+        if index == len(self.model.layers) - 1:
+            self._door()  # final norm and head run only when the outputs are asked for
+        return out

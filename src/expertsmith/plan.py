@@ -1,0 +1,179 @@
+"""The plan: which experts stay, layer by layer. Small, readable, diffable JSON that people review before it is applied."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from expertsmith.errors import UserError
+
+FORMAT = "expertsmith.plan"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class Method(_Strict):
+    """The method that chose, with every option that the choice depends on."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Source(_Strict):
+    """The checkpoint that the plan was made for."""
+
+    model_type: str
+    fingerprint: str
+
+
+class CalibrationData(_Strict):
+    """What the choice was calibrated on: the fingerprint of the token ids, and tokens per domain."""
+
+    fingerprint: str
+    tokens: dict[str, int]
+
+
+class Merge(_Strict):
+    """Experts `sources` are merged into expert `into` with `weights`."""
+
+    into: int
+    sources: list[int] = Field(alias="from")
+    weights: list[float]
+
+
+class LayerPlan(_Strict):
+    """One decoder layer. Expert ids are those of the source checkpoint; `keep` ascends."""
+
+    layer: int = Field(ge=0)
+    num_experts: int = Field(ge=1)
+    keep: list[int]
+    saliency: list[float] | None = None
+    merge: list[Merge] = Field(default_factory=list)
+    skip_threshold: float | None = None
+    why: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _ids(self) -> LayerPlan:
+        where = f"layer {self.layer}"
+        if not self.keep:
+            raise ValueError(f"{where}: keep is empty; at least one expert has to stay")
+        if len(set(self.keep)) != len(self.keep):
+            twice = sorted({e for e in self.keep if self.keep.count(e) > 1})
+            raise ValueError(f"{where}: keep names expert {twice[0]} twice")
+        outside = [e for e in self.keep if not 0 <= e < self.num_experts]
+        if outside:
+            raise ValueError(f"{where}: keep names expert {outside[0]}, but the ids run from 0 to {self.num_experts - 1}")
+        if self.keep != sorted(self.keep):
+            raise ValueError(f"{where}: keep is not in ascending order")
+        if self.saliency is not None and len(self.saliency) != self.num_experts:
+            raise ValueError(f"{where}: saliency has {len(self.saliency)} numbers for {self.num_experts} experts")
+        for merge in self.merge:
+            if len(merge.sources) != len(merge.weights):
+                raise ValueError(f"{where}: merge into {merge.into} has {len(merge.sources)} experts and {len(merge.weights)} weights")
+        return self
+
+
+class Summary(_Strict):
+    """[before, after] of routed experts over all layers, parameters and bytes of the checkpoint."""
+
+    experts: tuple[int, int]
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
+
+
+class Plan(_Strict):
+    """A whole plan. `router_groups` "flatten" sets n_group and topk_group to 1 in the output's config."""
+
+    format: Literal["expertsmith.plan"] = "expertsmith.plan"
+    version: Literal[1] = 1
+    method: Method
+    model: Source
+    calibration: CalibrationData | None = None
+    router_groups: Literal["keep", "flatten"] = "keep"
+    layers: list[LayerPlan]
+    summary: Summary | None = None
+
+    @model_validator(mode="after")
+    def _layers(self) -> Plan:
+        numbers = [entry.layer for entry in self.layers]
+        if not numbers:
+            raise ValueError("layers is empty")
+        if numbers != sorted(set(numbers)):
+            raise ValueError(f"layers has to ascend without repetition, but reads {numbers}")
+        return self
+
+    @property
+    def kept(self) -> dict[int, list[int]]:
+        """Decoder layer → kept expert ids."""
+        return {entry.layer: entry.keep for entry in self.layers}
+
+    @property
+    def counts(self) -> list[int]:
+        return [len(entry.keep) for entry in self.layers]
+
+    @property
+    def uniform_count(self) -> int | None:
+        """The number of experts every layer keeps, or None where layers differ."""
+        return self.counts[0] if len(set(self.counts)) == 1 else None
+
+    def save(self, path: Path | str) -> None:
+        """Write the plan; floats with the shortest digits that read back equal, one layer's lists on one line each."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(self.dumps(), encoding="utf-8")
+        partial.replace(target)
+
+    def dumps(self) -> str:
+        data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        layers = ",\n".join("  " + json.dumps(entry, ensure_ascii=False) for entry in data.pop("layers"))
+        summary = data.pop("summary", None)
+        head = ",\n".join(f' "{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in data.items())
+        tail = f',\n "summary": {json.dumps(summary)}' if summary else ""
+        return "{\n" + head + ',\n "layers": [\n' + layers + "\n ]" + tail + "\n}\n"
+
+
+def load_plan(path: Path | str) -> Plan:
+    """Read and validate a plan.
+
+    Raises:
+        UserError: no such file, not JSON, or a rule of the format broken, with the place.
+    """
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no plan at {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a plan", "give the plan.json file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    return parse_plan(raw, str(path))
+
+
+def parse_plan(raw: Any, where: str) -> Plan:
+    """Validate a plan that was read from JSON; `where` names it in errors."""
+    if not isinstance(raw, Mapping) or raw.get("format") != FORMAT:
+        raise UserError(f'{where} is not an expertsmith plan (its "format" is not {FORMAT!r})')
+    try:
+        return Plan.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + explain(error)) from None
+
+
+def explain(error: ValidationError, limit: int = 3) -> str:
+    """pydantic's findings in one line, each with its place."""
+    found = []
+    for item in error.errors()[:limit]:
+        place = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "unknown key"
+        found.append(f"{place}: {message}" if place else message)
+    rest = error.error_count() - limit
+    return "; ".join(found) + (f"; and {rest} more" if rest > 0 else "")

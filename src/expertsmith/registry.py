@@ -1,0 +1,25 @@
+"""Find what a package holds by scanning its modules, and answer a misspelt name with the close matches."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from types import ModuleType
+
+from expertsmith.errors import UserError
+
+
+def modules_of(package: str) -> list[ModuleType]:
+    """Import every module of `package` in name order; an import error is fatal, not skipped."""
+    root = importlib.import_module(package)
+    return [importlib.import_module(f"{package}.{info.name}") for info in sorted(pkgutil.iter_modules(root.__path__), key=lambda i: i.name)]
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not registered: close matches first, then everything there is."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(names)}"
+    return UserError(f"no {kind} is called {name!r}", hint)

@@ -1,0 +1,129 @@
+"""From saliency to kept experts: how many a layer keeps (the budget), and which. Knows nothing of where saliency came from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from expertsmith.errors import UserError
+
+Ties = Literal["keep_lower", "keep_higher"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What every layer of a model has to respect.
+
+    `groups`: expert_groups of equal size of which a token uses `top_groups` (1 and 1 where the router has none); every group
+    keeps the same number, at least `group_minimum`.
+    """
+
+    num_experts: int
+    top_k: int
+    groups: int = 1
+    top_groups: int = 1
+    group_minimum: int = 1
+
+    @property
+    def least(self) -> int:
+        """The smallest count that the router can work with."""
+        per_group = max(self.group_minimum if self.groups > 1 else 1, math.ceil(self.top_k / self.top_groups))
+        return per_group * self.groups
+
+
+def parse_keep(text: str | float | int) -> float | int:
+    """`0.5` and `50%` are ratios, `4` is a count; `1` is one expert, `1.0` all of them.
+
+    Raises:
+        UserError: anything else, zero, a negative number or a ratio above 1.
+    """
+    remedy = "give a ratio such as 0.5 or 50%, or a count such as 4"
+    if isinstance(text, str):
+        match = re.fullmatch(r"\s*([+-]?\d+)\s*|\s*([+-]?\d*\.\d*(?:e-?\d+)?)\s*|\s*([+-]?\d+(?:\.\d*)?)\s*%\s*", text)
+        try:
+            if match is None:
+                raise ValueError
+            value: float | int = int(match[1]) if match[1] else float(match[2]) if match[2] else float(match[3]) / 100
+        except ValueError:
+            raise UserError(f"keep is {text!r}, which is neither a ratio nor a count", remedy) from None
+    else:
+        value = text
+    if not math.isfinite(value) or value <= 0:
+        raise UserError(f"keep is {text}, but at least one expert has to stay", remedy)
+    if isinstance(value, float) and value > 1:
+        raise UserError(f"keep is the ratio {text}, but a ratio is at most 1.0", remedy)
+    return value
+
+
+def keep_count(keep: float | int, rules: Rules, where: str = "the model") -> int:
+    """Experts a layer keeps: a count as it is; a ratio removes floor(n * (1 - ratio)) experts, as REAP does, and is rounded up to a
+    multiple of the expert_groups.
+
+    Raises:
+        UserError: fewer than the router needs, more than there are, or not divisible by the expert_groups.
+    """
+    n = rules.num_experts
+    if isinstance(keep, float):
+        count = n - math.floor(n * (1 - keep) + 1e-9)
+        count = min(n, math.ceil(count / rules.groups) * rules.groups)
+    else:
+        count = keep
+    if count > n:
+        raise UserError(f"{where}: {count} experts are to stay, but it has only {n}")
+    if count < rules.least:
+        need = f"its router needs top_k={rules.top_k}"
+        if rules.groups > 1:
+            need += f" from {rules.top_groups} of {rules.groups} expert_groups with at least {rules.group_minimum} each, so {rules.least} in all"
+        raise UserError(f"{where} would keep {count} of {n} experts, but {need}", f"use --keep {rules.least} (ratio {rules.least / n:.2g}) or more")
+    if count % rules.groups:
+        down, up = count // rules.groups * rules.groups, math.ceil(count / rules.groups) * rules.groups
+        raise UserError(
+            f"{where}: {count} kept experts do not divide into {rules.groups} expert_groups of equal size",
+            f"keep {max(down, rules.least)} or {up}, or pass --router-groups flatten",
+        )
+    return count
+
+
+def ranked(saliency: Sequence[float], ids: Sequence[int], ties: Ties) -> list[int]:
+    """`ids` from the most to the least salient; equal saliencies by expert id."""
+    sign = 1 if ties == "keep_lower" else -1
+    return sorted(ids, key=lambda e: (-saliency[e], sign * e))
+
+
+def uniform(saliency: Mapping[int, Sequence[float]], keep: float | int, rules: Rules, ties: Ties) -> dict[int, list[int]]:
+    """The same number in every layer and in every expert_group: the most salient of each."""
+    count = keep_count(keep, rules)
+    size = rules.num_experts // rules.groups
+    kept = {}
+    for layer, values in saliency.items():
+        chosen: list[int] = []
+        for group in range(rules.groups):
+            chosen += ranked(values, range(group * size, (group + 1) * size), ties)[: count // rules.groups]
+        kept[layer] = sorted(chosen)
+    return kept
+
+
+def over_layers(saliency: Mapping[int, Sequence[float]], keep: float | int, rules: Rules, ties: Ties, normalize: bool = True) -> dict[int, list[int]]:
+    """One ranking over all layers (budget "global"): first every layer's floor of top_k, then the most salient of the rest.
+
+    `normalize` divides each layer's saliency by its sum first, because sums of different layers have different scales.
+
+    Raises:
+        UserError: the router has expert_groups (unequal counts would leave them unequal).
+    """
+    if rules.groups > 1:
+        raise UserError("budget global leaves different numbers in the expert_groups of this model's router", "use --budget uniform or --router-groups flatten")
+    total = keep_count(keep, rules) * len(saliency)
+    scaled = {}
+    for layer, values in saliency.items():
+        scale = sum(values) if normalize else 1.0
+        scaled[layer] = [value / scale if scale else 0.0 for value in values]
+    order = {layer: ranked(values, range(len(values)), ties) for layer, values in scaled.items()}
+    kept = {layer: order[layer][: rules.least] for layer in order}
+    rest = [(-scaled[layer][e], place, layer, e) for layer in order for place, e in enumerate(order[layer]) if place >= rules.least]
+    for _, _, layer, expert in sorted(rest)[: total - rules.least * len(order)]:
+        kept[layer].append(expert)
+    return {layer: sorted(chosen) for layer, chosen in kept.items()}
