@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-LAYER_PATTERN = re.compile(r"^(?P<prefix>(?:.*?\.)?(?:layers|blocks|h)\.)(?P<layer>\d+)\.(?P<rest>.+)$")
+# the language model's decoder layers only: vision towers and multi-token-prediction stacks have layers too
+LAYER_PATTERN = re.compile(r"^(?:(?:model|language_model|backbone|transformer|decoder|llm)\.)*(?:layers|blocks)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 
 
 @dataclass(frozen=True)

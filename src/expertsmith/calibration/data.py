@@ -18,23 +18,14 @@ from typing import Any, Literal
 
 import torch
 
+from expertsmith.calibration.spec import Spec, parse_spec
 from expertsmith.engine.walk import Batch
 from expertsmith.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
 FIELDS = "input_ids, text, messages, or prompt + response"
-DEFAULT_DOMAIN = "default"
 HUB = re.compile(r"^(?P<name>[\w.\-]+/[\w.\-]+|[\w.\-]+)(?:\[(?P<subset>[^\]]+)\])?(?:\((?P<split>[^)]+)\))?$")
 Overlong = Literal["refuse", "truncate", "drop"]
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One `--data` argument."""
-
-    domain: str
-    source: str
-    limit: int | None
 
 
 @dataclass(frozen=True)
@@ -92,28 +83,6 @@ class TokenData:
                     mask[row, : len(rows[index])] = True
                 made.append(Batch(ids, mask, domain, take))
         return made
-
-
-def parse_spec(text: str) -> Spec:
-    """Split `[DOMAIN=]SOURCE[:N]`.
-
-    Raises:
-        UserError: an empty source or a limit that is not a positive number.
-    """
-    domain, equals, rest = text.partition("=")
-    if not equals or not re.fullmatch(r"[\w.\-]+", domain):
-        domain, rest = "", text
-    source, colon, tail = rest.rpartition(":")
-    limit = None
-    if colon and re.fullmatch(r"-?\d+", tail):
-        limit = int(tail)
-        if limit <= 0:
-            raise UserError(f"--data {text!r}: the number after the colon is {limit}", "give a positive number of sequences")
-    else:
-        source = rest
-    if not source:
-        raise UserError(f"--data {text!r} names no source", "write [DOMAIN=]SOURCE[:N], for example math=calib.jsonl:64")
-    return Spec(domain or DEFAULT_DOMAIN, source, limit)
 
 
 def load_tokens(specs: Sequence[str | Spec], tokenizer: Any | None, options: DataOptions, max_positions: int | None = None, vocab_size: int | None = None) -> TokenData:

@@ -66,6 +66,11 @@ class Checkpoint:
     _keep_alive: Any = field(default=None, repr=False)
 
     @property
+    def converted(self) -> bool:
+        """Whether the tensors are a temporary copy of pickled ones."""
+        return self._keep_alive is not None
+
+    @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 

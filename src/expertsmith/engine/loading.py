@@ -7,7 +7,7 @@ but change between minor versions; `tests/test_stream.py` holds them to bit-equa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -123,12 +123,11 @@ def load_model(
     auto = transformers.AutoModelForCausalLM
     try:
         if memory == "resident":
-            folder = checkpoint.path if checkpoint._keep_alive is None else None
+            if checkpoint.converted:
+                raise UserError("a pickle checkpoint is run with --memory stream only")
             with _quiet():
-                if folder is None:
-                    raise UserError("a converted pickle checkpoint is read with --memory stream only")
                 module, info = auto.from_pretrained(
-                    folder, config=config, dtype=chosen, device_map=None if target.type == "cpu" else {"": target},
+                    checkpoint.path, config=config, dtype=chosen, device_map=None if target.type == "cpu" else {"": target},
                     trust_remote_code=False, output_loading_info=True,
                 )  # fmt: skip
             missing = sorted(info["missing_keys"])
@@ -168,17 +167,25 @@ def has_experts(layer: nn.Module, architecture: Architecture) -> bool:
     return isinstance(node, nn.Module)
 
 
-def choose_memory(memory: str, checkpoint: Checkpoint, device: torch.device, dtype: str = "auto") -> Memory:
-    """`auto` streams a model that would take more than 70 % of the memory that is free now."""
-    if memory in ("resident", "stream"):
-        return memory  # type: ignore[return-value]
+def choose_memory(memory: str, checkpoints: Sequence[Checkpoint], device: torch.device, dtype: str = "auto") -> Memory:
+    """`auto` streams where the models together would take more than 70 % of the memory that is free now.
+
+    Raises:
+        UserError: another word than auto, resident or stream.
+    """
+    if memory == "resident" or memory == "stream":
+        return memory
+    if memory != "auto":
+        raise UserError(f"memory is {memory!r}", "choose auto, resident or stream")
+    if any(checkpoint.converted for checkpoint in checkpoints):
+        return "stream"
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         import psutil
 
         free = psutil.virtual_memory().available
-    need = checkpoint.numel * torch.empty(0, dtype=_dtype(dtype, checkpoint)).element_size()
+    need = sum(entry.numel * torch.empty(0, dtype=_dtype(dtype, entry)).element_size() for entry in checkpoints)
     return "resident" if need < 0.7 * free else "stream"
 
 

@@ -1,0 +1,41 @@
+"""How data is named on the command line: `[DOMAIN=]SOURCE[:N]`. No torch: recipes are checked with it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from expertsmith.errors import UserError
+
+DEFAULT_DOMAIN = "default"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One `--data` argument."""
+
+    domain: str
+    source: str
+    limit: int | None
+
+
+def parse_spec(text: str) -> Spec:
+    """Split `[DOMAIN=]SOURCE[:N]`.
+
+    Raises:
+        UserError: an empty source or a limit that is not a positive number.
+    """
+    domain, equals, rest = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w.\-]+", domain):
+        domain, rest = "", text
+    source, colon, tail = rest.rpartition(":")
+    limit = None
+    if colon and re.fullmatch(r"-?\d+", tail):
+        limit = int(tail)
+        if limit <= 0:
+            raise UserError(f"--data {text!r}: the number after the colon is {limit}", "give a positive number of sequences")
+    else:
+        source = rest
+    if not source:
+        raise UserError(f"--data {text!r} names no source", "write [DOMAIN=]SOURCE[:N], for example math=calib.jsonl:64")
+    return Spec(domain or DEFAULT_DOMAIN, source, limit)

@@ -1,0 +1,597 @@
+"""The command line: one command per function of `api`. Knows no mathematics; tables go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from expertsmith.errors import UserError
+
+if TYPE_CHECKING:
+    from expertsmith.plan import Plan
+    from expertsmith.progress import Progress
+    from expertsmith.surgery.verify import Verdict
+
+app = typer.Typer(
+    name="expertsmith",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Remove the experts that you do not need from a Mixture-of-Experts language model, and prove the result right.
+
+    model + data ─calibrate→ statistics ─plan→ plan.json ─apply→ checkpoint ─verify, evaluate→ report
+
+    Each arrow leaves a file, and every stage reruns alone from the file before it. `compress` does all of it in one go; `demo` shows
+    it offline in under a minute.""",
+)
+
+FLOW, LOOK, MORE = "The flow", "Look", "More"
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or owner/name on the Hugging Face hub.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data", "-d", metavar="[DOMAIN=]SOURCE[:N]",
+        help="Text: .jsonl/.json/.txt/.md/.parquet file, folder, or hub data set name\\[subset](split). Records hold text, messages, prompt + response, or input_ids. Repeatable.",
+    ),
+]  # fmt: skip
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Where the result goes.")]
+Method = Annotated[str, typer.Option("--method", "-m", help="How experts are scored; see `expertsmith methods`.")]
+Keep = Annotated[str, typer.Option("--keep", "-k", help="Routed experts that stay in each layer: a ratio (0.5, 50%) or a count (4).")]
+Budget = Annotated[str, typer.Option(help="uniform: every layer keeps the same number; global: one ranking over all layers.")]
+Options = Annotated[list[str] | None, typer.Option("--option", "-O", metavar="KEY=VALUE", help="Option of the method; repeatable.")]
+Domains = Annotated[list[str] | None, typer.Option("--domain", help="Use only this domain of the statistics; repeatable.")]
+Groups = Annotated[str, typer.Option("--router-groups", help="Group-limited routers: keep drops the same number from each group; flatten sets n_group = 1.")]
+Samples = Annotated[int, typer.Option(help="Sequences a domain, drawn with --seed.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens a sequence at most. Default: 2048, or the model's window if less.", show_default=False)]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+Pack = Annotated[bool | None, typer.Option("--pack/--no-pack", help="Join texts into full sequences, or one record a sequence. Default: texts are packed, demonstrations are not.", show_default=False)]
+Overlong = Annotated[str, typer.Option(help="A record longer than the window without packing: refuse, truncate or drop.")]
+BatchTokens = Annotated[int, typer.Option(help="Tokens that run at once.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")]
+Memory = Annotated[str, typer.Option(help="resident: whole model; stream: one decoder layer at a time; auto decides by free memory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One machine-readable object on stdout and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read a pickle-only checkpoint (with weights_only).")]
+Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Complete what an interrupted run left, or start again.")]
+Stats = Annotated[Path | None, typer.Option("--stats", "-s", help="Statistics folder made by `expertsmith calibrate`.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if version:
+        from expertsmith import __version__
+
+        print(f"expertsmith {__version__}")
+        raise typer.Exit
+
+
+@app.command(rich_help_panel=FLOW)
+def compress(
+    model: Model,
+    method: Method,
+    keep: Keep,
+    out: Out,
+    data: Data = None,
+    stats: Stats = None,
+    domain: Domains = None,
+    budget: Budget = "uniform",
+    option: Options = None,
+    router_groups: Groups = "keep",
+    eval_data: Annotated[list[str] | None, typer.Option("--eval-data", "-e", metavar="[DOMAIN=]SOURCE[:N]", help="Held-out text to measure the loss of quality on; repeatable. Without it the calibration text is used.")] = None,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure quality at the end.")] = True,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 42,
+    pack: Pack = None,
+    overlong: Overlong = "refuse",
+    batch_tokens: BatchTokens = 8192,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    memory: Memory = "auto",
+    resume: Resume = True,
+    overwrite: Overwrite = False,
+    allow_pickle: Pickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Calibrate, plan, apply, verify and measure in one go.
+
+    [dim]expertsmith compress mistralai/Mixtral-8x7B-v0.1 -m easy_ep -k 0.5 -d math=math.jsonl -e math=heldout.jsonl -o mixtral-math[/dim]
+    """
+    from expertsmith import api
+
+    result = api.compress(
+        model, method, keep, out, data=data or (), stats=stats, domains=domain or (), budget=budget, options=_options(option),
+        router_groups=_word(router_groups, "router-groups", "keep", "flatten"), eval_data=eval_data or (), measure=measure, overwrite=overwrite,
+        allow_pickle=allow_pickle, device=device, dtype=dtype, memory=memory, samples=samples, seq_len=seq_len, seed=seed, pack=pack,
+        overlong=_word(overlong, "overlong", "refuse", "truncate", "drop"), batch_tokens=batch_tokens, resume=resume, progress=_progress(quiet),
+    )  # fmt: skip
+    verdict = result["verify"]
+    if as_json:
+        _json({**result, "plan": result["plan"].model_dump(mode="json", by_alias=True, exclude_none=True), "verify": verdict.to_json()})
+    else:
+        _print_plan(result["plan"])
+        for note in result["notes"]:
+            _line(f"[yellow]note[/yellow] {note}")
+        _print_verdict(verdict)
+        if result["quality"]:
+            _print_quality(result["quality"], "held-out text" if result["quality"]["held_out"] else "the calibration text itself (flattering; pass --eval-data)")
+        _line("seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
+        _line(f"[bold]{result['out']}[/bold]  (plan inside: expertsmith/plan.json)")
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=FLOW)
+def calibrate(
+    model: Model,
+    out: Out,
+    data: Data = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 42,
+    pack: Pack = None,
+    overlong: Overlong = "refuse",
+    batch_tokens: BatchTokens = 8192,
+    output_sum: Annotated[bool, typer.Option("--output-sum", help="Also sum the raw outputs of every expert (for merging).")] = False,
+    sample_tokens: Annotated[int, typer.Option(help="Also keep block inputs and outputs of this many tokens a domain.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    memory: Memory = "auto",
+    resume: Resume = True,
+    allow_pickle: Pickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """One pass over text → the statistics of every criterion, by layer and domain.
+
+    A run that was killed resumes after the last finished layer. Data-parallel: torchrun --nproc-per-node N -m expertsmith calibrate …
+    """
+    from expertsmith import api
+    from expertsmith.calibration.distributed import ranks
+
+    with ranks(device) as (rank, where):
+        statistics = api.calibrate(
+            model, data or (), out, samples=samples, seq_len=seq_len, seed=seed, pack=pack, overlong=_word(overlong, "overlong", "refuse", "truncate", "drop"),
+            batch_tokens=batch_tokens, output_sum=output_sum, sample_tokens=sample_tokens, device=where, dtype=dtype, memory=memory, resume=resume,
+            allow_pickle=allow_pickle, progress=_progress(quiet or rank > 0),
+        )  # fmt: skip
+    if rank > 0:
+        return
+    if as_json:
+        _json({"out": str(out), **statistics.header})
+        return
+    table = _table("domain", "tokens", "sequences", "least used expert", "most used expert", title=f"{len(statistics.layers)} MoE layers → {out}")
+    for name, count in statistics.tokens.items():
+        shares = [entry.domains[name]["selections"] / max(1, entry.domains[name]["selections"].mean()) for entry in statistics.layers.values()]
+        low, high = min(float(s.min()) for s in shares), max(float(s.max()) for s in shares)
+        table.add_row(name, f"{count:,}", str(statistics.header["data"]["sequences"][name]), f"{low:.2f} × even share", f"{high:.2f} × even share")
+    _line(table)
+
+
+@app.command(rich_help_panel=FLOW)
+def plan(
+    model: Model,
+    method: Method,
+    keep: Keep,
+    out: Out = Path("plan.json"),
+    stats: Stats = None,
+    data: Data = None,
+    domain: Domains = None,
+    budget: Budget = "uniform",
+    option: Options = None,
+    router_groups: Groups = "keep",
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 42,
+    pack: Pack = None,
+    overlong: Overlong = "refuse",
+    batch_tokens: BatchTokens = 8192,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    memory: Memory = "auto",
+    allow_pickle: Pickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Choose which experts stay → plan.json, small enough to read and to review.
+
+    Seconds from statistics; with --data instead of --stats the calibration runs first.
+    """
+    from expertsmith import api
+
+    made = api.plan(
+        model, method, keep, stats=stats, data=data or (), domains=domain or (), budget=budget, options=_options(option),
+        router_groups=_word(router_groups, "router-groups", "keep", "flatten"), out=out, allow_pickle=allow_pickle, samples=samples, seq_len=seq_len, seed=seed,
+        pack=pack, overlong=_word(overlong, "overlong", "refuse", "truncate", "drop"), batch_tokens=batch_tokens, device=device, dtype=dtype, memory=memory,
+        progress=_progress(quiet),
+    )  # fmt: skip
+    if as_json:
+        _json(made.model_dump(mode="json", by_alias=True, exclude_none=True))
+    else:
+        _print_plan(made)
+        _line(f"[bold]{out}[/bold]")
+
+
+@app.command(rich_help_panel=FLOW)
+def apply(
+    model: Model,
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
+    out: Out,
+    check_values: Annotated[bool, typer.Option("--check-values/--no-check-values", help="Look for NaN and inf in what is copied.")] = True,
+    overwrite: Overwrite = False,
+    allow_pickle: Pickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the smaller checkpoint, tensor by tensor; the model is never loaded."""
+    from expertsmith import api
+    from expertsmith.plan import load_plan
+
+    loaded = load_plan(plan_file)
+    notes = api.apply(model, loaded, out, overwrite=overwrite, check_values=check_values, allow_pickle=allow_pickle, progress=_progress(quiet))
+    summary = loaded.summary.model_dump() if loaded.summary else {}
+    if as_json:
+        _json({"out": str(out), "notes": notes, "summary": summary})
+        return
+    for note in notes:
+        _line(f"[yellow]note[/yellow] {note}")
+    _line(f"[bold]{out}[/bold]  " + (f"{_bytes(summary['bytes'][0])} → {_bytes(summary['bytes'][1])}" if summary else ""))
+
+
+@app.command(rich_help_panel=FLOW)
+def verify(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint to prove.")],
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="plan.json; default: the one inside OUT.")] = None,
+    data: Data = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to compare on, about.")] = 1024,
+    seq_len: SeqLen = None,
+    tolerance: Annotated[float, typer.Option(help="Largest difference allowed, relative to the largest value of the same layer.")] = 1e-4,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    memory: Memory = "auto",
+    allow_pickle: Pickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove that OUT is MODEL without the dropped experts: bytes, every layer, logits. Exit code 1 if not."""
+    from expertsmith import api
+
+    verdict = api.verify(
+        model, out, plan=plan_file, data=data or (), tokens=tokens, seq_len=seq_len, tolerance=tolerance, device=device, dtype=dtype,
+        memory=memory, allow_pickle=allow_pickle, progress=_progress(quiet),
+    )  # fmt: skip
+    if as_json:
+        _json(verdict.to_json())
+    else:
+        _print_verdict(verdict, layers=True)
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=FLOW)
+def evaluate(
+    model: Model,
+    data: Data = None,
+    reference: Annotated[str | None, typer.Option("--reference", "-r", help="The original model: adds KL divergence, top-1 agreement and ESAP.")] = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 42,
+    batch_tokens: BatchTokens = 4096,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    memory: Memory = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity by domain on held-out text, and how far the model is from a reference."""
+    from expertsmith import api
+
+    quality = api.evaluate(
+        model, data or (), reference=reference, samples=samples, seq_len=seq_len, seed=seed, batch_tokens=batch_tokens, device=device,
+        dtype=dtype, memory=memory, progress=_progress(quiet),
+    ).to_json()  # fmt: skip
+    if as_json:
+        _json({"model": model, "reference": reference, **quality})
+    else:
+        _print_quality(quality, model)
+
+
+@app.command(rich_help_panel=LOOK)
+def inspect(model: Model, allow_pickle: Pickle = False, as_json: AsJson = False) -> None:
+    """What a checkpoint is, from config and headers only, and what each keep ratio would leave."""
+    from expertsmith import api
+
+    facts = api.inspect(model, allow_pickle=allow_pickle)
+    if as_json:
+        _json(facts)
+        return
+    from rich.markup import escape
+
+    groups = facts["router"]["expert_groups"]
+    router = facts["router"]["score"] + (", selection bias" if facts["router"]["selection_bias"] else "")
+    router += f", {groups['top_groups']} of {groups['groups']} expert_groups" if groups else ""
+    table = _table("", "", title=escape(facts["model"]), header=False)
+    moe = facts["moe_layers"]
+    for name, value in (
+        ("family", f"{facts['family']}  ({facts['model_type']})"),
+        ("layers", f"{facts['layers']}, of which {len(moe)} with experts ({moe[0]}–{moe[-1]})"),
+        ("routed experts", f"{facts['num_experts']} a layer, a token uses {facts['top_k']}"),
+        ("shared experts", str(facts["shared_experts"])),
+        ("router", router),
+        ("parameters", f"{_count(facts['parameters']['total'])} total, {_count(facts['parameters']['active'])} active, {_count(facts['parameters']['routed_experts'])} in routed experts"),
+        ("bytes", _bytes(facts["bytes"])),
+        ("least", f"{facts['least_experts']} experts a layer have to stay"),
+        *((("note", facts["notes"]),) if facts["notes"] else ()),
+    ):
+        table.add_row(name, value)
+    _line(table)
+    ratios = _table("keep", "experts", "parameters", "bytes", "of the original")
+    for row in facts["keep_ratios"]:
+        ratios.add_row(f"{row['keep']:g}", str(row["experts"]), _count(row["parameters"]), _bytes(row["bytes"]), f"{100 * row['bytes_ratio']:.0f} %")
+    _line(ratios)
+
+
+@app.command(rich_help_panel=LOOK)
+def lint(
+    model: Model,
+    engine: Annotated[str | None, typer.Option(help="transformers, vllm, sglang or llama.cpp; default: all.")] = None,
+    tensor_parallel: Annotated[int, typer.Option("--tp", help="Tensor-parallel size you will serve with.")] = 1,
+    expert_parallel: Annotated[int, typer.Option("--ep", help="Expert-parallel size you will serve with.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Will this engine serve this expert count, router and group layout? Exit code 1 if not."""
+    from expertsmith import api
+
+    findings = api.lint(model, engine=engine, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel)
+    if as_json:
+        _json({"model": model, "findings": [finding.to_json() for finding in findings]})
+    elif not findings:
+        _line("[green]nothing found[/green] that would keep " + (engine or "transformers, vllm, sglang or llama.cpp") + " from serving this checkpoint")
+    else:
+        colours = {"error": "red", "warning": "yellow", "info": "dim"}
+        for finding in findings:
+            _line(f"[{colours[finding.level]}]{finding.level:7}[/] {finding.rule.engine}: {finding.message}" + (f"; {finding.remedy}" if finding.remedy else ""))
+            _line(f"        [dim]{finding.rule.id} — {finding.rule.source}[/dim]")
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=LOOK)
+def methods(as_json: AsJson = False) -> None:
+    """The methods: what they compute, from what, with which options, and the paper."""
+    from expertsmith.methods import methods as registered
+
+    if as_json:
+        _json([{"name": m.name, "title": m.title, "paper": m.paper, "reads": m.reads, "options": m.options, "doc": m.doc} for m in registered().values()])
+        return
+    table = _table("method", "what it keeps", "needs", "options", "paper")
+    for m in registered().values():
+        doc = " ".join(m.doc.split("\n\n")[0].split())
+        needs = {"statistics": "calibration", "weights": "weights only", "nothing": "nothing"}[m.reads]
+        table.add_row(f"[bold]{m.name}[/bold]", f"{m.title}. [dim]{_escape(doc)}[/dim]", needs, "\n".join(f"{k}={v}" for k, v in m.options.items()), m.paper)
+    _line(table)
+
+
+@app.command(rich_help_panel=LOOK)
+def architectures(as_json: AsJson = False) -> None:
+    """The model families: supported, partly supported, or refused with the reason."""
+    from expertsmith.arch import families
+
+    rows = list(families().values())
+    if as_json:
+        _json([{"model_type": r.model_type, "title": r.title, "status": r.status, "notes": r.notes, "expert_groups": r.group_key is not None} for r in rows])
+        return
+    table = _table("model_type", "family", "status", "notes")
+    for r in rows:
+        colour = {"full": "green", "partial": "yellow", "refused": "red"}[r.status]
+        table.add_row(f"[bold]{r.model_type}[/bold]", r.title, f"[{colour}]{r.status}[/]", _escape(r.notes))
+    _line(table)
+    _line(f"{sum(r.supported for r in rows)} families supported")
+
+
+@app.command(rich_help_panel=MORE)
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and the checkpoints.")] = Path("demo-output"),
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole flow on a small model that comes with the package: offline, under a minute on two cores."""
+    from expertsmith.demo import run_demo
+
+    result = run_demo(out, _progress(quiet))
+    if as_json:
+        _json(result)
+        return
+    table = _table("kept experts", *(f"{name}\nperplexity" for name in result["domains"]), "verify", title=f"Half of the experts, chosen for {result['target']}")
+    for row in result["rows"]:
+        cells = [f"[bold]{row['perplexity'][name]:.1f}[/bold]" if name == result["target"] else f"{row['perplexity'][name]:.1f}" for name in result["domains"]]
+        table.add_row(row["label"], *cells, row["verify"])
+    _line(table)
+    _line(f"{result['summary']}")
+    _line(f"[bold]{result['report']}[/bold]")
+
+
+@app.command(rich_help_panel=MORE)
+def run(recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml")], as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Run a recipe: the stages of a job in one YAML file, checked as a whole first."""
+    from expertsmith import api
+
+    results = api.run(recipe, progress=_progress(quiet))
+    verdict, quality, made = results.get("verify"), results.get("evaluate"), results.get("plan")
+    if as_json:
+        _json(
+            {
+                **({"calibrate": results["calibrate"].header} if "calibrate" in results else {}),
+                **({"plan": made.model_dump(mode="json", by_alias=True, exclude_none=True)} if made else {}),
+                **({"apply": results["apply"]} if "apply" in results else {}),
+                **({"verify": verdict.to_json()} if verdict else {}),
+                **({"evaluate": quality.to_json()} if quality else {}),
+            }
+        )
+    else:
+        if made:
+            _print_plan(made)
+        if verdict:
+            _print_verdict(verdict)
+        if quality:
+            _print_quality(quality.to_json(), "held-out text")
+    if verdict and not verdict.passed:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line. A user's mistake ends in one line and exit code 2; `--debug` shows where it came from."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments, prog_name="expertsmith")
+    except UserError as error:
+        if debug:
+            raise
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _options(pairs: list[str] | None) -> dict[str, str]:
+    values = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"-O {pair!r} is not KEY=VALUE")
+        values[key] = value
+    return values
+
+
+def _word(value: str, option: str, *allowed: str) -> Any:
+    if value not in allowed:
+        raise UserError(f"--{option} is {value!r}", f"choose {' or '.join(allowed)}")
+    return value
+
+
+def _progress(quiet: bool) -> Progress:
+    from expertsmith.progress import Bar, Silent
+
+    return Silent() if quiet else Bar()
+
+
+def _json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _line(value: Any) -> None:
+    _console().print(value)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _table(*columns: str, title: str = "", header: bool = True) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title or None, box=box.SIMPLE_HEAD if header else None, show_header=header, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _print_plan(made: Plan) -> None:
+    table = _table("layer", "kept experts", "saliency: lowest kept / highest dropped", title=f"{made.method.name}: what stays")
+    for entry in made.layers:
+        values = entry.saliency or []
+        dropped = [values[e] for e in range(entry.num_experts) if e not in entry.keep] if values else []
+        margin = f"{min(values[e] for e in entry.keep):.4g} / {max(dropped):.4g}" if dropped else ""
+        ids = _ranges(entry.keep)
+        table.add_row(str(entry.layer), f"{len(entry.keep):>3} of {entry.num_experts}: {ids}", margin)
+    _line(table)
+    if made.summary:
+        p, b = made.summary.parameters, made.summary.bytes
+        _line(f"{_count(p[0])} → {_count(p[1])} parameters, {_bytes(b[0])} → {_bytes(b[1])} ({100 * b[1] / b[0]:.0f} %)")
+
+
+def _ranges(ids: list[int]) -> str:
+    """0 2 5–7"""
+    parts: list[list[int]] = []
+    for i in ids:
+        if parts and parts[-1][1] == i - 1:
+            parts[-1][1] = i
+        else:
+            parts.append([i, i])
+    return " ".join(str(a) if a == b else f"{a}–{b}" for a, b in parts)
+
+
+def _print_verdict(verdict: Verdict, layers: bool = False) -> None:
+    if verdict.wrong_tensors or verdict.config_differs:
+        what = [f"{len(verdict.wrong_tensors)} tensors are not what the plan says (first: {verdict.wrong_tensors[0]})"] if verdict.wrong_tensors else []
+        what += [f"config.json differs in {', '.join(verdict.config_differs)}"] if verdict.config_differs else []
+        _line("[bold red]verify: FAILED[/bold red] " + "; ".join(what))
+        return
+    if layers:
+        table = _table("layer", "largest difference", "largest value")
+        for row in verdict.layers:
+            table.add_row(str(row["layer"]), f"{row['difference']:.3g}", f"{row['scale']:.3g}")
+        table.add_row("logits", f"{verdict.logits_difference:.3g}", f"{verdict.logits_scale:.3g}")
+        _line(table)
+    word = "[bold green]verify: passed[/bold green]" if verdict.passed else "[bold red]verify: FAILED[/bold red]"
+    _line(
+        f"{word}  {verdict.tensors} tensors byte for byte as planned; largest logit difference to the masked original {verdict.logits_difference:.3g}"
+        f" (logits up to {verdict.logits_scale:.3g}), relative {verdict.largest:.2g}, allowed {verdict.tolerance:g}; {verdict.tokens} tokens, {verdict.dtype}"
+    )
+
+
+def _print_quality(quality: dict[str, Any], title: str) -> None:
+    rows = quality["domains"]
+    reference = "kl" in next(iter(rows.values()))
+    extra = ("reference", "change", "KL", "top-1 agreement", "ESAP") if reference else ()
+    table = _table("domain", "tokens", "perplexity", "loss ± s.e.", *extra, title=f"Quality on {title}")
+    for name, row in rows.items():
+        more = ()
+        if reference:
+            change = row["perplexity"] / row["reference_perplexity"] - 1
+            more = (f"{row['reference_perplexity']:.2f}", f"{100 * change:+.1f} %", f"{row['kl']:.4f}", f"{100 * row['top1_agreement']:.1f} %", f"{row['esap']:.3f}")
+        table.add_row(name, f"{row['tokens']:,}", f"[bold]{row['perplexity']:.2f}[/bold]", f"{row['loss']:.4f} ± {row['loss_se']:.4f}", *more)
+    _line(table)
+
+
+def _bytes(number: float) -> str:
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= factor:
+            return f"{number / factor:.2f} {unit}"
+    return f"{number:.0f} B"
+
+
+def _count(number: float) -> str:
+    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.2f} {unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,134 @@
+"""Perplexity on held-out text, and how far a model's next-token distributions are from a reference's.
+
+Over every predicted token t of a domain, p the reference's and q the model's distribution, all in float32:
+  loss = mean -log q(next token), perplexity = exp(loss);
+  kl = mean sum_v p log(p / q), in nats;
+  agreement = share of tokens with argmax p = argmax q;
+  esap = mean sum_v min(p, q) = 1 - mean total variation (EvoESAP, arXiv 2603.06003).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from expertsmith.engine import Batch, LoadedModel, Walk
+from expertsmith.errors import UserError
+from expertsmith.progress import Progress, Silent
+
+ROWS = 1024  # predicted tokens whose full distributions are held in float32 at a time
+
+
+@dataclass
+class DomainQuality:
+    """Sums over the predicted tokens of one domain; losses squared for the standard error."""
+
+    tokens: int = 0
+    loss: float = 0.0
+    loss_sq: float = 0.0
+    reference_loss: float = 0.0
+    kl: float = 0.0
+    agree: int = 0
+    esap: float = 0.0
+
+    def to_json(self, reference: bool) -> dict[str, float | int]:
+        n = max(1, self.tokens)
+        mean = self.loss / n
+        made: dict[str, float | int] = {
+            "tokens": self.tokens,
+            "loss": mean,
+            "loss_se": math.sqrt(max(0.0, self.loss_sq / n - mean * mean) / n),
+            "perplexity": math.exp(min(mean, 700.0)),
+        }
+        if reference:
+            made |= {
+                "reference_loss": self.reference_loss / n,
+                "reference_perplexity": math.exp(min(self.reference_loss / n, 700.0)),
+                "kl": self.kl / n,
+                "top1_agreement": self.agree / n,
+                "esap": self.esap / n,
+            }
+        return made
+
+
+@dataclass
+class Quality:
+    """Results by domain."""
+
+    domains: dict[str, DomainQuality] = field(default_factory=dict)
+    has_reference: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        rows = {name: entry.to_json(self.has_reference) for name, entry in self.domains.items()}
+        keys = [key for key in next(iter(rows.values())) if key not in ("tokens", "perplexity", "reference_perplexity", "loss_se")]
+        mean: dict[str, float] = {key: sum(row[key] for row in rows.values()) / len(rows) for key in keys}
+        mean["perplexity"] = math.exp(min(mean["loss"], 700.0))
+        return {"domains": rows, "mean": mean}
+
+
+def measure(model: LoadedModel, batches: Sequence[Batch], reference: LoadedModel | None = None, progress: Progress | None = None) -> Quality:
+    """Evaluate `model` on batches (each token of a row predicts the next one), against `reference` if there is one.
+
+    A resident model takes one batch at a time; a streamed one carries all of them through each layer.
+
+    Raises:
+        UserError: the two models have different vocabularies, or nothing is predicted.
+    """
+    quality = Quality(has_reference=reference is not None)
+    models = [model] if reference is None else [model, reference]
+    streamed = any(entry.memory == "stream" for entry in models)
+    groups = [list(batches)] if streamed else [[batch] for batch in batches]
+    with (progress or Silent()).task("evaluate", sum(batch.tokens for batch in batches), "tokens") as advance:
+        for group in groups:
+            _measure_group(model, reference, group, quality, advance)
+    if not any(entry.tokens for entry in quality.domains.values()):
+        raise UserError("the evaluation data has no token to predict", "give longer text")
+    return quality
+
+
+def _measure_group(model: LoadedModel, reference: LoadedModel | None, group: list[Batch], quality: Quality, advance: Any) -> None:
+    with Walk(model, group) as mine:
+        if reference is None:
+            for _ in mine.layers():
+                pass
+            for batch, out in zip(group, mine.outputs(), strict=True):
+                _add(quality, batch, out.logits, None)
+                advance(batch.tokens)
+            return
+        with Walk(reference, group) as theirs:
+            for _ in theirs.layers():
+                pass
+            for _ in mine.layers():
+                pass
+            for batch, out, ref in zip(group, mine.outputs(), theirs.outputs(), strict=True):
+                if out.logits.shape != ref.logits.shape:
+                    raise UserError(f"the model predicts {out.logits.shape[-1]} tokens, the reference {ref.logits.shape[-1]}", "they need the same vocabulary")
+                _add(quality, batch, out.logits, ref.logits)
+                advance(batch.tokens)
+
+
+def _add(quality: Quality, batch: Batch, logits: torch.Tensor, reference: torch.Tensor | None) -> None:
+    entry = quality.domains.setdefault(batch.domain, DomainQuality())
+    predicted = (batch.mask[:, 1:] & batch.mask[:, :-1]).to(logits.device)
+    targets = batch.input_ids.to(logits.device)[:, 1:][predicted]
+    mine = logits[:, :-1][predicted]
+    theirs = reference[:, :-1][predicted] if reference is not None else None
+    for start in range(0, targets.numel(), ROWS):
+        part = slice(start, start + ROWS)
+        q = mine[part].float().log_softmax(-1)
+        losses = -q.gather(-1, targets[part, None]).squeeze(-1).double()
+        entry.tokens += losses.numel()
+        entry.loss += float(losses.sum())
+        entry.loss_sq += float((losses**2).sum())
+        if theirs is None:
+            continue
+        p = theirs[part].float().log_softmax(-1)
+        entry.reference_loss += float(-p.gather(-1, targets[part, None]).double().sum())
+        terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))  # 0 log 0 = 0
+        entry.kl += float(terms.sum(dtype=torch.float64))
+        entry.agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+        entry.esap += float(torch.minimum(p, q).exp().sum(dtype=torch.float64))

@@ -1,0 +1,211 @@
+"""Which tensor of a checkpoint is what: headers + the family's record → every tensor claimed exactly once.
+
+`inspect`, `plan`, `apply` and `verify` read this; no weights are needed for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from expertsmith.arch import Architecture, Stacked, config_first, config_get, family_of, text_config
+from expertsmith.checkpoint import Checkpoint, TensorInfo
+from expertsmith.errors import UserError
+from expertsmith.selection import Rules
+
+Kind = Literal["expert", "stacked", "other", "unused"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One tensor of the source.
+
+    kind "expert": the whole tensor belongs to routed expert `expert` of decoder layer `layer` (ids from num_experts on are zero
+    experts, which always stay); "stacked": its rows run over the experts (`entry`, `rows` an expert, `extra` rows after them);
+    "unused": transformers does not load it (multi-token prediction); "other": everything else.
+    """
+
+    info: TensorInfo
+    kind: Kind
+    layer: int | None = None
+    rest: str = ""
+    expert: int | None = None
+    entry: Stacked | None = None
+    rows: int = 0
+    extra: int = 0
+
+    @property
+    def row_axis(self) -> int:
+        return 1 if len(self.info.shape) > 1 and self.info.shape[0] == 1 else 0
+
+    @property
+    def routed(self) -> bool:
+        """Whether it is a routed expert's weight (not its router row)."""
+        return self.kind == "expert" or (self.kind == "stacked" and self.entry is not None and self.entry.role == "expert")
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """A checkpoint seen as a Mixture of Experts."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    num_experts: int
+    top_k: int
+    rules: Rules
+    claims: tuple[Claim, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(text_config(self.checkpoint.config))
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """Decoder layers with routed experts."""
+        return sorted({claim.layer for claim in self.claims if claim.routed and claim.layer is not None})
+
+    @cached_property
+    def num_layers(self) -> int:
+        """Decoder layers in all."""
+        return 1 + max((claim.layer for claim in self.claims if claim.layer is not None), default=-1)
+
+    def size(self, counts: dict[int, int] | None = None) -> tuple[int, int]:
+        """(parameters, bytes) of the checkpoint with `counts` experts a layer (default: all)."""
+        numel = nbytes = 0.0
+        for claim in self.claims:
+            share = 1.0
+            if claim.kind == "unused" and counts and any(count != self.num_experts for count in counts.values()):
+                share = 0.0
+            elif counts and claim.layer in counts and claim.kind in ("expert", "stacked"):
+                share = self._share(claim, counts[claim.layer])
+            numel += share * claim.info.numel
+            nbytes += share * claim.info.nbytes
+        return round(numel), round(nbytes)
+
+    def _share(self, claim: Claim, count: int) -> float:
+        if claim.kind == "expert":  # experts have one size, so any `count` of them weigh the same
+            return count / self.num_experts if claim.expert is not None and claim.expert < self.num_experts else 1.0
+        total = self.num_experts * claim.rows + claim.extra
+        return (count * claim.rows + claim.extra) / total
+
+    @cached_property
+    def routed_parameters(self) -> int:
+        """Parameters in routed experts."""
+        return round(sum(claim.info.numel * self._routed_share(claim) for claim in self.claims if claim.routed))
+
+    def _routed_share(self, claim: Claim) -> float:
+        if claim.kind == "expert":
+            return float(claim.expert is not None and claim.expert < self.num_experts)
+        total = self.num_experts * claim.rows + claim.extra
+        return self.num_experts * claim.rows / total
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token uses: everything but the routed experts it is not sent to."""
+        total = self.size()[0] - sum(claim.info.numel for claim in self.claims if claim.kind == "unused")
+        return round(total - self.routed_parameters * (1 - self.top_k / self.num_experts))
+
+    def expert_slices(self, layer: int) -> Iterator[tuple[int, str, Claim]]:
+        """(expert, projection file name, claim) of a layer's routed weights, experts ascending; a stacked claim comes once an expert."""
+        mine = [claim for claim in self.claims if claim.layer == layer and claim.routed]
+        for expert in range(self.num_experts):
+            for claim in mine:
+                if claim.kind == "stacked" or claim.expert == expert:
+                    yield expert, claim.rest, claim
+
+
+def take_inventory(checkpoint: Checkpoint) -> Inventory:
+    """Claim every tensor of a checkpoint.
+
+    Raises:
+        UserError: dense or unsupported model, config without expert counts, or tensors that contradict it (missing expert,
+            shape that differs from its siblings', rows that do not divide into experts).
+    """
+    record = family_of(checkpoint.config, f"{checkpoint.source}/config.json")
+    config = text_config(checkpoint.config)
+    experts = _count(config, record.experts_key, checkpoint)
+    top_k = _count(config, record.top_k_key, checkpoint)
+    depth = config.get("num_hidden_layers")
+    claims = tuple(_claim(info, record, config, experts, depth) for info in checkpoint.tensors.values())
+    groups, top_groups = _groups(record, config)
+    rules = Rules(experts, top_k, groups, top_groups, record.group_minimum)
+    inventory = Inventory(checkpoint, record, experts, top_k, rules, claims)
+    if not inventory.layers:
+        prefix = record.expert_prefix[0] if record.expert_prefix else record.stacked[0].name
+        raise UserError(f"{checkpoint.source} holds no routed experts (no tensors such as layers.0.{prefix}…)", "is this the right checkpoint for its config.json?")
+    if experts % groups:
+        raise UserError(f"{checkpoint.source}/config.json has {experts} experts in {groups} expert_groups, which does not divide")
+    for layer in inventory.layers:
+        _check_layer(inventory, layer)
+    return inventory
+
+
+def _count(config: Any, keys: tuple[str, ...], checkpoint: Checkpoint) -> int:
+    found = config_first(config, keys)
+    if found is None:
+        raise UserError(f"{checkpoint.source}/config.json has no {' or '.join(keys)}")
+    key, value = found
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{checkpoint.source}/config.json: {key} is {value!r}, but has to be a positive number")
+    return value
+
+
+def _groups(record: Architecture, config: Any) -> tuple[int, int]:
+    if record.group_key is None:
+        return 1, 1
+    if record.group_active is not None and config_get(config, record.group_active[0]) not in record.group_active[1]:
+        return 1, 1
+    groups = config_get(config, record.group_key) or 1
+    top = config_get(config, record.top_group_key or "") or groups
+    return int(groups), int(top)
+
+
+def _claim(info: TensorInfo, record: Architecture, config: Any, experts: int, depth: Any) -> Claim:
+    located = record.locate(info.name)
+    if located is None:
+        unused = info.name.startswith("mtp.") or ".mtp." in info.name
+        return Claim(info, "unused" if unused else "other")
+    layer, rest = located
+    if isinstance(depth, int) and layer >= depth:
+        return Claim(info, "unused")
+    owner = record.expert_of(rest)
+    if owner is not None:
+        return Claim(info, "expert", layer, rest, expert=owner[0])
+    entry = record.stacked_of(rest)
+    if entry is None:
+        return Claim(info, "other", layer, rest)
+    extra = entry.extra if isinstance(entry.extra, int) else int(config_get(config, entry.extra) or 0)
+    axis = 1 if len(info.shape) > 1 and info.shape[0] == 1 else 0
+    rows = info.shape[axis] if info.shape else 0
+    per_expert, left = divmod(rows - extra, experts)
+    if left or per_expert < 1 or (entry.role == "router" and per_expert != 1):
+        wanted = f"{experts} experts" + (f" + {extra} further rows" if extra else "")
+        raise UserError(f"{info.name} has shape {list(info.shape)}, which does not fit {wanted} of config.json", "config.json and weights do not belong together, or the tensor is damaged")
+    return Claim(info, "stacked", layer, rest, entry=entry, rows=per_expert, extra=extra)
+
+
+def _check_layer(inventory: Inventory, layer: int) -> None:
+    record, experts = inventory.architecture, inventory.num_experts
+    shapes: dict[str, Counter[tuple[int, ...]]] = {}
+    owners: dict[str, dict[int, TensorInfo]] = {}
+    for claim in inventory.claims:
+        if claim.layer == layer and claim.kind == "expert" and claim.expert is not None and claim.expert < experts:
+            owned = record.expert_of(claim.rest)
+            below = owned[1] if owned else ""
+            owners.setdefault(below, {})[claim.expert] = claim.info
+            shapes.setdefault(below, Counter())[claim.info.shape] += 1
+    for below, held in owners.items():
+        missing = [expert for expert in range(experts) if expert not in held]
+        if missing:
+            raise UserError(f"decoder layer {layer} lacks {below} of expert {missing[0]} ({len(held)} of {experts} are there)", "download the checkpoint again, or is config.json of another model?")
+        usual = shapes[below].most_common(1)[0][0]
+        odd = next((info for info in held.values() if info.shape != usual), None)
+        if odd is not None:
+            raise UserError(f"{odd.name} has shape {list(odd.shape)}, but its sibling experts have {list(usual)}", "the tensor is damaged")
+    routers = [c for c in inventory.claims if c.layer == layer and c.kind == "stacked" and c.entry and c.entry.role == "router"]
+    if not routers:
+        raise UserError(f"decoder layer {layer} has experts but no router weight", "download the checkpoint again")
+

@@ -1,0 +1,45 @@
+"""The model card (README.md) of an output checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from expertsmith.inventory import Inventory
+from expertsmith.plan import Plan
+
+
+def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), quality: str = "") -> str:
+    """Markdown: base model, method, ratio, calibration, sizes, measured quality (or that it was not measured)."""
+    before, after = inventory.size(), inventory.size({entry.layer: len(entry.keep) for entry in plan.layers})
+    count = plan.uniform_count
+    share = f"{count} of {inventory.num_experts}" if count is not None else f"{min(plan.counts)} to {max(plan.counts)} of {inventory.num_experts}"
+    options = ", ".join(f"{key}={value}" for key, value in plan.method.options.items())
+    if plan.calibration:
+        tokens = ", ".join(f"{name} {number:,}" for name, number in plan.calibration.tokens.items())
+        calibration = f"{sum(plan.calibration.tokens.values()):,} tokens ({tokens}), data fingerprint `{plan.calibration.fingerprint[:23]}…`"
+    else:
+        calibration = "none (the method needs no data)"
+    lines = [
+        "---",
+        "tags: [expertsmith, mixture-of-experts, pruned]",
+        "---",
+        "",
+        f"# {inventory.checkpoint.path.name} with {share} experts",
+        "",
+        f"Made by [expertsmith] from `{inventory.checkpoint.source}` ({inventory.architecture.title}). The weights that stayed are byte for byte those of the base model.",
+        "",
+        "| | base | this |",
+        "|---|---|---|",
+        f"| routed experts a layer | {inventory.num_experts} | {count if count is not None else share} |",
+        f"| experts a token uses (top_k) | {inventory.top_k} | {inventory.top_k} |",
+        f"| parameters | {before[0]:,} | {after[0]:,} |",
+        f"| bytes | {before[1]:,} | {after[1]:,} |",
+        "",
+        f"- **Method**: {plan.method.name}" + (f" ({options})" if options else ""),
+        f"- **Calibration**: {calibration}",
+        "- **Which experts stayed, and why**: `expertsmith/plan.json` (ids are those of the base model)",
+        f"- **Measured quality**: {quality or 'not measured yet; see `expertsmith evaluate`'}",
+        *(f"- **Note**: {note}" for note in notes),
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,183 @@
+"""Proof that an output checkpoint is the source without the dropped experts.
+
+Three findings: every tensor of the output is byte for byte what the plan says; every decoder layer's output, and the logits, equal those of
+the source with the same experts masked. The source runs masked (`surgery.mask`), the output runs as any user would load it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertsmith.checkpoint import Checkpoint
+from expertsmith.checkpoint.writer import OutputTensor
+from expertsmith.engine import Batch, LoadedModel, Walk, load_model
+from expertsmith.engine.loading import Memory
+from expertsmith.errors import UserError
+from expertsmith.inventory import Inventory
+from expertsmith.plan import Plan
+from expertsmith.progress import Progress, Silent
+from expertsmith.surgery.apply import check_plan, output_config, output_tensors
+from expertsmith.surgery.mask import masked
+
+
+@dataclass
+class Verdict:
+    """What `verify` found. Differences are the largest |a - b| over all tokens that count, in the units of the activations."""
+
+    passed: bool
+    tolerance: float  # relative: largest difference allowed, as a share of the largest reference value
+    tensors: int
+    wrong_tensors: list[str] = field(default_factory=list)
+    config_differs: list[str] = field(default_factory=list)
+    layers: list[dict[str, float]] = field(default_factory=list)  # layer, difference, scale
+    logits_difference: float = 0.0
+    logits_scale: float = 0.0
+    top1_agreement: float = 1.0
+    tokens: int = 0
+    dtype: str = "float32"
+    memory: str = "resident"
+
+    @property
+    def largest(self) -> float:
+        """The largest relative difference over layers and logits."""
+        pairs = [(row["difference"], row["scale"]) for row in self.layers] + [(self.logits_difference, self.logits_scale)]
+        return max((difference / scale if scale else difference) for difference, scale in pairs)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": "expertsmith.verify", "version": 1, **asdict(self), "largest_relative_difference": self.largest}
+
+
+def compare_bytes(plan: Plan, inventory: Inventory, output: Checkpoint, progress: Progress | None = None) -> tuple[int, list[str]]:
+    """(tensors compared, names that differ): dtype, shape and every byte of the output against the plan's byte ranges of the source."""
+    wanted = {tensor.name: tensor for tensor in output_tensors(plan, inventory)}
+    wrong = sorted(set(wanted) ^ set(output.tensors))
+    with (progress or Silent()).task("compare bytes", sum(tensor.nbytes for tensor in wanted.values()), "B") as advance:
+        for name in sorted(set(wanted) & set(output.tensors)):
+            info = output.tensors[name]
+            same = (info.dtype, info.shape) == (wanted[name].dtype, wanted[name].shape) and _same_bytes(wanted[name], output, advance)
+            if not same:
+                wrong.append(name)
+    return len(wanted), wrong
+
+
+def _same_bytes(tensor: OutputTensor, output: Checkpoint, advance: Any, chunk: int = 2**23) -> bool:
+    info = output.tensors[tensor.name]
+    with open(info.file, "rb", buffering=0) as theirs:
+        theirs.seek(info.start)
+        for piece in tensor.pieces:
+            with open(piece.file, "rb", buffering=0) as mine:
+                mine.seek(piece.start)
+                left = piece.nbytes
+                while left:
+                    a, b = mine.read(min(chunk, left)), theirs.read(min(chunk, left))
+                    if not a or a != b:
+                        return False
+                    left -= len(a)
+                    advance(len(a))
+    return True
+
+
+def verify(
+    plan: Plan,
+    inventory: Inventory,
+    output: Checkpoint,
+    batches: Sequence[Batch],
+    *,
+    memory: Memory = "resident",
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    tolerance: float = 1e-4,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Compare the output checkpoint with the masked source.
+
+    Raises:
+        UserError: the plan is not for this source, or a model cannot be loaded.
+    """
+    progress = progress or Silent()
+    check_plan(plan, inventory)
+    tensors, wrong = compare_bytes(plan, inventory, output, progress)
+    expected = output_config(plan, inventory)
+    differs = sorted(key for key in {*expected, *output.config} if expected.get(key) != output.config.get(key))
+    verdict = Verdict(False, tolerance, tensors, wrong, differs, tokens=sum(batch.tokens for batch in batches), dtype=dtype, memory=memory)
+    if wrong or differs:
+        return verdict
+    record = inventory.architecture
+    overrides = {}
+    if plan.router_groups == "flatten":
+        overrides = {key: 1 for key in (record.group_key, record.top_group_key) if key}
+    source = load_model(inventory.checkpoint, record, memory=memory, device=device, dtype=dtype, config_overrides=overrides)
+    pruned = load_model(output, record, memory=memory, device=device, dtype=dtype)
+    with masked(source, plan.kept, inventory.num_experts), progress.task("verify", len(source.layers), "layers") as advance:
+        _compare_forwards(source, pruned, batches, verdict, advance)
+    verdict.passed = verdict.largest <= tolerance
+    return verdict
+
+
+def _compare_forwards(source: LoadedModel, pruned: LoadedModel, batches: Sequence[Batch], verdict: Verdict, advance: Any) -> None:
+    reference: dict[int, torch.Tensor] = {}
+    row = {"difference": 0.0, "scale": 0.0}
+
+    def keep(layer: int, number: int, hidden: torch.Tensor) -> None:
+        reference[number] = hidden
+
+    def compare(layer: int, number: int, hidden: torch.Tensor) -> None:
+        theirs = reference.pop(number)
+        rows = batches[number].mask.to(hidden.device)
+        a, b = theirs[rows].float(), hidden[rows].float()
+        row["difference"] = max(row["difference"], _largest(a - b))
+        row["scale"] = max(row["scale"], _largest(a))
+
+    with Walk(source, batches, after=keep) as first, Walk(pruned, batches, after=compare) as second:
+        for layer, _ in zip(first.layers(), second.layers(), strict=True):
+            verdict.layers.append({"layer": layer, **row})
+            row.update(difference=0.0, scale=0.0)
+            advance(1)
+        same = total = 0
+        for batch, a, b in zip(batches, first.outputs(), second.outputs(), strict=True):
+            rows = batch.mask.to(a.logits.device)
+            x, y = a.logits[rows].float(), b.logits[rows].float()
+            verdict.logits_difference = max(verdict.logits_difference, _largest(x - y))
+            verdict.logits_scale = max(verdict.logits_scale, _largest(x))
+            same += int((x.argmax(-1) == y.argmax(-1)).sum())
+            total += x.shape[0]
+        verdict.top1_agreement = same / max(1, total)
+
+
+def _largest(values: torch.Tensor) -> float:
+    """Largest magnitude; NaN counts as infinite, so that it can never pass."""
+    top = float(values.abs().max()) if values.numel() else 0.0
+    return top if top == top else float("inf")
+
+
+def random_batches(vocab_size: int, tokens: int, seed: int = 0, length: int = 64) -> list[Batch]:
+    """Seeded random token ids, for verification without data: they reach experts that a narrow text would not."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = max(1, tokens // length)
+    ids = torch.randint(0, vocab_size, (rows, length), generator=generator)
+    return [Batch(ids[i : i + 4], torch.ones_like(ids[i : i + 4], dtype=torch.bool), "random", list(range(i, min(i + 4, rows)))) for i in range(0, rows, 4)]
+
+
+def find_plan(output: Path) -> Path:
+    """The plan inside an output checkpoint.
+
+    Raises:
+        UserError: it has none.
+    """
+    path = output / "expertsmith" / "plan.json"
+    if not path.is_file():
+        raise UserError(f"{output} has no expertsmith/plan.json", "pass --plan plan.json")
+    return path
+
+
+def save_verdict(verdict: Verdict, output: Path) -> None:
+    """Leave `expertsmith/verify.json` in the output checkpoint."""
+    target = output / "expertsmith" / "verify.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(verdict.to_json(), indent=1) + "\n", encoding="utf-8")
