@@ -23,6 +23,7 @@ FAMILIES = (
         selection_bias=("router.e_score_correction_bias",),
         norm="post_attention_layernorm.0",
         residual_exact=False,
+        call="pairs",
         tiny={
             "hidden_size": 32,
             "num_layers": 3,  # num_hidden_layers of the built config is twice that

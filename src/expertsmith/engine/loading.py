@@ -53,6 +53,8 @@ class LoadedModel:
         """Load decoder layer `index` and make sure that its weights are finite."""
         if self.memory == "stream":
             self._load(index)
+        if index not in self._checked or self.memory == "stream":
+            _align(self.layers[index])
         if index not in self._checked:
             _check_finite(self.layers[index], f"decoder layer {index}")
             self._checked.add(index)
@@ -155,6 +157,7 @@ def load_model(
             module.get_submodule(parent)._buffers[leaf] = buffer.to(target)
         loaded._load(None)
     layer_ids = {id(p) for layer in layers for p in layer.parameters()}
+    _align(module, skip=layer_ids)
     _check_finite(module, "the model outside its decoder layers", skip=layer_ids)
     return loaded
 
@@ -248,6 +251,19 @@ def _to_meta(layer: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and not parameter.is_meta:
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def _align(module: nn.Module, skip: set[int] | frozenset[int] = frozenset()) -> None:
+    """Copy weights that do not begin at a multiple of 64 bytes: CPU kernels take another path for them, with other rounding, and where
+    a tensor lies in a file or buffer must not decide the last bit of a statistic."""
+    moved: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is None or id(parameter) in skip or parameter.device.type != "cpu" or parameter.data_ptr() % 64 == 0:
+                continue
+            if id(parameter) not in moved:  # tied weights stay tied
+                moved[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            owner._parameters[name] = moved[id(parameter)]
 
 
 def _check_finite(module: nn.Module, where: str, skip: set[int] | frozenset[int] = frozenset()) -> None:

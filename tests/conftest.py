@@ -1,0 +1,81 @@
+"""Tiny random checkpoints of every family, built from the records' own tiny configs; texts and token data for them."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)
+
+from expertsmith.arch import families  # noqa: E402
+
+SUPPORTED = [name for name, record in families().items() if record.supported]
+
+
+def random_model(model_type: str, **overrides: object) -> torch.nn.Module:
+    """A tiny random model of a family. Constant tensors (biases, norms) get noise, so that they matter."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    config = transformers.CONFIG_MAPPING[model_type](**{**families()[model_type].tiny, **overrides})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.is_floating_point() and value.numel() > 1 and bool((value == value.reshape(-1)[0]).all()):
+                value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    return model
+
+
+def save_tiny(model_type: str, folder: Path, **overrides: object) -> Path:
+    random_model(model_type, **overrides).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory):
+    """model_type → directory of its tiny checkpoint."""
+    root = tmp_path_factory.mktemp("tiny")
+
+    @cache
+    def build(model_type: str) -> Path:
+        return save_tiny(model_type, root / model_type)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains of records with input_ids, of different lengths (so batches are padded), over different ids."""
+    folder = tmp_path_factory.mktemp("tokens")
+    generator = torch.Generator().manual_seed(3)
+    for domain, low, high in (("a", 3, 60), ("b", 60, 120)):
+        rows = [torch.randint(low, high, (length,), generator=generator).tolist() for length in (24, 17, 24, 9, 24, 24)]
+        (folder / f"{domain}.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(token_file: Path) -> list[str]:
+    """`--data` arguments of the two domains."""
+    return [f"a={token_file / 'a.jsonl'}", f"b={token_file / 'b.jsonl'}"]
+
+
+@pytest.fixture(scope="session")
+def testbed() -> Path:
+    """Trained models and text of five domains, where $EXPERTSMITH_TESTBED says they are."""
+    root = os.environ.get("EXPERTSMITH_TESTBED")
+    if not root:
+        pytest.skip("EXPERTSMITH_TESTBED is not set")
+    return Path(root)
+
+
+CALIBRATION = {"seq_len": 24, "pack": False, "batch_tokens": 72, "device": "cpu"}

@@ -1,0 +1,252 @@
+"""Every family × the whole flow: both ways to run, all methods, masked original == written checkpoint."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CALIBRATION, SUPPORTED
+
+from expertsmith import api
+from expertsmith.arch import config_first, families, text_config
+from expertsmith.calibration.stats import layer_path, load_statistics
+from expertsmith.checkpoint import open_checkpoint
+from expertsmith.engine import Batch, Walk, load_model
+from expertsmith.inventory import take_inventory
+from expertsmith.methods import methods
+from expertsmith.surgery.mask import masked
+
+EVERY = pytest.mark.parametrize("model_type", SUPPORTED)
+
+
+@pytest.fixture(scope="module")
+def statistics(checkpoints, data, tmp_path_factory):
+    """model_type → statistics folder of a resident calibration."""
+    made: dict[str, Path] = {}
+
+    def get(model_type: str) -> Path:
+        if model_type not in made:
+            folder = tmp_path_factory.mktemp("stats") / model_type
+            api.calibrate(checkpoints(model_type), data, folder, memory="resident", output_sum=True, sample_tokens=10, **CALIBRATION)
+            made[model_type] = folder
+        return made[model_type]
+
+    return get
+
+
+@EVERY
+def test_stream_and_resident_give_the_same_bytes(model_type, checkpoints, data, statistics, tmp_path):
+    resident = statistics(model_type)
+    api.calibrate(checkpoints(model_type), data, tmp_path / "s", memory="stream", output_sum=True, sample_tokens=10, **CALIBRATION)
+    layers = load_statistics(resident).layers
+    for layer in layers:
+        assert filecmp.cmp(layer_path(resident, layer), layer_path(tmp_path / "s", layer), shallow=False)
+    assert len(layers) >= 2
+
+
+@EVERY
+def test_counts_add_up(model_type, checkpoints, statistics):
+    """Every token that is not padding is counted once a layer and sent to top_k experts (fewer where there is a skip class)."""
+    inventory = take_inventory(open_checkpoint(checkpoints(model_type)))
+    stats = load_statistics(statistics(model_type))
+    for entry in stats.layers.values():
+        for name, tokens in stats.tokens.items():
+            sums = entry.domains[name]
+            assert int(sums["tokens"].item()) == tokens
+            slots = int(sums["selections"].sum())
+            zero_experts = model_type == "longcat_flash"
+            assert slots <= tokens * inventory.top_k if families()[model_type].unrouted_zero or zero_experts else slots == tokens * inventory.top_k
+            assert slots > 0
+            assert (sums["coselections"].diagonal() == sums["selections"]).all()
+            assert sums["easy_ep_by_sequence"].sum(0) == pytest.approx(sums["easy_ep"], rel=1e-5, abs=1e-9)
+            assert float(sums["easy_ep"].sum()) > 0
+
+
+@EVERY
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+def test_masked_original_equals_the_written_checkpoint(model_type, memory, checkpoints, statistics, tmp_path):
+    """Half of the experts (the odd ones of a ranking): bytes, every layer and the logits; and the mask itself matters."""
+    source = checkpoints(model_type)
+    made = api.plan(source, "ean", 0.5, stats=statistics(model_type))
+    api.apply(source, made, tmp_path / "out")
+    verdict = api.verify(source, tmp_path / "out", tokens=256, memory=memory, device="cpu")
+    assert verdict.passed, verdict
+    assert verdict.largest < 2e-5
+    assert verdict.top1_agreement == 1.0
+    plain = logits(source)
+    assert (plain - logits(tmp_path / "out")).abs().max() > 1e-4 * plain.abs().max()
+
+
+@EVERY
+def test_every_method_gives_a_checkpoint_that_verifies(model_type, checkpoints, statistics, tmp_path):
+    """All methods, streamed verification; plans that coincide are verified once."""
+    source = checkpoints(model_type)
+    seen = set()
+    for name in methods():
+        made = api.plan(source, name, 0.5, stats=statistics(model_type))
+        again = api.plan(source, name, 0.5, stats=statistics(model_type))
+        assert made.dumps() == again.dumps()
+        key = json.dumps(made.kept)
+        if key in seen:
+            continue
+        seen.add(key)
+        api.apply(source, made, tmp_path / name)
+        assert api.verify(source, tmp_path / name, tokens=64, memory="stream", device="cpu").passed, name
+
+
+@EVERY
+def test_keep_all_is_the_identity(model_type, checkpoints, tmp_path):
+    source = checkpoints(model_type)
+    made = api.plan(source, "random", 1.0)
+    api.apply(source, made, tmp_path / "out")
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "out")
+    assert set(before.tensors) == set(after.tensors)
+    for name in before.tensors:
+        a, b = before.read(name), after.read(name)
+        assert a.dtype == b.dtype
+        assert torch.equal(a.view(torch.uint8) if a.numel() else a, b.view(torch.uint8) if b.numel() else b)
+    assert before.config == after.config
+
+
+@EVERY
+def test_every_tensor_is_claimed_once_and_experts_account_for_the_change(model_type, checkpoints, tmp_path):
+    """Against the library itself: a config with fewer experts, saved, has exactly the tensors and shapes that `apply` writes."""
+    source = checkpoints(model_type)
+    inventory = take_inventory(open_checkpoint(source))
+    assert len(inventory.claims) == len({claim.info.name for claim in inventory.claims}) == len(inventory.checkpoint.tensors)
+    made = api.plan(source, "random", 6 if inventory.rules.groups == 1 else 4)
+    api.apply(source, made, tmp_path / "out")
+    ours = open_checkpoint(tmp_path / "out")
+    from conftest import random_model
+
+    key = config_first(text_config(inventory.checkpoint.config), inventory.architecture.experts_key)
+    assert key is not None
+    name = next(k for k in (*inventory.architecture.experts_key, key[0]) if accepts(model_type, k))
+    overrides: dict[str, object] = {name: made.uniform_count}
+    if "." in name:
+        head, leaf = name.split(".")
+        overrides = {head: {**families()[model_type].tiny[head], leaf: made.uniform_count}}
+    random_model(model_type, **overrides).save_pretrained(tmp_path / "stock")
+    theirs = open_checkpoint(tmp_path / "stock")
+    assert {n: t.shape for n, t in ours.tensors.items()} == {n: t.shape for n, t in theirs.tensors.items()}
+
+
+def accepts(model_type: str, key: str) -> bool:
+    return key.split(".")[0] in families()[model_type].tiny
+
+
+@EVERY
+def test_residual_stream_is_where_the_record_says(model_type, checkpoints):
+    """x_scale * x + post_norm(scales * routed + shared) is what the decoder layer returns."""
+    record = families()[model_type]
+    if not record.residual_exact:
+        pytest.skip(f"no exact sum: {record.notes}")
+    inventory = take_inventory(open_checkpoint(checkpoints(model_type)))
+    model = load_model(inventory.checkpoint, record)
+    index = model.moe_layers[-1]
+    layer = model.layers[index]
+    rebuilt = RebuildLayer(layer, record)
+    ids = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0))
+    out: list[torch.Tensor] = []
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), "a", [0, 1])
+    with rebuilt, Walk(model, [batch], after=lambda i, n, h: out.append(h) if i == index else None) as walk:
+        list(walk.layers())
+        found = rebuilt.result(out[0].shape)
+    assert (found - out[0]).abs().max() < 1e-5 * (1 + out[0].abs().max())
+
+
+class RebuildLayer:
+    """Hooks that catch the residual stream, the block's whole output, and redo the sum at the end of a decoder layer."""
+
+    def __init__(self, layer, record) -> None:
+        self.layer, self.record, self.handles = layer, record, []
+
+    def __enter__(self):
+        from expertsmith.calibration.observers import submodule
+
+        record = self.record
+        self.block = submodule(self.layer, record.block)
+        target = self.block if record.residual == "block_input" else submodule(self.layer, record.norm)
+        if record.residual == "norm_output":
+            self.handles.append(target.register_forward_hook(lambda m, a, o: setattr(self, "x", o.clone())))
+        else:
+            self.handles.append(target.register_forward_pre_hook(lambda m, a, k: setattr(self, "x", (a[0] if a else k["hidden_states"]).clone()), with_kwargs=True))
+        self.whole = record.block != ""
+        if self.whole:
+            self.handles.append(self.block.register_forward_hook(lambda m, a, o: setattr(self, "out", (o[0] if isinstance(o, tuple) else o).clone())))
+        else:
+            self.handles.append(submodule(self.block, record.experts).register_forward_hook(lambda m, a, o: setattr(self, "out", o.clone())))
+            self.shared = torch.zeros(())
+            if record.shared and getattr(self.block, record.shared.split(".")[0], None) is not None:
+                self.handles.append(submodule(self.block, record.shared).register_forward_hook(lambda m, a, o: setattr(self, "shared", o.clone())))
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+    def result(self, shape):
+        from expertsmith.calibration.observers import submodule
+
+        record, out = self.record, self.out.reshape(shape)
+        if not self.whole:
+            if record.block_scale:
+                out = out * getattr(self.block, record.block_scale)
+            out = out + self.shared.reshape(shape) if self.shared.dim() else out
+        if record.layer_scale:
+            out = out * getattr(self.layer, record.layer_scale)
+        if record.post_norm and not (self.whole and record.post_norm.startswith(f"{record.block}.")):  # else already in the block
+            out = submodule(self.layer, record.post_norm)(out)
+        x = self.x.reshape(shape)
+        return (x * getattr(self.layer, record.residual_scale) if record.residual_scale else x) + out
+
+
+@EVERY
+def test_observing_does_not_change_the_model(model_type, checkpoints, data, tmp_path):
+    """Logits while everything is observed against logits of the plain model."""
+    from expertsmith.calibration.observers import LayerSums, observing
+    from expertsmith.calibration.runner import _num_experts
+
+    checkpoint = open_checkpoint(checkpoints(model_type))
+    record = families()[model_type]
+    model = load_model(checkpoint, record)
+    ids = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), "a", [0, 1])
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        for index in model.moe_layers:
+            sums = LayerSums(_num_experts(model, index), {"a": 2}, model.device)
+            stack.enter_context(observing(model.layers[index], record, sums, lambda: batch))
+        with Walk(model, [batch]) as walk:
+            list(walk.layers())
+            watched = next(walk.outputs()).logits
+    plain = logits(checkpoints(model_type), ids)
+    assert (watched - plain).abs().max() < 3e-6 * (1 + plain.abs().max())
+
+
+def logits(path: Path, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """What plain transformers computes from a checkpoint."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    ids = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0)) if ids is None else ids
+    with torch.no_grad():
+        return model(ids).logits.float()
+
+
+@EVERY
+def test_mask_is_undone(model_type, checkpoints):
+    inventory = take_inventory(open_checkpoint(checkpoints(model_type)))
+    model = load_model(inventory.checkpoint, inventory.architecture)
+    ids = torch.randint(3, 120, (1, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model.module(ids).logits
+        size = inventory.num_experts // inventory.rules.groups
+        keep = [e for e in range(inventory.num_experts) if e % size < max(2, size // 2)]
+        with masked(model, dict.fromkeys(inventory.layers, keep), inventory.num_experts):
+            model.module(ids)
+        assert torch.equal(before, model.module(ids).logits)
