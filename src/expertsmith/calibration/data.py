@@ -174,23 +174,26 @@ def tokenize(record: Mapping[str, Any], tokenizer: Any | None, place: str) -> tu
         if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) for i in ids):
             raise UserError(f"{place}: input_ids is not a list of integers")
         return list(ids), False
+    demonstration = isinstance(record.get("messages"), list) or all(isinstance(record.get(key), str) for key in ("prompt", "response"))
+    text = record.get("text")
+    if not demonstration and not isinstance(text, str):
+        raise UserError(f"{place} has the fields {', '.join(sorted(record)) or '(none)'}, but a record needs {FIELDS}")
+    if not demonstration and not text.strip():
+        return [], False
     if tokenizer is None:
         raise UserError(f"{place} holds text, but the model directory has no tokenizer", "give records with input_ids, or add the tokenizer files to the model directory")
     if isinstance(record.get("messages"), list):
         return _template(tokenizer, record["messages"], place), True
-    if isinstance(record.get("prompt"), str) and isinstance(record.get("response"), str):
+    if demonstration:
         if getattr(tokenizer, "chat_template", None):
             messages = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["response"]}]
             return _template(tokenizer, messages, place), True
         return _frame(tokenizer, record["prompt"] + record["response"]), True
-    text = record.get("text")
-    if not isinstance(text, str):
-        raise UserError(f"{place} has the fields {', '.join(sorted(record)) or '(none)'}, but a record needs {FIELDS}")
-    return (_frame(tokenizer, text) if text.strip() else []), False
+    return _frame(tokenizer, str(text)), False
 
 
 def _frame(tokenizer: Any, text: str) -> list[int]:
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return ([bos] if bos is not None else []) + ids + ([eos] if eos is not None else [])
 
@@ -202,7 +205,7 @@ def _template(tokenizer: Any, messages: list[Any], place: str) -> list[int]:
         rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # templates are user-supplied Jinja: anything can come out
         raise UserError(f"{place}: the chat template refuses these messages: {error}") from None
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def read_records(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -98,8 +98,11 @@ def write_checkpoint(
         (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _swap(partial, out)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk of {out.parent} is full after {total / 1e9:.2f} GB were to be written", "free some space; nothing was left behind") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"the disk of {out.parent} is full, or a size limit was reached ({error.strerror}): the checkpoint needs {total / 1e9:.2f} GB",
+                "nothing was left behind",
+            ) from None
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -7,7 +7,7 @@ but change between minor versions; `tests/test_stream.py` holds them to bit-equa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -75,10 +75,9 @@ class LoadedModel:
         with _quiet():
             info, _ = convert_and_load_state_dict_in_model(self.module, state, options)
         where = "outside the decoder layers" if group is None else f"in decoder layer {group}"
-        for problem, names in (("do not fit the model", info.mismatched_keys), ("could not be converted", info.conversion_errors)):
-            if names:
-                first = sorted(str(name[0] if isinstance(name, tuple) else name) for name in names)[0]
-                raise UserError(f"tensors {where} {problem}: {first}", "config.json and weights do not belong together, or a tensor has a wrong shape")
+        _refuse_mismatched(info.mismatched_keys)
+        if info.conversion_errors:
+            raise UserError(f"tensors {where} could not be converted: {sorted(map(str, info.conversion_errors))[0]}", "config.json and weights do not belong together, or a tensor has a wrong shape")
         target = self.module if group is None else self.layers[group]
         skipped = {id(p) for layer in self.layers for p in layer.parameters()} if group is None else set()
         if group is None:
@@ -130,8 +129,9 @@ def load_model(
             with _quiet():
                 module, info = auto.from_pretrained(
                     checkpoint.path, config=config, dtype=chosen, device_map=None if target.type == "cpu" else {"": target},
-                    trust_remote_code=False, output_loading_info=True,
+                    trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,  # named below instead
                 )  # fmt: skip
+            _refuse_mismatched(info["mismatched_keys"])
             missing = sorted(info["missing_keys"])
             if missing:
                 raise UserError(f"the checkpoint lacks the weights of {missing[0]}", "download it again")
@@ -244,6 +244,13 @@ def _group_names(loaded: LoadedModel) -> None:
             continue
         groups.setdefault(int(head) if inside else None, []).append(name)
     loaded._groups = groups
+
+
+def _refuse_mismatched(keys: Iterable[Any]) -> None:
+    for key in sorted(keys, key=str):
+        name, *shapes = key if isinstance(key, tuple) else (key,)
+        detail = f": the file has shape {list(shapes[0])}, the model {list(shapes[1])}" if len(shapes) == 2 else ""
+        raise UserError(f"{name} has a wrong shape{detail}", "config.json and weights do not belong together, or the tensor is damaged")
 
 
 def _to_meta(layer: nn.Module) -> None:
