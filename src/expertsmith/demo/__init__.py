@@ -1,0 +1,115 @@
+"""`expertsmith demo`: the whole flow on a small trained model that ships with the package, on text of the Python installation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from expertsmith import api
+from expertsmith.errors import UserError
+from expertsmith.progress import Progress, Silent
+
+MODEL = Path(__file__).parent / "model"
+TARGET = "code"  # the domain that the user of the demo cares for
+KEEP = 0.5
+RANDOM_SEEDS = (0, 1, 2)
+SETTINGS: dict[str, Any] = {"seq_len": 256, "device": "cpu", "dtype": "float32", "memory": "resident"}
+CALIBRATION_SEQUENCES = 24
+EVALUATION_SEQUENCES = 24
+MARK = "expertsmith-demo.json"
+
+
+def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Calibrate on three domains, keep half of the experts for one of them by several methods, verify and measure each.
+
+    Leaves text, statistics, plans, checkpoints, `results.json` and `report.html` in `out`; a folder that an earlier demo left is
+    replaced.
+
+    Raises:
+        UserError: `out` exists and is not of a demo.
+    """
+    from expertsmith.calibration.stats import load_statistics
+    from expertsmith.demo import corpus
+    from expertsmith.demo.report import write_report
+
+    progress = progress or Silent()
+    begin = time.perf_counter()
+    if out.exists():
+        if not (out / MARK).exists():
+            raise UserError(f"{out} exists already and was not left by the demo", "choose another folder with -o")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / MARK).write_text("{}\n")
+    progress.note(f"text: {', '.join(corpus.DOMAINS)}, read from this Python installation")
+    corpus.write(out / "text" / "calib", "calib")
+    corpus.write(out / "text" / "heldout", "heldout")
+    calib = [f"{name}={out / 'text' / 'calib' / f'{name}.jsonl'}:{CALIBRATION_SEQUENCES}" for name in corpus.DOMAINS]
+    heldout = [f"{name}={out / 'text' / 'heldout' / f'{name}.jsonl'}:{EVALUATION_SEQUENCES}" for name in corpus.DOMAINS]
+    api.calibrate(MODEL, calib, out / "stats", progress=progress, batch_tokens=2048, **SETTINGS)
+    statistics = load_statistics(out / "stats")
+    runs = [("easy_ep", TARGET, "easy_ep", {}), ("reap", TARGET, "reap", {})]
+    runs += [(f"random {seed}", None, "random", {"seed": seed}) for seed in RANDOM_SEEDS]
+    runs += [(f"easy_ep for {name}", name, "easy_ep", {}) for name in corpus.DOMAINS if name != TARGET]
+    rows = [_row("all (the original)", None, MODEL, None, heldout, "–", progress)]
+    for label, domain, method, options in runs:
+        folder = out / label.replace(" ", "-")
+        made = api.plan(MODEL, method, KEEP, stats=statistics, domains=[domain] if domain and method != "random" else (), options=options)
+        api.apply(MODEL, made, folder, progress=progress)
+        verdict = api.verify(MODEL, folder, tokens=256, device="cpu", memory="resident")
+        mark = f"{'passed' if verdict.passed else 'FAILED'}, Δ {verdict.logits_difference:.1g}"
+        rows.append(_row(label, domain, folder, made, heldout, mark, progress))
+    result = {
+        "target": TARGET,
+        "keep": KEEP,
+        "domains": list(corpus.DOMAINS),
+        "rows": _merge_random(rows),
+        "bytes": list(made.summary.bytes) if made.summary else [],
+        "seconds": 0.0,
+        "report": str(out / "report.html"),
+    }
+    result["seconds"] = round(time.perf_counter() - begin, 1)
+    result["summary"] = _summary(result)
+    write_report(out / "report.html", result, statistics, rows)
+    (out / "results.json").write_text(json.dumps({**result, "rows": [{k: v for k, v in row.items() if k != "plan"} for row in result["rows"]]}, indent=1) + "\n")
+    return json.loads((out / "results.json").read_text())  # type: ignore[no-any-return]
+
+
+def _row(label: str, domain: str | None, model: Path, made: Any, heldout: list[str], mark: str, progress: Progress) -> dict[str, Any]:
+    quality = api.evaluate(model, heldout, samples=EVALUATION_SEQUENCES, batch_tokens=2048, **SETTINGS).to_json()["domains"]
+    perplexity = {name: row["perplexity"] for name, row in quality.items()}
+    progress.note(f"{label}: " + ", ".join(f"{name} {value:.1f}" for name, value in perplexity.items()))
+    loss = {name: row["loss"] for name, row in quality.items()}
+    return {"label": label, "domain": domain, "perplexity": perplexity, "loss": loss, "verify": mark, "plan": made}
+
+
+def _merge_random(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The random rows as one, with the geometric mean of their perplexities (the mean of their losses)."""
+    import math
+
+    drawn = [row for row in rows if row["label"].startswith("random")]
+    loss = {name: sum(row["loss"][name] for row in drawn) / len(drawn) for name in drawn[0]["loss"]}
+    verdicts = {row["verify"].split(",")[0] for row in drawn}
+    mark = "FAILED" if "FAILED" in verdicts else "passed"
+    one = {"label": f"random (mean of {len(drawn)})", "domain": None, "loss": loss, "perplexity": {k: math.exp(v) for k, v in loss.items()}, "verify": mark}
+    others = [row for row in rows if row not in drawn]
+    others.insert(3, one)
+    for row in others:
+        if row["domain"] and row["label"] in ("easy_ep", "reap"):
+            row["label"] = f"{row['label']} for {row['domain']}"
+    return others
+
+
+def _summary(result: dict[str, Any]) -> str:
+    target = result["target"]
+    by_label = {row["label"]: row["loss"][target] for row in result["rows"]}
+    base = by_label["all (the original)"]
+    chosen = by_label[f"easy_ep for {target}"] - base
+    random = next(value for label, value in by_label.items() if label.startswith("random")) - base
+    before, after = result["bytes"]
+    return (
+        f"On {target}, half of the experts chosen by easy_ep cost {chosen:+.2f} nats a token, chosen at random {random:+.2f}; "
+        f"the checkpoint shrinks from {before / 1e6:.1f} to {after / 1e6:.1f} MB. {result['seconds']:.0f} s."
+    )
