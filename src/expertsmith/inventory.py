@@ -158,9 +158,13 @@ def _groups(record: Architecture, config: Any) -> tuple[int, int]:
         return 1, 1
     if record.group_active is not None and config_get(config, record.group_active[0]) not in record.group_active[1]:
         return 1, 1
-    groups = config_get(config, record.group_key) or 1
-    top = config_get(config, record.top_group_key or "") or groups
-    return int(groups), int(top)
+    groups, top = record.group_default
+    for key in (record.group_alias, record.group_key):
+        if key in config:
+            groups = top = int(config[key] or 1)
+    if record.top_group_key in config:
+        top = int(config[record.top_group_key] or groups)
+    return groups, top
 
 
 def _claim(info: TensorInfo, record: Architecture, config: Any, experts: int, depth: Any) -> Claim:

@@ -118,7 +118,7 @@ def check(subject: Subject, engine: str | None = None) -> list[Finding]:
 def subject_of(inventory: Inventory, tensor_parallel: int = 1, expert_parallel: int = 1) -> Subject:
     """The numbers of a checkpoint that the rules need."""
     record, rules, config = inventory.architecture, inventory.rules, inventory.config
-    named = config.get("architectures") or inventory.checkpoint.config.get("architectures") or ()
+    named = inventory.checkpoint.config.get("architectures") or config.get("architectures") or ()
     # zero experts have numbers after the experts' and may have tensors
     zero = max((_extra(entry.extra, config) for entry in record.stacked), default=0)
     seen: dict[int, set[int]] = {layer: set() for layer in inventory.layers}
@@ -161,36 +161,37 @@ def _names(text: str) -> frozenset[str]:
 UNREGISTERED = {
     "vllm": _names(
         """AriaTextForCausalLM AXK2ForCausalLM BailingHybridForCausalLM BeamForCausalLM Dots1ForCausalLM FlintForCausalLM
-        Inkling2ForCausalLM Inkling2ForConditionalGeneration Kolibri1ForCausalLM MiniMaxForCausalLM MiniMaxM3VLForCausalLM
-        PhimoeForCausalLM SolarOpenForCausalLM ZayaForCausalLM"""
+        Inkling2ForCausalLM Inkling2ForConditionalGeneration Kolibri1ForCausalLM MiniMaxForCausalLM
+        MiniMaxM3VLForCausalLM PhimoeForCausalLM SolarOpenForCausalLM ZayaForCausalLM"""
     ),
     "sglang": _names(
-        """AriaTextForCausalLM AriaForConditionalGeneration AXK1ForCausalLM AXK2ForCausalLM BailingHybridForCausalLM Dots1ForCausalLM
-        FlexOlmoForCausalLM FlintForCausalLM Inkling2ForCausalLM Inkling2ForConditionalGeneration InklingForCausalLM
-        JambaForCausalLM Kolibri1ForCausalLM MiniMaxForCausalLM MiniMaxM3VLForCausalLM PhimoeForCausalLM Qwen4ExpForCausalLM
-        SolarOpenForCausalLM"""
+        """AriaTextForCausalLM AriaForConditionalGeneration AXK1ForCausalLM AXK2ForCausalLM BailingHybridForCausalLM
+        Dots1ForCausalLM FlexOlmoForCausalLM FlintForCausalLM Inkling2ForCausalLM
+        Inkling2ForConditionalGeneration InklingForCausalLM JambaForCausalLM Kolibri1ForCausalLM
+        MiniMaxForCausalLM MiniMaxM3VLForCausalLM PhimoeForCausalLM Qwen4ExpForCausalLM SolarOpenForCausalLM"""
     ),
     "llama.cpp": _names(
-        """AriaTextForCausalLM AriaForConditionalGeneration AXK1ForCausalLM AXK2ForCausalLM BailingHybridForCausalLM BeamForCausalLM
-        FlexOlmoForCausalLM FlintForCausalLM Inkling2ForCausalLM Inkling2ForConditionalGeneration InklingForCausalLM
-        InklingForConditionalGeneration Kolibri1ForCausalLM LongcatFlashForCausalLM MiniMaxForCausalLM MiniMaxM3VLForCausalLM
+        """AriaTextForCausalLM AriaForConditionalGeneration AXK1ForCausalLM AXK2ForCausalLM BailingHybridForCausalLM
+        BeamForCausalLM FlexOlmoForCausalLM FlintForCausalLM Inkling2ForCausalLM
+        Inkling2ForConditionalGeneration InklingForCausalLM InklingForConditionalGeneration
+        Kolibri1ForCausalLM LongcatFlashForCausalLM MiniMaxForCausalLM MiniMaxM3VLForCausalLM
         PhimoeForCausalLM ZayaForCausalLM"""
     ),
 }
 # of these, what SGLang's transformers backend refuses: is_backend_compatible() is False in transformers 5.23.0
 SGLANG_NO_BACKEND = _names(
-    """BailingHybridForCausalLM Inkling2ForCausalLM Inkling2ForConditionalGeneration InklingForCausalLM JambaForCausalLM
-    Qwen4ExpForCausalLM"""
+    """BailingHybridForCausalLM Inkling2ForCausalLM Inkling2ForConditionalGeneration InklingForCausalLM
+        JambaForCausalLM Qwen4ExpForCausalLM"""
 )
 # families whose MoE block refuses a tensor-parallel size above the number of experts
 VLLM_TP = _names(
-    """cohere2_moe ernie4_5_moe exaone_moe hy_v3 hy_v4 laguna lfm2_moe mimo_v2_flash minimax_m2 minimax_m3_vl_text qwen2_moe
-    qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp_text"""
+    """cohere2_moe ernie4_5_moe exaone_moe hy_v3 hy_v4 laguna lfm2_moe mimo_v2_flash minimax_m2 minimax_m3_vl_text
+        qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp_text"""
 )
 SGLANG_TP = _names(
-    """afmoe cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 exaone_moe glm4_moe glm4_moe_lite glm_moe_dsa
-    hunyuan_v1_moe laguna lfm2_moe longcat_flash mimo_v2_flash minimax_m2 minimax_m3_vl_text qwen2_moe qwen3_5_moe_text qwen3_moe
-    qwen3_next zaya"""
+    """afmoe cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 exaone_moe glm4_moe glm4_moe_lite
+        glm_moe_dsa hunyuan_v1_moe laguna lfm2_moe longcat_flash mimo_v2_flash minimax_m2 minimax_m3_vl_text
+        qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next zaya"""
 )
 # n_group and topk_group that transformers takes where config.json names none
 GROUP_DEFAULTS = dict.fromkeys(("axk1", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32"), (8, 4))
@@ -213,6 +214,7 @@ LAYOUT = "keep a number that divides into the expert_groups, or plan with --rout
 MORE = "keep more experts"
 # what the sources of the DeepSeek family read from config.json and transformers does not write
 ROUTER_KEYS = 'copy "topk_method": "noaux_tc" and "scoring_func": "sigmoid" from the original model\'s config.json'
+MINIMAX_KEYS = 'copy "scoring_func": "sigmoid" and "use_routing_bias": true from the original model\'s config.json'
 
 
 def _rule(id: str, says: str, where: str, level: Level, test: Callable[[Subject], str | None], remedy: str = "") -> Rule:
@@ -269,7 +271,9 @@ def _missing(
     engine: str, only: frozenset[str] | None = None, but: frozenset[str] = frozenset()
 ) -> Callable[[Subject], str | None]:
     def test(s: Subject) -> str | None:
-        name = s.architectures[0] if s.architectures else ""
+        # llama.cpp's converter prefers what the text part names
+        named = (engine == "llama.cpp" and s.config.get("architectures")) or s.architectures
+        name = named[0] if named else ""
         if name in UNREGISTERED[engine] and (only is None or name in only) and name not in but:
             return f"{engine} has no model called {name}"
         return None
@@ -353,7 +357,7 @@ def _vllm_v2_none(s: Subject) -> str | None:
 def _vllm_v2_greedy(s: Subject) -> str | None:
     groups = s.config.get("n_group")
     if s.model_type == "deepseek_v2" and s.groups == 1 and isinstance(groups, int) and groups > 1:
-        return f"topk_method {s.config.get('topk_method', 'greedy')} has no groups in transformers, but vLLM applies n_group = {groups}"
+        return f"without topk_method group_limited_greedy transformers has no groups, but vLLM applies n_group = {groups}"
     return None
 
 
@@ -373,7 +377,7 @@ def _vllm_small_kernel(s: Subject) -> str | None:
 
 def _vllm_topk(s: Subject) -> str | None:
     if s.group_key is None and s.model_type not in OWN_TOPK and s.num_experts not in VLLM_TOPK:
-        return f"{s.num_experts} experts have no fused top-k kernel (there is one for powers of two up to 512 and 192, 320, 384, 448, 576)"
+        return f"{s.num_experts} experts have no fused top-k kernel (powers of two up to 512, 192, 320, 384, 448 and 576 have)"
     return None
 
 
@@ -420,9 +424,15 @@ def _vllm_cpu_heads(s: Subject) -> str | None:
 # --- SGLang ---
 
 
+def _sglang_keys(s: Subject) -> str | None:
+    # V2's config class has a topk_method
+    wanted = ("scoring_func",) if s.model_type == "deepseek_v2" else ("topk_method", "scoring_func")
+    return _lacks("deepseek_v2 deepseek_v3 deepseek_v32 glm_moe_dsa mimo_v2_flash", *wanted)(s)
+
+
 def _sglang_topk(s: Subject) -> str | None:
     if s.group_key is None and s.score == "softmax" and s.model_type not in OWN_TOPK and s.num_experts not in POWERS:
-        return f"{s.num_experts} experts have no single-pass top-k kernel (there is one for powers of two up to 512)"
+        return f"{s.num_experts} experts have no single-pass top-k kernel (powers of two up to 512 have)"
     return None
 
 
@@ -491,7 +501,7 @@ def _gguf_group_key(s: Subject) -> str | None:
 
 def _gguf_topk(s: Subject) -> str | None:
     if s.num_experts not in POWERS | {288, 576}:
-        return f"{s.num_experts} experts have no fused top-k kernel on CUDA (there is one for powers of two up to 512, 288 and 576)"
+        return f"on CUDA, {s.num_experts} experts have no fused top-k kernel (powers of two up to 512, 288 and 576 have)"
     return None
 
 
@@ -559,8 +569,8 @@ RULES: tuple[Rule, ...] = (
     ),
     _rule(
         "vllm-nameless",
-        "A model is found by the architectures entry of config.json.",
-        "model_executor/models/registry.py, _ModelRegistry.inspect_model_cls",
+        "A config.json without architectures is taken for the family's base model, which has no language-model head.",
+        "transformers_utils/config.py, get_config (MODEL_MAPPING_NAMES)",
         "warning", _nameless, "copy architectures from the original model's config.json",
     ),
     _rule(
@@ -599,6 +609,13 @@ RULES: tuple[Rule, ...] = (
         "error", _lacks("deepseek_v3 deepseek_v32 glm_moe_dsa", "topk_method", "scoring_func"), ROUTER_KEYS,
     ),
     _rule(
+        "vllm-minimax-keys",
+        "MiniMax-M2's block reads scoring_func without a default and has a selection bias only with use_routing_bias; "
+        "transformers does not write these keys.",
+        "model_executor/models/minimax_m2.py, MiniMaxM2MoE.__init__",
+        "error", _lacks("minimax_m2", "scoring_func", "use_routing_bias"), MINIMAX_KEYS,
+    ),
+    _rule(
         "vllm-v2-none",
         "DeepSeek V2's block always asks for grouped routing, which wants numbers for n_group and topk_group.",
         f"model_executor/models/deepseek_v2.py, DeepseekV2MoE.__init__; {MOE}/router/router_factory.py, "
@@ -634,7 +651,7 @@ RULES: tuple[Rule, ...] = (
     _rule(
         "vllm-v4-topk",
         "DeepSeek V4's top-k kernel is compiled for certain numbers of experts and has no fallback.",
-        "csrc/moe/topk_softplus_sqrt_kernels.cu, topkGatingSoftplusSqrtKernelLauncher (no default), called from "
+        "csrc/moe/topk_softplus_sqrt_kernels.cu, topkGatingSoftplusSqrtKernelLauncher (Unsupported expert number), from "
         f"{MOE}/router/fused_topk_bias_router.py, fused_topk_bias",
         "error", _vllm_v4, "keep 512, 448, 384, 320, 256, 192, 128 or 64 experts",
     ),
@@ -706,7 +723,7 @@ RULES: tuple[Rule, ...] = (
         "sglang-nameless",
         "A model is found by the architectures entry of config.json.",
         "srt/models/registry.py, resolve_model_cls",
-        "warning", _nameless, "copy architectures from the original model's config.json",
+        "error", _nameless, "copy architectures from the original model's config.json",
     ),
     _rule(
         "sglang-registry",
@@ -745,8 +762,15 @@ RULES: tuple[Rule, ...] = (
         "The blocks of the DeepSeek family and of MiMo-V2 read topk_method and scoring_func without a default; "
         "transformers does not write these keys.",
         "srt/models/deepseek_v2.py, MoEGate.__init__ and DeepseekV2MoE.__init__; srt/models/mimo_v2.py",
-        "error", lambda s: _lacks("deepseek_v3 deepseek_v32 glm_moe_dsa mimo_v2_flash", "topk_method", "scoring_func")(s) or _lacks("deepseek_v2", "scoring_func")(s),
+        "error", _sglang_keys,
         "copy topk_method and scoring_func from the original model's config.json",
+    ),
+    _rule(
+        "sglang-minimax-keys",
+        "MiniMax-M2's block reads scoring_func without a default and has a selection bias only with use_routing_bias; "
+        "transformers does not write these keys.",
+        "srt/models/minimax_m2.py, MiniMaxM2MoE.__init__",
+        "error", _lacks("minimax_m2", "scoring_func", "use_routing_bias"), MINIMAX_KEYS,
     ),
     _rule(
         "sglang-expert-parallel",
@@ -833,6 +857,13 @@ RULES: tuple[Rule, ...] = (
         "The converter reads the number of groups from n_group only.",
         "conversion/base.py, TextModel.set_gguf_parameters",
         "warning", _gguf_group_key, "compare outputs first",
+    ),
+    _rule(
+        "llama.cpp-scores",
+        "Without scoring_func in config.json DeepSeek V3's scores become softmax, and V3.2 does not load; transformers does "
+        "not write this key.",
+        "conversion/base.py, TextModel.set_gguf_parameters; src/models/deepseek2.cpp and deepseek32.cpp (expert_gating_func)",
+        "error", _lacks("deepseek_v3 deepseek_v32", "scoring_func"), ROUTER_KEYS,
     ),
     _rule(
         "llama.cpp-keys",

@@ -43,6 +43,7 @@ FAMILIES = (
         experts_key=("n_routed_experts",),
         group_key="n_group",
         top_group_key="topk_group",
+        group_default=(8, 4),
         group_minimum=2,
         shared_key="n_shared_experts",
         stacked=STACKED,

@@ -47,8 +47,10 @@ class Architecture:
     experts_key: tuple[str, ...] = ("num_experts",)
     top_k_key: tuple[str, ...] = ("num_experts_per_tok",)
     group_key: str | None = None  # number of expert_groups of a group-limited router
+    group_alias: str | None = None  # another spelling of group_key
     top_group_key: str | None = None  # expert_groups a token may use
     group_minimum: int = 1  # experts that an expert_group needs for its score: 2 where the score is a top-2 sum
+    group_default: tuple[int, int] = (1, 1)  # what transformers takes where the config lacks the two keys
     group_active: tuple[str, tuple[Any, ...]] | None = None  # (config key, values) with which the groups are in force; None: always
     shared_key: str | None = None  # number of shared experts, where the config counts them
     expert_width_key: tuple[str, ...] = ("moe_intermediate_size",)

@@ -10,6 +10,7 @@ FAMILIES = (
         "block's normed output by 1 / sqrt(n), so the plain sum is not the layer's output.",
         group_key="n_group",
         top_group_key="topk_group",
+        group_default=(8, 4),
         group_minimum=2,
         stacked=(
             Stacked("mlp.gate.weight", "router"),

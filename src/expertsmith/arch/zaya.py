@@ -8,7 +8,8 @@ FAMILIES = (
         title="Zaya 1 (Zyphra/ZAYA1-8B)",
         notes="Top-1 routing over the experts and a last class that skips the block; the router carries a state from layer to "
         "layer. A learned scale and bias act on stream and block output at the residual add, so the plain sum is not the "
-        "layer's output.",
+        "layer's output. transformers 5.23 resets the router's balancing biases when it loads a checkpoint; expertsmith runs with "
+        "the checkpoint's own.",
         expert_prefix=(),
         stacked=(
             Stacked("mlp.gate.router_mlp.out_proj.weight", "router", extra=1),

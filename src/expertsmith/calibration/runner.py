@@ -128,6 +128,11 @@ def _check(sums: LayerSums, layer: int) -> None:
 def _reduce(sums: LayerSums) -> None:
     for domain in sorted(sums.by_domain):
         entry = sums.by_domain[domain]
+        shapes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shapes, {name: (value.shape, value.dtype) for name, value in entry.items() if name not in SAMPLES})
+        for name, (shape, dtype) in {name: form for held in shapes for name, form in held.items()}.items():
+            if name not in entry:  # a rank without batches of this domain
+                entry[name] = torch.zeros(shape, dtype=dtype, device=sums.device)
         for name in sorted(entry):
             if name not in SAMPLES:
                 dist.all_reduce(entry[name], op=dist.ReduceOp.MAX if name in stats.MAXIMA else dist.ReduceOp.SUM)

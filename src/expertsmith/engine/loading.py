@@ -65,27 +65,31 @@ class LoadedModel:
             _to_meta(self.layers[index])
 
     def _load(self, group: int | None) -> None:
+        where = "outside the decoder layers" if group is None else f"in decoder layer {group}"
+        self._read_in(self._groups.get(group, []), where)
+        target = self.module if group is None else self.layers[group]
+        skipped = {id(p) for layer in self.layers for p in layer.parameters()} if group is None else set()
+        if group is None:
+            self.module.tie_weights()  # type: ignore[operator]
+        absent = [name for name, p in target.named_parameters() if p.is_meta and id(p) not in skipped]
+        if absent:
+            place = absent[0] if group is None else f"{self._prefix}{group}.{absent[0]}"
+            raise UserError(f"the checkpoint lacks the weights of {place}", "download it again")
+
+    def _read_in(self, names: Sequence[str], where: str) -> None:
+        """Tensors of the checkpoint into the module, through transformers' own renaming and fusing."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        state = {name: self.checkpoint.read(name) for name in self._groups.get(group, [])}
+        state = {name: self.checkpoint.read(name) for name in names}
         options = LoadStateDictConfig(
             weight_mapping=deepcopy(self._mapping), dtype=self.dtype, dtype_plan=self._dtype_plan, device_map={"": self.device}
         )
         with _quiet():
             info, _ = convert_and_load_state_dict_in_model(self.module, state, options)
-        where = "outside the decoder layers" if group is None else f"in decoder layer {group}"
         _refuse_mismatched(info.mismatched_keys)
         if info.conversion_errors:
             raise UserError(f"tensors {where} could not be converted: {sorted(map(str, info.conversion_errors))[0]}", "config.json and weights do not belong together, or a tensor has a wrong shape")
-        target = self.module if group is None else self.layers[group]
-        skipped = {id(p) for layer in self.layers for p in layer.parameters()} if group is None else set()
-        if group is None:
-            self.module.tie_weights()
-        absent = [name for name, p in target.named_parameters() if p.is_meta and id(p) not in skipped]
-        if absent:
-            place = absent[0] if group is None else f"{self._prefix}{group}.{absent[0]}"
-            raise UserError(f"the checkpoint lacks the weights of {place}", "download it again")
 
 
 def load_model(
@@ -150,8 +154,11 @@ def load_model(
         raise UserError(f"{type(module).__name__} has no {path}, so it cannot be walked layer by layer", "use a supported family") from None
     loaded = LoadedModel(module, layers, checkpoint, architecture, memory, target, chosen)
     loaded._prefix = f"{path}."
-    if memory == "stream":
-        _group_names(loaded)
+    buffers = _group_names(loaded)
+    if memory == "resident":
+        # some families initialise buffers again after loading (Zaya's balancing biases in transformers 5.23): what the checkpoint says counts
+        loaded._read_in(buffers, "of the routers")
+    else:
         for buffer_name, buffer in module.named_buffers():
             parent, _, leaf = buffer_name.rpartition(".")
             module.get_submodule(parent)._buffers[leaf] = buffer.to(target)
@@ -219,8 +226,11 @@ def _dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
     return value
 
 
-def _group_names(loaded: LoadedModel) -> None:
-    """Sort the checkpoint's names by the decoder layer they load into (None: outside), by where transformers puts them."""
+def _group_names(loaded: LoadedModel) -> list[str]:
+    """Sort the checkpoint's names by the decoder layer they load into (None: outside), by where transformers puts them.
+
+    Returns the names that load into buffers.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -230,13 +240,17 @@ def _group_names(loaded: LoadedModel) -> None:
     renamings = [entry for entry in loaded._mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in loaded._mapping if isinstance(entry, WeightConverter)]
     targets = module.state_dict()
+    is_buffer = {name for name, _ in module.named_buffers()}
     groups: dict[int | None, list[str]] = {}
+    buffers = []
     for name in loaded.checkpoint.tensors:
         renamed, pattern = rename_source_key(name, renamings, converters, module.base_model_prefix, targets)
         if renamed not in targets and name in targets:
             renamed, pattern = name, None
         if renamed not in targets and pattern is None:
             continue  # what transformers ignores too (multi-token-prediction layers, say)
+        if renamed in is_buffer:
+            buffers.append(name)
         rest = renamed.removeprefix(loaded._prefix)
         head = rest.partition(".")[0]
         inside = rest != renamed and head.isdigit() and int(head) < len(loaded.layers)
@@ -244,6 +258,7 @@ def _group_names(loaded: LoadedModel) -> None:
             continue
         groups.setdefault(int(head) if inside else None, []).append(name)
     loaded._groups = groups
+    return buffers
 
 
 def _refuse_mismatched(keys: Iterable[Any]) -> None:

@@ -133,8 +133,9 @@ def output_config(plan: Plan, inventory: Inventory) -> dict[str, Any]:
         _set(inner, key, count)
     if plan.router_groups == "flatten":
         for key in filter(None, (record.group_key, record.top_group_key)):
-            if config_get(inner, key) is not None:
-                _set(inner, key, 1)
+            inner[key] = 1  # also where it is missing: the default may be more
+        if record.group_alias in inner:
+            inner[record.group_alias] = 1
     if count != inventory.num_experts and any(claim.kind == "unused" for claim in inventory.claims):
         for key in MTP_KEYS:
             if config_get(inner, key):

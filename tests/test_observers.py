@@ -1,0 +1,446 @@
+"""Statistics against brute force, and the golden checks of the EASY-EP and REAP cards."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import CALIBRATION, random_model, save_tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertsmith import api
+from expertsmith.arch import families
+from expertsmith.calibration.observers import RATIO_BINS, LayerSums, Slots, _Watch, choose_sample, flattened_forward, grouped_forward
+from expertsmith.calibration.stats import load_statistics
+from expertsmith.engine import Batch
+
+
+def brute_force(model_type: str, folder, rows: list[list[int]]) -> dict[int, dict[str, np.ndarray]]:
+    """Every statistic of every MoE layer in float64, token by token and expert by expert, one sequence at a time, no batching."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+    record = families()[model_type]
+    found: dict[int, dict[str, np.ndarray]] = {}
+    for index, layer in enumerate(model.get_submodule(record.layers)):
+        block = layer.get_submodule(record.block)
+        experts = getattr(block, record.experts, None)
+        if experts is None:
+            continue
+        n = experts.num_experts
+        keys = ("selections", "weight_sum", "weight_sq_sum", "norm_sum", "norm_sq_sum", "norm_max", "weighted_norm_sum", "weighted_norm_sq_sum", "easy_ep", "score_sum")
+        sums = found[index] = {key: np.zeros(n) for key in keys}
+        sums |= {"coselections": np.zeros((n, n)), "turn_sum": np.zeros(()), "entropy_sum": np.zeros(()), "ratio_histogram": np.zeros(RATIO_BINS), "tokens": np.zeros(())}
+
+        def router_hook(module, args, output, sums=sums):
+            scores = (output[0].sigmoid() if record.score == "sigmoid" else output[0].softmax(-1)).double()
+            sums["score_sum"] += scores.sum(0).numpy()
+            p = scores / scores.sum(-1, keepdim=True)
+            sums["entropy_sum"] += float(-(p * p.log()).sum())
+
+        def experts_hook(module, args, output, sums=sums, layer=layer):
+            x, selected, weights = args
+            for t in range(x.shape[0]):
+                sums["tokens"] += 1
+                raw = [module._alone(x[t : t + 1], int(e))[0].double() for e in selected[t]]
+                routed = sum(w.double() * f for w, f in zip(weights[t], raw, strict=True))
+                residual = layer._residual[t].double()
+                turn = max(0.0, 1 - float(torch.nn.functional.cosine_similarity(residual, residual + routed, dim=0)))
+                sums["turn_sum"] += turn
+                ordered = sorted((float(w) for w in weights[t]), reverse=True)
+                sums["ratio_histogram"][min(RATIO_BINS - 1, int(np.float32(ordered[1]) / np.float32(ordered[0]) * RATIO_BINS))] += 1
+                for e, w, f in zip(selected[t].tolist(), weights[t].tolist(), raw, strict=True):
+                    norm = float(f.norm())
+                    sums["selections"][e] += 1
+                    sums["weight_sum"][e] += w
+                    sums["weight_sq_sum"][e] += w * w
+                    sums["norm_sum"][e] += norm
+                    sums["norm_sq_sum"][e] += norm * norm
+                    sums["norm_max"][e] = max(sums["norm_max"][e], norm)
+                    sums["weighted_norm_sum"][e] += w * norm
+                    sums["weighted_norm_sq_sum"][e] += (w * norm) ** 2
+                    sums["easy_ep"][e] += w * norm * turn
+                    for other in selected[t].tolist():
+                        sums["coselections"][e, other] += 1
+
+        def alone(x, e, experts=experts):
+            one = torch.full((1, 1), e)
+            return type(experts).forward(experts, x, one, torch.ones(1, 1))
+
+        experts._alone = alone
+        norm = layer.get_submodule(record.norm)
+        norm.register_forward_pre_hook(lambda m, a, layer=layer: setattr(layer, "_residual", a[0].reshape(-1, a[0].shape[-1])))
+        getattr(block, record.router).register_forward_hook(router_hook)
+        experts.register_forward_hook(experts_hook)
+    with torch.no_grad():
+        for row in rows:
+            model(torch.tensor([row]))
+    return found
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3", "dots1"])
+def test_statistics_equal_a_brute_force_loop(model_type, checkpoints, token_file, tmp_path):
+    """EASY-EP golden check 7, REAP golden check 7: batches with padding against one sequence at a time, routed experts only."""
+    rows = [json.loads(line)["input_ids"] for line in (token_file / "a.jsonl").read_text().splitlines()]
+    stats = api.calibrate(checkpoints(model_type), [f"a={token_file / 'a.jsonl'}"], tmp_path / "s", **CALIBRATION)
+    reference = brute_force(model_type, checkpoints(model_type), rows)
+    assert set(reference) == set(stats.layers)
+    for layer, expected in reference.items():
+        for name, values in expected.items():
+            found = stats.layers[layer].total(name).reshape(values.shape)
+            if name == "ratio_histogram":  # a ratio at a bin's edge may fall on either side
+                assert abs(found - values).sum() <= 2
+            elif np.issubdtype(found.dtype, np.integer):
+                assert (found == values).all(), name
+            else:
+                assert found == pytest.approx(values, rel=2e-5, abs=1e-8), name
+
+
+def test_padding_and_order_do_not_matter(checkpoints, token_file, tmp_path):
+    """EASY-EP golden check 8, REAP golden check 6: any split into batches gives the same sums."""
+    data = [f"a={token_file / 'a.jsonl'}"]
+    one = api.calibrate(checkpoints("mixtral"), data, tmp_path / "one", **{**CALIBRATION, "batch_tokens": 1})
+    many = api.calibrate(checkpoints("mixtral"), data, tmp_path / "many", **{**CALIBRATION, "batch_tokens": 10**6})
+    for layer in one.layers:
+        for name, value in one.layers[layer].domains["a"].items():
+            assert many.layers[layer].domains["a"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_statistics_of_parts_add_up_to_the_whole(checkpoints, data, tmp_path):
+    """EASY-EP golden check 6: S(A + B) = S(A) + S(B)."""
+    source = checkpoints("qwen2_moe")
+    both = api.calibrate(source, data, tmp_path / "ab", **CALIBRATION)
+    a = api.calibrate(source, data[:1], tmp_path / "a", **CALIBRATION)
+    b = api.calibrate(source, data[1:], tmp_path / "b", **CALIBRATION)
+    added = a + b
+    assert added.tokens == both.tokens
+    for layer in both.layers:
+        for domain in "ab":
+            for name, value in both.layers[layer].domains[domain].items():
+                assert (added.layers[layer].domains[domain][name] == value).all(), name
+
+
+class _Fake:
+    """A watch on a hand-made layer: residual stream, routed output and slots are given."""
+
+    def __init__(self, experts: int, x: torch.Tensor, mask: list[bool] | None = None) -> None:
+        self.batch = Batch(torch.zeros(1, x.shape[0], dtype=torch.long), torch.tensor([mask or [True] * x.shape[0]]), "d", [0])
+        self.sums = LayerSums(experts, {"d": 1}, torch.device("cpu"))
+        self.watch = object.__new__(_Watch)
+        self.watch.arch, self.watch.sums, self.watch.current = families()["mixtral"], self.sums, lambda: self.batch
+        self.watch.block = self.watch.layer = torch.nn.Module()
+        self.watch.residual = x
+        self.watch.router_output = (torch.zeros(x.shape[0], experts),)
+
+    def add(self, raw: torch.Tensor, expert: list[int], weight: list[float], token: list[int], routed: torch.Tensor, top_k: int = 1):
+        slots = Slots(raw, torch.tensor(expert), torch.tensor(weight), torch.tensor(token))
+        self.watch._add(self.watch.residual, routed, slots, top_k)
+        return self.sums.by_domain["d"]
+
+
+def test_reap_golden_example():
+    """REAP golden check 5: norms 5 and 13 on the two tokens of expert 0, a masked third token, expert 1 unused."""
+    raw = torch.tensor([[3.0, 4.0], [5.0, 12.0], [100.0, 100.0]])
+    g = [0.7, 0.6, 0.9]
+    fake = _Fake(2, torch.ones(3, 2), [True, True, False])
+    sums = fake.add(raw, [0, 0, 0], g, [0, 1, 2], raw * torch.tensor(g)[:, None])
+    from expertsmith.calibration.stats import LayerStatistics
+    from expertsmith.methods import methods
+    from expertsmith.methods.base import Facts
+
+    layer = LayerStatistics(0, {"d": {name: value.numpy() for name, value in sums.items()}})
+    facts = Facts(0, 2, {"d": [2]})
+    score = {name: m.saliency(layer, facts) for name, m in methods().items() if m.reads == "statistics"}
+    assert score["frequency"].tolist() == [2, 0]
+    assert score["ean"].tolist() == [18, 0]
+    assert score["man"].tolist() == [9, 0]
+    assert score["msan"].tolist() == [(25 + 169) / 2, 0]
+    assert score["router_score"] == pytest.approx([1.3, 0])
+    assert score["reap"] == pytest.approx([(5 * 0.7 + 13 * 0.6) / 2, 0])
+    assert methods()["ean"].saliency(layer, facts, weighted=True) == pytest.approx([5 * 0.7 + 13 * 0.6, 0])
+    assert int(sums["tokens"]) == 2
+    assert sums["norm_max"].tolist() == [13, 0]
+
+
+@pytest.mark.parametrize(("factor", "turn"), [(0.0, 0.0), (0.5, 0.0), (-0.5, 0.0), (-2.0, 2.0)])
+def test_token_contribution_of_parallel_outputs(factor, turn):
+    """EASY-EP golden check 3: r = 0 and r parallel to x turn nothing; r = -2 x turns the stream round."""
+    x = torch.tensor([[1.0, 2.0, -2.0]])
+    fake = _Fake(1, x)
+    sums = fake.add(x * factor, [0], [1.0], [0], x * factor)
+    assert float(sums["turn_sum"]) == pytest.approx(turn, abs=1e-6)
+    assert float(sums["easy_ep"][0]) == pytest.approx(3 * abs(factor) * turn, abs=1e-5)
+
+
+def test_token_contribution_of_an_orthogonal_output():
+    """x = (3, 0), r = (0, 4): cos = 3/5, so s = 2/5 and S = g * 8 * s for one expert of weight 1/2 and raw output (0, 8)."""
+    x, r = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+    sums = _Fake(1, x).add(2 * r, [0], [0.5], [0], r)
+    assert float(sums["turn_sum"]) == pytest.approx(0.4)
+    assert float(sums["easy_ep"][0]) == pytest.approx(0.5 * 8 * 0.4)
+
+
+@given(st.integers(0, 2**31), st.floats(1e-6, 1e3))
+@settings(max_examples=60, deadline=None)
+def test_token_contribution_is_accurate_for_small_outputs(seed, scale):
+    """Against float64: relative error below 1e-3 even where 1 - cos is far below float32's resolution near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 16, generator=generator)
+    r = scale * torch.randn(4, 16, generator=generator)
+    fake = _Fake(1, x)
+    found = fake.watch._turn(r)
+    a, b = x.double(), x.double() + r.double()
+    u, v = a / a.norm(dim=-1, keepdim=True), b / b.norm(dim=-1, keepdim=True)
+    exact = 0.5 * ((u - v) ** 2).sum(-1)
+    assert found.tolist() == pytest.approx(exact.tolist(), rel=1e-3)
+
+
+def test_token_contribution_without_a_residual_stream_is_zero():
+    x = torch.zeros(1, 3)
+    assert float(_Fake(1, x).watch._turn(torch.ones(1, 3))[0]) == 0.0
+
+
+def test_shared_experts_do_not_count(checkpoints, data, tmp_path):
+    """EASY-EP golden check 5: another shared expert leaves the sums of the first MoE layer as they are."""
+    model = random_model("qwen2_moe")
+    with torch.no_grad():
+        model.model.layers[0].mlp.shared_expert.down_proj.weight.add_(1.0)
+    model.save_pretrained(tmp_path / "changed")
+    a = api.calibrate(checkpoints("qwen2_moe"), data, tmp_path / "a", **CALIBRATION)
+    b = api.calibrate(tmp_path / "changed", data, tmp_path / "b", **CALIBRATION)
+    for name, value in a.layers[0].domains["a"].items():
+        assert b.layers[0].domains["a"][name] == pytest.approx(value, rel=1e-6), name
+    assert not np.allclose(a.layers[1].domains["a"]["easy_ep"], b.layers[1].domains["a"]["easy_ep"])
+
+
+def test_scaling_an_expert_scales_its_reap(checkpoints, data, tmp_path):
+    """REAP golden check 8 and EASY-EP golden check 4, on the last layer, where nothing downstream moves."""
+    model = random_model("mixtral")
+    last = len(model.model.layers) - 1
+    with torch.no_grad():
+        model.model.layers[last].mlp.experts.down_proj[3] *= 2
+    model.save_pretrained(tmp_path / "scaled")
+    from expertsmith.methods import methods
+    from expertsmith.methods.base import Facts
+
+    a = api.calibrate(checkpoints("mixtral"), data, tmp_path / "a", **CALIBRATION)
+    b = api.calibrate(tmp_path / "scaled", data, tmp_path / "b", **CALIBRATION)
+    facts = Facts(last, 8, a.sequence_lengths)
+    before, after = (methods()["reap"].saliency(s.layers[last], facts) for s in (a, b))
+    assert after[3] == pytest.approx(2 * before[3])
+    assert np.delete(after, 3) == pytest.approx(np.delete(before, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "nemotron_h", "granitemoe", "minimax_m3_vl_text", "inkling_text"])
+def test_observed_forward_is_the_librarys_bit_for_bit(model_type, dtype, checkpoints):
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    record = families()[model_type]
+    model = random_model(model_type).to(dtype)
+    layer = next(entry for entry in model.get_submodule(record.layers) if hasattr(entry.get_submodule(record.block), record.experts.split(".")[0]))
+    experts = layer.get_submodule(f"{record.block}.{record.experts}" if record.block else record.experts)
+    weight = experts.down_proj
+    width = (experts.gate_up_proj if experts.has_gate else experts.up_proj).shape[1 if experts.is_transposed else 2]
+    assert weight.shape[0] == experts.num_experts
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, width, generator=generator).to(dtype)
+    scores = torch.rand(20, experts.num_experts, generator=generator)
+    top, selected = scores.topk(2, dim=-1)
+    for weights in (top, top.to(dtype)):
+        expected = ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, x, selected, weights)
+        found, slots = grouped_forward(experts, x, selected, weights)
+        assert torch.equal(found, expected)
+        other, flat = flattened_forward(experts, x, selected, weights, pairs=False, shape=x.shape)
+        assert torch.allclose(slots.raw.float(), flat.raw.float(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+        assert (slots.expert == flat.expert).all()
+        assert (slots.token == flat.token).all()
+
+
+def test_skip_class_of_zaya_is_not_counted(data, tmp_path):
+    """A token that skips is neither a selection of expert 0 nor part of its sums."""
+    model = random_model("zaya")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.balancing_biases[-1] = 0.1
+    model.save_pretrained(tmp_path / "zaya")
+    stats = api.calibrate(tmp_path / "zaya", data, tmp_path / "s", **CALIBRATION)
+    tokens = sum(stats.tokens.values())
+    routed = [int(entry.total("selections").sum()) for entry in stats.layers.values()]
+    assert any(0 < count < tokens for count in routed)
+    made = api.plan(tmp_path / "zaya", "frequency", 4, stats=stats)
+    api.apply(tmp_path / "zaya", made, tmp_path / "out")
+    assert api.verify(tmp_path / "zaya", tmp_path / "out", tokens=256, device="cpu").passed
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(0, 60), st.integers(0, 5))
+def test_sample_is_seeded_and_within_the_sequences(lengths, count, seed):
+    chosen = choose_sample(lengths, count, seed, "d")
+    assert chosen == choose_sample(lengths, count, seed, "d")
+    assert len(chosen) == min(count, sum(lengths))
+    assert all(0 <= p < lengths[s] for s, p in chosen)
+
+
+def test_sample_holds_the_blocks_inputs_and_outputs(checkpoints, token_file, tmp_path):
+    """The sampled inputs, run through the block again, give the sampled outputs."""
+    import transformers
+
+    stats = api.calibrate(checkpoints("mixtral"), [f"a={token_file / 'a.jsonl'}"], tmp_path / "s", sample_tokens=15, **CALIBRATION)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoints("mixtral")).eval()
+    for layer, entry in stats.layers.items():
+        x, y = (torch.from_numpy(entry.domains["a"][f"sample_{name}"]) for name in ("inputs", "outputs"))
+        assert x.shape == (15, 32)
+        with torch.no_grad():
+            assert torch.allclose(model.model.layers[layer].mlp(x.unsqueeze(0))[0], y, atol=1e-6)
+
+
+def test_output_sum_is_the_sum_of_raw_outputs(checkpoints, token_file, tmp_path):
+    """Its norm is at most the sum of norms, and equals it where an expert saw one token."""
+    stats = api.calibrate(checkpoints("mixtral"), [f"a={token_file / 'a.jsonl'}:1"], tmp_path / "s", output_sum=True, **{**CALIBRATION, "seq_len": 24})
+    for entry in stats.layers.values():
+        sums = entry.domains["a"]
+        length = np.linalg.norm(sums["output_sum"], axis=-1)
+        assert (length <= sums["norm_sum"] * (1 + 1e-5) + 1e-9).all()
+        once = sums["selections"] == 1
+        assert length[once] == pytest.approx(sums["norm_sum"][once], rel=1e-5)
+        assert length.max() > 0
+
+
+def test_router_entropy_of_a_uniform_router_is_log_n(data, tmp_path):
+    model = random_model("mixtral")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.zero_()
+    model.save_pretrained(tmp_path / "flat")
+    stats = api.calibrate(tmp_path / "flat", data, tmp_path / "s", **CALIBRATION)
+    for entry in stats.layers.values():
+        assert float(entry.total("entropy_sum").item()) / float(entry.total("tokens").item()) == pytest.approx(math.log(8), rel=1e-5)
+        assert entry.total("ratio_histogram")[-1] == entry.total("tokens").item()
+
+
+def test_easy_ep_choices_of_demonstrations(checkpoints, data, tmp_path):
+    """all, random-n and longest-n are cut from the same pass; two domains are normalised before they are added."""
+    from expertsmith.methods import methods
+    from expertsmith.methods.base import Facts
+
+    stats = api.calibrate(checkpoints("mixtral"), data, tmp_path / "s", **CALIBRATION)
+    entry = stats.layers[0]
+    facts = Facts(0, 8, stats.sequence_lengths)
+    method = methods()["easy_ep"]
+    tables = {d: entry.domains[d]["easy_ep_by_sequence"].astype(np.float64) for d in "ab"}
+    one = stats.select(["a"]).layers[0]
+    assert method.saliency(one, facts) == pytest.approx(entry.domains["a"]["easy_ep"])
+    lengths = stats.sequence_lengths["a"]
+    longest = sorted(range(6), key=lambda i: (-lengths[i], i))[:3]
+    assert method.saliency(one, facts, demonstrations="longest", count=3) == pytest.approx(tables["a"][longest].sum(0))
+    drawn = method.saliency(one, facts, demonstrations="random", count=3, seed=1)
+    assert any(drawn == pytest.approx(tables["a"][[i, j, k]].sum(0)) for i in range(6) for j in range(i) for k in range(j))
+    assert (drawn == method.saliency(one, facts, demonstrations="random", count=3, seed=1)).all()
+    mixed = method.saliency(entry, facts)
+    a, b = (entry.domains[d]["easy_ep"] for d in "ab")
+    assert mixed == pytest.approx(a / a.sum() + b / b.sum())
+
+
+def test_mixed_domains_do_not_depend_on_their_scale():
+    """EASY-EP golden check 9: the same domain twice selects as once; a constant factor on a domain changes nothing; empty rows are safe."""
+    from expertsmith.methods.easy_ep import mix
+
+    s, t = np.array([3.0, 1.0, 2.0]), np.array([0.0, 5.0, 1.0])
+    assert (np.argsort(mix({"a": s, "b": s})) == np.argsort(s)).all()
+    assert mix({"a": s, "b": t}) == pytest.approx(mix({"a": s * 7, "b": t}))
+    assert np.isfinite(mix({"a": s, "b": np.zeros(3)})).all()
+
+
+@pytest.mark.parametrize("shape", ["stacked", "per_expert"])
+def test_aimer_keeps_peaky_experts(shape, tmp_path):
+    """HIGHER mean|w| / RMS IS PRUNED: an expert with one spike survives, a flat one goes; an all-zero expert is never pruned."""
+    model_type = "mixtral" if shape == "per_expert" else "gpt_oss"
+    model = random_model(model_type)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            experts = layer.mlp.experts
+            for weight in (experts.gate_up_proj, experts.down_proj):
+                weight[5] = 0.0
+                weight[5].view(-1)[0] = 1.0  # spike
+                weight[2] = 1.0  # flat
+                weight[6] = 0.0
+    model.save_pretrained(tmp_path / "m")
+    made = api.plan(tmp_path / "m", "aimer", 7)
+    for entry in made.layers:
+        assert entry.saliency is not None
+        assert entry.saliency[2] == pytest.approx(-1.0)
+        assert entry.saliency[6] == 0.0
+        assert entry.keep == [0, 1, 3, 4, 5, 6, 7]
+        others = [entry.saliency[e] for e in (0, 1, 3, 4, 7)]
+        assert all(-0.9 < value < -0.7 for value in others)  # Gaussian weights: -sqrt(2 / pi) = -0.798
+    size = model.model.layers[0].mlp.experts.down_proj[0].numel() * 3 if model_type == "mixtral" else None
+    if size:
+        assert made.layers[0].saliency[5] == pytest.approx(-2 / math.sqrt(size * 2))
+
+
+def test_reap_and_frequency_formulas_agree_with_their_sums(checkpoints, data, tmp_path):
+    """REAP golden checks 2-4 on a whole model with softmax, renormalised gates."""
+    stats = api.calibrate(checkpoints("mixtral"), data, tmp_path / "s", **CALIBRATION)
+    tokens = sum(stats.tokens.values())
+    for entry in stats.layers.values():
+        assert int(entry.total("selections").sum()) == 2 * tokens
+        assert float(entry.total("weight_sum").sum()) == pytest.approx(tokens, rel=1e-5)
+        assert float(entry.total("score_sum").sum()) == pytest.approx(tokens, rel=1e-5)
+
+
+def test_seeds_of_random(checkpoints):
+    source = checkpoints("mixtral")
+    plans = [api.plan(source, "random", 4, options={"seed": seed}).kept for seed in (0, 0, 1)]
+    assert plans[0] == plans[1] != plans[2]
+    assert len({tuple(ids) for ids in plans[0].values()}) > 1  # layers are drawn apart
+
+
+def test_top_half_contains_the_top_quarter(checkpoints, data, tmp_path):
+    """EASY-EP golden check 10."""
+    stats = api.calibrate(checkpoints("qwen3_moe"), data, tmp_path / "s", **CALIBRATION)
+    half, quarter = (api.plan(checkpoints("qwen3_moe"), "easy_ep", k, stats=stats).kept for k in (4, 2))
+    assert all(set(quarter[layer]) <= set(half[layer]) for layer in half)
+
+
+def test_expert_without_tokens_goes_first_and_is_named(checkpoints, tmp_path, data):
+    """A router row far below all others: saliency 0 under every data-driven criterion."""
+    model = random_model("deepseek_v3")
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.mlp.gate.e_score_correction_bias[3] = -100.0
+    model.save_pretrained(tmp_path / "m")
+    stats = api.calibrate(tmp_path / "m", data, tmp_path / "s", **CALIBRATION)
+    from expertsmith.methods import methods
+
+    for name, method in methods().items():
+        if method.reads == "statistics":
+            made = api.plan(tmp_path / "m", name, 6, stats=stats)
+            assert all(entry.saliency[3] == 0.0 and 3 not in entry.keep for entry in made.layers), name
+
+    class Notes:
+        found: list[str] = []
+
+        def note(self, message):
+            self.found.append(message)
+
+        from expertsmith.progress import Silent
+
+        task = Silent.task
+
+    api.plan(tmp_path / "m", "reap", 8, stats=stats, progress=Notes())
+    assert any("reached by no calibration token" in message for message in Notes.found)
+
+
+def test_calibration_in_bfloat16_matches_float32_roughly(tmp_path, data):
+    """Routing weights in bf16 models: same tokens counted, sums within rounding of the float32 pass."""
+    save_tiny("mixtral", tmp_path / "m")
+    a = api.calibrate(tmp_path / "m", data, tmp_path / "a", dtype="float32", **CALIBRATION)
+    b = api.calibrate(tmp_path / "m", data, tmp_path / "b", dtype="bfloat16", **CALIBRATION)
+    for layer in a.layers:
+        x, y = a.layers[layer].total("norm_sum").sum(), b.layers[layer].total("norm_sum").sum()
+        assert y == pytest.approx(x, rel=0.05)
+        assert a.layers[layer].total("tokens") == b.layers[layer].total("tokens")
