@@ -223,9 +223,7 @@ def token_losses(model: Qwen3MoeForCausalLM, windows: torch.Tensor) -> torch.Ten
 
 
 @torch.no_grad()
-def evaluate(
-    model: Qwen3MoeForCausalLM, routers: RouterRecorder, heldout: dict[str, torch.Tensor], most: int = 24
-) -> str:
+def evaluate(model: Qwen3MoeForCausalLM, routers: RouterRecorder, heldout: dict[str, torch.Tensor], most: int = 24) -> str:
     """Return the held-out loss of each domain and the share of its routing that its favourite half of experts takes."""
     report = []
     for domain, tokens in heldout.items():

@@ -8,12 +8,13 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SUPPORTED, random_model
 from safetensors.torch import load_file, save_file
 
+from conftest import SUPPORTED, random_model
 from expertsmith import api
 from expertsmith.arch import families
 from expertsmith.checkpoint import open_checkpoint
@@ -27,7 +28,19 @@ def kept_of(plan) -> dict[int, list[int]]:
     return plan.kept
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.int8,
+        torch.uint8,
+    ],
+)
 def test_kept_tensors_keep_their_bytes_whatever_the_dtype(dtype, checkpoints, tmp_path):
     """Expert weights of another dtype with block scales beside them: whole experts are moved with their scales."""
     source = tmp_path / "source"
@@ -44,13 +57,18 @@ def test_kept_tensors_keep_their_bytes_whatever_the_dtype(dtype, checkpoints, tm
     for layer, keep in plan.kept.items():
         for new, old in enumerate(keep):
             for part in ("gate_proj.weight", "up_proj.weight", "down_proj.weight", "down_proj.weight_scale_inv"):
-                a, b = tensors[f"model.layers.{layer}.mlp.experts.{old}.{part}"], after[f"model.layers.{layer}.mlp.experts.{new}.{part}"]
+                a, b = (
+                    tensors[f"model.layers.{layer}.mlp.experts.{old}.{part}"],
+                    after[f"model.layers.{layer}.mlp.experts.{new}.{part}"],
+                )
                 assert a.dtype == b.dtype
                 assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
         router = tensors[f"model.layers.{layer}.mlp.gate.weight"]
         assert torch.equal(after[f"model.layers.{layer}.mlp.gate.weight"], router[keep])
         bias = tensors[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"]
-        assert torch.equal(after[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"], bias[keep])  # EASY-EP golden check 12
+        assert torch.equal(
+            after[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"], bias[keep]
+        )  # EASY-EP golden check 12
 
 
 def test_aimer_reads_fp8_through_its_scales(checkpoints, tmp_path):
@@ -114,7 +132,15 @@ def test_fused_checkpoints_are_sliced_too(model_type, tmp_path):
     model = random_model(model_type)
     model.save_pretrained(tmp_path / "per_expert")
     shutil.copytree(tmp_path / "per_expert", tmp_path / "fused")
-    save_file({k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight" or not model.config.tie_word_embeddings}, tmp_path / "fused" / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {
+            k: v.contiguous()
+            for k, v in model.state_dict().items()
+            if k != "lm_head.weight" or not model.config.tie_word_embeddings
+        },
+        tmp_path / "fused" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     for name in ("per_expert", "fused"):
         plan = api.plan(tmp_path / name, "random", 4)
         api.apply(tmp_path / name, plan, tmp_path / f"{name}-out")
@@ -139,7 +165,9 @@ def test_config_keeps_the_sources_key_names(checkpoints, tmp_path):
         assert api.verify(source, tmp_path / f"{key}-out", tokens=64, device="cpu").passed
 
 
-@pytest.mark.parametrize("model_type", [t for t in SUPPORTED if families()[t].group_key and families()[t].tiny.get(families()[t].group_key, 1) > 1])
+@pytest.mark.parametrize(
+    "model_type", [t for t in SUPPORTED if families()[t].group_key and families()[t].tiny.get(families()[t].group_key, 1) > 1]
+)
 def test_expert_groups_stay_equal_or_are_flattened(model_type, checkpoints, tmp_path):
     """EASY-EP card, "Required behaviour" (i) and (ii)."""
     source = checkpoints(model_type)
@@ -160,7 +188,9 @@ def test_multi_token_prediction_layers(model_type, names, checkpoints, tmp_path)
     source = tmp_path / "source"
     shutil.copytree(checkpoints(model_type), source)
     tensors = load_file(source / "model.safetensors")
-    extra = {f"{names}mlp.experts.{e}.up_proj.weight": torch.randn(4, 4) for e in range(8)} | {f"{names}mlp.gate.weight": torch.randn(8, 32)}
+    extra = {f"{names}mlp.experts.{e}.up_proj.weight": torch.randn(4, 4) for e in range(8)} | {
+        f"{names}mlp.gate.weight": torch.randn(8, 32)
+    }
     save_file({**tensors, **extra}, source / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     config["num_nextn_predict_layers"] = 1
@@ -191,11 +221,28 @@ def test_global_budget_is_planned_and_its_unequal_counts_are_refused(checkpoints
 def test_what_travels_with_a_checkpoint(checkpoints, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(checkpoints("mixtral"), source)
-    for name, text in {"tokenizer.json": "{}", "chat_template.jinja": "x", "LICENSE": "l", "README.md": "theirs", "modeling_x.py": "evil", "pytorch_model.bin": "p", ".secret": "s"}.items():
+    for name, text in {
+        "tokenizer.json": "{}",
+        "chat_template.jinja": "x",
+        "LICENSE": "l",
+        "README.md": "theirs",
+        "modeling_x.py": "evil",
+        "pytorch_model.bin": "p",
+        ".secret": "s",
+    }.items():
         (source / name).write_text(text)
     api.apply(source, api.plan(source, "random", 4), tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "LICENSE", "README.md", "expertsmith"}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "LICENSE",
+        "README.md",
+        "expertsmith",
+    }
     card = (tmp_path / "out" / "README.md").read_text()
     assert "4 of 8 experts" in card
     assert "random" in card
@@ -253,14 +300,10 @@ def test_inspect_of_a_hub_id_fetches_headers_only(checkpoints, monkeypatch):
         def __init__(self, info):
             self.dtype, self.shape, self.data_offsets = info.dtype, list(info.shape), (info.start, info.start + info.nbytes)
 
-    class Part:
-        tensors = {n: Entry(i) for n, i in open_checkpoint(source).tensors.items()}
-
-    class Metadata:
-        files_metadata = {"model.safetensors": Part}
-
+    part = SimpleNamespace(tensors={n: Entry(i) for n, i in open_checkpoint(source).tensors.items()})
+    metadata = SimpleNamespace(files_metadata={"model.safetensors": part})
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, revision=None: str(Path(source) / name))
-    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda repo, revision=None: Metadata)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda repo, revision=None: metadata)
     remote, local = api.inspect("some/model"), api.inspect(source)
     assert {**remote, "model": ""} == {**local, "model": ""}
 

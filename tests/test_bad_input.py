@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny
 from safetensors.torch import load_file, save_file
 
+from conftest import save_tiny
 from expertsmith import cli
 
 SMALL = ["--seq-len", "24", "--no-pack", "--device", "cpu", "-q"]
@@ -269,9 +269,15 @@ def test_keep(capsys, mixtral, tmp_path, keep, says):
 
 def test_keep_with_expert_groups(capsys, checkpoints, tmp_path):
     source = checkpoints("deepseek_v3")
-    assert "do not divide into 2 expert_groups" in refused(capsys, "plan", source, "-m", "random", "-k", "5", "-o", tmp_path / "p", "-q")
-    assert "expert_groups with at least 2 each" in refused(capsys, "plan", source, "-m", "random", "-k", "2", "-o", tmp_path / "p", "-q")
-    assert run(capsys, "plan", source, "-m", "random", "-k", "5", "--router-groups", "flatten", "-o", tmp_path / "p", "-q")[0] == 0
+    assert "do not divide into 2 expert_groups" in refused(
+        capsys, "plan", source, "-m", "random", "-k", "5", "-o", tmp_path / "p", "-q"
+    )
+    assert "expert_groups with at least 2 each" in refused(
+        capsys, "plan", source, "-m", "random", "-k", "2", "-o", tmp_path / "p", "-q"
+    )
+    assert (
+        run(capsys, "plan", source, "-m", "random", "-k", "5", "--router-groups", "flatten", "-o", tmp_path / "p", "-q")[0] == 0
+    )
 
 
 def test_unknown_names(capsys, mixtral, tmp_path):
@@ -281,7 +287,9 @@ def test_unknown_names(capsys, mixtral, tmp_path):
     assert "has no options" in refused(capsys, "plan", mixtral, "-m", "aimer", "-k", "0.5", "-O", "x=1", *out)
     assert "KEY=VALUE" in refused(capsys, "plan", mixtral, "-m", "random", "-k", "0.5", "-O", "seed", *out)
     assert "not of type int" in refused(capsys, "plan", mixtral, "-m", "random", "-k", "0.5", "-O", "seed=x", *out)
-    assert "choose one of all, random, longest" in refused(capsys, "plan", mixtral, "-m", "easy_ep", "-k", "0.5", "-O", "demonstrations=some", *out)
+    assert "choose one of all, random, longest" in refused(
+        capsys, "plan", mixtral, "-m", "easy_ep", "-k", "0.5", "-O", "demonstrations=some", *out
+    )
     assert "uniform or global" in refused(capsys, "plan", mixtral, "-m", "random", "-k", "0.5", "--budget", "fair", *out)
     assert "needs calibration" in refused(capsys, "plan", mixtral, "-m", "reap", "-k", "0.5", *out)
 
@@ -319,7 +327,9 @@ def test_data_sources(capsys, mixtral, tmp_path):
     assert "number after the colon is 0" in refused(capsys, *calibrate, "-d", "a=b.jsonl:0")
     assert "hub data set" in refused(capsys, *calibrate, "-d", "nobody/nothing")
     (tmp_path / "d.jsonl").write_text('{"input_ids": [1, 2, 3]}\n')
-    assert "window of 256 positions" in refused(capsys, "calibrate", mixtral, "-o", tmp_path / "s", "-d", tmp_path / "d.jsonl", "--seq-len", "300", "-q")
+    assert "window of 256 positions" in refused(
+        capsys, "calibrate", mixtral, "-o", tmp_path / "s", "-d", tmp_path / "d.jsonl", "--seq-len", "300", "-q"
+    )
 
 
 @pytest.fixture
@@ -349,7 +359,10 @@ def test_plan_of_another_model(capsys, plan_file, checkpoints, tmp_path):
         (lambda p: p["layers"][0].update(saliency=[1.0]), "1 numbers for 8 experts"),
         (lambda p: p.update(format="other"), "not an expertsmith plan"),
         (lambda p: p.update(version=7), "version"),
-        (lambda p: p["layers"][0].update(num_experts=4, keep=[0, 1, 2, 3], saliency=None), "has 4 experts, but the checkpoint has 8"),
+        (
+            lambda p: p["layers"][0].update(num_experts=4, keep=[0, 1, 2, 3], saliency=None),
+            "has 4 experts, but the checkpoint has 8",
+        ),
         (lambda p: p["layers"][0].update(skip_threshold=0.5), "cannot apply yet"),
     ],
 )
@@ -376,7 +389,9 @@ def test_uneven_expert_groups_are_refused(capsys, checkpoints, tmp_path):
     for entry in raw["layers"]:
         entry["keep"] = [0, 1, 2, 4]
     (tmp_path / "p.json").write_text(json.dumps(raw))
-    assert "keeps [3, 1] experts of the 2 expert_groups" in refused(capsys, "apply", source, tmp_path / "p.json", "-o", tmp_path / "o", "-q")
+    assert "keeps [3, 1] experts of the 2 expert_groups" in refused(
+        capsys, "apply", source, tmp_path / "p.json", "-o", tmp_path / "o", "-q"
+    )
 
 
 def test_output_exists(capsys, mixtral, plan_file, tmp_path):
@@ -425,7 +440,9 @@ def test_real_full_disk(mixtral, plan_file, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
         "sys.argv = ['expertsmith', 'apply', *sys.argv[1:]]; from expertsmith.cli import main; main()"
     )
-    run = subprocess.run([sys.executable, "-c", code, mixtral, plan_file, "-o", tmp_path / "out", "-q"], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, mixtral, plan_file, "-o", tmp_path / "out", "-q"], capture_output=True, text=True
+    )
     assert run.returncode == 2
     assert "Traceback" not in run.stderr
     assert not (tmp_path / "out").exists()
@@ -470,7 +487,10 @@ def test_verify_sees_wrong_experts(checkpoints, tmp_path):
     other = api.plan(source, "random", 4, options={"seed": 2})
     api.apply(source, made, tmp_path / "out")
     batches = verify.random_batches(128, 64)
-    loaded = [verify.load_model(c, inventory.architecture, dtype="float32") for c in (inventory.checkpoint, open_checkpoint(tmp_path / "out"))]
+    loaded = [
+        verify.load_model(c, inventory.architecture, dtype="float32")
+        for c in (inventory.checkpoint, open_checkpoint(tmp_path / "out"))
+    ]
     verdict = verify.Verdict(False, 1e-4, 0)
     with verify.masked(loaded[0], other.kept, 8):
         verify._compare_forwards(*loaded, batches, verdict, lambda n: None)
@@ -478,6 +498,8 @@ def test_verify_sees_wrong_experts(checkpoints, tmp_path):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    run = subprocess.run([sys.executable, "-m", "expertsmith", "inspect", str(tmp_path), "--debug"], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "expertsmith", "inspect", str(tmp_path), "--debug"], capture_output=True, text=True
+    )
     assert run.returncode != 0
     assert "Traceback" in run.stderr

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CALIBRATION, SUPPORTED
 
+from conftest import CALIBRATION, SUPPORTED
 from expertsmith import api
 from expertsmith.arch import config_first, families, text_config
 from expertsmith.calibration.stats import layer_path, load_statistics
@@ -30,7 +30,9 @@ def statistics(checkpoints, data, tmp_path_factory):
     def get(model_type: str) -> Path:
         if model_type not in made:
             folder = tmp_path_factory.mktemp("stats") / model_type
-            api.calibrate(checkpoints(model_type), data, folder, memory="resident", output_sum=True, sample_tokens=10, **CALIBRATION)
+            api.calibrate(
+                checkpoints(model_type), data, folder, memory="resident", output_sum=True, sample_tokens=10, **CALIBRATION
+            )
             made[model_type] = folder
         return made[model_type]
 
@@ -40,7 +42,9 @@ def statistics(checkpoints, data, tmp_path_factory):
 @EVERY
 def test_stream_and_resident_give_the_same_bytes(model_type, checkpoints, data, statistics, tmp_path):
     resident = statistics(model_type)
-    api.calibrate(checkpoints(model_type), data, tmp_path / "s", memory="stream", output_sum=True, sample_tokens=10, **CALIBRATION)
+    api.calibrate(
+        checkpoints(model_type), data, tmp_path / "s", memory="stream", output_sum=True, sample_tokens=10, **CALIBRATION
+    )
     layers = load_statistics(resident).layers
     for layer in layers:
         assert filecmp.cmp(layer_path(resident, layer), layer_path(tmp_path / "s", layer), shallow=False)
@@ -58,7 +62,11 @@ def test_counts_add_up(model_type, checkpoints, statistics):
             assert int(sums["tokens"].item()) == tokens
             slots = int(sums["selections"].sum())
             zero_experts = model_type == "longcat_flash"
-            assert slots <= tokens * inventory.top_k if families()[model_type].unrouted_zero or zero_experts else slots == tokens * inventory.top_k
+            assert (
+                slots <= tokens * inventory.top_k
+                if families()[model_type].unrouted_zero or zero_experts
+                else slots == tokens * inventory.top_k
+            )
             assert slots > 0
             assert (sums["coselections"].diagonal() == sums["selections"]).all()
             assert sums["easy_ep_by_sequence"].sum(0) == pytest.approx(sums["easy_ep"], rel=1e-5, abs=1e-9)
@@ -173,15 +181,29 @@ class RebuildLayer:
         if record.residual == "norm_output":
             self.handles.append(target.register_forward_hook(lambda m, a, o: setattr(self, "x", o.clone())))
         else:
-            self.handles.append(target.register_forward_pre_hook(lambda m, a, k: setattr(self, "x", (a[0] if a else k["hidden_states"]).clone()), with_kwargs=True))
+            self.handles.append(
+                target.register_forward_pre_hook(
+                    lambda m, a, k: setattr(self, "x", (a[0] if a else k["hidden_states"]).clone()), with_kwargs=True
+                )
+            )
         self.whole = record.block != ""
         if self.whole:
-            self.handles.append(self.block.register_forward_hook(lambda m, a, o: setattr(self, "out", (o[0] if isinstance(o, tuple) else o).clone())))
+            self.handles.append(
+                self.block.register_forward_hook(
+                    lambda m, a, o: setattr(self, "out", (o[0] if isinstance(o, tuple) else o).clone())
+                )
+            )
         else:
-            self.handles.append(submodule(self.block, record.experts).register_forward_hook(lambda m, a, o: setattr(self, "out", o.clone())))
+            self.handles.append(
+                submodule(self.block, record.experts).register_forward_hook(lambda m, a, o: setattr(self, "out", o.clone()))
+            )
             self.shared = torch.zeros(())
             if record.shared and getattr(self.block, record.shared.split(".")[0], None) is not None:
-                self.handles.append(submodule(self.block, record.shared).register_forward_hook(lambda m, a, o: setattr(self, "shared", o.clone())))
+                self.handles.append(
+                    submodule(self.block, record.shared).register_forward_hook(
+                        lambda m, a, o: setattr(self, "shared", o.clone())
+                    )
+                )
         return self
 
     def __exit__(self, *_):
@@ -198,7 +220,9 @@ class RebuildLayer:
             out = out + self.shared.reshape(shape) if self.shared.dim() else out
         if record.layer_scale:
             out = out * getattr(self.layer, record.layer_scale)
-        if record.post_norm and not (self.whole and record.post_norm.startswith(f"{record.block}.")):  # else already in the block
+        if record.post_norm and not (
+            self.whole and record.post_norm.startswith(f"{record.block}.")
+        ):  # else already in the block
             out = submodule(self.layer, record.post_norm)(out)
         x = self.x.reshape(shape)
         return (x * getattr(self.layer, record.residual_scale) if record.residual_scale else x) + out

@@ -8,14 +8,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CALIBRATION, random_model, save_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import CALIBRATION, random_model, save_tiny
 from expertsmith import api
 from expertsmith.arch import families
-from expertsmith.calibration.observers import RATIO_BINS, LayerSums, Slots, _Watch, choose_sample, flattened_forward, grouped_forward
-from expertsmith.calibration.stats import load_statistics
+from expertsmith.calibration.observers import (
+    RATIO_BINS,
+    LayerSums,
+    Slots,
+    _Watch,
+    choose_sample,
+    flattened_forward,
+    grouped_forward,
+)
 from expertsmith.engine import Batch
 
 
@@ -32,9 +39,26 @@ def brute_force(model_type: str, folder, rows: list[list[int]]) -> dict[int, dic
         if experts is None:
             continue
         n = experts.num_experts
-        keys = ("selections", "weight_sum", "weight_sq_sum", "norm_sum", "norm_sq_sum", "norm_max", "weighted_norm_sum", "weighted_norm_sq_sum", "easy_ep", "score_sum")
+        keys = (
+            "selections",
+            "weight_sum",
+            "weight_sq_sum",
+            "norm_sum",
+            "norm_sq_sum",
+            "norm_max",
+            "weighted_norm_sum",
+            "weighted_norm_sq_sum",
+            "easy_ep",
+            "score_sum",
+        )
         sums = found[index] = {key: np.zeros(n) for key in keys}
-        sums |= {"coselections": np.zeros((n, n)), "turn_sum": np.zeros(()), "entropy_sum": np.zeros(()), "ratio_histogram": np.zeros(RATIO_BINS), "tokens": np.zeros(())}
+        sums |= {
+            "coselections": np.zeros((n, n)),
+            "turn_sum": np.zeros(()),
+            "entropy_sum": np.zeros(()),
+            "ratio_histogram": np.zeros(RATIO_BINS),
+            "tokens": np.zeros(()),
+        }
 
         def router_hook(module, args, output, sums=sums):
             scores = (output[0].sigmoid() if record.score == "sigmoid" else output[0].softmax(-1)).double()
@@ -52,7 +76,9 @@ def brute_force(model_type: str, folder, rows: list[list[int]]) -> dict[int, dic
                 turn = max(0.0, 1 - float(torch.nn.functional.cosine_similarity(residual, residual + routed, dim=0)))
                 sums["turn_sum"] += turn
                 ordered = sorted((float(w) for w in weights[t]), reverse=True)
-                sums["ratio_histogram"][min(RATIO_BINS - 1, int(np.float32(ordered[1]) / np.float32(ordered[0]) * RATIO_BINS))] += 1
+                sums["ratio_histogram"][
+                    min(RATIO_BINS - 1, int(np.float32(ordered[1]) / np.float32(ordered[0]) * RATIO_BINS))
+                ] += 1
                 for e, w, f in zip(selected[t].tolist(), weights[t].tolist(), raw, strict=True):
                     norm = float(f.norm())
                     sums["selections"][e] += 1
@@ -136,7 +162,9 @@ class _Fake:
         self.watch.residual = x
         self.watch.router_output = (torch.zeros(x.shape[0], experts),)
 
-    def add(self, raw: torch.Tensor, expert: list[int], weight: list[float], token: list[int], routed: torch.Tensor, top_k: int = 1):
+    def add(
+        self, raw: torch.Tensor, expert: list[int], weight: list[float], token: list[int], routed: torch.Tensor, top_k: int = 1
+    ):
         slots = Slots(raw, torch.tensor(expert), torch.tensor(weight), torch.tensor(token))
         self.watch._add(self.watch.residual, routed, slots, top_k)
         return self.sums.by_domain["d"]
@@ -242,7 +270,11 @@ def test_observed_forward_is_the_librarys_bit_for_bit(model_type, dtype, checkpo
 
     record = families()[model_type]
     model = random_model(model_type).to(dtype)
-    layer = next(entry for entry in model.get_submodule(record.layers) if hasattr(entry.get_submodule(record.block), record.experts.split(".")[0]))
+    layer = next(
+        entry
+        for entry in model.get_submodule(record.layers)
+        if hasattr(entry.get_submodule(record.block), record.experts.split(".")[0])
+    )
     experts = layer.get_submodule(f"{record.block}.{record.experts}" if record.block else record.experts)
     weight = experts.down_proj
     width = (experts.gate_up_proj if experts.has_gate else experts.up_proj).shape[1 if experts.is_transposed else 2]
@@ -255,8 +287,13 @@ def test_observed_forward_is_the_librarys_bit_for_bit(model_type, dtype, checkpo
         expected = ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, x, selected, weights)
         found, slots = grouped_forward(experts, x, selected, weights)
         assert torch.equal(found, expected)
-        other, flat = flattened_forward(experts, x, selected, weights, pairs=False, shape=x.shape)
-        assert torch.allclose(slots.raw.float(), flat.raw.float(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+        _, flat = flattened_forward(experts, x, selected, weights, pairs=False, shape=x.shape)
+        assert torch.allclose(
+            slots.raw.float(),
+            flat.raw.float(),
+            rtol=2e-2 if dtype == torch.bfloat16 else 1e-5,
+            atol=1e-2 if dtype == torch.bfloat16 else 1e-6,
+        )
         assert (slots.expert == flat.expert).all()
         assert (slots.token == flat.token).all()
 
@@ -289,7 +326,9 @@ def test_sample_holds_the_blocks_inputs_and_outputs(checkpoints, token_file, tmp
     """The sampled inputs, run through the block again, give the sampled outputs."""
     import transformers
 
-    stats = api.calibrate(checkpoints("mixtral"), [f"a={token_file / 'a.jsonl'}"], tmp_path / "s", sample_tokens=15, **CALIBRATION)
+    stats = api.calibrate(
+        checkpoints("mixtral"), [f"a={token_file / 'a.jsonl'}"], tmp_path / "s", sample_tokens=15, **CALIBRATION
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoints("mixtral")).eval()
     for layer, entry in stats.layers.items():
         x, y = (torch.from_numpy(entry.domains["a"][f"sample_{name}"]) for name in ("inputs", "outputs"))
@@ -300,7 +339,13 @@ def test_sample_holds_the_blocks_inputs_and_outputs(checkpoints, token_file, tmp
 
 def test_output_sum_is_the_sum_of_raw_outputs(checkpoints, token_file, tmp_path):
     """Its norm is at most the sum of norms, and equals it where an expert saw one token."""
-    stats = api.calibrate(checkpoints("mixtral"), [f"a={token_file / 'a.jsonl'}:1"], tmp_path / "s", output_sum=True, **{**CALIBRATION, "seq_len": 24})
+    stats = api.calibrate(
+        checkpoints("mixtral"),
+        [f"a={token_file / 'a.jsonl'}:1"],
+        tmp_path / "s",
+        output_sum=True,
+        **{**CALIBRATION, "seq_len": 24},
+    )
     for entry in stats.layers.values():
         sums = entry.domains["a"]
         length = np.linalg.norm(sums["output_sum"], axis=-1)
@@ -318,7 +363,9 @@ def test_router_entropy_of_a_uniform_router_is_log_n(data, tmp_path):
     model.save_pretrained(tmp_path / "flat")
     stats = api.calibrate(tmp_path / "flat", data, tmp_path / "s", **CALIBRATION)
     for entry in stats.layers.values():
-        assert float(entry.total("entropy_sum").item()) / float(entry.total("tokens").item()) == pytest.approx(math.log(8), rel=1e-5)
+        assert float(entry.total("entropy_sum").item()) / float(entry.total("tokens").item()) == pytest.approx(
+            math.log(8), rel=1e-5
+        )
         assert entry.total("ratio_histogram")[-1] == entry.total("tokens").item()
 
 
@@ -421,18 +468,16 @@ def test_expert_without_tokens_goes_first_and_is_named(checkpoints, tmp_path, da
             made = api.plan(tmp_path / "m", name, 6, stats=stats)
             assert all(entry.saliency[3] == 0.0 and 3 not in entry.keep for entry in made.layers), name
 
-    class Notes:
-        found: list[str] = []
+    from expertsmith.progress import Silent
 
+    found: list[str] = []
+
+    class Notes(Silent):
         def note(self, message):
-            self.found.append(message)
-
-        from expertsmith.progress import Silent
-
-        task = Silent.task
+            found.append(message)
 
     api.plan(tmp_path / "m", "reap", 8, stats=stats, progress=Notes())
-    assert any("reached by no calibration token" in message for message in Notes.found)
+    assert any("reached by no calibration token" in message for message in found)
 
 
 def test_calibration_in_bfloat16_matches_float32_roughly(tmp_path, data):

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import CALIBRATION
 
+from conftest import CALIBRATION
 from expertsmith import api
 from expertsmith.calibration import stats
 from expertsmith.errors import UserError
@@ -63,7 +63,20 @@ def test_a_killed_process_resumes(checkpoints, data, tmp_path):
         "def late(*a):\n    save(*a); print('saved', flush=True); time.sleep(60)\n"
         "stats.save_layer = late; from expertsmith.cli import main; main()"
     )
-    command = ["calibrate", str(source), "-o", str(tmp_path / "s"), "--seq-len", "24", "--no-pack", "--batch-tokens", "72", "--device", "cpu", "-q"]
+    command = [
+        "calibrate",
+        str(source),
+        "-o",
+        str(tmp_path / "s"),
+        "--seq-len",
+        "24",
+        "--no-pack",
+        "--batch-tokens",
+        "72",
+        "--device",
+        "cpu",
+        "-q",
+    ]
     for spec in data:
         command += ["-d", spec]
     process = subprocess.Popen([sys.executable, "-c", slow, *command], stdout=subprocess.PIPE, text=True)
@@ -80,7 +93,13 @@ def test_a_killed_process_resumes(checkpoints, data, tmp_path):
 def test_another_calibration_in_the_folder_is_refused(checkpoints, data, tmp_path):
     folder = tmp_path / "s"
     api.calibrate(checkpoints("mixtral"), data, folder, **CALIBRATION)
-    for change in ({"data": data[:1]}, {"model": checkpoints("olmoe")}, {"dtype": "bfloat16"}, {"batch_tokens": 24}, {"output_sum": True}):
+    for change in (
+        {"data": data[:1]},
+        {"model": checkpoints("olmoe")},
+        {"dtype": "bfloat16"},
+        {"batch_tokens": 24},
+        {"output_sum": True},
+    ):
         options = {"model": checkpoints("mixtral"), "data": data, **CALIBRATION, **change}
         with pytest.raises(UserError, match="another calibration"):
             api.calibrate(options.pop("model"), options.pop("data"), folder, **options)
@@ -108,7 +127,19 @@ def test_ranks_give_the_same_statistics_and_plan(ranks, checkpoints, data, tmp_p
     source = checkpoints("qwen2_moe")
     one = api.calibrate(source, data, tmp_path / "one", sample_tokens=9, output_sum=True, **CALIBRATION)
     port = 29500 + os.getpid() % 2000 + ranks
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port), "-m", "expertsmith", "calibrate", str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--master-port",
+        str(port),
+        "-m",
+        "expertsmith",
+        "calibrate",
+        str(source),
+    ]
     command += ["-o", str(tmp_path / "many"), "--seq-len", "24", "--no-pack", "--batch-tokens", "72", "--device", "cpu", "-q"]
     command += ["--sample-tokens", "9", "--output-sum"]
     for spec in data:
@@ -134,7 +165,9 @@ def test_same_seed_same_bytes_everywhere(checkpoints, data, tmp_path):
         api.apply(source, tmp_path / name / "plan.json", tmp_path / name / "out")
     assert same(tmp_path / "x" / "stats", tmp_path / "y" / "stats")
     assert (tmp_path / "x" / "plan.json").read_bytes() == (tmp_path / "y" / "plan.json").read_bytes()
-    assert (tmp_path / "x" / "out" / "model.safetensors").read_bytes() == (tmp_path / "y" / "out" / "model.safetensors").read_bytes()
+    assert (tmp_path / "x" / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "y" / "out" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_progress_is_reported(checkpoints, data, tmp_path):
@@ -157,7 +190,9 @@ def test_progress_is_reported(checkpoints, data, tmp_path):
             pass
 
     begin = time.monotonic()
-    api.compress(checkpoints("mixtral"), "reap", 0.5, tmp_path / "out", data=data, progress=Meter(), **CALIBRATION, memory="stream")
+    api.compress(
+        checkpoints("mixtral"), "reap", 0.5, tmp_path / "out", data=data, progress=Meter(), **CALIBRATION, memory="stream"
+    )
     assert time.monotonic() - begin < 60
     assert {"calibrate", "score", "apply", "compare bytes", "verify", "evaluate"} <= set(totals)
     for label, (total, done) in totals.items():

@@ -8,8 +8,8 @@ Importing this module is quick: torch and transformers are imported by the funct
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,13 +40,21 @@ def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     inventory = take_inventory(open_checkpoint(model, headers_only=True, allow_pickle=allow_pickle))
     record, rules = inventory.architecture, inventory.rules
     parameters, nbytes = inventory.size()
-    ratios = []
+    ratios: list[dict[str, float]] = []
     for ratio in RATIOS:
         with suppress(UserError):  # a ratio below what the router needs is left out
             count = keep_count(ratio, rules)
             after = inventory.size(dict.fromkeys(inventory.layers, count))
             if not any(row["experts"] == count for row in ratios):
-                ratios.append({"keep": ratio, "experts": count, "parameters": after[0], "bytes": after[1], "bytes_ratio": after[1] / nbytes})
+                ratios.append(
+                    {
+                        "keep": ratio,
+                        "experts": count,
+                        "parameters": after[0],
+                        "bytes": after[1],
+                        "bytes_ratio": after[1] / nbytes,
+                    }
+                )
     groups = None if rules.groups == 1 else {"groups": rules.groups, "top_groups": rules.top_groups}
     return {
         "model": str(model),
@@ -61,7 +69,11 @@ def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
         "shared_experts": _shared(inventory),
         "router": {"score": record.score, "selection_bias": bool(record.selection_bias), "expert_groups": groups},
         "least_experts": rules.least,
-        "parameters": {"total": parameters, "active": inventory.active_parameters, "routed_experts": inventory.routed_parameters},
+        "parameters": {
+            "total": parameters,
+            "active": inventory.active_parameters,
+            "routed_experts": inventory.routed_parameters,
+        },
         "bytes": nbytes,
         "tensors": len(inventory.checkpoint.tensors),
         "keep_ratios": ratios,
@@ -124,7 +136,18 @@ def calibrate(
 
     progress = progress or Silent()
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
-    tokens = _tokens(inventory.checkpoint.path, inventory.checkpoint.config, data, progress, samples=samples, seq_len=seq_len, seed=seed, pack=pack, overlong=overlong, batch_tokens=batch_tokens)
+    tokens = _tokens(
+        inventory.checkpoint.path,
+        inventory.checkpoint.config,
+        data,
+        progress,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        pack=pack,
+        overlong=overlong,
+        batch_tokens=batch_tokens,
+    )
     loaded = _load(inventory, memory, device, dtype, progress)
     extras = Extras(output_sum, sample_tokens, seed)
     return collect(loaded, tokens, Path(out), batch_tokens=batch_tokens, extras=extras, resume=resume, progress=progress)
@@ -176,8 +199,17 @@ def plan(
     if not chosen.data_free:
         if stats is None:
             if not data:
-                raise UserError(f"method {method} needs calibration", "pass --stats STATS (made by `expertsmith calibrate`) or --data FILE")
-            stats = calibrate(inventory.checkpoint.source, data, _beside(out or "plan.json", "stats"), progress=progress, allow_pickle=allow_pickle, **calibration)
+                raise UserError(
+                    f"method {method} needs calibration", "pass --stats STATS (made by `expertsmith calibrate`) or --data FILE"
+                )
+            stats = calibrate(
+                inventory.checkpoint.source,
+                data,
+                _beside(out or "plan.json", "stats"),
+                progress=progress,
+                allow_pickle=allow_pickle,
+                **calibration,
+            )
         statistics = stats if isinstance(stats, Statistics) else load_statistics(stats)
         statistics = statistics.select(domains)
         if statistics.header["model"]["fingerprint"] != inventory.checkpoint.fingerprint:
@@ -192,14 +224,18 @@ def plan(
     layers = []
     for layer in inventory.layers:
         why = {"selections": statistics.layers[layer].total("selections").tolist()} if statistics else None
-        layers.append(LayerPlan(layer=layer, num_experts=inventory.num_experts, keep=kept[layer], saliency=list(saliency[layer]), why=why))
+        layers.append(
+            LayerPlan(layer=layer, num_experts=inventory.num_experts, keep=kept[layer], saliency=list(saliency[layer]), why=why)
+        )
     after = inventory.size({layer: len(ids) for layer, ids in kept.items()})
     before = inventory.size()
     used = {"budget": budget, "keep": share, **values, **({"domains": list(domains)} if domains else {})}
     made = Plan(
         method=Method(name=method, options=used),
         model=Source(model_type=inventory.architecture.model_type, fingerprint=inventory.checkpoint.fingerprint),
-        calibration=CalibrationData(fingerprint=statistics.header["data"]["fingerprint"], tokens=statistics.tokens) if statistics else None,
+        calibration=CalibrationData(fingerprint=statistics.header["data"]["fingerprint"], tokens=statistics.tokens)
+        if statistics
+        else None,
         router_groups=router_groups,
         layers=layers,
         summary=Summary(
@@ -214,7 +250,9 @@ def plan(
     return made
 
 
-def _saliency(chosen: Any, values: Mapping[str, Any], inventory: Inventory, statistics: Statistics | None, progress: Progress) -> dict[int, list[float]]:
+def _saliency(
+    chosen: Any, values: Mapping[str, Any], inventory: Inventory, statistics: Statistics | None, progress: Progress
+) -> dict[int, list[float]]:
     from expertsmith.methods.base import Facts
     from expertsmith.weights import expert_weights
 
@@ -240,10 +278,14 @@ def _warn(made: Plan, method: str, progress: Progress) -> None:
     unreached = [(entry.layer, e) for entry in made.layers if entry.why for e in entry.keep if entry.why["selections"][e] == 0]
     if unreached:
         layers = sorted({layer for layer, _ in unreached})
-        progress.note(f"{len(unreached)} kept experts (layers {', '.join(map(str, layers))}) were reached by no calibration token: the calibration is too small for this ratio")
+        progress.note(
+            f"{len(unreached)} kept experts (layers {', '.join(map(str, layers))}) were reached by no calibration token: the calibration is too small for this ratio"
+        )
     few = [e for entry in made.layers if entry.why for e in entry.keep if 0 < entry.why["selections"][e] < FEW_TOKENS]
     if few and method in ("man", "msan", "reap"):
-        progress.note(f"{len(few)} kept experts were reached by fewer than {FEW_TOKENS} tokens: their mean is noise; more calibration text helps")
+        progress.note(
+            f"{len(few)} kept experts were reached by fewer than {FEW_TOKENS} tokens: their mean is noise; more calibration text helps"
+        )
 
 
 def apply(
@@ -303,12 +345,27 @@ def verify(
         length = seq_len or min(256, _window(inventory.checkpoint.config))
         count = max(1, tokens // (length * len(data)))
         source = inventory.checkpoint
-        batches = _tokens(source.path, source.config, data, progress, samples=count, seq_len=length, seed=0, pack=True, overlong="truncate", batch_tokens=2048).batches(2048)
+        batches = _tokens(
+            source.path,
+            source.config,
+            data,
+            progress,
+            samples=count,
+            seq_len=length,
+            seed=0,
+            pack=True,
+            overlong="truncate",
+            batch_tokens=2048,
+        ).batches(2048)
     else:
-        batches = proof.random_batches(int(config.get("vocab_size", 2)), tokens, length=min(seq_len or 64, _window(inventory.checkpoint.config)))
+        batches = proof.random_batches(
+            int(config.get("vocab_size", 2)), tokens, length=min(seq_len or 64, _window(inventory.checkpoint.config))
+        )
     where = choose_device(device)
     mode = choose_memory(memory, [inventory.checkpoint, output], where, dtype)
-    verdict = proof.verify(loaded, inventory, output, batches, memory=mode, device=where, dtype=dtype, tolerance=tolerance, progress=progress)
+    verdict = proof.verify(
+        loaded, inventory, output, batches, memory=mode, device=where, dtype=dtype, tolerance=tolerance, progress=progress
+    )
     proof.save_verdict(verdict, Path(out))
     return verdict
 
@@ -337,10 +394,27 @@ def evaluate(
 
     progress = progress or Silent()
     opened = [open_checkpoint(path) for path in ([model] if reference is None else [model, reference])]
-    tokens = _tokens(opened[0].path, opened[0].config, data, progress, samples=samples, seq_len=seq_len, seed=seed, pack=True, overlong="truncate", batch_tokens=batch_tokens, overlap=1)
+    tokens = _tokens(
+        opened[0].path,
+        opened[0].config,
+        data,
+        progress,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        pack=True,
+        overlong="truncate",
+        batch_tokens=batch_tokens,
+        overlap=1,
+    )
     where = choose_device(device)
     mode = choose_memory(memory, opened, where, dtype)
-    loaded = [load_model(entry, families().get(text_config(entry.config).get("model_type", "")), memory=mode, device=where, dtype=dtype) for entry in opened]
+    loaded = [
+        load_model(
+            entry, families().get(text_config(entry.config).get("model_type", "")), memory=mode, device=where, dtype=dtype
+        )
+        for entry in opened
+    ]
     return measure(loaded[0], tokens.batches(batch_tokens), loaded[1] if reference is not None else None, progress)
 
 
@@ -384,16 +458,37 @@ def compress(
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     prepare_target(target, inventory.checkpoint.path, overwrite)
     registered.find(method).parse_options(options or {})
-    keep_count(parse_keep(keep), inventory.rules if router_groups == "keep" else Rules(inventory.num_experts, inventory.top_k), inventory.checkpoint.source)
+    keep_count(
+        parse_keep(keep),
+        inventory.rules if router_groups == "keep" else Rules(inventory.num_experts, inventory.top_k),
+        inventory.checkpoint.source,
+    )
     run: dict[str, Any] = {"device": device, "memory": memory}
     if stats is None and data and not registered.find(method).data_free:
         with _timed(seconds, "calibrate"):
-            stats = calibrate(model, data, _beside(out, "stats"), dtype=dtype, allow_pickle=allow_pickle, progress=progress, **run, **calibration)
+            stats = calibrate(
+                model,
+                data,
+                _beside(out, "stats"),
+                dtype=dtype,
+                allow_pickle=allow_pickle,
+                progress=progress,
+                **run,
+                **calibration,
+            )
     with _timed(seconds, "plan"):
         made = plan(
-            inventory, method, keep, stats=stats, domains=domains, budget=budget, options=options, router_groups=router_groups,
-            allow_pickle=allow_pickle, progress=progress,
-        )  # fmt: skip
+            inventory,
+            method,
+            keep,
+            stats=stats,
+            domains=domains,
+            budget=budget,
+            options=options,
+            router_groups=router_groups,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
     with _timed(seconds, "apply"):
         notes = apply(inventory, made, target, overwrite=overwrite, progress=progress)
     with _timed(seconds, "verify"):
@@ -403,7 +498,9 @@ def compress(
     if measure and texts:
         shape = {key: calibration[key] for key in ("samples", "seq_len", "seed") if key in calibration}
         with _timed(seconds, "evaluate"):
-            quality = evaluate(target, texts, reference=inventory.checkpoint.path, dtype=dtype, progress=progress, **run, **shape).to_json()
+            quality = evaluate(
+                target, texts, reference=inventory.checkpoint.path, dtype=dtype, progress=progress, **run, **shape
+            ).to_json()
         quality["held_out"] = bool(eval_data)
         (target / "README.md").write_text(model_card(made, inventory, notes, _quality_line(quality)), encoding="utf-8")
     return {"out": str(target), "plan": made, "notes": notes, "verify": verdict, "quality": quality, "seconds": seconds}
@@ -417,21 +514,18 @@ def run(recipe: str | Path, *, progress: Progress | None = None) -> dict[str, An
 
 
 def _quality_line(quality: Mapping[str, Any]) -> str:
-    rows = ", ".join(f"{name} {row['perplexity']:.2f} (base {row['reference_perplexity']:.2f})" for name, row in quality["domains"].items())
+    rows = ", ".join(
+        f"{name} {row['perplexity']:.2f} (base {row['reference_perplexity']:.2f})" for name, row in quality["domains"].items()
+    )
     return f"perplexity on {'held-out text' if quality['held_out'] else 'the calibration text itself'}: {rows}"
 
 
-class _timed:
+@contextmanager
+def _timed(into: dict[str, float], name: str) -> Iterator[None]:
     """Seconds of a stage, into a dict."""
-
-    def __init__(self, into: dict[str, float], name: str) -> None:
-        self.into, self.name = into, name
-
-    def __enter__(self) -> None:
-        self.begin = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.into[self.name] = round(time.perf_counter() - self.begin, 3)
+    begin = time.perf_counter()
+    yield
+    into[name] = round(time.perf_counter() - begin, 3)
 
 
 def _beside(path: str | Path, suffix: str) -> Path:
@@ -449,7 +543,16 @@ def _window(config: Mapping[str, Any]) -> int:
     return 2**31
 
 
-def _tokens(path: Path, config: Mapping[str, Any], data: Sequence[str], progress: Progress, *, seq_len: int | None, overlap: int = 0, **options: Any) -> Any:
+def _tokens(
+    path: Path,
+    config: Mapping[str, Any],
+    data: Sequence[str],
+    progress: Progress,
+    *,
+    seq_len: int | None,
+    overlap: int = 0,
+    **options: Any,
+) -> Any:
     from expertsmith.arch import text_config
     from expertsmith.calibration.data import DataOptions, load_tokenizer, load_tokens
 
@@ -457,8 +560,12 @@ def _tokens(path: Path, config: Mapping[str, Any], data: Sequence[str], progress
     length = seq_len if seq_len is not None else min(2048, window)
     settings = DataOptions(seq_len=length + overlap, overlap=overlap, **options)
     vocab = text_config(config).get("vocab_size")
-    tokens = load_tokens(data, load_tokenizer(path), settings, None if window == 2**31 else window, vocab if isinstance(vocab, int) else None)
-    counts = ", ".join(f"{name} {number:,} in {len(tokens.sequences[name])} sequences" for name, number in tokens.tokens.items())
+    tokens = load_tokens(
+        data, load_tokenizer(path), settings, None if window == 2**31 else window, vocab if isinstance(vocab, int) else None
+    )
+    counts = ", ".join(
+        f"{name} {number:,} in {len(tokens.sequences[name])} sequences" for name, number in tokens.tokens.items()
+    )
     progress.note(f"tokens: {counts}")
     return tokens
 

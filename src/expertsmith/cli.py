@@ -37,26 +37,49 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint director
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        "--data", "-d", metavar="[DOMAIN=]SOURCE[:N]",
+        "--data",
+        "-d",
+        metavar="[DOMAIN=]SOURCE[:N]",
         help="Text: .jsonl/.json/.txt/.md/.parquet file, folder, or hub data set name\\[subset](split). Records hold text, messages, prompt + response, or input_ids. Repeatable.",
     ),
-]  # fmt: skip
+]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Where the result goes.")]
 Method = Annotated[str, typer.Option("--method", "-m", help="How experts are scored; see `expertsmith methods`.")]
-Keep = Annotated[str, typer.Option("--keep", "-k", help="Routed experts that stay in each layer: a ratio (0.5, 50%) or a count (4).")]
+Keep = Annotated[
+    str, typer.Option("--keep", "-k", help="Routed experts that stay in each layer: a ratio (0.5, 50%) or a count (4).")
+]
 Budget = Annotated[str, typer.Option(help="uniform: every layer keeps the same number; global: one ranking over all layers.")]
-Options = Annotated[list[str] | None, typer.Option("--option", "-O", metavar="KEY=VALUE", help="Option of the method; repeatable.")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-O", metavar="KEY=VALUE", help="Option of the method; repeatable.")
+]
 Domains = Annotated[list[str] | None, typer.Option("--domain", help="Use only this domain of the statistics; repeatable.")]
-Groups = Annotated[str, typer.Option("--router-groups", help="Group-limited routers: keep drops the same number from each group; flatten sets n_group = 1.")]
+Groups = Annotated[
+    str,
+    typer.Option(
+        "--router-groups", help="Group-limited routers: keep drops the same number from each group; flatten sets n_group = 1."
+    ),
+]
 Samples = Annotated[int, typer.Option(help="Sequences a domain, drawn with --seed.")]
-SeqLen = Annotated[int | None, typer.Option(help="Tokens a sequence at most. Default: 2048, or the model's window if less.", show_default=False)]
+SeqLen = Annotated[
+    int | None,
+    typer.Option(help="Tokens a sequence at most. Default: 2048, or the model's window if less.", show_default=False),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
-Pack = Annotated[bool | None, typer.Option("--pack/--no-pack", help="Join texts into full sequences, or one record a sequence. Default: texts are packed, demonstrations are not.", show_default=False)]
+Pack = Annotated[
+    bool | None,
+    typer.Option(
+        "--pack/--no-pack",
+        help="Join texts into full sequences, or one record a sequence. Default: texts are packed, demonstrations are not.",
+        show_default=False,
+    ),
+]
 Overlong = Annotated[str, typer.Option(help="A record longer than the window without packing: refuse, truncate or drop.")]
 BatchTokens = Annotated[int, typer.Option(help="Tokens that run at once.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")]
-Memory = Annotated[str, typer.Option(help="resident: whole model; stream: one decoder layer at a time; auto decides by free memory.")]
+Memory = Annotated[
+    str, typer.Option(help="resident: whole model; stream: one decoder layer at a time; auto decides by free memory.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One machine-readable object on stdout and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
@@ -89,7 +112,15 @@ def compress(
     budget: Budget = "uniform",
     option: Options = None,
     router_groups: Groups = "keep",
-    eval_data: Annotated[list[str] | None, typer.Option("--eval-data", "-e", metavar="[DOMAIN=]SOURCE[:N]", help="Held-out text to measure the loss of quality on; repeatable. Without it the calibration text is used.")] = None,
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--eval-data",
+            "-e",
+            metavar="[DOMAIN=]SOURCE[:N]",
+            help="Held-out text to measure the loss of quality on; repeatable. Without it the calibration text is used.",
+        ),
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure quality at the end.")] = True,
     samples: Samples = 128,
     seq_len: SeqLen = None,
@@ -113,21 +144,53 @@ def compress(
     from expertsmith import api
 
     result = api.compress(
-        model, method, keep, out, data=data or (), stats=stats, domains=domain or (), budget=budget, options=_options(option),
-        router_groups=_word(router_groups, "router-groups", "keep", "flatten"), eval_data=eval_data or (), measure=measure, overwrite=overwrite,
-        allow_pickle=allow_pickle, device=device, dtype=dtype, memory=memory, samples=samples, seq_len=seq_len, seed=seed, pack=pack,
-        overlong=_word(overlong, "overlong", "refuse", "truncate", "drop"), batch_tokens=batch_tokens, resume=resume, progress=_progress(quiet),
-    )  # fmt: skip
+        model,
+        method,
+        keep,
+        out,
+        data=data or (),
+        stats=stats,
+        domains=domain or (),
+        budget=budget,
+        options=_options(option),
+        router_groups=_word(router_groups, "router-groups", "keep", "flatten"),
+        eval_data=eval_data or (),
+        measure=measure,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        pack=pack,
+        overlong=_word(overlong, "overlong", "refuse", "truncate", "drop"),
+        batch_tokens=batch_tokens,
+        resume=resume,
+        progress=_progress(quiet),
+    )
     verdict = result["verify"]
     if as_json:
-        _json({**result, "plan": result["plan"].model_dump(mode="json", by_alias=True, exclude_none=True), "verify": verdict.to_json()})
+        _json(
+            {
+                **result,
+                "plan": result["plan"].model_dump(mode="json", by_alias=True, exclude_none=True),
+                "verify": verdict.to_json(),
+            }
+        )
     else:
         _print_plan(result["plan"])
         for note in result["notes"]:
             _line(f"[yellow]note[/yellow] {note}")
         _print_verdict(verdict)
         if result["quality"]:
-            _print_quality(result["quality"], "held-out text" if result["quality"]["held_out"] else "the calibration text itself (flattering; pass --eval-data)")
+            _print_quality(
+                result["quality"],
+                "held-out text"
+                if result["quality"]["held_out"]
+                else "the calibration text itself (flattering; pass --eval-data)",
+            )
         _line("seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
         _line(f"[bold]{result['out']}[/bold]  (plan inside: expertsmith/plan.json)")
     if not verdict.passed:
@@ -145,7 +208,9 @@ def calibrate(
     pack: Pack = None,
     overlong: Overlong = "refuse",
     batch_tokens: BatchTokens = 8192,
-    output_sum: Annotated[bool, typer.Option("--output-sum", help="Also sum the raw outputs of every expert (for merging).")] = False,
+    output_sum: Annotated[
+        bool, typer.Option("--output-sum", help="Also sum the raw outputs of every expert (for merging).")
+    ] = False,
     sample_tokens: Annotated[int, typer.Option(help="Also keep block inputs and outputs of this many tokens a domain.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -164,20 +229,50 @@ def calibrate(
 
     with ranks(device) as (rank, where):
         statistics = api.calibrate(
-            model, data or (), out, samples=samples, seq_len=seq_len, seed=seed, pack=pack, overlong=_word(overlong, "overlong", "refuse", "truncate", "drop"),
-            batch_tokens=batch_tokens, output_sum=output_sum, sample_tokens=sample_tokens, device=where, dtype=dtype, memory=memory, resume=resume,
-            allow_pickle=allow_pickle, progress=_progress(quiet or rank > 0),
-        )  # fmt: skip
+            model,
+            data or (),
+            out,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            pack=pack,
+            overlong=_word(overlong, "overlong", "refuse", "truncate", "drop"),
+            batch_tokens=batch_tokens,
+            output_sum=output_sum,
+            sample_tokens=sample_tokens,
+            device=where,
+            dtype=dtype,
+            memory=memory,
+            resume=resume,
+            allow_pickle=allow_pickle,
+            progress=_progress(quiet or rank > 0),
+        )
     if rank > 0:
         return
     if as_json:
         _json({"out": str(out), **statistics.header})
         return
-    table = _table("domain", "tokens", "sequences", "least used expert", "most used expert", title=f"{len(statistics.layers)} MoE layers → {out}")
+    table = _table(
+        "domain",
+        "tokens",
+        "sequences",
+        "least used expert",
+        "most used expert",
+        title=f"{len(statistics.layers)} MoE layers → {out}",
+    )
     for name, count in statistics.tokens.items():
-        shares = [entry.domains[name]["selections"] / max(1, entry.domains[name]["selections"].mean()) for entry in statistics.layers.values()]
+        shares = [
+            entry.domains[name]["selections"] / max(1, entry.domains[name]["selections"].mean())
+            for entry in statistics.layers.values()
+        ]
         low, high = min(float(s.min()) for s in shares), max(float(s.max()) for s in shares)
-        table.add_row(name, f"{count:,}", str(statistics.header["data"]["sequences"][name]), f"{low:.2f} × even share", f"{high:.2f} × even share")
+        table.add_row(
+            name,
+            f"{count:,}",
+            str(statistics.header["data"]["sequences"][name]),
+            f"{low:.2f} × even share",
+            f"{high:.2f} × even share",
+        )
     _line(table)
 
 
@@ -213,11 +308,28 @@ def plan(
     from expertsmith import api
 
     made = api.plan(
-        model, method, keep, stats=stats, data=data or (), domains=domain or (), budget=budget, options=_options(option),
-        router_groups=_word(router_groups, "router-groups", "keep", "flatten"), out=out, allow_pickle=allow_pickle, samples=samples, seq_len=seq_len, seed=seed,
-        pack=pack, overlong=_word(overlong, "overlong", "refuse", "truncate", "drop"), batch_tokens=batch_tokens, device=device, dtype=dtype, memory=memory,
+        model,
+        method,
+        keep,
+        stats=stats,
+        data=data or (),
+        domains=domain or (),
+        budget=budget,
+        options=_options(option),
+        router_groups=_word(router_groups, "router-groups", "keep", "flatten"),
+        out=out,
+        allow_pickle=allow_pickle,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        pack=pack,
+        overlong=_word(overlong, "overlong", "refuse", "truncate", "drop"),
+        batch_tokens=batch_tokens,
+        device=device,
+        dtype=dtype,
+        memory=memory,
         progress=_progress(quiet),
-    )  # fmt: skip
+    )
     if as_json:
         _json(made.model_dump(mode="json", by_alias=True, exclude_none=True))
     else:
@@ -230,7 +342,9 @@ def apply(
     model: Model,
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
     out: Out,
-    check_values: Annotated[bool, typer.Option("--check-values/--no-check-values", help="Look for NaN and inf in what is copied.")] = True,
+    check_values: Annotated[
+        bool, typer.Option("--check-values/--no-check-values", help="Look for NaN and inf in what is copied.")
+    ] = True,
     overwrite: Overwrite = False,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
@@ -241,7 +355,9 @@ def apply(
     from expertsmith.plan import load_plan
 
     loaded = load_plan(plan_file)
-    notes = api.apply(model, loaded, out, overwrite=overwrite, check_values=check_values, allow_pickle=allow_pickle, progress=_progress(quiet))
+    notes = api.apply(
+        model, loaded, out, overwrite=overwrite, check_values=check_values, allow_pickle=allow_pickle, progress=_progress(quiet)
+    )
     summary = loaded.summary.model_dump() if loaded.summary else {}
     if as_json:
         _json({"out": str(out), "notes": notes, "summary": summary})
@@ -259,7 +375,9 @@ def verify(
     data: Data = None,
     tokens: Annotated[int, typer.Option(help="Tokens to compare on, about.")] = 1024,
     seq_len: SeqLen = None,
-    tolerance: Annotated[float, typer.Option(help="Largest difference allowed, relative to the largest value of the same layer.")] = 1e-4,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest difference allowed, relative to the largest value of the same layer.")
+    ] = 1e-4,
     device: Device = "auto",
     dtype: Dtype = "float32",
     memory: Memory = "auto",
@@ -271,9 +389,19 @@ def verify(
     from expertsmith import api
 
     verdict = api.verify(
-        model, out, plan=plan_file, data=data or (), tokens=tokens, seq_len=seq_len, tolerance=tolerance, device=device, dtype=dtype,
-        memory=memory, allow_pickle=allow_pickle, progress=_progress(quiet),
-    )  # fmt: skip
+        model,
+        out,
+        plan=plan_file,
+        data=data or (),
+        tokens=tokens,
+        seq_len=seq_len,
+        tolerance=tolerance,
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        allow_pickle=allow_pickle,
+        progress=_progress(quiet),
+    )
     if as_json:
         _json(verdict.to_json())
     else:
@@ -286,7 +414,9 @@ def verify(
 def evaluate(
     model: Model,
     data: Data = None,
-    reference: Annotated[str | None, typer.Option("--reference", "-r", help="The original model: adds KL divergence, top-1 agreement and ESAP.")] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", "-r", help="The original model: adds KL divergence, top-1 agreement and ESAP.")
+    ] = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
     seed: Seed = 42,
@@ -301,9 +431,18 @@ def evaluate(
     from expertsmith import api
 
     quality = api.evaluate(
-        model, data or (), reference=reference, samples=samples, seq_len=seq_len, seed=seed, batch_tokens=batch_tokens, device=device,
-        dtype=dtype, memory=memory, progress=_progress(quiet),
-    ).to_json()  # fmt: skip
+        model,
+        data or (),
+        reference=reference,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        batch_tokens=batch_tokens,
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        progress=_progress(quiet),
+    ).to_json()
     if as_json:
         _json({"model": model, "reference": reference, **quality})
     else:
@@ -332,7 +471,10 @@ def inspect(model: Model, allow_pickle: Pickle = False, as_json: AsJson = False)
         ("routed experts", f"{facts['num_experts']} a layer, a token uses {facts['top_k']}"),
         ("shared experts", str(facts["shared_experts"])),
         ("router", router),
-        ("parameters", f"{_count(facts['parameters']['total'])} total, {_count(facts['parameters']['active'])} active, {_count(facts['parameters']['routed_experts'])} in routed experts"),
+        (
+            "parameters",
+            f"{_count(facts['parameters']['total'])} total, {_count(facts['parameters']['active'])} active, {_count(facts['parameters']['routed_experts'])} in routed experts",
+        ),
         ("bytes", _bytes(facts["bytes"])),
         ("least", f"{facts['least_experts']} experts a layer have to stay"),
         *((("note", facts["notes"]),) if facts["notes"] else ()),
@@ -341,7 +483,13 @@ def inspect(model: Model, allow_pickle: Pickle = False, as_json: AsJson = False)
     _line(table)
     ratios = _table("keep", "experts", "parameters", "bytes", "of the original")
     for row in facts["keep_ratios"]:
-        ratios.add_row(f"{row['keep']:g}", str(row["experts"]), _count(row["parameters"]), _bytes(row["bytes"]), f"{100 * row['bytes_ratio']:.0f} %")
+        ratios.add_row(
+            f"{row['keep']:g}",
+            str(row["experts"]),
+            _count(row["parameters"]),
+            _bytes(row["bytes"]),
+            f"{100 * row['bytes_ratio']:.0f} %",
+        )
     _line(ratios)
 
 
@@ -360,11 +508,18 @@ def lint(
     if as_json:
         _json({"model": model, "findings": [finding.to_json() for finding in findings]})
     elif not findings:
-        _line("[green]nothing found[/green] that would keep " + (engine or "transformers, vllm, sglang or llama.cpp") + " from serving this checkpoint")
+        _line(
+            "[green]nothing found[/green] that would keep "
+            + (engine or "transformers, vllm, sglang or llama.cpp")
+            + " from serving this checkpoint"
+        )
     else:
         colours = {"error": "red", "warning": "yellow", "info": "dim"}
         for finding in findings:
-            _line(f"[{colours[finding.level]}]{finding.level:7}[/] {finding.rule.engine}: {finding.message}" + (f"; {finding.remedy}" if finding.remedy else ""))
+            _line(
+                f"[{colours[finding.level]}]{finding.level:7}[/] {finding.rule.engine}: {finding.message}"
+                + (f"; {finding.remedy}" if finding.remedy else "")
+            )
             _line(f"        [dim]{finding.rule.id} — {finding.rule.source}[/dim]")
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
@@ -376,13 +531,24 @@ def methods(as_json: AsJson = False) -> None:
     from expertsmith.methods import methods as registered
 
     if as_json:
-        _json([{"name": m.name, "title": m.title, "paper": m.paper, "reads": m.reads, "options": m.options, "doc": m.doc} for m in registered().values()])
+        _json(
+            [
+                {"name": m.name, "title": m.title, "paper": m.paper, "reads": m.reads, "options": m.options, "doc": m.doc}
+                for m in registered().values()
+            ]
+        )
         return
     table = _table("method", "what it keeps", "needs", "options", "paper")
     for m in registered().values():
         doc = " ".join(m.doc.split("\n\n")[0].split())
         needs = {"statistics": "calibration", "weights": "weights only", "nothing": "nothing"}[m.reads]
-        table.add_row(f"[bold]{m.name}[/bold]", f"{m.title}. [dim]{_escape(doc)}[/dim]", needs, "\n".join(f"{k}={v}" for k, v in m.options.items()), m.paper)
+        table.add_row(
+            f"[bold]{m.name}[/bold]",
+            f"{m.title}. [dim]{_escape(doc)}[/dim]",
+            needs,
+            "\n".join(f"{k}={v}" for k, v in m.options.items()),
+            m.paper,
+        )
     _line(table)
 
 
@@ -393,7 +559,18 @@ def architectures(as_json: AsJson = False) -> None:
 
     rows = list(families().values())
     if as_json:
-        _json([{"model_type": r.model_type, "title": r.title, "status": r.status, "notes": r.notes, "expert_groups": r.group_key is not None} for r in rows])
+        _json(
+            [
+                {
+                    "model_type": r.model_type,
+                    "title": r.title,
+                    "status": r.status,
+                    "notes": r.notes,
+                    "expert_groups": r.group_key is not None,
+                }
+                for r in rows
+            ]
+        )
         return
     table = _table("model_type", "family", "status", "notes")
     for r in rows:
@@ -416,9 +593,17 @@ def demo(
     if as_json:
         _json(result)
         return
-    table = _table("kept experts", *(f"{name}\nperplexity" for name in result["domains"]), "verify", title=f"Half of the experts, chosen for {result['target']}")
+    table = _table(
+        "kept experts",
+        *(f"{name}\nperplexity" for name in result["domains"]),
+        "verify",
+        title=f"Half of the experts, chosen for {result['target']}",
+    )
     for row in result["rows"]:
-        cells = [f"[bold]{row['perplexity'][name]:.1f}[/bold]" if name == result["target"] else f"{row['perplexity'][name]:.1f}" for name in result["domains"]]
+        cells = [
+            f"[bold]{row['perplexity'][name]:.1f}[/bold]" if name == result["target"] else f"{row['perplexity'][name]:.1f}"
+            for name in result["domains"]
+        ]
         table.add_row(row["label"], *cells, row["verify"])
     _line(table)
     _line(f"{result['summary']}")
@@ -426,7 +611,9 @@ def demo(
 
 
 @app.command(rich_help_panel=MORE)
-def run(recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml")], as_json: AsJson = False, quiet: Quiet = False) -> None:
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml")], as_json: AsJson = False, quiet: Quiet = False
+) -> None:
     """Run a recipe: the stages of a job in one YAML file, checked as a whole first."""
     from expertsmith import api
 
@@ -519,7 +706,13 @@ def _table(*columns: str, title: str = "", header: bool = True) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title or None, box=box.SIMPLE_HEAD if header else None, show_header=header, title_justify="left", title_style="bold")
+    table = Table(
+        title=title or None,
+        box=box.SIMPLE_HEAD if header else None,
+        show_header=header,
+        title_justify="left",
+        title_style="bold",
+    )
     for column in columns:
         table.add_column(column)
     return table
@@ -552,7 +745,11 @@ def _ranges(ids: list[int]) -> str:
 
 def _print_verdict(verdict: Verdict, layers: bool = False) -> None:
     if verdict.wrong_tensors or verdict.config_differs:
-        what = [f"{len(verdict.wrong_tensors)} tensors are not what the plan says (first: {verdict.wrong_tensors[0]})"] if verdict.wrong_tensors else []
+        what = (
+            [f"{len(verdict.wrong_tensors)} tensors are not what the plan says (first: {verdict.wrong_tensors[0]})"]
+            if verdict.wrong_tensors
+            else []
+        )
         what += [f"config.json differs in {', '.join(verdict.config_differs)}"] if verdict.config_differs else []
         _line("[bold red]verify: FAILED[/bold red] " + "; ".join(what))
         return
@@ -575,11 +772,23 @@ def _print_quality(quality: dict[str, Any], title: str) -> None:
     extra = ("reference", "change", "KL", "top-1 agreement", "ESAP") if reference else ()
     table = _table("domain", "tokens", "perplexity", "loss ± s.e.", *extra, title=f"Quality on {title}")
     for name, row in rows.items():
-        more = ()
+        more: tuple[str, ...] = ()
         if reference:
             change = row["perplexity"] / row["reference_perplexity"] - 1
-            more = (f"{row['reference_perplexity']:.2f}", f"{100 * change:+.1f} %", f"{row['kl']:.4f}", f"{100 * row['top1_agreement']:.1f} %", f"{row['esap']:.3f}")
-        table.add_row(name, f"{row['tokens']:,}", f"[bold]{row['perplexity']:.2f}[/bold]", f"{row['loss']:.4f} ± {row['loss_se']:.4f}", *more)
+            more = (
+                f"{row['reference_perplexity']:.2f}",
+                f"{100 * change:+.1f} %",
+                f"{row['kl']:.4f}",
+                f"{100 * row['top1_agreement']:.1f} %",
+                f"{row['esap']:.3f}",
+            )
+        table.add_row(
+            name,
+            f"{row['tokens']:,}",
+            f"[bold]{row['perplexity']:.2f}[/bold]",
+            f"{row['loss']:.4f} ± {row['loss_se']:.4f}",
+            *more,
+        )
     _line(table)
 
 

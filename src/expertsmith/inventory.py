@@ -39,6 +39,7 @@ class Claim:
 
     @property
     def row_axis(self) -> int:
+        """The axis that runs over experts."""
         return 1 if len(self.info.shape) > 1 and self.info.shape[0] == 1 else 0
 
     @property
@@ -60,6 +61,7 @@ class Inventory:
 
     @property
     def config(self) -> dict[str, Any]:
+        """The text config as a plain dict."""
         return dict(text_config(self.checkpoint.config))
 
     @cached_property
@@ -135,9 +137,14 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
     inventory = Inventory(checkpoint, record, experts, top_k, rules, claims)
     if not inventory.layers:
         prefix = record.expert_prefix[0] if record.expert_prefix else record.stacked[0].name
-        raise UserError(f"{checkpoint.source} holds no routed experts (no tensors such as layers.0.{prefix}…)", "is this the right checkpoint for its config.json?")
+        raise UserError(
+            f"{checkpoint.source} holds no routed experts (no tensors such as layers.0.{prefix}…)",
+            "is this the right checkpoint for its config.json?",
+        )
     if experts % groups:
-        raise UserError(f"{checkpoint.source}/config.json has {experts} experts in {groups} expert_groups, which does not divide")
+        raise UserError(
+            f"{checkpoint.source}/config.json has {experts} experts in {groups} expert_groups, which does not divide"
+        )
     for layer in inventory.layers:
         _check_layer(inventory, layer)
     return inventory
@@ -187,7 +194,10 @@ def _claim(info: TensorInfo, record: Architecture, config: Any, experts: int, de
     per_expert, left = divmod(rows - extra, experts)
     if left or per_expert < 1 or (entry.role == "router" and per_expert != 1):
         wanted = f"{experts} experts" + (f" + {extra} further rows" if extra else "")
-        raise UserError(f"{info.name} has shape {list(info.shape)}, which does not fit {wanted} of config.json", "config.json and weights do not belong together, or the tensor is damaged")
+        raise UserError(
+            f"{info.name} has shape {list(info.shape)}, which does not fit {wanted} of config.json",
+            "config.json and weights do not belong together, or the tensor is damaged",
+        )
     return Claim(info, "stacked", layer, rest, entry=entry, rows=per_expert, extra=extra)
 
 
@@ -204,12 +214,16 @@ def _check_layer(inventory: Inventory, layer: int) -> None:
     for below, held in owners.items():
         missing = [expert for expert in range(experts) if expert not in held]
         if missing:
-            raise UserError(f"decoder layer {layer} lacks {below} of expert {missing[0]} ({len(held)} of {experts} are there)", "download the checkpoint again, or is config.json of another model?")
+            raise UserError(
+                f"decoder layer {layer} lacks {below} of expert {missing[0]} ({len(held)} of {experts} are there)",
+                "download the checkpoint again, or is config.json of another model?",
+            )
         usual = shapes[below].most_common(1)[0][0]
         odd = next((info for info in held.values() if info.shape != usual), None)
         if odd is not None:
-            raise UserError(f"{odd.name} has shape {list(odd.shape)}, but its sibling experts have {list(usual)}", "the tensor is damaged")
+            raise UserError(
+                f"{odd.name} has shape {list(odd.shape)}, but its sibling experts have {list(usual)}", "the tensor is damaged"
+            )
     routers = [c for c in inventory.claims if c.layer == layer and c.kind == "stacked" and c.entry and c.entry.role == "router"]
     if not routers:
         raise UserError(f"decoder layer {layer} has experts but no router weight", "download the checkpoint again")
-

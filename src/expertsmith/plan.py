@@ -75,7 +75,9 @@ class LayerPlan(_Strict):
             raise ValueError(f"{where}: saliency has {len(self.saliency)} numbers for {self.num_experts} experts")
         for merge in self.merge:
             if len(merge.sources) != len(merge.weights):
-                raise ValueError(f"{where}: merge into {merge.into} has {len(merge.sources)} experts and {len(merge.weights)} weights")
+                raise ValueError(
+                    f"{where}: merge into {merge.into} has {len(merge.sources)} experts and {len(merge.weights)} weights"
+                )
         return self
 
 
@@ -115,6 +117,7 @@ class Plan(_Strict):
 
     @property
     def counts(self) -> list[int]:
+        """Kept experts of every layer."""
         return [len(entry.keep) for entry in self.layers]
 
     @property
@@ -131,6 +134,7 @@ class Plan(_Strict):
         partial.replace(target)
 
     def dumps(self) -> str:
+        """The JSON text: a line a layer, keys in a fixed order, so that plans can be diffed."""
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         layers = ",\n".join("  " + json.dumps(entry, ensure_ascii=False) for entry in data.pop("layers"))
         summary = data.pop("summary", None)

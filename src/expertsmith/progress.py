@@ -12,9 +12,11 @@ from typing import Any, Protocol
 class Progress(Protocol):
     """What long jobs report to."""
 
-    def task(self, label: str, total: float, unit: str) -> Any: ...
+    def task(self, label: str, total: float, unit: str) -> Any:
+        """A context manager that yields a function to advance by an amount of `unit`."""
 
-    def note(self, message: str) -> None: ...
+    def note(self, message: str) -> None:
+        """Say something that the user should know."""
 
 
 class Silent:
@@ -22,10 +24,11 @@ class Silent:
 
     @contextmanager
     def task(self, label: str, total: float, unit: str) -> Iterator[Any]:
+        """Nothing to see."""
         yield lambda amount: None
 
     def note(self, message: str) -> None:
-        pass
+        """Nothing to hear."""
 
 
 class Bar:
@@ -37,16 +40,23 @@ class Bar:
         self.console = Console(stderr=True, highlight=False)
 
     def note(self, message: str) -> None:
+        """A line on stderr."""
         self.console.print(f"[dim]·[/dim] {message}", soft_wrap=True)
 
     @contextmanager
     def task(self, label: str, total: float, unit: str) -> Iterator[Any]:
+        """A bar with rate and time left."""
         if not self.console.is_terminal:
             yield from self._lines(label, total, unit)
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[rate]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[rate]}"),
+        )
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, transient=True) as bar:
             handle = bar.add_task(label, total=total, rate="")
             begin, done = time.monotonic(), 0.0
@@ -69,13 +79,17 @@ class Bar:
             if now - last >= 10:
                 last = now
                 left = (now - begin) * (total - done) / done if done else 0.0
-                print(f"{label}: {100 * done / total:.0f} %, {rate(done, now - begin, unit)}, {left:.0f} s left", file=sys.stderr, flush=True)
+                print(
+                    f"{label}: {100 * done / total:.0f} %, {rate(done, now - begin, unit)}, {left:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
         yield advance
 
 
 def rate(done: float, seconds: float, unit: str) -> str:
-    """"12.3k tokens/s", "1.2 GB/s"."""
+    """ "12.3k tokens/s", "1.2 GB/s"."""
     value = done / seconds if seconds > 0 else 0.0
     for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:

@@ -109,7 +109,12 @@ class Recipe(_Step):
         from expertsmith.methods import methods
 
         faults = []
-        if self.plan and self.plan.method in methods() and not methods()[self.plan.method].data_free and not (self.plan.stats or self.calibrate):
+        if (
+            self.plan
+            and self.plan.method in methods()
+            and not methods()[self.plan.method].data_free
+            and not (self.plan.stats or self.calibrate)
+        ):
             faults.append(f"plan: method {self.plan.method} needs statistics: add a calibrate section or plan.stats")
         if self.apply and not self.plan:
             faults.append("apply: there is no plan section")

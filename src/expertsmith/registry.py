@@ -14,7 +14,10 @@ from expertsmith.errors import UserError
 def modules_of(package: str) -> list[ModuleType]:
     """Import every module of `package` in name order; an import error is fatal, not skipped."""
     root = importlib.import_module(package)
-    return [importlib.import_module(f"{package}.{info.name}") for info in sorted(pkgutil.iter_modules(root.__path__), key=lambda i: i.name)]
+    return [
+        importlib.import_module(f"{package}.{info.name}")
+        for info in sorted(pkgutil.iter_modules(root.__path__), key=lambda i: i.name)
+    ]
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -77,7 +77,10 @@ def keep_count(keep: float | int, rules: Rules, where: str = "the model") -> int
         need = f"its router needs top_k={rules.top_k}"
         if rules.groups > 1:
             need += f" from {rules.top_groups} of {rules.groups} expert_groups with at least {rules.group_minimum} each, so {rules.least} in all"
-        raise UserError(f"{where} would keep {count} of {n} experts, but {need}", f"use --keep {rules.least} (ratio {rules.least / n:.2g}) or more")
+        raise UserError(
+            f"{where} would keep {count} of {n} experts, but {need}",
+            f"use --keep {rules.least} (ratio {rules.least / n:.2g}) or more",
+        )
     if count % rules.groups:
         down, up = count // rules.groups * rules.groups, math.ceil(count / rules.groups) * rules.groups
         raise UserError(
@@ -106,7 +109,9 @@ def uniform(saliency: Mapping[int, Sequence[float]], keep: float | int, rules: R
     return kept
 
 
-def over_layers(saliency: Mapping[int, Sequence[float]], keep: float | int, rules: Rules, ties: Ties, normalize: bool = True) -> dict[int, list[int]]:
+def over_layers(
+    saliency: Mapping[int, Sequence[float]], keep: float | int, rules: Rules, ties: Ties, normalize: bool = True
+) -> dict[int, list[int]]:
     """One ranking over all layers (budget "global"): first every layer's floor of top_k, then the most salient of the rest.
 
     `normalize` divides each layer's saliency by its sum first, because sums of different layers have different scales.
@@ -115,7 +120,10 @@ def over_layers(saliency: Mapping[int, Sequence[float]], keep: float | int, rule
         UserError: the router has expert_groups (unequal counts would leave them unequal).
     """
     if rules.groups > 1:
-        raise UserError("budget global leaves different numbers in the expert_groups of this model's router", "use --budget uniform or --router-groups flatten")
+        raise UserError(
+            "budget global leaves different numbers in the expert_groups of this model's router",
+            "use --budget uniform or --router-groups flatten",
+        )
     total = keep_count(keep, rules) * len(saliency)
     scaled = {}
     for layer, values in saliency.items():
@@ -123,7 +131,9 @@ def over_layers(saliency: Mapping[int, Sequence[float]], keep: float | int, rule
         scaled[layer] = [value / scale if scale else 0.0 for value in values]
     order = {layer: ranked(values, range(len(values)), ties) for layer, values in scaled.items()}
     kept = {layer: order[layer][: rules.least] for layer in order}
-    rest = [(-scaled[layer][e], place, layer, e) for layer in order for place, e in enumerate(order[layer]) if place >= rules.least]
+    rest = [
+        (-scaled[layer][e], place, layer, e) for layer in order for place, e in enumerate(order[layer]) if place >= rules.least
+    ]
     for _, _, layer, expert in sorted(rest)[: total - rules.least * len(order)]:
         kept[layer].append(expert)
     return {layer: sorted(chosen) for layer, chosen in kept.items()}

@@ -44,7 +44,10 @@ def _matrix(inventory: Inventory, claim: Claim, expert: int, cache: dict[str, to
     if info.name.endswith(("_scale_inv", "_scale")) or (claim.kind == "expert" and len(info.shape) < 2):
         return None
     if info.dtype not in FLOATS + FP8:
-        raise UserError(f"{info.name} is packed ({info.dtype}): its codes cannot be scored", "use a checkpoint in float, bfloat16 or FP8, or a method that reads data")
+        raise UserError(
+            f"{info.name} is packed ({info.dtype}): its codes cannot be scored",
+            "use a checkpoint in float, bfloat16 or FP8, or a method that reads data",
+        )
     if claim.kind == "expert":
         tensor = inventory.checkpoint.read(info.name)
     else:

@@ -50,7 +50,9 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Architec
     inner = text_config(config)
     model_type = inner.get("model_type") or config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
-        raise UserError(f"{where} has no model_type, so the model family is unknown", "give the directory of a Hugging Face checkpoint")
+        raise UserError(
+            f"{where} has no model_type, so the model family is unknown", "give the directory of a Hugging Face checkpoint"
+        )
     record = families().get(model_type)
     if record is None and config.get("auto_map"):
         raise UserError(

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # the language model's decoder layers only: vision towers and multi-token-prediction stacks have layers too
-LAYER_PATTERN = re.compile(r"^(?:(?:model|language_model|backbone|transformer|decoder|llm)\.)*(?:layers|blocks)\.(?P<layer>\d+)\.(?P<rest>.+)$")
+LAYER_PATTERN = re.compile(
+    r"^(?:(?:model|language_model|backbone|transformer|decoder|llm)\.)*(?:layers|blocks)\.(?P<layer>\d+)\.(?P<rest>.+)$"
+)
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,20 @@ class Architecture:
     top_group_key: str | None = None  # expert_groups a token may use
     group_minimum: int = 1  # experts that an expert_group needs for its score: 2 where the score is a top-2 sum
     group_default: tuple[int, int] = (1, 1)  # what transformers takes where the config lacks the two keys
-    group_active: tuple[str, tuple[Any, ...]] | None = None  # (config key, values) with which the groups are in force; None: always
+    group_active: tuple[str, tuple[Any, ...]] | None = (
+        None  # (config key, values) with which the groups are in force; None: always
+    )
     shared_key: str | None = None  # number of shared experts, where the config counts them
     expert_width_key: tuple[str, ...] = ("moe_intermediate_size",)
     extra_config_keys: tuple[str, ...] = ()  # further keys that repeat the number of experts and change with it
 
     # the checkpoint's tensor names, relative to a decoder layer
     expert_prefix: tuple[str, ...] = ("mlp.experts.{expert}.",)  # every tensor below belongs to that expert
-    projections: tuple[str | None, str, str] = ("gate_proj", "up_proj", "down_proj")  # per expert: gate (None: no gate), up, down
+    projections: tuple[str | None, str, str] = (
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )  # per expert: gate (None: no gate), up, down
     stacked: tuple[Stacked, ...] = (Stacked("mlp.gate.weight", "router"),)
 
     # the module tree
@@ -67,8 +75,12 @@ class Architecture:
     router: str = "gate"  # from the block
     experts: str = "experts"  # from the block
     shared: str | None = None  # from the block: the shared expert(s)
-    selection_bias: tuple[str, ...] = ()  # from the block: biases that act on the selection only; dropped entries are masked with -inf
-    router_output: Literal["logits", "probabilities", "scores_logits", "logits_only"] = "logits"  # what the router returns first
+    selection_bias: tuple[
+        str, ...
+    ] = ()  # from the block: biases that act on the selection only; dropped entries are masked with -inf
+    router_output: Literal["logits", "probabilities", "scores_logits", "logits_only"] = (
+        "logits"  # what the router returns first
+    )
     score: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"  # from logits to full router scores
     mask_value: float = float("-inf")  # what a dropped expert's logit becomes in the masked reference
     # experts(x, selected, weights); the same but never with a single slot; or Llama-4's one scaled copy of x an expert
@@ -83,13 +95,16 @@ class Architecture:
     post_norm: str | None = None  # from the decoder layer: a norm on the block's output before the residual add
     layer_scale: str | None = None  # attribute of the decoder layer that multiplies the block's output before the add
     residual_scale: str | None = None  # attribute of the decoder layer that multiplies the residual stream at the add
-    residual_exact: bool = True  # x_scale * x + ... + shared is the decoder layer's output (tested); False with the reason in notes
+    residual_exact: bool = (
+        True  # x_scale * x + ... + shared is the decoder layer's output (tested); False with the reason in notes
+    )
 
     refusal: Callable[[Mapping[str, Any]], str | None] | None = None  # a config this family's record cannot handle: the reason
     tiny: Mapping[str, Any] = field(default_factory=dict)  # config of a tiny random model: 8 experts, 3 layers, for tests
 
     @property
     def supported(self) -> bool:
+        """Whether checkpoints of this family are worked on at all."""
         return self.status != "refused"
 
     def locate(self, name: str) -> tuple[int, str] | None:

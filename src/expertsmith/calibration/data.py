@@ -55,10 +55,12 @@ class TokenData:
 
     @property
     def tokens(self) -> dict[str, int]:
+        """Tokens by domain."""
         return {domain: sum(map(len, rows)) for domain, rows in self.sequences.items()}
 
     @property
     def fingerprint(self) -> str:
+        """sha256 over domains, sequence boundaries and token ids."""
         digest = hashlib.sha256()
         for domain in sorted(self.sequences):
             digest.update(f"{domain}\0{len(self.sequences[domain])}\0".encode())
@@ -85,7 +87,13 @@ class TokenData:
         return made
 
 
-def load_tokens(specs: Sequence[str | Spec], tokenizer: Any | None, options: DataOptions, max_positions: int | None = None, vocab_size: int | None = None) -> TokenData:
+def load_tokens(
+    specs: Sequence[str | Spec],
+    tokenizer: Any | None,
+    options: DataOptions,
+    max_positions: int | None = None,
+    vocab_size: int | None = None,
+) -> TokenData:
     """Read, tokenize, pack and sample every source.
 
     Args:
@@ -102,7 +110,10 @@ def load_tokens(specs: Sequence[str | Spec], tokenizer: Any | None, options: Dat
     if options.samples < 1:
         raise UserError(f"samples is {options.samples}; at least one sequence is needed")
     if max_positions is not None and options.seq_len - options.overlap > max_positions:
-        raise UserError(f"--seq-len {options.seq_len} is longer than the model's window of {max_positions} positions", f"use --seq-len {max_positions} or less")
+        raise UserError(
+            f"--seq-len {options.seq_len} is longer than the model's window of {max_positions} positions",
+            f"use --seq-len {max_positions} or less",
+        )
     parsed = [parse_spec(spec) if isinstance(spec, str) else spec for spec in specs]
     sequences: dict[str, list[list[int]]] = {}
     packed: dict[str, bool] = {}
@@ -112,9 +123,13 @@ def load_tokens(specs: Sequence[str | Spec], tokenizer: Any | None, options: Dat
             highest = max(max(row) for row in rows)
             lowest = min(min(row) for row in rows)
             if highest >= vocab_size or lowest < 0:
-                raise UserError(f"{spec.source} has token id {highest if highest >= vocab_size else lowest}, but the model's vocabulary has {vocab_size} entries")
+                raise UserError(
+                    f"{spec.source} has token id {highest if highest >= vocab_size else lowest}, but the model's vocabulary has {vocab_size} entries"
+                )
         count = min(spec.limit or options.samples, len(rows))
-        chosen = sorted(random.Random(f"{options.seed}/{spec.domain}/{len(sequences.get(spec.domain, []))}").sample(range(len(rows)), count))
+        chosen = sorted(
+            random.Random(f"{options.seed}/{spec.domain}/{len(sequences.get(spec.domain, []))}").sample(range(len(rows)), count)
+        )
         sequences.setdefault(spec.domain, []).extend(rows[i] for i in chosen)
         packed[spec.domain] = packed.get(spec.domain, False) or is_packed
     return TokenData(dict(sorted(sequences.items())), packed)
@@ -174,14 +189,20 @@ def tokenize(record: Mapping[str, Any], tokenizer: Any | None, place: str) -> tu
         if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) for i in ids):
             raise UserError(f"{place}: input_ids is not a list of integers")
         return list(ids), False
-    demonstration = isinstance(record.get("messages"), list) or all(isinstance(record.get(key), str) for key in ("prompt", "response"))
+    demonstration = isinstance(record.get("messages"), list) or all(
+        isinstance(record.get(key), str) for key in ("prompt", "response")
+    )
     text = record.get("text")
-    if not demonstration and not isinstance(text, str):
-        raise UserError(f"{place} has the fields {', '.join(sorted(record)) or '(none)'}, but a record needs {FIELDS}")
-    if not demonstration and not text.strip():
-        return [], False
+    if not demonstration:
+        if not isinstance(text, str):
+            raise UserError(f"{place} has the fields {', '.join(sorted(record)) or '(none)'}, but a record needs {FIELDS}")
+        if not text.strip():
+            return [], False
     if tokenizer is None:
-        raise UserError(f"{place} holds text, but the model directory has no tokenizer", "give records with input_ids, or add the tokenizer files to the model directory")
+        raise UserError(
+            f"{place} holds text, but the model directory has no tokenizer",
+            "give records with input_ids, or add the tokenizer files to the model directory",
+        )
     if isinstance(record.get("messages"), list):
         return _template(tokenizer, record["messages"], place), True
     if demonstration:
@@ -284,7 +305,9 @@ def _read_hub(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         import datasets
     except ModuleNotFoundError:
-        raise UserError(f"{source} is no file here; hub data sets need the datasets library", 'pip install "expertsmith[data]"') from None
+        raise UserError(
+            f"{source} is no file here; hub data sets need the datasets library", 'pip install "expertsmith[data]"'
+        ) from None
     try:
         table = datasets.load_dataset(match["name"], match["subset"], split=match["split"] or "train")
     except Exception as error:  # the hub client raises many unrelated types; all mean "not available"
@@ -300,7 +323,10 @@ def load_tokenizer(path: Path) -> Any | None:
     Raises:
         UserError: there are tokenizer files, but they cannot be loaded.
     """
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tiktoken.model")):
+    if not any(
+        (path / name).exists()
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tiktoken.model")
+    ):
         return None
     from transformers import AutoTokenizer
 

@@ -153,7 +153,7 @@ class _Watch:
         The weight is inside the expert, so the output's norm already is "weight x norm": it stands for both statistics.
         """
         scores = self.router_output[0]
-        count = module.num_experts
+        count = self.sums.num_experts
         raw = output.reshape(count, -1, output.shape[-1])
         token, expert = torch.nonzero(scores > 0, as_tuple=True)
         order = torch.argsort(expert, stable=True)
@@ -169,7 +169,10 @@ class _Watch:
         valid = batch.mask.reshape(-1).to(out.device)
         tokens = valid.numel()
         if out.shape[0] != tokens:
-            raise UserError(f"the MoE block of {arch.model_type} saw {out.shape[0]} tokens where the batch has {tokens}", "please report this family")
+            raise UserError(
+                f"the MoE block of {arch.model_type} saw {out.shape[0]} tokens where the batch has {tokens}",
+                "please report this family",
+            )
         expert, token = slots.expert, slots.token
         counted = valid[token] & (expert < n)
         if arch.unrouted_zero:
@@ -183,7 +186,15 @@ class _Watch:
         lengths = torch.bincount(expert.clamp(max=n), minlength=n + 1)[:n]
         inside = int(lengths.sum())
         totals = torch.segment_reduce(columns[:inside], "sum", lengths=lengths, axis=0, unsafe=True)
-        names = ("weight_sum", "weight_sq_sum", "norm_sum", "norm_sq_sum", "weighted_norm_sum", "weighted_norm_sq_sum", "easy_ep")
+        names = (
+            "weight_sum",
+            "weight_sq_sum",
+            "norm_sum",
+            "norm_sq_sum",
+            "weighted_norm_sum",
+            "weighted_norm_sq_sum",
+            "easy_ep",
+        )
         sums["tokens"] += valid.sum()
         sums["selections"] += totals[:, 0].round().long()
         for name, column in zip(names, totals[:, 1:].unbind(-1), strict=True):
@@ -285,14 +296,14 @@ class Slots:
 def full_scores(router_output: Any, architecture: Architecture) -> torch.Tensor:
     """Scores over all experts [tokens, num_experts + extra classes] from what the router returned."""
     kind = architecture.router_output
-    first = router_output if kind == "logits_only" else router_output[1] if kind == "scores_logits" else router_output[0]
+    first: torch.Tensor = router_output if kind == "logits_only" else router_output[1 if kind == "scores_logits" else 0]
     first = first.reshape(-1, first.shape[-1]).float()
     if kind == "probabilities":
         return first
     if architecture.score == "sigmoid":
         return first.sigmoid()
     if architecture.score == "sqrtsoftplus":
-        return nn.functional.softplus(first).sqrt()
+        return torch.nn.functional.softplus(first).sqrt()
     return first.softmax(-1)
 
 
@@ -316,7 +327,10 @@ def grouped_forward(experts: Any, x: torch.Tensor, selected: torch.Tensor, weigh
 
     def linear(inputs: torch.Tensor, name: str) -> torch.Tensor:
         bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
-        return _grouped_linear(inputs, getattr(experts, name), offsets, bias=bias, is_transposed=experts.is_transposed)
+        product: torch.Tensor = _grouped_linear(
+            inputs, getattr(experts, name), offsets, bias=bias, is_transposed=experts.is_transposed
+        )
+        return product
 
     if experts.has_gate:
         hidden = experts._apply_gate(linear(x[token], "gate_up_proj"))
@@ -371,5 +385,3 @@ def choose_sample(lengths: Sequence[int], count: int, seed: int, domain: str) ->
             sequence += 1
         chosen.add((sequence, place - start))
     return chosen
-
-

@@ -76,7 +76,11 @@ def _observe(
     assert model.architecture is not None
     now: list[Batch] = []
     lengths = {domain: [len(row) for row in rows] for domain, rows in data.sequences.items()}
-    chosen = {domain: choose_sample(rows, extras.sample_tokens, extras.seed, domain) for domain, rows in lengths.items()} if extras.sample_tokens else {}
+    chosen = (
+        {domain: choose_sample(rows, extras.sample_tokens, extras.seed, domain) for domain, rows in lengths.items()}
+        if extras.sample_tokens
+        else {}
+    )
     watch = ExitStack()
     sums: LayerSums | None = None
 
@@ -85,7 +89,9 @@ def _observe(
         now[:] = [batch]
         if layer in todo and number == 0:
             assert model.architecture is not None
-            sums = LayerSums(_num_experts(model, layer), {d: len(rows) for d, rows in lengths.items()}, model.device, extras, chosen=chosen)
+            sums = LayerSums(
+                _num_experts(model, layer), {d: len(rows) for d, rows in lengths.items()}, model.device, extras, chosen=chosen
+            )
             watch.enter_context(observing(model.layers[layer], model.architecture, sums, lambda: now[0]))
 
     def after(layer: int, number: int, hidden: torch.Tensor) -> None:
@@ -97,7 +103,13 @@ def _observe(
         for layer in walk.layers(until=max(todo)):
             if layer in todo:
                 if sums is None:  # this rank has no batches
-                    sums = LayerSums(_num_experts(model, layer), {d: len(rows) for d, rows in lengths.items()}, model.device, extras, chosen=chosen)
+                    sums = LayerSums(
+                        _num_experts(model, layer),
+                        {d: len(rows) for d, rows in lengths.items()},
+                        model.device,
+                        extras,
+                        chosen=chosen,
+                    )
                 _check(sums, layer)
                 yield layer, sums
                 sums = None
@@ -129,7 +141,9 @@ def _reduce(sums: LayerSums) -> None:
     for domain in sorted(sums.by_domain):
         entry = sums.by_domain[domain]
         shapes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shapes, {name: (value.shape, value.dtype) for name, value in entry.items() if name not in SAMPLES})
+        dist.all_gather_object(
+            shapes, {name: (value.shape, value.dtype) for name, value in entry.items() if name not in SAMPLES}
+        )
         for name, (shape, dtype) in {name: form for held in shapes for name, form in held.items()}.items():
             if name not in entry:  # a rank without batches of this domain
                 entry[name] = torch.zeros(shape, dtype=dtype, device=sums.device)
@@ -153,7 +167,9 @@ def _arrays(sums: LayerSums) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
             keys = tensors["sample_index"].numpy()
             order = torch.from_numpy(np.lexsort((keys[:, 1], keys[:, 0])))
             tensors.update({name: tensors[name][order] for name in SAMPLES})
-        made[domain] = {name: (value.float() if value.dtype == torch.bfloat16 else value).numpy() for name, value in tensors.items()}
+        made[domain] = {
+            name: (value.float() if value.dtype == torch.bfloat16 else value).numpy() for name, value in tensors.items()
+        }
     return made
 
 
@@ -165,9 +181,18 @@ def _header(model: LoadedModel, data: TokenData, layers: list[int], batch_tokens
         "format": stats.FORMAT,
         "version": stats.VERSION,
         "made_by": f"expertsmith {__version__}",
-        "model": {"model_type": model.architecture.model_type, "fingerprint": model.checkpoint.fingerprint, "source": model.checkpoint.source},
+        "model": {
+            "model_type": model.architecture.model_type,
+            "fingerprint": model.checkpoint.fingerprint,
+            "source": model.checkpoint.source,
+        },
         "dtype": str(model.dtype).removeprefix("torch."),
-        "options": {"batch_tokens": batch_tokens, "output_sum": extras.output_sum, "sample_tokens": extras.sample_tokens, "seed": extras.seed},
+        "options": {
+            "batch_tokens": batch_tokens,
+            "output_sum": extras.output_sum,
+            "sample_tokens": extras.sample_tokens,
+            "seed": extras.seed,
+        },
         "data": {
             "fingerprint": data.fingerprint,
             "tokens": data.tokens,
@@ -191,7 +216,10 @@ def _prepare(out: Path, header: Mapping[str, Any], resume: bool) -> None:
                 mine = {k: v for k, v in header[key].items() if k != "source"} if key == "model" else header[key]
                 theirs = {k: v for k, v in old[key].items() if k != "source"} if key == "model" else old[key]
                 if mine != theirs:
-                    raise UserError(f"{out} holds the statistics of another calibration (its {key} differs)", "choose another folder, or pass --fresh to replace it")
+                    raise UserError(
+                        f"{out} holds the statistics of another calibration (its {key} differs)",
+                        "choose another folder, or pass --fresh to replace it",
+                    )
     out.mkdir(parents=True, exist_ok=True)
     stats.save_header(out, header)
 

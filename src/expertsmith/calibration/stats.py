@@ -29,12 +29,14 @@ class LayerStatistics:
 
     @property
     def num_experts(self) -> int:
+        """Routed experts of the layer."""
         return int(next(iter(self.domains.values()))["selections"].shape[0])
 
     def total(self, name: str) -> Array:
         """A statistic over all domains: the sum (the maximum for maxima), in float64 or int64."""
         arrays = [entry[name] for entry in self.domains.values()]
-        return np.maximum.reduce(arrays) if name in MAXIMA else np.sum(arrays, axis=0)
+        total: Array = np.maximum.reduce(arrays) if name in MAXIMA else np.sum(arrays, axis=0)
+        return total
 
 
 @dataclass
@@ -46,14 +48,17 @@ class Statistics:
 
     @property
     def tokens(self) -> dict[str, int]:
+        """Tokens that counted, by domain."""
         return dict(self.header["data"]["tokens"])
 
     @property
     def domains(self) -> list[str]:
+        """Domain labels, in alphabetical order."""
         return list(self.tokens)
 
     @property
     def sequence_lengths(self) -> dict[str, list[int]]:
+        """Tokens of every sequence, by domain."""
         return dict(self.header["data"]["sequence_lengths"])
 
     def select(self, domains: Sequence[str] | None) -> Statistics:
@@ -117,6 +122,7 @@ def _plus(a: Any, b: Any) -> Any:
 
 
 def layer_path(folder: Path, layer: int) -> Path:
+    """Where a layer is kept."""
     return folder / f"layer_{layer:03d}.safetensors"
 
 
@@ -124,12 +130,17 @@ def save_layer(folder: Path, layer: int, domains: Mapping[str, Mapping[str, Arra
     """Write one layer under a temporary name and rename it: a file that exists is whole."""
     target = layer_path(folder, layer)
     partial = target.with_name(target.name + ".partial")
-    flat = {f"{domain}/{name}": np.ascontiguousarray(value) for domain, entry in sorted(domains.items()) for name, value in sorted(entry.items())}
+    flat = {
+        f"{domain}/{name}": np.ascontiguousarray(value)
+        for domain, entry in sorted(domains.items())
+        for name, value in sorted(entry.items())
+    }
     save_file(flat, partial)
     partial.replace(target)
 
 
 def save_header(folder: Path, header: Mapping[str, Any]) -> None:
+    """Write `stats.json` under a temporary name and rename it."""
     partial = folder / "stats.json.partial"
     partial.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
     partial.replace(folder / "stats.json")
@@ -144,7 +155,10 @@ def load_header(folder: Path) -> dict[str, Any]:
     try:
         header = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"there are no statistics in {folder} (no stats.json)", "make them with `expertsmith calibrate MODEL --data … -o STATS`") from None
+        raise UserError(
+            f"there are no statistics in {folder} (no stats.json)",
+            "make them with `expertsmith calibrate MODEL --data … -o STATS`",
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{folder / 'stats.json'} is not JSON: {error}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
@@ -153,13 +167,18 @@ def load_header(folder: Path) -> dict[str, Any]:
 
 
 def load_layer(folder: Path, layer: int, names: Iterable[str] | None = None) -> LayerStatistics:
+    """Read one layer; with `names` only these statistics."""
     domains: dict[str, dict[str, Array]] = {}
     try:
         flat = load_file(layer_path(folder, layer))
     except FileNotFoundError:
-        raise UserError(f"{layer_path(folder, layer)} is missing", "run `expertsmith calibrate` with the same options again: it resumes") from None
+        raise UserError(
+            f"{layer_path(folder, layer)} is missing", "run `expertsmith calibrate` with the same options again: it resumes"
+        ) from None
     except Exception as error:  # safetensors raises its own error class for a damaged file
-        raise UserError(f"{layer_path(folder, layer)} is damaged: {error}", "delete it and calibrate again: only that layer is redone") from None
+        raise UserError(
+            f"{layer_path(folder, layer)} is damaged: {error}", "delete it and calibrate again: only that layer is redone"
+        ) from None
     wanted = None if names is None else set(names)
     for key, value in flat.items():
         domain, _, name = key.rpartition("/")
@@ -179,5 +198,8 @@ def load_statistics(folder: Path | str) -> Statistics:
     layers = {layer: load_layer(root, layer) for layer in header["layers"] if layer_path(root, layer).exists()}
     absent = [layer for layer in header["layers"] if layer not in layers]
     if absent:
-        raise UserError(f"the calibration in {root} is not finished: layer {absent[0]} is missing", "run `expertsmith calibrate` with the same options again: it resumes")
+        raise UserError(
+            f"the calibration in {root} is not finished: layer {absent[0]} is missing",
+            "run `expertsmith calibrate` with the same options again: it resumes",
+        )
     return Statistics(header, layers)

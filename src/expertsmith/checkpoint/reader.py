@@ -52,6 +52,7 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
+        """Elements."""
         return math.prod(self.shape)
 
 
@@ -72,10 +73,12 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
     def numel(self) -> int:
+        """Elements of all tensors."""
         return sum(info.numel for info in self.tensors.values())
 
     @cached_property
@@ -129,7 +132,9 @@ class Checkpoint:
         return torch.frombuffer(buffer, dtype=getattr(torch, dtype)).reshape(info.shape)
 
 
-def open_checkpoint(source: str | Path, *, headers_only: bool = False, allow_pickle: bool = False, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, *, headers_only: bool = False, allow_pickle: bool = False, revision: str | None = None
+) -> Checkpoint:
     """Open a local directory or a hub id.
 
     Args:
@@ -142,7 +147,9 @@ def open_checkpoint(source: str | Path, *, headers_only: bool = False, allow_pic
     """
     path = Path(source)
     if path.is_file():
-        raise UserError(f"{path} is a file, not a checkpoint directory", "give the folder that holds config.json and the .safetensors files")
+        raise UserError(
+            f"{path} is a file, not a checkpoint directory", "give the folder that holds config.json and the .safetensors files"
+        )
     if not path.is_dir():
         if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
             raise UserError(f"there is no directory {source}")
@@ -168,7 +175,9 @@ def open_checkpoint(source: str | Path, *, headers_only: bool = False, allow_pic
         found = read_header(file)
         missing = [name for name in expected if name not in found]
         if missing:
-            raise UserError(f"{file.name} lacks tensor {missing[0]!r}, which the index says it holds", "download the shard again")
+            raise UserError(
+                f"{file.name} lacks tensor {missing[0]!r}, which the index says it holds", "download the shard again"
+            )
         for name, info in found.items():
             if expected and name not in expected:
                 continue  # not in the index: transformers does not load it either
@@ -193,7 +202,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             head = stream.read(8)
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > MAX_HEADER or 8 + length > size:
-                raise UserError(f"{file.name}: the header claims {length} bytes, but the file has {size}", "the shard is truncated or not safetensors")
+                raise UserError(
+                    f"{file.name}: the header claims {length} bytes, but the file has {size}",
+                    "the shard is truncated or not safetensors",
+                )
             raw = stream.read(length)
     except FileNotFoundError:
         raise UserError(f"shard {file.name} is missing from {file.parent}", "download it again") from None
@@ -220,18 +232,30 @@ def parse_header(header: Any, base: int, size: int, file: Path) -> dict[str, Ten
             raise UserError(f"{file.name}: {name} has the unknown dtype {dtype!r}")
         expected = math.prod(shape) * DTYPE_BITS[dtype] // 8
         if min(shape, default=0) < 0 or not 0 <= begin <= end or end - begin != expected:
-            raise UserError(f"{file.name}: {name} claims shape {list(shape)} of {dtype} = {expected} bytes, but its offsets span {end - begin}", "the header lies or the shard is damaged")
+            raise UserError(
+                f"{file.name}: {name} claims shape {list(shape)} of {dtype} = {expected} bytes, but its offsets span {end - begin}",
+                "the header lies or the shard is damaged",
+            )
         if base + end > size:
-            raise UserError(f"{file.name}: {name} ends at byte {base + end}, but the file has only {size}", "the shard is truncated: download it again")
+            raise UserError(
+                f"{file.name}: {name} ends at byte {base + end}, but the file has only {size}",
+                "the shard is truncated: download it again",
+            )
         tensors.append(TensorInfo(name, dtype, shape, file, base + begin, end - begin))
     tensors.sort(key=lambda info: (info.start, info.nbytes))
     position = base
     for info in tensors:
         if info.start != position:
-            raise UserError(f"{file.name}: the bytes of {info.name} begin at {info.start} where {position} is expected", "the header has overlaps or gaps")
+            raise UserError(
+                f"{file.name}: the bytes of {info.name} begin at {info.start} where {position} is expected",
+                "the header has overlaps or gaps",
+            )
         position += info.nbytes
     if position != size:
-        raise UserError(f"{file.name}: the tensors end at byte {position}, but the file has {size}", "the header lies or the shard is damaged")
+        raise UserError(
+            f"{file.name}: the tensors end at byte {position}, but the file has {size}",
+            "the header lies or the shard is damaged",
+        )
     return {info.name: info for info in tensors}
 
 
@@ -245,7 +269,10 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
         files: dict[Path, set[str]] = {}
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-                raise UserError(f"{index.name} places {name!r} in {shard!r}, which is outside the checkpoint directory", "an index may only name files beside it")
+                raise UserError(
+                    f"{index.name} places {name!r} in {shard!r}, which is outside the checkpoint directory",
+                    "an index may only name files beside it",
+                )
             files.setdefault(path / shard, set()).add(name)
         return dict(sorted(files.items()))
     if (path / SINGLE).is_file():
@@ -310,7 +337,14 @@ def _open_hub_headers(source: str, revision: str | None) -> Checkpoint:
     except Exception as error:  # see _download
         raise _hub_error(source, error) from None
     tensors = {
-        name: TensorInfo(name, str(entry.dtype), tuple(entry.shape), Path(shard), entry.data_offsets[0], entry.data_offsets[1] - entry.data_offsets[0])
+        name: TensorInfo(
+            name,
+            str(entry.dtype),
+            tuple(entry.shape),
+            Path(shard),
+            entry.data_offsets[0],
+            entry.data_offsets[1] - entry.data_offsets[0],
+        )
         for shard, part in metadata.files_metadata.items()
         for name, entry in part.tensors.items()
     }

@@ -43,6 +43,7 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all pieces."""
         return sum(piece.nbytes for piece in self.pieces)
 
 
@@ -113,7 +114,10 @@ def companions(path: Path) -> list[Path]:
     return [
         file
         for file in sorted(path.iterdir())
-        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(SKIPPED) and file.name not in ("config.json", "README.md")
+        if file.is_file()
+        and not file.name.startswith(".")
+        and not file.name.endswith(SKIPPED)
+        and file.name not in ("config.json", "README.md")
     ]
 
 
@@ -137,7 +141,9 @@ def _write_shards(
     progress: Callable[[int], None] | None,
 ) -> None:
     shards = _shards(tensors, max_shard)
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = (
+        [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     buffer = memoryview(bytearray(CHUNK))
     for name, shard in zip(names, shards, strict=True):
         with open(folder / name, "wb", buffering=0) as sink:
@@ -160,7 +166,11 @@ def _header(tensors: Iterable[OutputTensor]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, position + tensor.nbytes]}
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
         position += tensor.nbytes
     raw = json.dumps(entries, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)

@@ -50,18 +50,20 @@ def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     heldout = [f"{name}={out / 'text' / 'heldout' / f'{name}.jsonl'}:{EVALUATION_SEQUENCES}" for name in corpus.DOMAINS]
     api.calibrate(MODEL, calib, out / "stats", progress=progress, batch_tokens=2048, **SETTINGS)
     statistics = load_statistics(out / "stats")
-    runs = [("easy_ep", TARGET, "easy_ep", {}), ("reap", TARGET, "reap", {})]
+    runs: list[tuple[str, str | None, str, dict[str, Any]]] = [("easy_ep", TARGET, "easy_ep", {}), ("reap", TARGET, "reap", {})]
     runs += [(f"random {seed}", None, "random", {"seed": seed}) for seed in RANDOM_SEEDS]
     runs += [(f"easy_ep for {name}", name, "easy_ep", {}) for name in corpus.DOMAINS if name != TARGET]
     rows = [_row("all (the original)", None, MODEL, None, heldout, "–", progress)]
     for label, domain, method, options in runs:
         folder = out / label.replace(" ", "-")
-        made = api.plan(MODEL, method, KEEP, stats=statistics, domains=[domain] if domain and method != "random" else (), options=options)
+        made = api.plan(
+            MODEL, method, KEEP, stats=statistics, domains=[domain] if domain and method != "random" else (), options=options
+        )
         api.apply(MODEL, made, folder, progress=progress)
         verdict = api.verify(MODEL, folder, tokens=256, device="cpu", memory="resident")
         mark = f"{'passed' if verdict.passed else 'FAILED'}, Δ {verdict.logits_difference:.1g}"
         rows.append(_row(label, domain, folder, made, heldout, mark, progress))
-    result = {
+    result: dict[str, Any] = {
         "target": TARGET,
         "keep": KEEP,
         "domains": list(corpus.DOMAINS),
@@ -73,11 +75,14 @@ def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     result["seconds"] = round(time.perf_counter() - begin, 1)
     result["summary"] = _summary(result)
     write_report(out / "report.html", result, statistics, rows)
-    (out / "results.json").write_text(json.dumps({**result, "rows": [{k: v for k, v in row.items() if k != "plan"} for row in result["rows"]]}, indent=1) + "\n")
-    return json.loads((out / "results.json").read_text())  # type: ignore[no-any-return]
+    result["rows"] = [{key: value for key, value in row.items() if key != "plan"} for row in result["rows"]]
+    (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
-def _row(label: str, domain: str | None, model: Path, made: Any, heldout: list[str], mark: str, progress: Progress) -> dict[str, Any]:
+def _row(
+    label: str, domain: str | None, model: Path, made: Any, heldout: list[str], mark: str, progress: Progress
+) -> dict[str, Any]:
     quality = api.evaluate(model, heldout, samples=EVALUATION_SEQUENCES, batch_tokens=2048, **SETTINGS).to_json()["domains"]
     perplexity = {name: row["perplexity"] for name, row in quality.items()}
     progress.note(f"{label}: " + ", ".join(f"{name} {value:.1f}" for name, value in perplexity.items()))
@@ -93,7 +98,13 @@ def _merge_random(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     loss = {name: sum(row["loss"][name] for row in drawn) / len(drawn) for name in drawn[0]["loss"]}
     verdicts = {row["verify"].split(",")[0] for row in drawn}
     mark = "FAILED" if "FAILED" in verdicts else "passed"
-    one = {"label": f"random (mean of {len(drawn)})", "domain": None, "loss": loss, "perplexity": {k: math.exp(v) for k, v in loss.items()}, "verify": mark}
+    one = {
+        "label": f"random (mean of {len(drawn)})",
+        "domain": None,
+        "loss": loss,
+        "perplexity": {k: math.exp(v) for k, v in loss.items()},
+        "verify": mark,
+    }
     others = [row for row in rows if row not in drawn]
     others.insert(3, one)
     for row in others:

@@ -24,7 +24,11 @@ th { font-weight: 600; color: var(--soft) } th:first-child, td:first-child { tex
 
 def write_report(path: Path, result: dict[str, Any], statistics: Statistics, rows: Sequence[dict[str, Any]]) -> None:
     """Write the page: summary, loss by domain and choice as bars, the table, and which experts each domain uses and keeps."""
-    plans = {row["domain"]: row["plan"] for row in rows if row["plan"] is not None and row["domain"] and row["label"].startswith("easy_ep")}
+    plans = {
+        row["domain"]: row["plan"]
+        for row in rows
+        if row["plan"] is not None and row["domain"] and row["label"].startswith("easy_ep")
+    }
     body = [
         "<h1>Half of the experts, chosen for what you need</h1>",
         f'<p class="lead">{escape(result["summary"])}</p>',
@@ -40,7 +44,9 @@ def write_report(path: Path, result: dict[str, Any], statistics: Statistics, row
         '<div class="maps">' + "".join(_map(name, statistics, plans.get(name)) for name in result["domains"]) + "</div>",
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>expertsmith demo</title><style>{STYLE}</style>'
-    path.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n', encoding="utf-8")
+    path.write_text(
+        f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n', encoding="utf-8"
+    )
 
 
 def _bars(result: dict[str, Any]) -> str:
@@ -54,7 +60,9 @@ def _bars(result: dict[str, Any]) -> str:
     step = next(s for s in (0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0) if top / s <= 6)
     for tick in range(int(top / step) + 1):
         y = height - bottom - tick * step * scale
-        parts.append(f'<line x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/><text class="axis" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick * step:g}</text>')
+        parts.append(
+            f'<line x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/><text class="axis" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick * step:g}</text>'
+        )
     for g, name in enumerate(domains):
         start = left + g * group + (group - bar * len(rows)) / 2
         for i, row in enumerate(rows):
@@ -65,8 +73,13 @@ def _bars(result: dict[str, Any]) -> str:
                 f'<rect x="{start + i * bar + 1.5:.1f}" y="{height - bottom - size:.1f}" width="{bar - 3:.1f}" height="{size:.1f}" rx="2" fill="{PALETTE[i % len(PALETTE)]}"><title>{escape(title)}</title></rect>'
                 f'<text class="axis" x="{start + i * bar + bar / 2:.1f}" y="{height - bottom - size - 4:.1f}" text-anchor="middle" style="font-size:10px">{rise:.2f}</text>'
             )
-        parts.append(f'<text x="{left + (g + 0.5) * group:.1f}" y="{height - 10}" text-anchor="middle">on {escape(name)}</text>')
-    legend = "".join(f'<span><span class="dot" style="background:{PALETTE[i % len(PALETTE)]}"></span>{escape(row["label"])}</span>' for i, row in enumerate(rows))
+        parts.append(
+            f'<text x="{left + (g + 0.5) * group:.1f}" y="{height - 10}" text-anchor="middle">on {escape(name)}</text>'
+        )
+    legend = "".join(
+        f'<span><span class="dot" style="background:{PALETTE[i % len(PALETTE)]}"></span>{escape(row["label"])}</span>'
+        for i, row in enumerate(rows)
+    )
     svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Rise of the held-out loss by domain and choice">{"".join(parts)}</svg>'
     return f'<div class="legend">{legend}</div><div class="wide">{svg}</div>'
 
@@ -77,7 +90,9 @@ def _table(result: dict[str, Any]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in domains)
     lines = []
     for row in result["rows"]:
-        cells = "".join(f'<td{" class=best" if row["perplexity"][n] == best[n] else ""}>{row["perplexity"][n]:.1f}</td>' for n in domains)
+        cells = "".join(
+            f"<td{' class=best' if row['perplexity'][n] == best[n] else ''}>{row['perplexity'][n]:.1f}</td>" for n in domains
+        )
         lines.append(f"<tr><td>{escape(row['label'])}</td>{cells}<td>{escape(row['verify'])}</td></tr>")
     return f'<div class="wide"><table><tr><th>kept experts</th>{head}<th>verify</th></tr>{"".join(lines)}</table></div>'
 
@@ -87,16 +102,26 @@ def _map(name: str, statistics: Statistics, plan: Any) -> str:
     experts = statistics.layers[layers[0]].num_experts
     cell, left, top = 26, 58, 20
     kept = plan.kept if plan is not None else {}
-    shares = {layer: statistics.layers[layer].domains[name]["selections"] / statistics.layers[layer].domains[name]["selections"].sum() for layer in layers}
+    shares = {
+        layer: statistics.layers[layer].domains[name]["selections"] / statistics.layers[layer].domains[name]["selections"].sum()
+        for layer in layers
+    }
     peak = max(float(values.max()) for values in shares.values())
-    parts = [f'<text class="axis" x="{left + e * cell + cell / 2}" y="14" text-anchor="middle" style="font-size:10px">{e}</text>' for e in range(experts)]
+    parts = [
+        f'<text class="axis" x="{left + e * cell + cell / 2}" y="14" text-anchor="middle" style="font-size:10px">{e}</text>'
+        for e in range(experts)
+    ]
     for row, layer in enumerate(layers):
         y = top + row * cell
         parts.append(f'<text class="axis" x="{left - 8}" y="{y + cell / 2 + 4}" text-anchor="end">layer {layer}</text>')
         for e in range(experts):
             share = float(shares[layer][e])
             frame = ' stroke="var(--ink)" stroke-width="1.8"' if e in kept.get(layer, ()) else ""
-            title = f"layer {layer}, expert {e}: {100 * share:.1f} % of the routed {name} tokens" + (", kept" if frame else ", removed" if kept else "")
-            parts.append(f'<rect x="{left + e * cell + 2}" y="{y + 2}" width="{cell - 4}" height="{cell - 4}" rx="3" fill="rgba(var(--cell), {0.06 + 0.94 * share / peak:.3f})"{frame}><title>{escape(title)}</title></rect>')
+            title = f"layer {layer}, expert {e}: {100 * share:.1f} % of the routed {name} tokens" + (
+                ", kept" if frame else ", removed" if kept else ""
+            )
+            parts.append(
+                f'<rect x="{left + e * cell + 2}" y="{y + 2}" width="{cell - 4}" height="{cell - 4}" rx="3" fill="rgba(var(--cell), {0.06 + 0.94 * share / peak:.3f})"{frame}><title>{escape(title)}</title></rect>'
+            )
     size = f"0 0 {left + experts * cell + 4} {top + len(layers) * cell + 4}"
     return f'<figure style="margin:0"><figcaption><b>{escape(name)}</b></figcaption><svg viewBox="{size}" role="img" aria-label="Expert usage on {escape(name)}">{"".join(parts)}</svg></figure>'

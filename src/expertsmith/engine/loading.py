@@ -41,6 +41,7 @@ class LoadedModel:
 
     @property
     def config(self) -> Any:
+        """The transformers config that the model was built from."""
         return self.module.config
 
     @property
@@ -89,7 +90,10 @@ class LoadedModel:
             info, _ = convert_and_load_state_dict_in_model(self.module, state, options)
         _refuse_mismatched(info.mismatched_keys)
         if info.conversion_errors:
-            raise UserError(f"tensors {where} could not be converted: {sorted(map(str, info.conversion_errors))[0]}", "config.json and weights do not belong together, or a tensor has a wrong shape")
+            raise UserError(
+                f"tensors {where} could not be converted: {sorted(map(str, info.conversion_errors))[0]}",
+                "config.json and weights do not belong together, or a tensor has a wrong shape",
+            )
 
 
 def load_model(
@@ -117,7 +121,9 @@ def load_model(
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:
-        raise UserError(f"{checkpoint.path}/config.json is not understood by transformers {transformers.__version__}: {_first_line(error)}") from None
+        raise UserError(
+            f"{checkpoint.path}/config.json is not understood by transformers {transformers.__version__}: {_first_line(error)}"
+        ) from None
     except Exception as error:  # strict config classes raise validation errors of their own
         if "Validation" not in type(error).__name__:
             raise
@@ -132,9 +138,14 @@ def load_model(
                 raise UserError("a pickle checkpoint is run with --memory stream only")
             with _quiet():
                 module, info = auto.from_pretrained(
-                    checkpoint.path, config=config, dtype=chosen, device_map=None if target.type == "cpu" else {"": target},
-                    trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,  # named below instead
-                )  # fmt: skip
+                    checkpoint.path,
+                    config=config,
+                    dtype=chosen,
+                    device_map=None if target.type == "cpu" else {"": target},
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # named below instead
+                )
             _refuse_mismatched(info["mismatched_keys"])
             missing = sorted(info["missing_keys"])
             if missing:
@@ -145,13 +156,18 @@ def load_model(
             with init_empty_weights(include_buffers=False):
                 module = auto.from_config(config, dtype=chosen, trust_remote_code=False)
     except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise UserError(f"transformers cannot load {checkpoint.source}: {_first_line(error)}", "is a shard damaged, or a tensor of a wrong shape?") from None
+        raise UserError(
+            f"transformers cannot load {checkpoint.source}: {_first_line(error)}",
+            "is a shard damaged, or a tensor of a wrong shape?",
+        ) from None
     module.eval().requires_grad_(False)
     path = architecture.layers if architecture else "model.layers"
     try:
         layers = list(module.get_submodule(path))  # type: ignore[arg-type]
     except AttributeError:
-        raise UserError(f"{type(module).__name__} has no {path}, so it cannot be walked layer by layer", "use a supported family") from None
+        raise UserError(
+            f"{type(module).__name__} has no {path}, so it cannot be walked layer by layer", "use a supported family"
+        ) from None
     loaded = LoadedModel(module, layers, checkpoint, architecture, memory, target, chosen)
     loaded._prefix = f"{path}."
     buffers = _group_names(loaded)
@@ -183,8 +199,10 @@ def choose_memory(memory: str, checkpoints: Sequence[Checkpoint], device: torch.
     Raises:
         UserError: another word than auto, resident or stream.
     """
-    if memory == "resident" or memory == "stream":
-        return memory
+    if memory == "resident":
+        return "resident"
+    if memory == "stream":
+        return "stream"
     if memory != "auto":
         raise UserError(f"memory is {memory!r}", "choose auto, resident or stream")
     if any(checkpoint.converted for checkpoint in checkpoints):
@@ -219,7 +237,13 @@ def choose_device(device: str) -> torch.device:
 def _dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
     if name == "auto":
         inner = text_config(checkpoint.config)
-        name = inner.get("dtype") or inner.get("torch_dtype") or checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+        name = (
+            inner.get("dtype")
+            or inner.get("torch_dtype")
+            or checkpoint.config.get("dtype")
+            or checkpoint.config.get("torch_dtype")
+            or "float32"
+        )
     value = getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(value, torch.dtype):
         raise UserError(f"dtype {name!r} is not known", "use auto, float32 or bfloat16")
@@ -265,7 +289,9 @@ def _refuse_mismatched(keys: Iterable[Any]) -> None:
     for key in sorted(keys, key=str):
         name, *shapes = key if isinstance(key, tuple) else (key,)
         detail = f": the file has shape {list(shapes[0])}, the model {list(shapes[1])}" if len(shapes) == 2 else ""
-        raise UserError(f"{name} has a wrong shape{detail}", "config.json and weights do not belong together, or the tensor is damaged")
+        raise UserError(
+            f"{name} has a wrong shape{detail}", "config.json and weights do not belong together, or the tensor is damaged"
+        )
 
 
 def _to_meta(layer: nn.Module) -> None:
@@ -295,7 +321,9 @@ def _check_finite(module: nn.Module, where: str, skip: set[int] | frozenset[int]
             continue
         if not torch.isfinite(parameter.sum(dtype=torch.float32)) and not bool(torch.isfinite(parameter).all()):
             bad = (~torch.isfinite(parameter)).nonzero()[0].tolist()
-            raise UserError(f"{name} in {where} has NaN or inf (first at {bad})", "the checkpoint is damaged: download it again")
+            raise UserError(
+                f"{name} in {where} has NaN or inf (first at {bad})", "the checkpoint is damaged: download it again"
+            )
 
 
 def _first_line(error: Exception) -> str:

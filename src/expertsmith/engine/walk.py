@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from greenlet import greenlet, getcurrent
+from greenlet import getcurrent, greenlet
 
 from expertsmith.engine.loading import LoadedModel
 
@@ -32,9 +32,11 @@ class Batch:
 
     @property
     def tokens(self) -> int:
+        """Tokens that count."""
         return int(self.mask.sum())
 
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """What the model is called with."""
         return {"input_ids": self.input_ids.to(device), "attention_mask": self.mask.to(device=device, dtype=torch.long)}
 
 

@@ -36,6 +36,7 @@ class DomainQuality:
     esap: float = 0.0
 
     def to_json(self, reference: bool) -> dict[str, float | int]:
+        """Means with their units as in the module docstring, and the standard error of the loss."""
         n = max(1, self.tokens)
         mean = self.loss / n
         made: dict[str, float | int] = {
@@ -63,14 +64,19 @@ class Quality:
     has_reference: bool = False
 
     def to_json(self) -> dict[str, Any]:
+        """Results by domain, and their unweighted mean over domains (perplexity: exp of the mean loss)."""
         rows = {name: entry.to_json(self.has_reference) for name, entry in self.domains.items()}
-        keys = [key for key in next(iter(rows.values())) if key not in ("tokens", "perplexity", "reference_perplexity", "loss_se")]
+        keys = [
+            key for key in next(iter(rows.values())) if key not in ("tokens", "perplexity", "reference_perplexity", "loss_se")
+        ]
         mean: dict[str, float] = {key: sum(row[key] for row in rows.values()) / len(rows) for key in keys}
         mean["perplexity"] = math.exp(min(mean["loss"], 700.0))
         return {"domains": rows, "mean": mean}
 
 
-def measure(model: LoadedModel, batches: Sequence[Batch], reference: LoadedModel | None = None, progress: Progress | None = None) -> Quality:
+def measure(
+    model: LoadedModel, batches: Sequence[Batch], reference: LoadedModel | None = None, progress: Progress | None = None
+) -> Quality:
     """Evaluate `model` on batches (each token of a row predicts the next one), against `reference` if there is one.
 
     A resident model takes one batch at a time; a streamed one carries all of them through each layer.
@@ -90,7 +96,9 @@ def measure(model: LoadedModel, batches: Sequence[Batch], reference: LoadedModel
     return quality
 
 
-def _measure_group(model: LoadedModel, reference: LoadedModel | None, group: list[Batch], quality: Quality, advance: Any) -> None:
+def _measure_group(
+    model: LoadedModel, reference: LoadedModel | None, group: list[Batch], quality: Quality, advance: Any
+) -> None:
     with Walk(model, group) as mine:
         if reference is None:
             for _ in mine.layers():
@@ -106,7 +114,10 @@ def _measure_group(model: LoadedModel, reference: LoadedModel | None, group: lis
                 pass
             for batch, out, ref in zip(group, mine.outputs(), theirs.outputs(), strict=True):
                 if out.logits.shape != ref.logits.shape:
-                    raise UserError(f"the model predicts {out.logits.shape[-1]} tokens, the reference {ref.logits.shape[-1]}", "they need the same vocabulary")
+                    raise UserError(
+                        f"the model predicts {out.logits.shape[-1]} tokens, the reference {ref.logits.shape[-1]}",
+                        "they need the same vocabulary",
+                    )
                 _add(quality, batch, out.logits, ref.logits)
                 advance(batch.tokens)
 

@@ -16,9 +16,8 @@ def methods() -> dict[str, Method]:
     found: dict[str, Method] = {}
     for module in modules_of("expertsmith.methods"):
         for value in vars(module).values():
-            if isinstance(value, Method):
-                if found.setdefault(value.name, value) is not value:
-                    raise RuntimeError(f"two methods are called {value.name}")
+            if isinstance(value, Method) and found.setdefault(value.name, value) is not value:
+                raise RuntimeError(f"two methods are called {value.name}")
     return dict(sorted(found.items()))
 
 

@@ -54,6 +54,7 @@ class Method:
 
     @property
     def data_free(self) -> bool:
+        """Whether it needs no calibration."""
         return self.reads != "statistics"
 
     @property
@@ -102,7 +103,9 @@ def _convert(owner: str, name: str, value: Any, kind: Any) -> Any:
             return bool(value)
         return kind(value)
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"{where} is {value!r}, which is not {'true or false' if kind is bool else f'of type {kind.__name__}'}") from None
+        raise UserError(
+            f"{where} is {value!r}, which is not {'true or false' if kind is bool else f'of type {kind.__name__}'}"
+        ) from None
 
 
 def mean(total: Array, count: Array) -> Array:

@@ -41,7 +41,8 @@ def mix(tables: Mapping[str, Array]) -> Array:
     """One domain: its sums. Several: every domain's sums divided by their total, then added; a domain without any score adds nothing."""
     if len(tables) == 1:
         return next(iter(tables.values()))
-    return np.sum([table / table.sum() if table.sum() > 0 else table for table in tables.values()], axis=0)
+    mixed: Array = np.sum([table / table.sum() if table.sum() > 0 else table for table in tables.values()], axis=0)
+    return mixed
 
 
 def _demonstrations(lengths: list[int], how: str, count: int, seed: str) -> list[int] | None:

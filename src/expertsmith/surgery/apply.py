@@ -22,7 +22,11 @@ from expertsmith.progress import Progress, Silent
 from expertsmith.selection import Rules
 from expertsmith.surgery.card import model_card
 
-MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")  # multi-token-prediction layers in config.json
+MTP_KEYS = (
+    "num_nextn_predict_layers",
+    "num_mtp_modules",
+    "mtp_num_hidden_layers",
+)  # multi-token-prediction layers in config.json
 
 
 def check_plan(plan: Plan, inventory: Inventory) -> None:
@@ -35,23 +39,36 @@ def check_plan(plan: Plan, inventory: Inventory) -> None:
     if plan.model.model_type != inventory.architecture.model_type:
         raise UserError(f"the plan is for a {plan.model.model_type} model, but {where} is {inventory.architecture.model_type}")
     if plan.model.fingerprint != inventory.checkpoint.fingerprint:
-        raise UserError(f"the plan was made for another checkpoint (its fingerprint is not that of {where})", "make a plan for this one with `expertsmith plan`")
+        raise UserError(
+            f"the plan was made for another checkpoint (its fingerprint is not that of {where})",
+            "make a plan for this one with `expertsmith plan`",
+        )
     if list(plan.kept) != inventory.layers:
-        raise UserError(f"the plan has layers {_brief(list(plan.kept))}, but {where} has experts in layers {_brief(inventory.layers)}")
+        raise UserError(
+            f"the plan has layers {_brief(list(plan.kept))}, but {where} has experts in layers {_brief(inventory.layers)}"
+        )
     flat = plan.router_groups == "flatten"
     rules = inventory.rules
     if flat:
         rules = Rules(rules.num_experts, rules.top_k)
     for entry in plan.layers:
         if entry.num_experts != inventory.num_experts:
-            raise UserError(f"layer {entry.layer} of the plan has {entry.num_experts} experts, but the checkpoint has {inventory.num_experts}")
+            raise UserError(
+                f"layer {entry.layer} of the plan has {entry.num_experts} experts, but the checkpoint has {inventory.num_experts}"
+            )
         count = len(entry.keep)
         if count < rules.least:
-            raise UserError(f"layer {entry.layer} keeps {count} of {entry.num_experts} experts, but the router needs {rules.least} (top_k={rules.top_k})", f"keep at least {rules.least}")
+            raise UserError(
+                f"layer {entry.layer} keeps {count} of {entry.num_experts} experts, but the router needs {rules.least} (top_k={rules.top_k})",
+                f"keep at least {rules.least}",
+            )
         size = rules.num_experts // rules.groups
         per_group = [sum(e // size == g for e in entry.keep) for g in range(rules.groups)]
         if len(set(per_group)) > 1:
-            raise UserError(f"layer {entry.layer} keeps {per_group} experts of the {rules.groups} expert_groups, but they have to stay equal in size", "plan with the default --router-groups keep, or with flatten")
+            raise UserError(
+                f"layer {entry.layer} keeps {per_group} experts of the {rules.groups} expert_groups, but they have to stay equal in size",
+                "plan with the default --router-groups keep, or with flatten",
+            )
         if entry.merge or entry.skip_threshold is not None:
             raise UserError(f"layer {entry.layer} of the plan merges or skips experts, which this version cannot apply yet")
     if plan.uniform_count is None:
@@ -63,7 +80,11 @@ def check_plan(plan: Plan, inventory: Inventory) -> None:
 
 
 def _brief(layers: list[int]) -> str:
-    return f"{layers[0]}..{layers[-1]} ({len(layers)})" if layers and layers == list(range(layers[0], layers[-1] + 1)) else str(layers)
+    return (
+        f"{layers[0]}..{layers[-1]} ({len(layers)})"
+        if layers and layers == list(range(layers[0], layers[-1] + 1))
+        else str(layers)
+    )
 
 
 def output_tensors(plan: Plan, inventory: Inventory) -> list[OutputTensor]:
@@ -134,7 +155,7 @@ def output_config(plan: Plan, inventory: Inventory) -> dict[str, Any]:
     if plan.router_groups == "flatten":
         for key in filter(None, (record.group_key, record.top_group_key)):
             inner[key] = 1  # also where it is missing: the default may be more
-        if record.group_alias in inner:
+        if record.group_alias is not None and record.group_alias in inner:
             inner[record.group_alias] = 1
     if count != inventory.num_experts and any(claim.kind == "unused" for claim in inventory.claims):
         for key in MTP_KEYS:
@@ -177,37 +198,55 @@ def apply_plan(
     notes = []
     unused = [claim for claim in inventory.claims if claim.kind == "unused"]
     if unused and plan.uniform_count != inventory.num_experts:
-        notes.append(f"{len(unused)} tensors of multi-token-prediction layers were left out: they have experts of their own, which were not calibrated")
+        notes.append(
+            f"{len(unused)} tensors of multi-token-prediction layers were left out: they have experts of their own, which were not calibrated"
+        )
     if plan.router_groups == "flatten" and inventory.rules.groups > 1:
-        notes.append(f"n_group and topk_group are now 1 (were {inventory.rules.groups} and {inventory.rules.top_groups}): tokens may use experts of any group")
+        notes.append(
+            f"n_group and topk_group are now 1 (were {inventory.rules.groups} and {inventory.rules.top_groups}): tokens may use experts of any group"
+        )
     files = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps(), **(texts or {})}
     with progress.task("apply", sum(tensor.nbytes for tensor in tensors), "B") as advance:
         write_checkpoint(
-            out, tensors, output_config(plan, inventory), source=inventory.checkpoint, texts=files, overwrite=overwrite,
-            on_tensor=_Finite() if check_values else None, progress=advance, **({"max_shard": max_shard} if max_shard else {}),
-        )  # fmt: skip
+            out,
+            tensors,
+            output_config(plan, inventory),
+            source=inventory.checkpoint,
+            texts=files,
+            overwrite=overwrite,
+            on_tensor=_Finite() if check_values else None,
+            progress=advance,
+            **({"max_shard": max_shard} if max_shard else {}),
+        )
     return notes
+
+
+FINITE_LIMITS: dict[
+    str, tuple[type[np.unsignedinteger[Any]], int, int]
+] = {  # dtype → word, mask of the magnitude, first non-finite
+    "BF16": (np.uint16, 0x7FFF, 0x7F80),
+    "F16": (np.uint16, 0x7FFF, 0x7C00),
+    "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000),
+    "F64": (np.uint64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
+    "F8_E4M3": (np.uint8, 0x7F, 0x7F),
+    "F8_E5M2": (np.uint8, 0x7F, 0x7C),
+}
 
 
 class _Finite:
     """Raise on the first chunk that holds NaN or inf: all exponent bits set. Integer and packed dtypes pass."""
 
-    LIMITS = {
-        "BF16": (np.uint16, 0x7FFF, 0x7F80), "F16": (np.uint16, 0x7FFF, 0x7C00), "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000),
-        "F64": (np.uint64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000), "F8_E4M3": (np.uint8, 0x7F, 0x7F), "F8_E5M2": (np.uint8, 0x7F, 0x7C),
-    }  # fmt: skip
-
     def __init__(self) -> None:
         self.scratch = np.empty(0, dtype=np.uint8)
 
     def __call__(self, tensor: OutputTensor, chunk: memoryview) -> None:
-        if tensor.dtype not in self.LIMITS:
+        if tensor.dtype not in FINITE_LIMITS:
             return
-        kind, magnitude, limit = self.LIMITS[tensor.dtype]
-        values = np.frombuffer(chunk, dtype=kind)
+        kind, magnitude, limit = FINITE_LIMITS[tensor.dtype]
+        values: np.ndarray[Any, Any] = np.frombuffer(chunk, dtype=kind)
         if self.scratch.nbytes < values.nbytes:
             self.scratch = np.empty(values.nbytes, dtype=np.uint8)
         scratch = self.scratch[: values.nbytes].view(kind)
-        np.bitwise_and(values, kind(magnitude), out=scratch)
+        np.bitwise_and(values, np.asarray(magnitude, dtype=kind), out=scratch)
         if values.size and int(scratch.max()) >= limit:
             raise UserError(f"{tensor.name} has NaN or inf", "the source checkpoint is damaged: download it again")

@@ -12,7 +12,11 @@ def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), qual
     """Markdown: base model, method, ratio, calibration, sizes, measured quality (or that it was not measured)."""
     before, after = inventory.size(), inventory.size({entry.layer: len(entry.keep) for entry in plan.layers})
     count = plan.uniform_count
-    share = f"{count} of {inventory.num_experts}" if count is not None else f"{min(plan.counts)} to {max(plan.counts)} of {inventory.num_experts}"
+    share = (
+        f"{count} of {inventory.num_experts}"
+        if count is not None
+        else f"{min(plan.counts)} to {max(plan.counts)} of {inventory.num_experts}"
+    )
     options = ", ".join(f"{key}={value}" for key, value in plan.method.options.items())
     if plan.calibration:
         tokens = ", ".join(f"{name} {number:,}" for name, number in plan.calibration.tokens.items())

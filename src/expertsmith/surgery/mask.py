@@ -41,7 +41,9 @@ def _router_rows(model: LoadedModel, num_experts: int) -> frozenset[int]:
     assert model.architecture is not None
     config = model.config.get_text_config().to_dict()
     extras = [entry.extra for entry in model.architecture.stacked if entry.role == "router"]
-    return frozenset(num_experts + (extra if isinstance(extra, int) else int(config_get(config, extra) or 0)) for extra in extras)
+    return frozenset(
+        num_experts + (extra if isinstance(extra, int) else int(config_get(config, extra) or 0)) for extra in extras
+    )
 
 
 def _mask_router(layer: nn.Module, arch: Architecture, dropped: torch.Tensor, rows: frozenset[int]) -> Callable[[], None]:
@@ -91,7 +93,9 @@ class _DropLogits(TorchFunctionMode):
         super().__init__()
         self.rows, self.dropped, self.value, self.count = rows, dropped, value, 0
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is nn.functional.linear and args[1].dim() == 2 and args[1].shape[0] in self.rows:
             self.count += 1

@@ -50,17 +50,22 @@ class Verdict:
         return max((difference / scale if scale else difference) for difference, scale in pairs)
 
     def to_json(self) -> dict[str, Any]:
+        """The verdict as it is left in verify.json."""
         return {"format": "expertsmith.verify", "version": 1, **asdict(self), "largest_relative_difference": self.largest}
 
 
-def compare_bytes(plan: Plan, inventory: Inventory, output: Checkpoint, progress: Progress | None = None) -> tuple[int, list[str]]:
+def compare_bytes(
+    plan: Plan, inventory: Inventory, output: Checkpoint, progress: Progress | None = None
+) -> tuple[int, list[str]]:
     """(tensors compared, names that differ): dtype, shape and every byte of the output against the plan's byte ranges of the source."""
     wanted = {tensor.name: tensor for tensor in output_tensors(plan, inventory)}
     wrong = sorted(set(wanted) ^ set(output.tensors))
     with (progress or Silent()).task("compare bytes", sum(tensor.nbytes for tensor in wanted.values()), "B") as advance:
         for name in sorted(set(wanted) & set(output.tensors)):
             info = output.tensors[name]
-            same = (info.dtype, info.shape) == (wanted[name].dtype, wanted[name].shape) and _same_bytes(wanted[name], output, advance)
+            same = (info.dtype, info.shape) == (wanted[name].dtype, wanted[name].shape) and _same_bytes(
+                wanted[name], output, advance
+            )
             if not same:
                 wrong.append(name)
     return len(wanted), wrong
@@ -105,7 +110,9 @@ def verify(
     tensors, wrong = compare_bytes(plan, inventory, output, progress)
     expected = output_config(plan, inventory)
     differs = sorted(key for key in {*expected, *output.config} if expected.get(key) != output.config.get(key))
-    verdict = Verdict(False, tolerance, tensors, wrong, differs, tokens=sum(batch.tokens for batch in batches), dtype=dtype, memory=memory)
+    verdict = Verdict(
+        False, tolerance, tensors, wrong, differs, tokens=sum(batch.tokens for batch in batches), dtype=dtype, memory=memory
+    )
     if wrong or differs:
         return verdict
     record = inventory.architecture
@@ -120,7 +127,9 @@ def verify(
     return verdict
 
 
-def _compare_forwards(source: LoadedModel, pruned: LoadedModel, batches: Sequence[Batch], verdict: Verdict, advance: Any) -> None:
+def _compare_forwards(
+    source: LoadedModel, pruned: LoadedModel, batches: Sequence[Batch], verdict: Verdict, advance: Any
+) -> None:
     reference: dict[int, torch.Tensor] = {}
     row = {"difference": 0.0, "scale": 0.0}
 
@@ -161,7 +170,10 @@ def random_batches(vocab_size: int, tokens: int, seed: int = 0, length: int = 64
     generator = torch.Generator().manual_seed(seed)
     rows = max(1, tokens // length)
     ids = torch.randint(0, vocab_size, (rows, length), generator=generator)
-    return [Batch(ids[i : i + 4], torch.ones_like(ids[i : i + 4], dtype=torch.bool), "random", list(range(i, min(i + 4, rows)))) for i in range(0, rows, 4)]
+    return [
+        Batch(ids[i : i + 4], torch.ones_like(ids[i : i + 4], dtype=torch.bool), "random", list(range(i, min(i + 4, rows))))
+        for i in range(0, rows, 4)
+    ]
 
 
 def find_plan(output: Path) -> Path:
