@@ -164,6 +164,11 @@ def run_child(command: Sequence[str], env: Mapping[str, str] | None = None, thre
     return Child(process.returncode, seconds, usage.ru_maxrss * 1024, report, " | ".join(texts[1].splitlines()[-3:])[-600:])
 
 
+def peak_now() -> int:
+    """Bytes of this process's resident set at its highest, whatever started it (`ru_maxrss` begins at what the parent held)."""
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+
+
 def this_script(*arguments: object) -> list[str]:
     """The command that runs the calling benchmark again, for its children."""
     return [sys.executable, os.path.abspath(sys.argv[0]), *map(str, arguments)]

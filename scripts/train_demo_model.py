@@ -18,9 +18,11 @@ from the hidden state alone:
 * minus the mutual information between the expert and the domain of the text, ``H(mean over domains) - mean H(domain)``,
   in each layer.
 
-The default run makes 2000 steps of 4096 tokens (8.2M tokens) and takes about 25 minutes on one core of a recent x86
-server processor with bf16 instructions; elsewhere it is up to three times slower. It saves its state every 200 steps
-in the work folder and a second call carries on from there. Run from the repository root::
+The default run makes 2000 steps of 4096 tokens (8.2M tokens) on one core. The shipped model took 40 minutes on a shared
+x86 server core with bf16 instructions (3400 tokens/s); without such instructions expect two to three times as much. The
+state is saved every 200 steps in the work folder, and a second call carries on from there. Run from the repository
+root (with glibc, ``MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296`` in the environment saves up to
+a third of the time, since large tensors are then reused instead of being mapped anew)::
 
     PYTHONPATH=src python scripts/train_demo_model.py
 """
@@ -35,8 +37,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from expertsmith.demo import corpus
@@ -64,6 +66,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -184,6 +187,7 @@ class RouterRecorder:
         self.chosen.append(output[2])
 
     def clear(self) -> None:
+        """Forget the last forward pass."""
         self.logits.clear()
         self.chosen.clear()
 
@@ -216,7 +220,7 @@ def token_losses(model: Qwen3MoeForCausalLM, windows: torch.Tensor) -> torch.Ten
         hidden = model.model(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
         # Window by window, so that the logits stay in the processor's cache: twice as fast as all at once.
         losses = [
-            F.cross_entropy(model.lm_head(states).float(), targets)
+            functional.cross_entropy(model.lm_head(states).float(), targets)
             for states, targets in zip(hidden, windows[:, 1:], strict=True)
         ]
     return torch.stack(losses)

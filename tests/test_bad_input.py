@@ -237,10 +237,16 @@ def test_pickle_only(capsys, checkpoints, data, tmp_path):
     code, out, _ = run(capsys, "inspect", source, "--allow-pickle")
     assert code == 0
     assert "Mixtral" in out
-    arguments = ["-m", "reap", "-k", "0.5", "-d", data[0], "-o", tmp_path / "out", "--allow-pickle", "--no-measure", *SMALL]
+    arguments = ["-m", "reap", "-k", "0.5", "-d", data[0], "-o", tmp_path / "out", "--allow-pickle", *SMALL]
     code, _, err = run(capsys, "compress", source, *arguments)
     assert code == 0, err
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_quantised_checkpoint_is_not_streamed_as_if_it_were_not(capsys, mixtral, data, tmp_path):
+    edit_config(mixtral, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    calibrate = ["calibrate", mixtral, "-d", data[0], "-o", tmp_path / "s", *SMALL]
+    assert "is quantised" in refused(capsys, *calibrate, "--memory", "stream")
 
 
 def test_pickle_that_would_run_code_is_not_run(capsys, checkpoints, tmp_path):

@@ -14,7 +14,7 @@ from expertsmith import api
 from expertsmith.arch import config_first, families, text_config
 from expertsmith.calibration.stats import layer_path, load_statistics
 from expertsmith.checkpoint import open_checkpoint
-from expertsmith.engine import Batch, Walk, load_model
+from expertsmith.engine import Batch, Walk, hidden_of, load_model
 from expertsmith.inventory import take_inventory
 from expertsmith.methods import methods
 from expertsmith.surgery.mask import masked
@@ -49,6 +49,38 @@ def test_stream_and_resident_give_the_same_bytes(model_type, checkpoints, data, 
     for layer in layers:
         assert filecmp.cmp(layer_path(resident, layer), layer_path(tmp_path / "s", layer), shallow=False)
     assert len(layers) >= 2
+
+
+@EVERY
+def test_interrupted_calibration_goes_on_from_the_spilled_states(
+    model_type, checkpoints, data, statistics, tmp_path, monkeypatch
+):
+    """Killed after its first MoE layer: that layer is not run again, and the bytes are those of a run in one go."""
+    from expertsmith.calibration import spill, stats
+
+    monkeypatch.setattr(spill, "EVERY_SECONDS", 0.0)
+    options = {**CALIBRATION, "memory": "stream", "output_sum": True, "sample_tokens": 10}
+    ends = spill.Spill.layer_ends
+    first = min(load_statistics(statistics(model_type)).layers)
+
+    def killed(self, layer):
+        ends(self, layer)
+        if layer == first:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(spill.Spill, "layer_ends", killed)
+    with pytest.raises(KeyboardInterrupt):
+        api.calibrate(checkpoints(model_type), data, tmp_path / "s", **options)
+    monkeypatch.setattr(spill.Spill, "layer_ends", ends)
+    assert spill.newest(tmp_path / "s") == first
+    ran = set()
+    load = stats.save_layer
+    monkeypatch.setattr(stats, "save_layer", lambda folder, layer, domains: (ran.add(layer), load(folder, layer, domains)))
+    api.calibrate(checkpoints(model_type), data, tmp_path / "s", **options)
+    assert first not in ran
+    for layer in load_statistics(tmp_path / "s").layers:
+        assert filecmp.cmp(layer_path(statistics(model_type), layer), layer_path(tmp_path / "s", layer), shallow=False)
+    assert not list((tmp_path / "s").glob(".*"))
 
 
 @EVERY
@@ -160,7 +192,7 @@ def test_residual_stream_is_where_the_record_says(model_type, checkpoints):
     ids = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0))
     out: list[torch.Tensor] = []
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), "a", [0, 1])
-    with rebuilt, Walk(model, [batch], after=lambda i, n, h: out.append(h) if i == index else None) as walk:
+    with rebuilt, Walk(model, [batch], after=lambda i, n, h: out.append(hidden_of(h)) if i == index else None) as walk:
         list(walk.layers())
         found = rebuilt.result(out[0].shape)
     assert (found - out[0]).abs().max() < 1e-5 * (1 + out[0].abs().max())

@@ -173,8 +173,11 @@ def test_a_saved_plan_leaves_only_itself(tmp_path):
 def test_letters_outside_ascii_stay_readable(tmp_path):
     raw = example()
     raw["calibration"]["tokens"] = {"математика": 3}
+    raw["layers"][0]["why"] = {"note": "größer"}
     parse_plan(raw, "here").save(tmp_path / "p.json")
-    assert "математика" in (tmp_path / "p.json").read_text(encoding="utf-8")
+    text = (tmp_path / "p.json").read_text(encoding="utf-8")
+    assert "математика" in text
+    assert "größer" in text
     assert load_plan(tmp_path / "p.json").calibration.tokens == {"математика": 3}
 
 

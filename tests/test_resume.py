@@ -198,3 +198,30 @@ def test_progress_is_reported(checkpoints, data, tmp_path):
     for label, (total, done) in totals.items():
         assert done == pytest.approx(total), label
     assert json.loads((tmp_path / "out" / "expertsmith" / "verify.json").read_text())["passed"]
+
+
+def test_models_with_shared_key_value_states_are_run_again(data, tmp_path, monkeypatch):
+    """gemma4 can hand keys and values to later layers beside the layers' outputs: nothing is spilled then, and resuming is exact."""
+    from conftest import save_tiny
+
+    from expertsmith.calibration import spill
+
+    kinds = ["sliding_attention", "full_attention"] * 2
+    sharing = {"num_hidden_layers": 4, "layer_types": kinds, "num_kv_shared_layers": 2}
+    source = save_tiny("gemma4_text", tmp_path / "m", **sharing, hidden_size_per_layer_input=8, vocab_size_per_layer_input=128)
+    monkeypatch.setattr(spill, "EVERY_SECONDS", 0.0)
+    api.calibrate(source, data, tmp_path / "whole", **CALIBRATION)
+    saved = stats.save_layer
+
+    def killed(folder, layer, domains):
+        saved(folder, layer, domains)
+        if layer == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stats, "save_layer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        api.calibrate(source, data, tmp_path / "s", **CALIBRATION)
+    assert spill.newest(tmp_path / "s") is None
+    monkeypatch.setattr(stats, "save_layer", saved)
+    api.calibrate(source, data, tmp_path / "s", **CALIBRATION)
+    assert same(tmp_path / "whole", tmp_path / "s")

@@ -382,6 +382,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     memory: str = "auto",
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Quality:
     """Perplexity by domain on held-out text; against a reference also KL divergence, top-1 agreement and ESAP.
@@ -393,7 +394,9 @@ def evaluate(
     from expertsmith.evaluation.quality import measure
 
     progress = progress or Silent()
-    opened = [open_checkpoint(path) for path in ([model] if reference is None else [model, reference])]
+    opened = [
+        open_checkpoint(path, allow_pickle=allow_pickle) for path in ([model] if reference is None else [model, reference])
+    ]
     tokens = _tokens(
         opened[0].path,
         opened[0].config,
@@ -499,7 +502,14 @@ def compress(
         shape = {key: calibration[key] for key in ("samples", "seq_len", "seed") if key in calibration}
         with _timed(seconds, "evaluate"):
             quality = evaluate(
-                target, texts, reference=inventory.checkpoint.path, dtype=dtype, progress=progress, **run, **shape
+                target,
+                texts,
+                reference=inventory.checkpoint.path,
+                dtype=dtype,
+                allow_pickle=allow_pickle,
+                progress=progress,
+                **run,
+                **shape,
             ).to_json()
         quality["held_out"] = bool(eval_data)
         (target / "README.md").write_text(model_card(made, inventory, notes, _quality_line(quality)), encoding="utf-8")

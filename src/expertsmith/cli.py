@@ -424,6 +424,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     memory: Memory = "auto",
+    allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -441,6 +442,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         memory=memory,
+        allow_pickle=allow_pickle,
         progress=_progress(quiet),
     ).to_json()
     if as_json:
@@ -768,27 +770,27 @@ def _print_verdict(verdict: Verdict, layers: bool = False) -> None:
 
 def _print_quality(quality: dict[str, Any], title: str) -> None:
     rows = quality["domains"]
-    reference = "kl" in next(iter(rows.values()))
-    extra = ("reference", "change", "KL", "top-1 agreement", "ESAP") if reference else ()
-    table = _table("domain", "tokens", "perplexity", "loss ± s.e.", *extra, title=f"Quality on {title}")
-    for name, row in rows.items():
-        more: tuple[str, ...] = ()
-        if reference:
-            change = row["perplexity"] / row["reference_perplexity"] - 1
-            more = (
+    if "kl" in next(iter(rows.values())):
+        table = _table(
+            "domain", "perplexity", "original", "change", "KL", "top-1", "ESAP", "tokens", title=f"Quality on {title}"
+        )
+        for name, row in rows.items():
+            table.add_row(
+                name,
+                f"[bold]{row['perplexity']:.2f}[/bold]",
                 f"{row['reference_perplexity']:.2f}",
-                f"{100 * change:+.1f} %",
+                f"{100 * (row['perplexity'] / row['reference_perplexity'] - 1):+.1f} %",
                 f"{row['kl']:.4f}",
                 f"{100 * row['top1_agreement']:.1f} %",
                 f"{row['esap']:.3f}",
+                f"{row['tokens']:,}",
             )
-        table.add_row(
-            name,
-            f"{row['tokens']:,}",
-            f"[bold]{row['perplexity']:.2f}[/bold]",
-            f"{row['loss']:.4f} ± {row['loss_se']:.4f}",
-            *more,
-        )
+    else:
+        table = _table("domain", "perplexity", "loss ± standard error", "tokens", title=f"Quality on {title}")
+        for name, row in rows.items():
+            table.add_row(
+                name, f"[bold]{row['perplexity']:.2f}[/bold]", f"{row['loss']:.4f} ± {row['loss_se']:.4f}", f"{row['tokens']:,}"
+            )
     _line(table)
 
 

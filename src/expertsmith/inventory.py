@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -110,13 +109,18 @@ class Inventory:
         total = self.size()[0] - sum(claim.info.numel for claim in self.claims if claim.kind == "unused")
         return round(total - self.routed_parameters * (1 - self.top_k / self.num_experts))
 
-    def expert_slices(self, layer: int) -> Iterator[tuple[int, str, Claim]]:
-        """(expert, projection file name, claim) of a layer's routed weights, experts ascending; a stacked claim comes once an expert."""
-        mine = [claim for claim in self.claims if claim.layer == layer and claim.routed]
-        for expert in range(self.num_experts):
-            for claim in mine:
-                if claim.kind == "stacked" or claim.expert == expert:
-                    yield expert, claim.rest, claim
+    def expert_claims(self, layer: int) -> list[list[Claim]]:
+        """The routed weights of a layer, by expert; a stacked claim stands under each of its experts."""
+        found: list[list[Claim]] = [[] for _ in range(self.num_experts)]
+        for claim in self.claims:
+            if claim.layer != layer or not claim.routed:
+                continue
+            if claim.kind == "stacked":
+                for held in found:
+                    held.append(claim)
+            elif claim.expert is not None and claim.expert < self.num_experts:
+                found[claim.expert].append(claim)
+        return found
 
 
 def take_inventory(checkpoint: Checkpoint) -> Inventory:

@@ -28,12 +28,9 @@ def expert_weights(inventory: Inventory, layer: int) -> Iterator[ExpertWeights]:
         UserError: NaN or inf, or a packed quantised format whose codes mean nothing by themselves.
     """
     cache: dict[str, torch.Tensor] = {}
-    for expert in range(inventory.num_experts):
-        matrices = []
-        for _, _, claim in (item for item in inventory.expert_slices(layer) if item[0] == expert):
-            matrix = _matrix(inventory, claim, expert, cache)
-            if matrix is not None:
-                matrices.append(matrix)
+    for expert, claims in enumerate(inventory.expert_claims(layer)):
+        found = (_matrix(inventory, claim, expert, cache) for claim in claims)
+        matrices = [matrix for matrix in found if matrix is not None]
         if not matrices:
             raise UserError(f"decoder layer {layer}: expert {expert} has no weight matrix")
         yield ExpertWeights(expert, tuple(matrices))

@@ -95,8 +95,8 @@ FAMILIES = (
         title="DeepSeek V4 (DeepSeek-V4-Flash-Base)",
         status="partial",
         notes="The layer carries several residual streams (hyper-connections) that take the block's output with learned "
-        "weights; the residual stream stated here is the norm's input. Scores are sqrt(softplus(logits)), for which the sigmoid "
-        "stands in; configs with hash routing layers, which the published ones have, are refused.",
+        "weights; the residual stream stated here is the norm's input. Configs "
+        "with hash routing layers, which the published ones have, are refused.",
         experts_key=("n_routed_experts",),
         shared_key="n_shared_experts",
         expert_prefix=("ffn.experts.{expert}.",),
@@ -108,7 +108,7 @@ FAMILIES = (
         ),
         shared="shared_experts",
         selection_bias=("gate.e_score_correction_bias",),
-        score="sigmoid",
+        score="sqrtsoftplus",
         residual_exact=False,
         refusal=hash_layers,
         tiny={

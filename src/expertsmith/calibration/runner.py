@@ -15,6 +15,7 @@ import torch.distributed as dist
 from expertsmith.calibration import stats
 from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.observers import SAMPLES, Extras, LayerSums, choose_sample, observing
+from expertsmith.calibration.spill import Spill, clear, newest, read
 from expertsmith.engine import Batch, LoadedModel, Walk
 from expertsmith.errors import UserError
 from expertsmith.progress import Progress, Silent
@@ -32,9 +33,9 @@ def collect(
 ) -> stats.Statistics:
     """Observe every MoE layer over the data and write the statistics folder.
 
-    A folder that holds some layers of the same calibration (same model, token ids, dtype, options) is completed: its layers are run
-    again, because later layers need what they hand on, but not observed again. Under `torchrun` the batches are split over
-    the ranks and the sums are reduced.
+    A folder that holds some layers of the same calibration (same model, token ids, dtype, options) is completed: those layers are not
+    observed again, and not run again either where their outputs were spilled (`calibration.spill`). Under `torchrun` the
+    batches are split over the ranks, the sums are reduced, and nothing is spilled.
 
     Raises:
         UserError: the folder holds another calibration, or nothing to observe.
@@ -56,63 +57,79 @@ def collect(
         dist.barrier()
     todo = [layer for layer in wanted if layer not in done]
     if todo:
-        if done and rank == 0:
-            progress.note(f"resuming: {len(done)} of {len(wanted)} layers are there")
         batches = data.batches(batch_tokens, pad_id=_pad_id(model))[rank::world]
-        with progress.task("calibrate", sum(b.tokens for b in batches) * (todo[-1] + 1), "layer tokens") as advance:
-            for layer, sums in _observe(model, data, batches, set(todo), extras, advance):
+        spilled = newest(out) if world == 1 else None
+        skip = 0 if spilled is None or spilled >= todo[0] else spilled + 1
+        if done and rank == 0:
+            progress.note(f"resuming: {len(done)} of {len(wanted)} layers are there, going on from decoder layer {skip}")
+        states = Spill(out, enabled=world == 1)
+        tokens = sum(batch.tokens for batch in batches)
+        with progress.task("calibrate", tokens * (todo[-1] + 1 - skip), "layer tokens") as advance:
+            for layer, sums in _observe(model, data, batches, set(todo), extras, states, skip, advance):
                 if world > 1:
                     _reduce(sums)
                 if rank == 0:
                     stats.save_layer(out, layer, _arrays(sums))
     if world > 1:
         dist.barrier()
+    if rank == 0:
+        clear(out)
     return stats.load_statistics(out)
 
 
 def _observe(
-    model: LoadedModel, data: TokenData, batches: list[Batch], todo: set[int], extras: Extras, advance: Any
+    model: LoadedModel,
+    data: TokenData,
+    batches: list[Batch],
+    todo: set[int],
+    extras: Extras,
+    states: Spill,
+    skip: int,
+    advance: Any,
 ) -> Iterator[tuple[int, LayerSums]]:
+    """Walk the batches through the layers from `skip` on and yield the sums of every layer in `todo`."""
     assert model.architecture is not None
-    now: list[Batch] = []
+    arch = model.architecture
     lengths = {domain: [len(row) for row in rows] for domain, rows in data.sequences.items()}
-    chosen = (
-        {domain: choose_sample(rows, extras.sample_tokens, extras.seed, domain) for domain, rows in lengths.items()}
-        if extras.sample_tokens
-        else {}
-    )
+    counts = {domain: len(rows) for domain, rows in lengths.items()}
+    chosen = {}
+    if extras.sample_tokens:
+        chosen = {domain: choose_sample(rows, extras.sample_tokens, extras.seed, domain) for domain, rows in lengths.items()}
+    now: list[Batch] = []
     watch = ExitStack()
     sums: LayerSums | None = None
+
+    def begin(layer: int) -> LayerSums:
+        return LayerSums(_num_experts(model, layer), counts, model.device, extras, chosen=chosen)
 
     def before(layer: int, number: int, batch: Batch) -> None:
         nonlocal sums
         now[:] = [batch]
-        if layer in todo and number == 0:
-            assert model.architecture is not None
-            sums = LayerSums(
-                _num_experts(model, layer), {d: len(rows) for d, rows in lengths.items()}, model.device, extras, chosen=chosen
-            )
-            watch.enter_context(observing(model.layers[layer], model.architecture, sums, lambda: now[0]))
+        if number > 0:
+            return
+        states.layer_begins(layer)
+        if layer in todo:
+            sums = begin(layer)
+            watch.enter_context(observing(model.layers[layer], arch, sums, lambda: now[0]))
 
-    def after(layer: int, number: int, hidden: torch.Tensor) -> None:
+    def after(layer: int, number: int, output: Any) -> None:
         advance(batches[number].tokens)
+        states.batch_leaves(layer, number, output, complete=not walk.side_state)
         if layer in todo and number == len(batches) - 1:
             watch.close()
 
-    with watch, Walk(model, batches, before, after) as walk:
+    def restore(number: int) -> Any:
+        return read(states.folder, skip - 1, number, model.device)
+
+    walk = Walk(model, batches, before, after, skip, restore)
+    with watch, walk:
         for layer in walk.layers(until=max(todo)):
             if layer in todo:
-                if sums is None:  # this rank has no batches
-                    sums = LayerSums(
-                        _num_experts(model, layer),
-                        {d: len(rows) for d, rows in lengths.items()},
-                        model.device,
-                        extras,
-                        chosen=chosen,
-                    )
-                _check(sums, layer)
-                yield layer, sums
-                sums = None
+                found = sums or begin(layer)  # a rank may have no batches
+                _check(found, layer)
+                yield layer, found
+            states.layer_ends(layer)
+            sums = None
 
 
 def _num_experts(model: LoadedModel, layer: int) -> int:

@@ -129,6 +129,11 @@ def load_model(
             raise
         raise UserError(f"{checkpoint.path}/config.json is not valid: {_first_line(error)}") from None
     inner = config.get_text_config()
+    if memory == "stream" and getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{checkpoint.source} is quantised, and its weights mean nothing without their quantiser, which streaming does not have",
+            "use --memory resident on hardware that transformers can run it on, or an unquantised checkpoint",
+        )
     for key, value in (config_overrides or {}).items():
         setattr(inner, key, value)
     auto = transformers.AutoModelForCausalLM
@@ -155,7 +160,7 @@ def load_model(
 
             with init_empty_weights(include_buffers=False):
                 module = auto.from_config(config, dtype=chosen, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         raise UserError(
             f"transformers cannot load {checkpoint.source}: {_first_line(error)}",
             "is a shard damaged, or a tensor of a wrong shape?",
@@ -207,6 +212,8 @@ def choose_memory(memory: str, checkpoints: Sequence[Checkpoint], device: torch.
         raise UserError(f"memory is {memory!r}", "choose auto, resident or stream")
     if any(checkpoint.converted for checkpoint in checkpoints):
         return "stream"
+    if any(checkpoint.config.get("quantization_config") for checkpoint in checkpoints):
+        return "resident"  # streaming has no quantiser
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:

@@ -7,7 +7,7 @@ Greenlets instead of threads: OpenMP would start a pool of workers for every thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,6 +40,12 @@ class Batch:
         return {"input_ids": self.input_ids.to(device), "attention_mask": self.mask.to(device=device, dtype=torch.long)}
 
 
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a decoder layer returned: the tensor itself, or the first of a tuple."""
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
 class Walk:
     """One passage of `batches` through `model`.
 
@@ -49,7 +55,8 @@ class Walk:
 
     Args:
         before: called as before(layer, batch_number, batch) right before a batch enters a decoder layer.
-        after: called as after(layer, batch_number, hidden) with what the layer returned (its first tensor).
+        after: called as after(layer, batch_number, output) with what the layer returned.
+        skip: decoder layers at the start that are not run: each returns `restore(batch_number)`, what the last of them had returned.
     """
 
     def __init__(
@@ -57,16 +64,21 @@ class Walk:
         model: LoadedModel,
         batches: Sequence[Batch],
         before: Callable[[int, int, Batch], None] | None = None,
-        after: Callable[[int, int, torch.Tensor], None] | None = None,
+        after: Callable[[int, int, Any], None] | None = None,
+        skip: int = 0,
+        restore: Callable[[int], Any] | None = None,
     ) -> None:
         self.model = model
         self.batches = batches
         self.before = before
         self.after = after
+        self.skip = skip
+        self.restore = restore
         self._runs: list[greenlet] = []
         self._results: dict[int, Any] = {}
         self._driver: greenlet | None = None
         self._current = -1  # the batch that runs
+        self.side_state = False  # a layer left something for later layers outside of what it returned (shared key-value states)
         self._guard = torch.no_grad()
 
     def __enter__(self) -> Walk:
@@ -91,9 +103,9 @@ class Walk:
     def layers(self, until: int | None = None) -> Iterator[int]:
         """Advance all batches layer by layer, up to and including decoder layer `until` (default: the last)."""
         for number, run in enumerate(self._runs):
-            self._resume(number, run)  # up to the door of layer 0
+            self._resume(number, run)  # up to the door of the first layer that runs
         last = len(self.model.layers) - 1 if until is None else until
-        for index in range(last + 1):
+        for index in range(self.skip, last + 1):
             self.model.bring(index)
             for number, run in enumerate(self._runs):
                 self._resume(number, run)
@@ -120,13 +132,19 @@ class Walk:
         self._driver.switch()
 
     def _enter_layer(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if index < self.skip:
+            assert self.restore is not None
+            return self.restore(self._current)
         self._door()
         number = self._current
         if self.before:
             self.before(index, number, self.batches[number])
+        shared = [value for value in kwargs.values() if isinstance(value, MutableMapping)]
+        sizes = [len(value) for value in shared]
         out = forward(*args, **kwargs)
+        self.side_state |= sizes != [len(value) for value in shared]
         if self.after:
-            self.after(index, number, out[0] if isinstance(out, tuple) else out)
+            self.after(index, number, out)
         if index == len(self.model.layers) - 1:
             self._door()  # final norm and head run only when the outputs are asked for
         return out

@@ -16,7 +16,7 @@ import torch
 
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.writer import OutputTensor
-from expertsmith.engine import Batch, LoadedModel, Walk, load_model
+from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of, load_model
 from expertsmith.engine.loading import Memory
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory
@@ -133,11 +133,11 @@ def _compare_forwards(
     reference: dict[int, torch.Tensor] = {}
     row = {"difference": 0.0, "scale": 0.0}
 
-    def keep(layer: int, number: int, hidden: torch.Tensor) -> None:
-        reference[number] = hidden
+    def keep(layer: int, number: int, output: Any) -> None:
+        reference[number] = hidden_of(output)
 
-    def compare(layer: int, number: int, hidden: torch.Tensor) -> None:
-        theirs = reference.pop(number)
+    def compare(layer: int, number: int, output: Any) -> None:
+        theirs, hidden = reference.pop(number), hidden_of(output)
         rows = batches[number].mask.to(hidden.device)
         a, b = theirs[rows].float(), hidden[rows].float()
         row["difference"] = max(row["difference"], _largest(a - b))

@@ -1,0 +1,537 @@
+"""The command line: help, what is imported, JSON, exit codes, numbers, and the flow end to end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from conftest import save_tiny
+from expertsmith import __version__, api, cli
+from expertsmith.arch import families
+from expertsmith.calibration.stats import load_statistics
+from expertsmith.methods import methods
+from expertsmith.plan import load_plan
+
+SMALL = ["--seq-len", "24", "--no-pack", "--device", "cpu"]
+CALIBRATING = {"--data", "--samples", "--seq-len", "--seed", "--pack", "--no-pack", "--overlong", "--batch-tokens"}
+RUNNING = {"--device", "--dtype", "--memory"}
+CHOOSING = {"--method", "--keep", "--stats", "--domain", "--budget", "--option", "--router-groups"}
+OPTIONS = {
+    "compress": CALIBRATING
+    | RUNNING
+    | CHOOSING
+    | {"--out", "--eval-data", "--measure", "--resume", "--fresh", "--overwrite", "--allow-pickle"},
+    "calibrate": CALIBRATING | RUNNING | {"--out", "--output-sum", "--sample-tokens", "--resume", "--fresh", "--allow-pickle"},
+    "plan": CALIBRATING | RUNNING | CHOOSING | {"--out", "--allow-pickle"},
+    "apply": {"--out", "--check-values", "--overwrite", "--allow-pickle"},
+    "verify": RUNNING | {"--plan", "--data", "--tokens", "--seq-len", "--tolerance", "--allow-pickle"},
+    "evaluate": RUNNING | {"--data", "--reference", "--samples", "--seq-len", "--seed", "--batch-tokens"},
+    "inspect": {"--allow-pickle"},
+    "lint": {"--engine", "--tp", "--ep"},
+    "methods": set(),
+    "architectures": set(),
+    "demo": {"--out"},
+    "run": set(),
+}
+LONG = {"compress", "calibrate", "plan", "apply", "verify", "evaluate", "demo", "run"}
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+def run(capture, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of a command line, in this process."""
+    old = sys.argv
+    sys.argv = ["expertsmith", *map(str, arguments)]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.argv = old
+    captured = capture.readouterr()
+    return code, captured.out, captured.err
+
+
+def passed(capture, *arguments: object) -> str:
+    code, out, err = run(capture, *arguments)
+    assert code == 0, err
+    return out
+
+
+def strict(text: str):
+    """The one JSON value that `text` is; NaN and Infinity are none."""
+
+    def refuse(name: str):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def half(checkpoints, tmp_path_factory) -> Path:
+    """A Mixtral with 4 of 8 experts, by way of the functions."""
+    folder = tmp_path_factory.mktemp("half") / "out"
+    api.apply(checkpoints("mixtral"), api.plan(checkpoints("mixtral"), "random", 4), folder)
+    return folder
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_names_every_option(capsys, command):
+    out = passed(capsys, command, "--help")
+    wanted = OPTIONS[command] | {"--json"} | ({"--quiet"} if command in LONG else set())
+    if command == "demo":
+        wanted -= {"--help"}
+    missing = {option for option in wanted if f"{option} " not in out.replace("\n", " ").replace("│", " ")}
+    assert not missing
+    assert out == passed(capsys, command, "-h")
+
+
+def test_every_command_is_in_the_list_above_and_explains_itself(capsys):
+    commands = typer.main.get_command(cli.app).commands
+    assert set(OPTIONS) <= set(commands)
+    overview = passed(capsys, "--help")
+    for name, command in commands.items():
+        assert f" {name} " in overview
+        assert command.help
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{name}: {parameter.name} has no help"
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    _, out, err = run(capsys)
+    assert "compress" in out + err
+
+
+def test_version(capsys):
+    assert passed(capsys, "--version") == f"expertsmith {__version__}\n"
+
+
+# ---- what is imported
+
+WATCH = """
+import json, sys
+from expertsmith import cli
+seen = {}
+for line in json.loads(sys.argv[1]):
+    sys.argv = ["expertsmith", *line]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        assert not stop.code, (line, stop.code)
+    seen[" ".join(line[:2])] = sorted({"torch", "transformers", "datasets", "accelerate"} & set(sys.modules))
+print(json.dumps(seen), file=sys.stderr)
+"""
+
+
+def test_commands_that_run_no_model_do_not_import_torch(checkpoints, tmp_path):
+    source = str(checkpoints("mixtral"))
+    lines = [
+        ["--help"], ["compress", "--help"], ["--version"], ["methods"], ["architectures"], ["inspect", source], ["lint", source],
+        ["plan", source, "-m", "random", "-k", "4", "-o", str(tmp_path / "p.json"), "-q"],
+        ["apply", source, str(tmp_path / "p.json"), "-o", str(tmp_path / "out"), "-q"],
+        ["run", "--help"],
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", WATCH, json.dumps(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stderr.splitlines()[-1])
+    assert len(seen) == len(lines)
+    assert {line: found for line, found in seen.items() if found} == {}
+
+
+# ---- JSON and exit codes
+
+
+def test_json_of_every_command_is_all_there_is_on_stdout(capfd, checkpoints, data, half, tmp_path):
+    source = checkpoints("mixtral")
+    recipe = {"model": str(source), "device": "cpu", "plan": {"method": "random", "keep": 0.5, "out": str(tmp_path / "r.json")}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    flags = [flag for spec in data for flag in ("-d", spec)]
+    found = {}
+    for line in (
+        ("calibrate", source, *flags, "-o", tmp_path / "stats", *SMALL),
+        ("plan", source, "-m", "reap", "-k", "0.5", "-s", tmp_path / "stats", "-o", tmp_path / "plan.json"),
+        ("apply", source, tmp_path / "plan.json", "-o", tmp_path / "out"),
+        ("verify", source, tmp_path / "out", "--tokens", "64", "--device", "cpu"),
+        ("evaluate", tmp_path / "out", "-r", source, *flags, "--seq-len", "16", "--device", "cpu"),
+        ("compress", source, "-m", "reap", "-k", "4", *flags, "-o", tmp_path / "out2", *SMALL),
+        ("inspect", source),
+        ("lint", half),
+        ("run", tmp_path / "recipe.yaml"),
+    ):
+        text = passed(capfd, *line, "--json")
+        found[line[0]] = strict(text)
+        assert isinstance(found[line[0]], dict)
+    assert found["calibrate"]["out"] == str(tmp_path / "stats")
+    assert found["calibrate"]["data"]["tokens"] == load_statistics(tmp_path / "stats").tokens
+    assert found["plan"] == json.loads((tmp_path / "plan.json").read_text())
+    assert found["apply"]["out"] == str(tmp_path / "out")
+    assert found["apply"]["summary"]["experts"] == [24, 12]
+    assert found["verify"]["passed"] is True
+    assert found["verify"] == json.loads((tmp_path / "out" / "expertsmith" / "verify.json").read_text())
+    assert set(found["evaluate"]) == {"model", "reference", "domains", "mean"}
+    assert set(found["compress"]) == {"out", "plan", "notes", "verify", "quality", "seconds"}
+    assert set(found["compress"]["seconds"]) == {"calibrate", "plan", "apply", "verify", "evaluate"}
+    assert found["inspect"] == json.loads(json.dumps(api.inspect(str(source))))
+    assert set(found["lint"]) == {"model", "findings"}
+    assert set(found["run"]) == {"plan"}
+
+
+def test_quiet_leaves_stderr_empty(capfd, checkpoints, data, tmp_path):
+    line = ["calibrate", checkpoints("mixtral"), "-d", data[0], "-o", tmp_path / "stats", *SMALL]
+    assert run(capfd, *line, "-q")[2] == ""
+    out, err = run(capfd, *line)[1:]
+    assert "tokens" in err
+    assert "a" in out
+
+
+def test_lint_exits_1_where_an_engine_would_refuse(capsys, checkpoints):
+    source = checkpoints("mixtral")
+    assert run(capsys, "lint", source)[0] == 0
+    code, out, _ = run(capsys, "lint", source, "--engine", "transformers", "--ep", "3")
+    assert code == 1
+    assert "8 experts do not divide" in out
+    code, out, _ = run(capsys, "lint", source, "--engine", "transformers", "--ep", "3", "--json")
+    assert code == 1
+    assert {finding["level"] for finding in strict(out)["findings"]} == {"error"}
+
+
+def damage(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_verify_exits_1_where_the_proof_fails(capsys, checkpoints, half, tmp_path):
+    shutil.copytree(half, tmp_path / "broken")
+    damage(tmp_path / "broken")
+    line = ["verify", checkpoints("mixtral"), tmp_path / "broken", "--tokens", "64", "--device", "cpu", "-q"]
+    code, out, _ = run(capsys, *line)
+    assert code == 1
+    assert "FAILED" in out
+    code, out, _ = run(capsys, *line, "--json")
+    assert code == 1
+    assert strict(out)["wrong_tensors"] == ["model.norm.weight"]
+
+
+def test_jobs_that_verify_exit_1_where_the_proof_fails(capsys, monkeypatch, checkpoints, tmp_path):
+    source = checkpoints("mixtral")
+    write = api.apply
+
+    def write_and_damage(model, plan, out, **options):
+        notes = write(model, plan, out, **options)
+        damage(Path(out))
+        return notes
+
+    monkeypatch.setattr(api, "apply", write_and_damage)
+    recipe = {
+        "model": str(source), "device": "cpu", "apply": {"out": str(tmp_path / "out")}, "verify": {"tokens": 64},
+        "plan": {"method": "random", "keep": 0.5, "out": str(tmp_path / "p.json")},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    code, out, _ = run(capsys, "run", tmp_path / "recipe.yaml", "-q")
+    assert code == 1
+    assert "FAILED" in out
+    code, out, _ = run(
+        capsys, "compress", source, "-m", "random", "-k", "4", "-o", tmp_path / "two", "--device", "cpu", "-q", "--json"
+    )
+    assert code == 1
+    assert strict(out)["verify"]["passed"] is False
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["nonsense"],
+        ["--nonsense"],
+        ["inspect"],
+        ["inspect", "here", "there"],
+        ["inspect", "here", "--nonsense"],
+        ["plan", "here", "-m", "reap"],
+        ["plan", "here", "-m", "reap", "-k"],
+        ["calibrate", "here", "-o", "out", "--samples", "many"],
+        ["lint", "here", "--tp", "1.5"],
+    ],
+)
+def test_a_line_that_cannot_be_parsed_exits_2(capsys, line):
+    code, out, err = run(capsys, *line)
+    assert code == 2
+    assert out == ""
+    assert "Error" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "line", [["inspect", "/nowhere/at/all"], ["inspect", "not a model"], ["run", "/nowhere.yaml"], ["lint", "/nowhere"]]
+)
+def test_a_mistake_exits_2_with_one_line_and_no_output(capsys, line):
+    for more in ([], ["--json"]):
+        code, out, err = run(capsys, *line, *more)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+
+
+def test_debug_can_stand_anywhere(capsys):
+    from expertsmith.errors import UserError
+
+    for line in (["--debug", "inspect", "/nowhere"], ["inspect", "--debug", "/nowhere"], ["inspect", "/nowhere", "--debug"]):
+        with pytest.raises(UserError):
+            run(capsys, *line)
+
+
+def test_ctrl_c_exits_130(capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "inspect", interrupted)
+    code, out, err = run(capsys, "inspect", "here")
+    assert (code, out) == (130, "")
+    assert "Traceback" not in err
+
+
+def test_names_with_brackets_and_long_names_are_printed_as_they_are(capsys, monkeypatch, checkpoints, tmp_path):
+    """Brackets are markup to the printer, and a path cut into lines cannot be copied."""
+    monkeypatch.setenv("COLUMNS", "80")
+    source = tmp_path / "mixtral[bold]" / "[/v2]"
+    shutil.copytree(checkpoints("mixtral"), source)
+    assert "mixtral[bold]/[/v2]" in passed(capsys, "inspect", source).replace("\n", "").replace(" ", "")
+    target = tmp_path / f"{'plan' * 20}[red] [/half].json"
+    assert str(target) in passed(capsys, "plan", source, "-m", "random", "-k", "4", "-o", target, "-q")
+    out = tmp_path / "out[dim][/x]"
+    assert str(out) in passed(capsys, "apply", source, target, "-o", out, "-q")
+
+
+# ---- what there is
+
+
+def test_methods_and_architectures_list_every_record(capsys):
+    found = strict(passed(capsys, "methods", "--json"))
+    assert [row["name"] for row in found] == list(methods())
+    assert all(
+        row["title"] and row["paper"] and row["doc"] and row["reads"] in ("statistics", "weights", "nothing") for row in found
+    )
+    table = passed(capsys, "methods")
+    for name, record in methods().items():
+        assert f" {name} " in table
+        for option, default in record.options.items():
+            assert f"{option}={default}" in table
+    found = strict(passed(capsys, "architectures", "--json"))
+    assert [row["model_type"] for row in found] == list(families())
+    assert all(row["notes"] for row in found if row["status"] != "full")
+    table = passed(capsys, "architectures")
+    for name in families():
+        assert f" {name} " in table
+    supported = sum(record.status != "refused" for record in families().values())
+    assert f"{supported} families supported" in table
+
+
+# ---- the numbers of inspect
+
+SIZED = pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "dbrx"])
+ROUTED = (".experts.", ".input_linear.", ".output_linear.")
+
+
+@SIZED
+def test_inspect_counts_the_parameters_of_the_loaded_model(capsys, checkpoints, model_type):
+    import transformers
+
+    source = checkpoints(model_type)
+    facts = strict(passed(capsys, "inspect", source, "--json"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    stored = dict(model.named_parameters())  # tied parameters come once
+    stored |= {name: value for name, value in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    total = sum(value.numel() for value in stored.values())
+    routed = sum(
+        value.numel() for name, value in stored.items() if any(part in name for part in ROUTED) and "shared" not in name
+    )
+    assert facts["parameters"]["total"] == total
+    assert facts["parameters"]["routed_experts"] == routed
+    assert facts["parameters"]["active"] == total - routed * (8 - 2) // 8
+    assert facts["bytes"] == 4 * total
+    assert (facts["num_experts"], facts["top_k"], facts["layers"]) == (8, 2, 3)
+    assert facts["moe_layers"] == ([1, 2] if model_type == "deepseek_v3" else [0, 1, 2])
+    assert facts["shared_experts"] == (1 if model_type == "deepseek_v3" else 0)
+
+
+@SIZED
+def test_inspect_foretells_the_size_of_the_pruned_checkpoint(capsys, checkpoints, model_type, tmp_path):
+    source = checkpoints(model_type)
+    facts = strict(passed(capsys, "inspect", source, "--json"))
+    assert [row["experts"] for row in facts["keep_ratios"]] == (
+        [8, 6, 4] if model_type == "deepseek_v3" else [7, 6, 5, 4, 3, 2]
+    )
+    for row in facts["keep_ratios"]:
+        out = tmp_path / str(row["experts"])
+        made = api.plan(source, "random", row["experts"])
+        api.apply(source, made, out)
+        parameters = nbytes = 0
+        for file in out.glob("*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    tensor = opened.get_tensor(name)
+                    parameters += tensor.numel()
+                    nbytes += tensor.nbytes
+        assert (row["parameters"], row["bytes"]) == (parameters, nbytes)
+        assert made.summary.parameters == (facts["parameters"]["total"], parameters)
+        assert made.summary.bytes == (facts["bytes"], nbytes)
+        assert strict(passed(capsys, "inspect", out, "--json"))["parameters"]["total"] == parameters
+
+
+def test_inspect_says_the_same_to_people(capsys, checkpoints):
+    facts = api.inspect(checkpoints("deepseek_v3"))
+    text = passed(capsys, "inspect", checkpoints("deepseek_v3"))
+    assert f"{facts['parameters']['total'] / 1e3:.2f} k total" in text
+    assert f"{facts['bytes'] / 1e3:.2f} kB" in text
+    assert "3, of which 2 with experts (1–2)" in text
+    assert "sigmoid, selection bias, 1 of 2 expert_groups" in text
+    assert f"{facts['least_experts']} experts a layer have to stay" in text
+
+
+# ---- the flow
+
+
+def test_compress_is_the_single_commands_in_a_row(capsys, checkpoints, data, tmp_path):
+    source = checkpoints("qwen3_moe")
+    flags = [flag for spec in data for flag in ("-d", spec)]
+    one = strict(
+        passed(capsys, "compress", source, "-m", "easy_ep", "-k", "50%", *flags, "-o", tmp_path / "one", *SMALL, "-q", "--json")
+    )
+    passed(capsys, "calibrate", source, *flags, "-o", tmp_path / "stats", *SMALL, "-q")
+    passed(capsys, "plan", source, "-m", "easy_ep", "-k", "50%", "-s", tmp_path / "stats", "-o", tmp_path / "plan.json", "-q")
+    passed(capsys, "apply", source, tmp_path / "plan.json", "-o", tmp_path / "two", "-q")
+    passed(capsys, "verify", source, tmp_path / "two", "--device", "cpu", "-q")
+    held = ["--seq-len", "24", "--device", "cpu", "-q", "--json"]
+    quality = strict(passed(capsys, "evaluate", tmp_path / "two", "-r", source, *flags, *held))
+
+    assert load_plan(tmp_path / "plan.json").dumps() == (tmp_path / "one" / "expertsmith" / "plan.json").read_text()
+    for name in ("model.safetensors", "config.json", "expertsmith/plan.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    for file in sorted((tmp_path / "stats").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "one.stats" / file.name).read_bytes()
+    assert one["verify"]["passed"] is True
+    assert one["quality"]["domains"] == quality["domains"]
+    assert one["quality"]["held_out"] is False
+    card = (tmp_path / "one" / "README.md").read_text()
+    for domain, row in quality["domains"].items():
+        assert f"{domain} {row['perplexity']:.2f} (base {row['reference_perplexity']:.2f})" in card
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "one.stats", "plan.json", "stats", "two"]
+
+
+def test_what_compress_wrote_is_loaded_by_transformers_with_half_of_the_experts(capsys, checkpoints, data, tmp_path):
+    import transformers
+
+    source = checkpoints("qwen3_moe")
+    line = ["compress", source, "-m", "reap", "-k", "4", "-d", data[0], "-e", data[1], "-o", tmp_path / "out", *SMALL, "-q"]
+    text = passed(capsys, *line)
+    assert "verify: passed" in text
+    assert "held-out text" in text
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.config.num_experts == 4
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+    # the statistics beside it serve the next plan without data
+    passed(
+        capsys,
+        "compress",
+        source,
+        "-m",
+        "ean",
+        "-k",
+        "6",
+        "-s",
+        tmp_path / "out.stats",
+        "-o",
+        tmp_path / "next",
+        "--no-measure",
+        "-q",
+    )
+    assert load_plan(tmp_path / "next" / "expertsmith" / "plan.json").uniform_count == 6
+
+
+def test_a_method_without_data_needs_none(capsys, checkpoints, tmp_path):
+    found = strict(
+        passed(capsys, "compress", checkpoints("mixtral"), "-m", "aimer", "-k", "0.5", "-o", tmp_path / "out", "-q", "--json")
+    )
+    assert found["quality"] is None
+    assert "calibrate" not in found["seconds"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_options_of_a_method_reach_it(capsys, checkpoints, tmp_path):
+    source = checkpoints("mixtral")
+    plans = []
+    for seed in (1, 2):
+        found = strict(
+            passed(
+                capsys, "plan", source, "-m", "random", "-k", "4", "-O", f"seed={seed}", "-o", tmp_path / "p", "-q", "--json"
+            )
+        )
+        assert found["method"]["options"] == {"budget": "uniform", "keep": 4, "seed": seed}
+        plans.append([entry["keep"] for entry in found["layers"]])
+    assert plans[0] != plans[1]
+
+
+def test_a_pickle_checkpoint_is_compressed_and_measured(capsys, checkpoints, data, tmp_path):
+    source = tmp_path / "pickled"
+    shutil.copytree(checkpoints("mixtral"), source)
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    line = [
+        "compress",
+        source,
+        "-m",
+        "reap",
+        "-k",
+        "4",
+        "-d",
+        data[0],
+        "-o",
+        tmp_path / "out",
+        "--allow-pickle",
+        *SMALL,
+        "-q",
+        "--json",
+    ]
+    found = strict(passed(capsys, *line))
+    assert found["verify"]["passed"]
+    assert found["quality"]["domains"]["a"]["kl"] > 0
+
+
+def test_the_package_runs_as_a_module(checkpoints, tmp_path):
+    def module(*arguments: object) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "expertsmith", *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+
+    assert module("--version").stdout == f"expertsmith {__version__}\n"
+    done = module("inspect", checkpoints("mixtral"), "--json")
+    assert done.returncode == 0
+    assert strict(done.stdout)["num_experts"] == 8
+    assert done.stderr == ""
+    failed = module("inspect", tmp_path)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: ")
+
+
+def test_two_families_of_one_layout_are_told_apart(capsys, tmp_path):
+    """phimoe shares Mixtral's names on disk; config.json decides."""
+    save_tiny("phimoe", tmp_path / "phi")
+    assert strict(passed(capsys, "inspect", tmp_path / "phi", "--json"))["model_type"] == "phimoe"

@@ -1,0 +1,290 @@
+"""Recipes: a whole job in one YAML file, and all of its faults at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import CALIBRATION
+from expertsmith import api
+from expertsmith.errors import UserError
+from expertsmith.methods import methods
+from expertsmith.recipe import Recipe, load_recipe
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
+def whole(model: Path, data: list[str], root: Path) -> dict:
+    """A recipe with every section."""
+    return {
+        "model": str(model),
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "memory": "resident",
+        "calibrate": {
+            "data": data,
+            "out": str(root / "stats"),
+            "seq_len": 24,
+            "pack": False,
+            "batch_tokens": 72,
+            "samples": 5,
+            "seed": 3,
+        },
+        "plan": {
+            "method": "ean",
+            "keep": "50%",
+            "out": str(root / "plan.json"),
+            "domains": ["a"],
+            "options": {"weighted": True},
+        },
+        "apply": {"out": str(root / "out")},
+        "verify": {"tokens": 64},
+        "evaluate": {"data": data, "seq_len": 16, "samples": 4},
+    }
+
+
+def written(tmp_path: Path, recipe: object) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def refusal(tmp_path: Path, recipe: object) -> str:
+    path = written(tmp_path, recipe)
+    with pytest.raises(UserError) as error:
+        load_recipe(path)
+    message = str(error.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def good(tmp_path) -> dict:
+    """A recipe that is right; nothing of it has to exist to be checked."""
+    return whole(tmp_path / "model", ["a=a.jsonl", "b=b.jsonl:4"], tmp_path)
+
+
+# ---- running
+
+
+def test_a_recipe_does_what_the_single_commands_do(checkpoints, data, tmp_path):
+    source = checkpoints("mixtral")
+    results = api.run(written(tmp_path, whole(source, data, tmp_path / "recipe")))
+    assert list(results) == ["calibrate", "plan", "apply", "verify", "evaluate"]
+
+    single, run = tmp_path / "single", {"device": "cpu", "memory": "resident"}
+    stats = api.calibrate(source, data, single / "stats", samples=5, seed=3, dtype="bfloat16", memory="resident", **CALIBRATION)
+    made = api.plan(source, "ean", "50%", stats=stats, domains=["a"], options={"weighted": True}, out=single / "plan.json")
+    notes = api.apply(source, single / "plan.json", single / "out")
+    verdict = api.verify(source, single / "out", tokens=64, **run)
+    quality = api.evaluate(single / "out", data, reference=source, seq_len=16, samples=4, dtype="bfloat16", **run)
+
+    assert results["plan"] == made
+    assert results["apply"] == notes
+    assert results["verify"] == verdict
+    assert verdict.passed
+    assert results["evaluate"].to_json() == quality.to_json()
+    files = {path.relative_to(single) for path in single.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path / "recipe") for path in (tmp_path / "recipe").rglob("*") if path.is_file()}
+    assert {Path("plan.json"), Path("stats/layer_000.safetensors"), Path("out/model.safetensors")} <= files
+    for file in files:
+        if file.name != "README.md":  # may say when it was made
+            assert (single / file).read_bytes() == (tmp_path / "recipe" / file).read_bytes(), file
+
+
+def test_sections_that_are_left_out_are_not_run(checkpoints, data, tmp_path):
+    source = checkpoints("mixtral")
+    recipe = whole(source, data, tmp_path)
+    only = {"model": str(source), "device": "cpu", "plan": {**recipe["plan"], "method": "random", "domains": [], "options": {}}}
+    assert list(api.run(written(tmp_path, only))) == ["plan"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "recipe.yaml"]
+
+
+def test_evaluate_alone_measures_the_model_without_a_reference(checkpoints, data, tmp_path):
+    source = checkpoints("mixtral")
+    recipe = {"model": str(source), "device": "cpu", "evaluate": {"data": data, "seq_len": 16}}
+    quality = api.run(written(tmp_path, recipe))["evaluate"].to_json()
+    assert quality == api.evaluate(source, data, seq_len=16, device="cpu").to_json()
+    assert "kl" not in quality["mean"]
+
+
+def test_the_reference_can_be_left_out(checkpoints, data, tmp_path):
+    recipe = whole(checkpoints("mixtral"), data, tmp_path)
+    del recipe["verify"], recipe["calibrate"]
+    recipe["plan"] = {"method": "random", "keep": 4, "out": str(tmp_path / "p.json")}
+    recipe["evaluate"]["reference"] = False
+    quality = api.run(written(tmp_path, recipe))["evaluate"].to_json()
+    assert "kl" not in quality["mean"]
+    assert quality == api.evaluate(tmp_path / "out", data, seq_len=16, samples=4, dtype="bfloat16", device="cpu").to_json()
+
+
+def test_statistics_from_elsewhere_serve_the_plan(checkpoints, data, tmp_path):
+    source = checkpoints("mixtral")
+    api.calibrate(source, data, tmp_path / "old", **CALIBRATION)
+    recipe = {
+        "model": str(source),
+        "plan": {"method": "reap", "keep": 0.5, "out": str(tmp_path / "p"), "stats": str(tmp_path / "old")},
+    }
+    assert api.run(written(tmp_path, recipe))["plan"] == api.plan(source, "reap", 0.5, stats=tmp_path / "old")
+
+
+# ---- reading
+
+
+def test_the_good_recipe_is_accepted(good, tmp_path):
+    """Otherwise the refusals below could be for another reason."""
+    recipe = load_recipe(written(tmp_path, good))
+    assert recipe.model == good["model"]
+    assert recipe.calibrate.data == ["a=a.jsonl", "b=b.jsonl:4"]
+    assert recipe.evaluate.reference is True
+    assert (recipe.verify.tokens, recipe.verify.tolerance) == (64, 1e-4)
+
+
+@pytest.mark.parametrize(("text", "keep"), [("0.5", 0.5), ("50%", "50%"), ("4", 4), ("'4'", "4"), ("1.0", 1.0)])
+def test_keep_is_written_as_on_the_command_line(tmp_path, text, keep):
+    found = load_recipe(written(tmp_path, f"model: m\nplan: {{method: random, keep: {text}, out: p.json}}\n")).plan.keep
+    assert found == keep
+    assert type(found) is type(keep)  # 1 is one expert, 1.0 all of them
+
+
+def test_defaults_are_those_of_the_functions():
+    """A recipe that says nothing about an option means what the command means."""
+    import inspect
+
+    for section, function in (
+        ("calibrate", api.calibrate),
+        ("plan", api.plan),
+        ("apply", api.apply),
+        ("verify", api.verify),
+        ("evaluate", api.evaluate),
+    ):
+        parameters = inspect.signature(function).parameters
+        annotation = Recipe.model_fields[section].annotation
+        model = next(kind for kind in annotation.__args__ if kind is not type(None))
+        for name, field in model.model_fields.items():
+            if field.is_required() or (section, name) == ("evaluate", "reference"):
+                continue
+            default = field.get_default(call_default_factory=True)
+            theirs = parameters[name].default
+            assert default == theirs or not (default or theirs), (section, name)
+
+
+FAULTS = {  # what: (change, what the message has to say)
+    "no model": (lambda r: r.pop("model"), ["model: Field required"]),
+    "an unknown section": (lambda r: r.update(heal={}), ["heal: unknown key"]),
+    "an unknown option": (lambda r: r["calibrate"].update(sampels=3), ["calibrate.sampels: unknown key"]),
+    "a word for a number": (lambda r: r["calibrate"].update(samples="many"), ["calibrate.samples", "valid integer"]),
+    "no samples": (lambda r: r["calibrate"].update(samples=0), ["calibrate.samples", "greater than or equal to 1"]),
+    "a short window": (lambda r: r["evaluate"].update(seq_len=1), ["evaluate.seq_len", "greater than or equal to 2"]),
+    "data as one text": (lambda r: r["calibrate"].update(data="a.jsonl"), ["calibrate.data", "valid list"]),
+    "no data": (lambda r: r["calibrate"].update(data=[]), ["calibrate.data", "at least 1 item"]),
+    "data without a source": (lambda r: r["evaluate"].update(data=["a="]), ["evaluate.data", "names no source"]),
+    "data with a bad limit": (lambda r: r["calibrate"].update(data=["a.jsonl:0"]), ["calibrate.data", "positive number"]),
+    "a section that is a list": (lambda r: r.update(apply=["out"]), ["apply"]),
+    "no output": (lambda r: r["apply"].pop("out"), ["apply.out: Field required"]),
+    "a word for overlong": (lambda r: r["calibrate"].update(overlong="cut"), ["calibrate.overlong", "'refuse', 'truncate' or 'drop'"]),
+    "a word for memory": (lambda r: r.update(memory="big"), ["memory", "'auto', 'resident' or 'stream'"]),
+    "a word for dtype": (lambda r: r.update(dtype="float31"), ["dtype", "float32"]),
+    "a word for device": (lambda r: r.update(device="tpu9"), ["device", "cpu"]),
+    "a word for budget": (lambda r: r["plan"].update(budget="fair"), ["plan.budget", "'uniform' or 'global'"]),
+    "an unknown method": (lambda r: r["plan"].update(method="raep", options={}), ["plan", "did you mean reap"]),
+    "an unknown option of the method": (lambda r: r["plan"].update(options={"wieghted": 1}), ["plan", "did you mean weighted"]),
+    "a wrong value of an option": (lambda r: r["plan"].update(options={"weighted": "perhaps"}), ["plan", "true or false"]),
+    "keep above 1": (lambda r: r["plan"].update(keep=1.5), ["plan", "at most 1.0"]),
+    "keep in words": (lambda r: r["plan"].update(keep="half"), ["plan", "neither a ratio nor a count"]),
+    "a tolerance of nothing": (lambda r: r["verify"].update(tolerance=0), ["verify.tolerance", "greater than 0"]),
+    "no statistics": (lambda r: r.pop("calibrate"), ["method ean needs statistics"]),
+    "apply without a plan": (lambda r: r.pop("plan"), ["apply: there is no plan section"]),
+    "verify without apply": (lambda r: r.pop("apply"), ["verify: there is no apply section"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_fault_is_named_with_its_place(what, good, tmp_path):
+    change, says = FAULTS[what]
+    change(good)
+    message = refusal(tmp_path, good)
+    for part in says:
+        assert part in message
+
+
+def test_all_faults_are_reported_at_once(good, tmp_path):
+    good["calibrate"].update(samples=0, sampels=3, data=["a.jsonl:0", "b="])
+    good["plan"].update(method="raep", keep="half", budget="fair")
+    good["evaluate"].update(seq_len="long", data=["c.jsonl:-1"])
+    good["memory"] = "big"
+    good["extra"] = 1
+    del good["apply"]
+    message = refusal(tmp_path, good)
+    wanted = (
+        "calibrate.samples", "calibrate.sampels", "'a.jsonl:0'", "'b='", "did you mean reap", "neither a ratio nor a count", "plan.budget",
+        "evaluate.seq_len", "'c.jsonl:-1'", "memory", "extra: unknown key", "verify: there is no apply section",
+    )  # fmt: skip
+    assert [part for part in wanted if part not in message] == []
+    assert "more" not in message
+
+
+def test_faults_of_the_chain_are_reported_together(tmp_path):
+    message = refusal(tmp_path, {"model": "m", "apply": {"out": "o"}, "verify": {}})
+    assert "apply: there is no plan section" in message
+    assert "nothing to do" in message
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_a_plan_needs_statistics_unless_its_method_needs_none(method, tmp_path):
+    recipe = {"model": "m", "plan": {"method": method, "keep": 0.5, "out": "p.json"}}
+    if methods()[method].data_free:
+        assert load_recipe(written(tmp_path, recipe)).plan.method == method
+    else:
+        assert f"method {method} needs statistics" in refusal(tmp_path, recipe)
+        recipe["plan"]["stats"] = "stats"
+        assert load_recipe(written(tmp_path, recipe)).plan.stats == "stats"
+
+
+def test_nothing_runs_before_the_whole_recipe_is_right(checkpoints, data, tmp_path):
+    recipe = whole(checkpoints("mixtral"), data, tmp_path / "made")
+    recipe["evaluate"]["samples"] = -1
+    with pytest.raises(UserError, match=r"evaluate\.samples"):
+        api.run(written(tmp_path, recipe))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "is not a table of sections"),
+        ("- model: x\n", "is not a table of sections"),
+        ("just words\n", "is not a table of sections"),
+        ("model: [a\nplan: b: c\n", "is not YAML"),
+        ("model: !!python/object/apply:os.system ['true']\n", "is not YAML"),
+        ("model: m\n", "nothing to do"),
+        ("model: m\nplan:\n", "nothing to do"),
+        ("model: {a: b}\nevaluate: {data: [x]}\n", "model: Input should be a valid string"),
+        ("1: 2\nmodel: m\nevaluate: {data: [x]}\n", "1: "),
+    ],
+)
+def test_what_is_no_recipe(tmp_path, content, says):
+    assert says in refusal(tmp_path, content)
+
+
+def test_files_that_are_no_recipe(tmp_path):
+    with pytest.raises(UserError, match="there is no recipe at"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="is a folder, not a recipe"):
+        load_recipe(tmp_path)
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_recipe(tmp_path / "x.yaml")
+
+
+def test_a_recipe_may_be_json(good, tmp_path):
+    assert load_recipe(written(tmp_path, json.dumps(good))) == load_recipe(written(tmp_path, good))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.name for path in RECIPES])
+def test_the_recipes_that_come_along_are_right(path):
+    load_recipe(path)
