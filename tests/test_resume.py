@@ -203,7 +203,6 @@ def test_progress_is_reported(checkpoints, data, tmp_path):
 def test_models_with_shared_key_value_states_are_run_again(data, tmp_path, monkeypatch):
     """gemma4 can hand keys and values to later layers beside the layers' outputs: nothing is spilled then, and resuming is exact."""
     from conftest import save_tiny
-
     from expertsmith.calibration import spill
 
     kinds = ["sliding_attention", "full_attention"] * 2

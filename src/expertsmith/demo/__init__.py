@@ -6,11 +6,15 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expertsmith import api
 from expertsmith.errors import UserError
+from expertsmith.plan import Plan
 from expertsmith.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from expertsmith.calibration.stats import Statistics
 
 MODEL = Path(__file__).parent / "model"
 TARGET = "code"  # the domain that the user of the demo cares for
@@ -63,6 +67,7 @@ def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:
         verdict = api.verify(MODEL, folder, tokens=256, device="cpu", memory="resident")
         mark = f"{'passed' if verdict.passed else 'FAILED'}, Δ {verdict.logits_difference:.1g}"
         rows.append(_row(label, domain, folder, made, heldout, mark, progress))
+        rows[-1]["routed"] = _routed(made, statistics)
     result: dict[str, Any] = {
         "target": TARGET,
         "keep": KEEP,
@@ -87,7 +92,23 @@ def _row(
     perplexity = {name: row["perplexity"] for name, row in quality.items()}
     progress.note(f"{label}: " + ", ".join(f"{name} {value:.1f}" for name, value in perplexity.items()))
     loss = {name: row["loss"] for name, row in quality.items()}
-    return {"label": label, "domain": domain, "perplexity": perplexity, "loss": loss, "verify": mark, "plan": made}
+    return {
+        "label": label,
+        "domain": domain,
+        "perplexity": perplexity,
+        "loss": loss,
+        "verify": mark,
+        "plan": made,
+        "routed": 1.0,
+    }
+
+
+def _routed(made: Plan, statistics: Statistics) -> float:
+    """Share of the target domain's routed tokens (over all layers) whose expert stays."""
+    counts = {layer: entry.domains[TARGET]["selections"] for layer, entry in statistics.layers.items()}
+    return float(
+        sum(counts[layer][ids].sum() for layer, ids in made.kept.items()) / sum(values.sum() for values in counts.values())
+    )
 
 
 def _merge_random(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -98,7 +119,9 @@ def _merge_random(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     loss = {name: sum(row["loss"][name] for row in drawn) / len(drawn) for name in drawn[0]["loss"]}
     verdicts = {row["verify"].split(",")[0] for row in drawn}
     mark = "FAILED" if "FAILED" in verdicts else "passed"
+    routed = sum(row["routed"] for row in drawn) / len(drawn)
     one = {
+        "routed": routed,
         "label": f"random (mean of {len(drawn)})",
         "domain": None,
         "loss": loss,

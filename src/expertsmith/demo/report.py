@@ -17,7 +17,7 @@ STYLE = """
 h1 { font-size: 1.7rem; margin: 0 0 .4rem } h2 { font-size: 1.15rem; margin: 2.4rem 0 .3rem } p { margin: .3rem 0 1rem; max-width: 46rem } .soft { color: var(--soft) }
 .lead { font-size: 1.1rem } .wide { overflow-x: auto } svg { max-width: 100%; height: auto; display: block } text { fill: var(--ink); font: 12px system-ui, sans-serif } .axis { fill: var(--soft) }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums } th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line) }
-th { font-weight: 600; color: var(--soft) } th:first-child, td:first-child { text-align: left } .best { font-weight: 700 } .maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1.4rem }
+th { font-weight: 600; color: var(--soft) } th:first-child, td:first-child { text-align: left } .best { font-weight: 700 } .maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1.4rem }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin: .4rem 0 } .dot { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em }
 """
 
@@ -38,8 +38,9 @@ def write_report(path: Path, result: dict[str, Any], statistics: Statistics, row
         f"{escape(result['target'])} keep {escape(result['target'])} and give up the rest.</p>",
         _bars(result),
         "<h2>Perplexity on held-out text</h2>",
+        f"<p>{_why(result)}</p>",
         _table(result),
-        "<h2>Who is used for what</h2><p>Share of each domain's tokens that a layer sends to each expert: the darker, the more. Framed experts "
+        "<h2>Who is used for what</h2><p>Share of each domain's tokens that a layer sends to each expert: the stronger the colour, the more. Framed experts "
         "are the half that <i>easy_ep</i> keeps for that domain. Point at a cell for its number.</p>",
         '<div class="maps">' + "".join(_map(name, statistics, plans.get(name)) for name in result["domains"]) + "</div>",
     ]
@@ -66,12 +67,12 @@ def _bars(result: dict[str, Any]) -> str:
     for g, name in enumerate(domains):
         start = left + g * group + (group - bar * len(rows)) / 2
         for i, row in enumerate(rows):
-            rise = row["loss"][name] - base[name]
+            rise = round(row["loss"][name] - base[name], 3) + 0.0  # no minus zero
             size = max(1.0, rise * scale)
             title = f"{row['label']} on {name}: {rise:+.3f} nats, perplexity {row['perplexity'][name]:.1f}"
             parts.append(
                 f'<rect x="{start + i * bar + 1.5:.1f}" y="{height - bottom - size:.1f}" width="{bar - 3:.1f}" height="{size:.1f}" rx="2" fill="{PALETTE[i % len(PALETTE)]}"><title>{escape(title)}</title></rect>'
-                f'<text class="axis" x="{start + i * bar + bar / 2:.1f}" y="{height - bottom - size - 4:.1f}" text-anchor="middle" style="font-size:10px">{rise:.2f}</text>'
+                f'<text class="axis" x="{start + i * bar + bar / 2:.1f}" y="{height - bottom - size - 4:.1f}" text-anchor="middle" style="font-size:10px">{round(rise, 2) + 0.0:.2f}</text>'
             )
         parts.append(
             f'<text x="{left + (g + 0.5) * group:.1f}" y="{height - 10}" text-anchor="middle">on {escape(name)}</text>'
@@ -84,8 +85,22 @@ def _bars(result: dict[str, Any]) -> str:
     return f'<div class="legend">{legend}</div><div class="wide">{svg}</div>'
 
 
+def _why(result: dict[str, Any]) -> str:
+    """Why the two methods differ, with this run's own numbers."""
+    target = result["target"]
+    by_label = {row["label"]: row for row in result["rows"]}
+    ours, reap = by_label[f"easy_ep for {target}"], by_label[f"reap for {target}"]
+    text = (
+        f"<i>easy_ep</i> adds up what an expert does over all {escape(target)} tokens, so it keeps the experts that "
+        f"{100 * ours['routed']:.0f} % of them are routed to. <i>reap</i> averages over the tokens that an expert got, however few"
+    )
+    if reap["routed"] < ours["routed"]:
+        text += f": here it keeps specialists of other domains that hardly any {escape(target)} token reaches ({100 * reap['routed']:.0f} %)"
+    return text + ". Calibrate <i>reap</i> on everything that the model has to keep."
+
+
 def _table(result: dict[str, Any]) -> str:
-    domains = result["domains"]
+    domains, target = result["domains"], escape(result["target"])
     best = {name: min(row["perplexity"][name] for row in result["rows"][1:]) for name in domains}
     head = "".join(f"<th>{escape(name)}</th>" for name in domains)
     lines = []
@@ -93,8 +108,9 @@ def _table(result: dict[str, Any]) -> str:
         cells = "".join(
             f"<td{' class=best' if row['perplexity'][n] == best[n] else ''}>{row['perplexity'][n]:.1f}</td>" for n in domains
         )
-        lines.append(f"<tr><td>{escape(row['label'])}</td>{cells}<td>{escape(row['verify'])}</td></tr>")
-    return f'<div class="wide"><table><tr><th>kept experts</th>{head}<th>verify</th></tr>{"".join(lines)}</table></div>'
+        share = f"<td>{100 * row['routed']:.0f} %</td>"
+        lines.append(f"<tr><td>{escape(row['label'])}</td>{cells}{share}<td>{escape(row['verify'])}</td></tr>")
+    return f'<div class="wide"><table><tr><th>kept experts</th>{head}<th>{target} tokens<br>kept</th><th>verify</th></tr>{"".join(lines)}</table></div>'
 
 
 def _map(name: str, statistics: Statistics, plan: Any) -> str:
