@@ -7,6 +7,7 @@ Importing this module is quick: torch and transformers are imported by the funct
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -269,6 +270,12 @@ def _saliency(
                 assert statistics is not None
                 scores = chosen.saliency(statistics.layers[layer], facts, **values)
             saliency[layer] = [float(score) for score in scores]
+            bad = next((e for e, score in enumerate(saliency[layer]) if not math.isfinite(score)), None)
+            if bad is not None:
+                raise UserError(
+                    f"method {chosen.name} gives decoder layer {layer}'s expert {bad} the saliency {saliency[layer][bad]}",
+                    "activations overflowed while calibrating? calibrate with --dtype float32",
+                )
             advance(1)
     return saliency
 
@@ -568,7 +575,9 @@ def _tokens(
 
     window = _window(config)
     length = seq_len if seq_len is not None else min(2048, window)
-    settings = DataOptions(seq_len=length + overlap, overlap=overlap, **options)
+    if length != window:  # a full window has no position for the token that is only predicted
+        length += overlap
+    settings = DataOptions(seq_len=length, overlap=overlap, **options)
     vocab = text_config(config).get("vocab_size")
     tokens = load_tokens(
         data, load_tokenizer(path), settings, None if window == 2**31 else window, vocab if isinstance(vocab, int) else None

@@ -59,7 +59,7 @@ Groups = Annotated[
         "--router-groups", help="Group-limited routers: keep drops the same number from each group; flatten sets n_group = 1."
     ),
 ]
-Samples = Annotated[int, typer.Option(help="Sequences a domain, drawn with --seed.")]
+Samples = Annotated[int, typer.Option(min=1, help="Sequences a domain, drawn with --seed.")]
 SeqLen = Annotated[
     int | None,
     typer.Option(help="Tokens a sequence at most. Default: 2048, or the model's window if less.", show_default=False),
@@ -74,7 +74,7 @@ Pack = Annotated[
     ),
 ]
 Overlong = Annotated[str, typer.Option(help="A record longer than the window without packing: refuse, truncate or drop.")]
-BatchTokens = Annotated[int, typer.Option(help="Tokens that run at once.")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens that run at once.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32 or bfloat16.")]
 Memory = Annotated[
@@ -182,7 +182,7 @@ def compress(
     else:
         _print_plan(result["plan"])
         for note in result["notes"]:
-            _line(f"[yellow]note[/yellow] {note}")
+            _line(f"[yellow]note[/yellow] {_escape(note)}")
         _print_verdict(verdict)
         if result["quality"]:
             _print_quality(
@@ -192,7 +192,7 @@ def compress(
                 else "the calibration text itself (flattering; pass --eval-data)",
             )
         _line("seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
-        _line(f"[bold]{result['out']}[/bold]  (plan inside: expertsmith/plan.json)")
+        _line(f"[bold]{_escape(result['out'])}[/bold]  (plan inside: expertsmith/plan.json)")
     if not verdict.passed:
         raise typer.Exit(1)
 
@@ -334,7 +334,7 @@ def plan(
         _json(made.model_dump(mode="json", by_alias=True, exclude_none=True))
     else:
         _print_plan(made)
-        _line(f"[bold]{out}[/bold]")
+        _line(f"[bold]{_escape(str(out))}[/bold]")
 
 
 @app.command(rich_help_panel=FLOW)
@@ -363,8 +363,11 @@ def apply(
         _json({"out": str(out), "notes": notes, "summary": summary})
         return
     for note in notes:
-        _line(f"[yellow]note[/yellow] {note}")
-    _line(f"[bold]{out}[/bold]  " + (f"{_bytes(summary['bytes'][0])} → {_bytes(summary['bytes'][1])}" if summary else ""))
+        _line(f"[yellow]note[/yellow] {_escape(note)}")
+    _line(
+        f"[bold]{_escape(str(out))}[/bold]  "
+        + (f"{_bytes(summary['bytes'][0])} → {_bytes(summary['bytes'][1])}" if summary else "")
+    )
 
 
 @app.command(rich_help_panel=FLOW)
@@ -373,7 +376,7 @@ def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint to prove.")],
     plan_file: Annotated[Path | None, typer.Option("--plan", help="plan.json; default: the one inside OUT.")] = None,
     data: Data = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to compare on, about.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to compare on, about.")] = 1024,
     seq_len: SeqLen = None,
     tolerance: Annotated[
         float, typer.Option(help="Largest difference allowed, relative to the largest value of the same layer.")
@@ -460,12 +463,10 @@ def inspect(model: Model, allow_pickle: Pickle = False, as_json: AsJson = False)
     if as_json:
         _json(facts)
         return
-    from rich.markup import escape
-
     groups = facts["router"]["expert_groups"]
     router = facts["router"]["score"] + (", selection bias" if facts["router"]["selection_bias"] else "")
     router += f", {groups['top_groups']} of {groups['groups']} expert_groups" if groups else ""
-    table = _table("", "", title=escape(facts["model"]), header=False)
+    table = _table("", "", title=facts["model"], header=False)
     moe = facts["moe_layers"]
     for name, value in (
         ("family", f"{facts['family']}  ({facts['model_type']})"),
@@ -519,10 +520,10 @@ def lint(
         colours = {"error": "red", "warning": "yellow", "info": "dim"}
         for finding in findings:
             _line(
-                f"[{colours[finding.level]}]{finding.level:7}[/] {finding.rule.engine}: {finding.message}"
-                + (f"; {finding.remedy}" if finding.remedy else "")
+                f"[{colours[finding.level]}]{finding.level:7}[/] {finding.rule.engine}: "
+                + _escape(f"{finding.message}; {finding.remedy}" if finding.remedy else finding.message)
             )
-            _line(f"        [dim]{finding.rule.id} — {finding.rule.source}[/dim]")
+            _line(f"        [dim]{finding.rule.id} — {_escape(finding.rule.source)}[/dim]")
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
 
@@ -608,8 +609,8 @@ def demo(
         ]
         table.add_row(row["label"], *cells, row["verify"])
     _line(table)
-    _line(f"{result['summary']}")
-    _line(f"[bold]{result['report']}[/bold]")
+    _line(_escape(result["summary"]))
+    _line(f"[bold]{_escape(result['report'])}[/bold]")
 
 
 @app.command(rich_help_panel=MORE)
@@ -695,7 +696,8 @@ def _console() -> Any:
 
 
 def _line(value: Any) -> None:
-    _console().print(value)
+    """Print a table, or a line of markup; lines are not cut, so that paths can be copied from them."""
+    _console().print(value, soft_wrap=isinstance(value, str))
 
 
 def _escape(text: str) -> str:
@@ -709,7 +711,7 @@ def _table(*columns: str, title: str = "", header: bool = True) -> Any:
     from rich.table import Table
 
     table = Table(
-        title=title or None,
+        title=_escape(title) if title else None,
         box=box.SIMPLE_HEAD if header else None,
         show_header=header,
         title_justify="left",
@@ -753,7 +755,7 @@ def _print_verdict(verdict: Verdict, layers: bool = False) -> None:
             else []
         )
         what += [f"config.json differs in {', '.join(verdict.config_differs)}"] if verdict.config_differs else []
-        _line("[bold red]verify: FAILED[/bold red] " + "; ".join(what))
+        _line("[bold red]verify: FAILED[/bold red] " + _escape("; ".join(what)))
         return
     if layers:
         table = _table("layer", "largest difference", "largest value")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from expertsmith.errors import UserError
 
@@ -44,7 +44,7 @@ class Merge(_Strict):
 
     into: int
     sources: list[int] = Field(alias="from")
-    weights: list[float]
+    weights: list[FiniteFloat]
 
 
 class LayerPlan(_Strict):
@@ -53,9 +53,9 @@ class LayerPlan(_Strict):
     layer: int = Field(ge=0)
     num_experts: int = Field(ge=1)
     keep: list[int]
-    saliency: list[float] | None = None
+    saliency: list[FiniteFloat] | None = None
     merge: list[Merge] = Field(default_factory=list)
-    skip_threshold: float | None = None
+    skip_threshold: FiniteFloat | None = None
     why: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -77,6 +77,15 @@ class LayerPlan(_Strict):
             if len(merge.sources) != len(merge.weights):
                 raise ValueError(
                     f"{where}: merge into {merge.into} has {len(merge.sources)} experts and {len(merge.weights)} weights"
+                )
+            if merge.into not in self.keep:
+                raise ValueError(f"{where}: merge into {merge.into}, which is not a kept expert")
+            if not merge.sources or len(set(merge.sources)) != len(merge.sources):
+                raise ValueError(f"{where}: merge into {merge.into} has to name experts, each once, but names {merge.sources}")
+            outside = [e for e in merge.sources if not 0 <= e < self.num_experts]
+            if outside:
+                raise ValueError(
+                    f"{where}: merge into {merge.into} names expert {outside[0]}, but the ids run from 0 to {self.num_experts - 1}"
                 )
         return self
 

@@ -41,7 +41,9 @@ class Bar:
 
     def note(self, message: str) -> None:
         """A line on stderr."""
-        self.console.print(f"[dim]·[/dim] {message}", soft_wrap=True)
+        from rich.markup import escape
+
+        self.console.print(f"[dim]·[/dim] {escape(message)}", soft_wrap=True)
 
     @contextmanager
     def task(self, label: str, total: float, unit: str) -> Iterator[Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from expertsmith.errors import UserError
 from expertsmith.plan import explain
@@ -48,17 +50,31 @@ class PlanStep(_Step):
     options: dict[str, Any] = Field(default_factory=dict)
     router_groups: Literal["keep", "flatten"] = "keep"
 
-    @model_validator(mode="after")
-    def _known(self) -> PlanStep:
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
         from expertsmith.methods import find
+
+        _all_faults([partial(find, value)])
+        return value
+
+    @field_validator("keep")
+    @classmethod
+    def _sensible_keep(cls, value: float | int | str) -> float | int | str:
         from expertsmith.selection import parse_keep
 
-        try:
-            find(self.method).parse_options(self.options)
-            parse_keep(self.keep)
-        except UserError as error:
-            raise ValueError(str(error)) from None
-        return self
+        _all_faults([partial(parse_keep, value)])
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _known_options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        from expertsmith.methods import find
+
+        if "method" in info.data:  # else the method itself is the fault
+            method = find(info.data["method"])
+            _all_faults([partial(method.parse_options, {name: given}) for name, given in value.items()])
+        return value
 
 
 class Apply(_Step):
@@ -95,8 +111,8 @@ class Recipe(_Step):
     """A whole job: calibrate → plan → apply → verify → evaluate; stages that are left out are skipped."""
 
     model: str
-    device: str = "auto"
-    dtype: str = "auto"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     memory: Literal["auto", "resident", "stream"] = "auto"
     calibrate: Calibrate | None = None
     plan: PlanStep | None = None
@@ -104,37 +120,42 @@ class Recipe(_Step):
     verify: Verify | None = None
     evaluate: Evaluate | None = None
 
-    @model_validator(mode="after")
-    def _chain(self) -> Recipe:
-        from expertsmith.methods import methods
 
-        faults = []
-        if (
-            self.plan
-            and self.plan.method in methods()
-            and not methods()[self.plan.method].data_free
-            and not (self.plan.stats or self.calibrate)
-        ):
-            faults.append(f"plan: method {self.plan.method} needs statistics: add a calibrate section or plan.stats")
-        if self.apply and not self.plan:
-            faults.append("apply: there is no plan section")
-        if self.verify and not self.apply:
-            faults.append("verify: there is no apply section")
-        if not (self.calibrate or self.plan or self.evaluate):
-            faults.append("nothing to do: add calibrate, plan or evaluate")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
+    """Sections that need another one, told from the sections as they stand in the file, whatever is wrong inside them."""
+    from expertsmith.methods import methods
+
+    there = {name: section for name, section in sections.items() if section is not None}
+    faults = []
+    plan = there["plan"] if isinstance(there.get("plan"), Mapping) else {}
+    method = methods().get(str(plan.get("method")))
+    if method and not method.data_free and not plan.get("stats") and "calibrate" not in there:
+        faults.append(f"plan: method {method.name} needs statistics: add a calibrate section or plan.stats")
+    if "apply" in there and "plan" not in there:
+        faults.append("apply: there is no plan section")
+    if "verify" in there and "apply" not in there:
+        faults.append("verify: there is no apply section")
+    if not there.keys() & {"calibrate", "plan", "evaluate"}:
+        faults.append("nothing to do: add calibrate, plan or evaluate")
+    return faults
+
+
+def _all_faults(checks: Iterable[Callable[[], object]]) -> None:
+    """Run every check; the messages of all that fail in one error."""
+    faults = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("; ".join(faults))
 
 
 def _specs(value: list[str]) -> list[str]:
     from expertsmith.calibration.spec import parse_spec
 
-    for text in value:
-        try:
-            parse_spec(text)
-        except UserError as error:
-            raise ValueError(str(error)) from None
+    _all_faults([partial(parse_spec, text) for text in value])
     return value
 
 
@@ -156,16 +177,33 @@ def load_recipe(path: str | Path) -> Recipe:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} is not a table of sections", "see recipes/ for examples")
+    faults = []
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: " + explain(error, limit=20)) from None
+        faults.append(explain(error, limit=50))
+    faults += _chain_faults(raw)
+    if faults:
+        raise UserError(f"{path}: " + "; ".join(faults))
+    return recipe
+
+
+def _check_sources(recipe: Recipe) -> None:
+    """Data files that are not there, all at once, before hours of calibration."""
+    from expertsmith.calibration.spec import SUFFIXES, parse_spec
+
+    specs = [spec for section in (recipe.calibrate, recipe.verify, recipe.evaluate) if section for spec in section.data]
+    sources = [Path(parse_spec(spec).source) for spec in specs]
+    missing = [str(path) for path in sources if path.suffix in SUFFIXES and not path.exists()]
+    if missing:
+        raise UserError(f"there is no data file {', '.join(dict.fromkeys(missing))}")
 
 
 def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
     """Run the sections in order; returns what each made, by section."""
     from expertsmith import api
 
+    _check_sources(recipe)
     results: dict[str, Any] = {}
     where: dict[str, Any] = {"device": recipe.device, "memory": recipe.memory, "progress": progress}
     if recipe.calibrate:

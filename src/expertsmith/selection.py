@@ -51,7 +51,7 @@ def parse_keep(text: str | float | int) -> float | int:
             raise UserError(f"keep is {text!r}, which is neither a ratio nor a count", remedy) from None
     else:
         value = text
-    if not math.isfinite(value) or value <= 0:
+    if value <= 0 or (isinstance(value, float) and not math.isfinite(value)):
         raise UserError(f"keep is {text}, but at least one expert has to stay", remedy)
     if isinstance(value, float) and value > 1:
         raise UserError(f"keep is the ratio {text}, but a ratio is at most 1.0", remedy)

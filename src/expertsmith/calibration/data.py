@@ -18,11 +18,10 @@ from typing import Any, Literal
 
 import torch
 
-from expertsmith.calibration.spec import Spec, parse_spec
+from expertsmith.calibration.spec import SUFFIXES, Spec, parse_spec
 from expertsmith.engine.walk import Batch
 from expertsmith.errors import UserError
 
-SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
 FIELDS = "input_ids, text, messages, or prompt + response"
 HUB = re.compile(r"^(?P<name>[\w.\-]+/[\w.\-]+|[\w.\-]+)(?:\[(?P<subset>[^\]]+)\])?(?:\((?P<split>[^)]+)\))?$")
 Overlong = Literal["refuse", "truncate", "drop"]
@@ -111,7 +110,7 @@ def load_tokens(
         raise UserError(f"samples is {options.samples}; at least one sequence is needed")
     if max_positions is not None and options.seq_len - options.overlap > max_positions:
         raise UserError(
-            f"--seq-len {options.seq_len} is longer than the model's window of {max_positions} positions",
+            f"--seq-len {options.seq_len - options.overlap} is longer than the model's window of {max_positions} positions",
             f"use --seq-len {max_positions} or less",
         )
     parsed = [parse_spec(spec) if isinstance(spec, str) else spec for spec in specs]
@@ -149,7 +148,10 @@ def _sequences(spec: Spec, tokenizer: Any | None, options: DataOptions) -> tuple
         raise UserError(f"{spec.source} holds no text", f"its records need {FIELDS}")
     pack = options.pack if options.pack is not None else demonstrations == 0
     if pack:
-        return list(_pack(documents, options.seq_len, options.overlap)), True
+        windows = list(_pack(documents, options.seq_len, options.overlap))
+        if not windows:
+            raise UserError(f"{spec.source} holds one token; a sequence has at least 2")
+        return windows, True
     rows = []
     for place, ids in zip(places, documents, strict=True):
         if len(ids) > options.seq_len:
@@ -184,7 +186,7 @@ def tokenize(record: Mapping[str, Any], tokenizer: Any | None, place: str) -> tu
 
     A text becomes `bos text eos` as far as the tokenizer has these; a demonstration is what the chat template makes of it.
     """
-    if "input_ids" in record:
+    if record.get("input_ids") is not None:  # a table has every column in every row
         ids = record["input_ids"]
         if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) for i in ids):
             raise UserError(f"{place}: input_ids is not a list of integers")
@@ -261,7 +263,7 @@ def _read_file(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         return
     if file.suffix == ".json":
         records = _json(text, str(file))
-        if isinstance(records, dict):
+        if not isinstance(records, list):
             records = [records]
         for number, record in enumerate(records, 1):
             yield f"{file} record {number}", _mapping(record, f"{file} record {number}")
@@ -289,13 +291,19 @@ def _mapping(record: Any, place: str) -> Mapping[str, Any]:
 def _read_parquet(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         import pyarrow.parquet as parquet
+        from pyarrow import ArrowException
     except ModuleNotFoundError:
         raise UserError("reading .parquet needs pyarrow", 'pip install "expertsmith[data]"') from None
     number = 0
-    for batch in parquet.ParquetFile(file).iter_batches():
-        for record in batch.to_pylist():
-            number += 1
-            yield f"{file} row {number}", record
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{file} row {number}", record
+    except (ArrowException, OSError) as error:  # OSError: pages that cannot be decoded
+        raise UserError(
+            f"{file} is not a readable .parquet file: {(str(error).strip() or 'damaged').splitlines()[0]}"
+        ) from None
 
 
 def _read_hub(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from expertsmith.errors import UserError
 
 DEFAULT_DOMAIN = "default"
+SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
 
 
 @dataclass(frozen=True)
