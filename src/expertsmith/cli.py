@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from expertsmith import show
 from expertsmith.errors import UserError
 
 if TYPE_CHECKING:
-    from expertsmith.plan import Plan
     from expertsmith.progress import Progress
-    from expertsmith.surgery.verify import Verdict
 
 app = typer.Typer(
     name="expertsmith",
@@ -172,7 +170,7 @@ def compress(
     )
     verdict = result["verify"]
     if as_json:
-        _json(
+        show.as_json(
             {
                 **result,
                 "plan": result["plan"].model_dump(mode="json", by_alias=True, exclude_none=True),
@@ -180,19 +178,19 @@ def compress(
             }
         )
     else:
-        _print_plan(result["plan"])
+        show.show_plan(result["plan"])
         for note in result["notes"]:
-            _line(f"[yellow]note[/yellow] {_escape(note)}")
-        _print_verdict(verdict)
+            show.line(f"[yellow]note[/yellow] {show.escape(note)}")
+        show.show_verdict(verdict)
         if result["quality"]:
-            _print_quality(
+            show.show_quality(
                 result["quality"],
                 "held-out text"
                 if result["quality"]["held_out"]
                 else "the calibration text itself (flattering; pass --eval-data)",
             )
-        _line("seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
-        _line(f"[bold]{_escape(result['out'])}[/bold]  (plan inside: expertsmith/plan.json)")
+        show.line("seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
+        show.line(f"[bold]{show.escape(result['out'])}[/bold]  (plan inside: expertsmith/plan.json)")
     if not verdict.passed:
         raise typer.Exit(1)
 
@@ -250,9 +248,9 @@ def calibrate(
     if rank > 0:
         return
     if as_json:
-        _json({"out": str(out), **statistics.header})
+        show.as_json({"out": str(out), **statistics.header})
         return
-    table = _table(
+    table = show.table_of(
         "domain",
         "tokens",
         "sequences",
@@ -273,7 +271,7 @@ def calibrate(
             f"{low:.2f} × even share",
             f"{high:.2f} × even share",
         )
-    _line(table)
+    show.line(table)
 
 
 @app.command(rich_help_panel=FLOW)
@@ -331,10 +329,10 @@ def plan(
         progress=_progress(quiet),
     )
     if as_json:
-        _json(made.model_dump(mode="json", by_alias=True, exclude_none=True))
+        show.as_json(made.model_dump(mode="json", by_alias=True, exclude_none=True))
     else:
-        _print_plan(made)
-        _line(f"[bold]{_escape(str(out))}[/bold]")
+        show.show_plan(made)
+        show.line(f"[bold]{show.escape(str(out))}[/bold]")
 
 
 @app.command(rich_help_panel=FLOW)
@@ -360,13 +358,13 @@ def apply(
     )
     summary = loaded.summary.model_dump() if loaded.summary else {}
     if as_json:
-        _json({"out": str(out), "notes": notes, "summary": summary})
+        show.as_json({"out": str(out), "notes": notes, "summary": summary})
         return
     for note in notes:
-        _line(f"[yellow]note[/yellow] {_escape(note)}")
-    _line(
-        f"[bold]{_escape(str(out))}[/bold]  "
-        + (f"{_bytes(summary['bytes'][0])} → {_bytes(summary['bytes'][1])}" if summary else "")
+        show.line(f"[yellow]note[/yellow] {show.escape(note)}")
+    show.line(
+        f"[bold]{show.escape(str(out))}[/bold]  "
+        + (f"{show.byte_count(summary['bytes'][0])} → {show.byte_count(summary['bytes'][1])}" if summary else "")
     )
 
 
@@ -406,9 +404,9 @@ def verify(
         progress=_progress(quiet),
     )
     if as_json:
-        _json(verdict.to_json())
+        show.as_json(verdict.to_json())
     else:
-        _print_verdict(verdict, layers=True)
+        show.show_verdict(verdict, layers=True)
     if not verdict.passed:
         raise typer.Exit(1)
 
@@ -449,9 +447,9 @@ def evaluate(
         progress=_progress(quiet),
     ).to_json()
     if as_json:
-        _json({"model": model, "reference": reference, **quality})
+        show.as_json({"model": model, "reference": reference, **quality})
     else:
-        _print_quality(quality, model)
+        show.show_quality(quality, model)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -461,39 +459,9 @@ def inspect(model: Model, allow_pickle: Pickle = False, as_json: AsJson = False)
 
     facts = api.inspect(model, allow_pickle=allow_pickle)
     if as_json:
-        _json(facts)
+        show.as_json(facts)
         return
-    groups = facts["router"]["expert_groups"]
-    router = facts["router"]["score"] + (", selection bias" if facts["router"]["selection_bias"] else "")
-    router += f", {groups['top_groups']} of {groups['groups']} expert_groups" if groups else ""
-    table = _table("", "", title=facts["model"], header=False)
-    moe = facts["moe_layers"]
-    for name, value in (
-        ("family", f"{facts['family']}  ({facts['model_type']})"),
-        ("layers", f"{facts['layers']}, of which {len(moe)} with experts ({moe[0]}–{moe[-1]})"),
-        ("routed experts", f"{facts['num_experts']} a layer, a token uses {facts['top_k']}"),
-        ("shared experts", str(facts["shared_experts"])),
-        ("router", router),
-        (
-            "parameters",
-            f"{_count(facts['parameters']['total'])} total, {_count(facts['parameters']['active'])} active, {_count(facts['parameters']['routed_experts'])} in routed experts",
-        ),
-        ("bytes", _bytes(facts["bytes"])),
-        ("least", f"{facts['least_experts']} experts a layer have to stay"),
-        *((("note", facts["notes"]),) if facts["notes"] else ()),
-    ):
-        table.add_row(name, value)
-    _line(table)
-    ratios = _table("keep", "experts", "parameters", "bytes", "of the original")
-    for row in facts["keep_ratios"]:
-        ratios.add_row(
-            f"{row['keep']:g}",
-            str(row["experts"]),
-            _count(row["parameters"]),
-            _bytes(row["bytes"]),
-            f"{100 * row['bytes_ratio']:.0f} %",
-        )
-    _line(ratios)
+    show.show_inspection(facts)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -509,9 +477,9 @@ def lint(
 
     findings = api.lint(model, engine=engine, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel)
     if as_json:
-        _json({"model": model, "findings": [finding.to_json() for finding in findings]})
+        show.as_json({"model": model, "findings": [finding.to_json() for finding in findings]})
     elif not findings:
-        _line(
+        show.line(
             "[green]nothing found[/green] that would keep "
             + (engine or "transformers, vllm, sglang or llama.cpp")
             + " from serving this checkpoint"
@@ -519,11 +487,11 @@ def lint(
     else:
         colours = {"error": "red", "warning": "yellow", "info": "dim"}
         for finding in findings:
-            _line(
+            show.line(
                 f"[{colours[finding.level]}]{finding.level:7}[/] {finding.rule.engine}: "
-                + _escape(f"{finding.message}; {finding.remedy}" if finding.remedy else finding.message)
+                + show.escape(f"{finding.message}; {finding.remedy}" if finding.remedy else finding.message)
             )
-            _line(f"        [dim]{finding.rule.id} — {_escape(finding.rule.source)}[/dim]")
+            show.line(f"        [dim]{finding.rule.id} — {show.escape(finding.rule.source)}[/dim]")
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
 
@@ -534,25 +502,25 @@ def methods(as_json: AsJson = False) -> None:
     from expertsmith.methods import methods as registered
 
     if as_json:
-        _json(
+        show.as_json(
             [
                 {"name": m.name, "title": m.title, "paper": m.paper, "reads": m.reads, "options": m.options, "doc": m.doc}
                 for m in registered().values()
             ]
         )
         return
-    table = _table("method", "what it keeps", "needs", "options", "paper")
+    table = show.table_of("method", "what it keeps", "needs", "options", "paper")
     for m in registered().values():
         doc = " ".join(m.doc.split("\n\n")[0].split())
         needs = {"statistics": "calibration", "weights": "weights only", "nothing": "nothing"}[m.reads]
         table.add_row(
             f"[bold]{m.name}[/bold]",
-            f"{m.title}. [dim]{_escape(doc)}[/dim]",
+            f"{m.title}. [dim]{show.escape(doc)}[/dim]",
             needs,
             "\n".join(f"{k}={v}" for k, v in m.options.items()),
             m.paper,
         )
-    _line(table)
+    show.line(table)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -562,7 +530,7 @@ def architectures(as_json: AsJson = False) -> None:
 
     rows = list(families().values())
     if as_json:
-        _json(
+        show.as_json(
             [
                 {
                     "model_type": r.model_type,
@@ -575,12 +543,12 @@ def architectures(as_json: AsJson = False) -> None:
             ]
         )
         return
-    table = _table("model_type", "family", "status", "notes")
+    table = show.table_of("model_type", "family", "status", "notes")
     for r in rows:
         colour = {"full": "green", "partial": "yellow", "refused": "red"}[r.status]
-        table.add_row(f"[bold]{r.model_type}[/bold]", r.title, f"[{colour}]{r.status}[/]", _escape(r.notes))
-    _line(table)
-    _line(f"{sum(r.supported for r in rows)} families supported")
+        table.add_row(f"[bold]{r.model_type}[/bold]", r.title, f"[{colour}]{r.status}[/]", show.escape(r.notes))
+    show.line(table)
+    show.line(f"{sum(r.supported for r in rows)} families supported")
 
 
 @app.command(rich_help_panel=MORE)
@@ -594,9 +562,9 @@ def demo(
 
     result = run_demo(out, _progress(quiet))
     if as_json:
-        _json(result)
+        show.as_json(result)
         return
-    table = _table(
+    table = show.table_of(
         "kept experts",
         *(f"{name}\nperplexity" for name in result["domains"]),
         "verify",
@@ -608,9 +576,9 @@ def demo(
             for name in result["domains"]
         ]
         table.add_row(row["label"], *cells, row["verify"])
-    _line(table)
-    _line(_escape(result["summary"]))
-    _line(f"[bold]{_escape(result['report'])}[/bold]")
+    show.line(table)
+    show.line(show.escape(result["summary"]))
+    show.line(f"[bold]{show.escape(result['report'])}[/bold]")
 
 
 @app.command(rich_help_panel=MORE)
@@ -623,7 +591,7 @@ def run(
     results = api.run(recipe, progress=_progress(quiet))
     verdict, quality, made = results.get("verify"), results.get("evaluate"), results.get("plan")
     if as_json:
-        _json(
+        show.as_json(
             {
                 **({"calibrate": results["calibrate"].header} if "calibrate" in results else {}),
                 **({"plan": made.model_dump(mode="json", by_alias=True, exclude_none=True)} if made else {}),
@@ -634,11 +602,11 @@ def run(
         )
     else:
         if made:
-            _print_plan(made)
+            show.show_plan(made)
         if verdict:
-            _print_verdict(verdict)
+            show.show_verdict(verdict)
         if quality:
-            _print_quality(quality.to_json(), "held-out text")
+            show.show_quality(quality.to_json(), "held-out text")
     if verdict and not verdict.passed:
         raise typer.Exit(1)
 
@@ -683,128 +651,3 @@ def _progress(quiet: bool) -> Progress:
     from expertsmith.progress import Bar, Silent
 
     return Silent() if quiet else Bar()
-
-
-def _json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False)
-
-
-def _line(value: Any) -> None:
-    """Print a table, or a line of markup; lines are not cut, so that paths can be copied from them."""
-    _console().print(value, soft_wrap=isinstance(value, str))
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _table(*columns: str, title: str = "", header: bool = True) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=_escape(title) if title else None,
-        box=box.SIMPLE_HEAD if header else None,
-        show_header=header,
-        title_justify="left",
-        title_style="bold",
-    )
-    for column in columns:
-        table.add_column(column)
-    return table
-
-
-def _print_plan(made: Plan) -> None:
-    table = _table("layer", "kept experts", "saliency: lowest kept / highest dropped", title=f"{made.method.name}: what stays")
-    for entry in made.layers:
-        values = entry.saliency or []
-        dropped = [values[e] for e in range(entry.num_experts) if e not in entry.keep] if values else []
-        margin = f"{min(values[e] for e in entry.keep):.4g} / {max(dropped):.4g}" if dropped else ""
-        ids = _ranges(entry.keep)
-        table.add_row(str(entry.layer), f"{len(entry.keep):>3} of {entry.num_experts}: {ids}", margin)
-    _line(table)
-    if made.summary:
-        p, b = made.summary.parameters, made.summary.bytes
-        _line(f"{_count(p[0])} → {_count(p[1])} parameters, {_bytes(b[0])} → {_bytes(b[1])} ({100 * b[1] / b[0]:.0f} %)")
-
-
-def _ranges(ids: list[int]) -> str:
-    """0 2 5–7"""
-    parts: list[list[int]] = []
-    for i in ids:
-        if parts and parts[-1][1] == i - 1:
-            parts[-1][1] = i
-        else:
-            parts.append([i, i])
-    return " ".join(str(a) if a == b else f"{a}–{b}" for a, b in parts)
-
-
-def _print_verdict(verdict: Verdict, layers: bool = False) -> None:
-    if verdict.wrong_tensors or verdict.config_differs:
-        what = (
-            [f"{len(verdict.wrong_tensors)} tensors are not what the plan says (first: {verdict.wrong_tensors[0]})"]
-            if verdict.wrong_tensors
-            else []
-        )
-        what += [f"config.json differs in {', '.join(verdict.config_differs)}"] if verdict.config_differs else []
-        _line("[bold red]verify: FAILED[/bold red] " + _escape("; ".join(what)))
-        return
-    if layers:
-        table = _table("layer", "largest difference", "largest value")
-        for row in verdict.layers:
-            table.add_row(str(row["layer"]), f"{row['difference']:.3g}", f"{row['scale']:.3g}")
-        table.add_row("logits", f"{verdict.logits_difference:.3g}", f"{verdict.logits_scale:.3g}")
-        _line(table)
-    word = "[bold green]verify: passed[/bold green]" if verdict.passed else "[bold red]verify: FAILED[/bold red]"
-    _line(
-        f"{word}  {verdict.tensors} tensors byte for byte as planned; largest logit difference to the masked original {verdict.logits_difference:.3g}"
-        f" (logits up to {verdict.logits_scale:.3g}), relative {verdict.largest:.2g}, allowed {verdict.tolerance:g}; {verdict.tokens} tokens, {verdict.dtype}"
-    )
-
-
-def _print_quality(quality: dict[str, Any], title: str) -> None:
-    rows = quality["domains"]
-    if "kl" in next(iter(rows.values())):
-        table = _table(
-            "domain", "perplexity", "original", "change", "KL", "top-1", "ESAP", "tokens", title=f"Quality on {title}"
-        )
-        for name, row in rows.items():
-            table.add_row(
-                name,
-                f"[bold]{row['perplexity']:.2f}[/bold]",
-                f"{row['reference_perplexity']:.2f}",
-                f"{100 * (row['perplexity'] / row['reference_perplexity'] - 1):+.1f} %",
-                f"{row['kl']:.4f}",
-                f"{100 * row['top1_agreement']:.1f} %",
-                f"{row['esap']:.3f}",
-                f"{row['tokens']:,}",
-            )
-    else:
-        table = _table("domain", "perplexity", "loss ± standard error", "tokens", title=f"Quality on {title}")
-        for name, row in rows.items():
-            table.add_row(
-                name, f"[bold]{row['perplexity']:.2f}[/bold]", f"{row['loss']:.4f} ± {row['loss_se']:.4f}", f"{row['tokens']:,}"
-            )
-    _line(table)
-
-
-def _bytes(number: float) -> str:
-    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= factor:
-            return f"{number / factor:.2f} {unit}"
-    return f"{number:.0f} B"
-
-
-def _count(number: float) -> str:
-    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.2f} {unit}"
-    return f"{number:.0f}"
