@@ -16,7 +16,8 @@ from conftest import save_tiny
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.inventory import take_inventory
-from expertsmith.lint import ENGINES, LEVELS, RULES, UNREGISTERED, Subject, check, lint, subject_of
+from expertsmith.lint import ENGINES, RULES, Subject, check, lint, llama_cpp, sglang, subject_of, transformers, vllm
+from expertsmith.lint.base import LEVELS
 
 PLAIN = Subject(  # Qwen1.5-MoE-A2.7B, kept at 32 of 60 experts
     model_type="qwen2_moe",
@@ -34,6 +35,7 @@ V3 = Subject(  # DeepSeek-V3
     top_groups=4,
     group_minimum=2,
     group_key="n_group",
+    group_default=(8, 4),
     score="sigmoid",
     architectures=("DeepseekV3ForCausalLM",),
     config={
@@ -50,11 +52,16 @@ V3 = Subject(  # DeepSeek-V3
     counts={3: 256},
 )
 V2 = replace(V3, model_type="deepseek_v2", num_experts=160, top_k=6, top_groups=3, group_minimum=1, score="softmax")
-V2 = replace(V2, config={**V3.config, "n_routed_experts": 160, "topk_group": 3, "topk_method": "group_limited_greedy"})
+V2 = replace(
+    V2,
+    group_default=(1, 1),
+    config={**V3.config, "n_routed_experts": 160, "topk_group": 3, "topk_method": "group_limited_greedy"},
+)
 V4 = replace(PLAIN, model_type="deepseek_v4", num_experts=128, top_k=6, score="sigmoid", config={"n_routed_experts": 128})
 M2 = replace(PLAIN, model_type="minimax_m2", num_experts=256, top_k=8)
 M2 = replace(M2, config={"hidden_size": 3072, "head_dim": 128, "scoring_func": "sigmoid", "use_routing_bias": True})
-KIMI = replace(V3, model_type="kimi_linear", group_key="num_expert_group", config={"num_expert_group": 8, "topk_group": 4})
+KIMI = replace(V3, model_type="kimi_linear", group_key="num_expert_group", group_default=(1, 1))
+KIMI = replace(KIMI, config={"num_expert_group": 8, "topk_group": 4})
 PHI = replace(PLAIN, model_type="phimoe", top_k=2)
 
 
@@ -198,7 +205,7 @@ def test_a_checkpoint_of_transformers_lacks_the_router_keys(tmp_path: Path) -> N
     inventory = take_inventory(open_checkpoint(save_tiny("deepseek_v3", tmp_path), headers_only=True))
     subject = subject_of(inventory, tensor_parallel=16)
     assert (subject.num_experts, subject.groups, subject.top_groups, subject.hidden_size) == (8, 2, 1, 32)
-    assert subject.counts == {1: 8, 2: 8}
+    assert (subject.counts, subject.group_default) == ({1: 8, 2: 8}, (8, 4))
     assert subject.architectures == ("DeepseekV3ForCausalLM",)
     errors = {finding.rule.id for finding in lint(inventory, tensor_parallel=16) if finding.level == "error"}
     assert errors == {"vllm-router-keys", "sglang-router-keys", "sglang-tensor-parallel", "llama.cpp-scores"}
@@ -226,8 +233,16 @@ def test_other_layouts_agree_with_their_config(model_type: str, tmp_path: Path) 
 
 
 def test_unregistered_names_are_classes() -> None:
-    assert set(UNREGISTERED) == set(ENGINES) - {"transformers"}
-    assert all(re.search(r"For(CausalLM|ConditionalGeneration)$", name) for names in UNREGISTERED.values() for name in names)
+    absent = vllm.UNREGISTERED | sglang.UNREGISTERED | llama_cpp.UNREGISTERED
+    assert all(re.search(r"For(CausalLM|ConditionalGeneration)$", name) for name in absent)
+    assert sglang.NO_BACKEND < sglang.UNREGISTERED
+
+
+def test_each_engine_has_a_file_that_says_what_was_read() -> None:
+    for (engine, version), module in zip(ENGINES.items(), (transformers, vllm, sglang, llama_cpp), strict=True):
+        assert version == module.VERSION
+        assert version in (module.__doc__ or "")
+        assert {rule.engine for rule in module.RULES} == {engine}
 
 
 def test_linting_needs_no_torch() -> None:

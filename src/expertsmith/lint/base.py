@@ -1,0 +1,254 @@
+"""What the engines' rules share: what a rule sees, says and finds, and the tests and facts that several engines need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from expertsmith.arch import config_get
+from expertsmith.inventory import Inventory
+
+Level = Literal["error", "warning", "info"]
+LEVELS: tuple[Level, ...] = ("error", "warning", "info")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the tests see: a checkpoint's router in numbers, and how it is to be served."""
+
+    model_type: str
+    num_experts: int
+    top_k: int
+    groups: int = 1  # expert_groups in force
+    top_groups: int = 1
+    group_minimum: int = 1
+    group_key: str | None = None
+    group_alias: str | None = None
+    group_default: tuple[int, int] = (1, 1)  # what transformers takes where config.json has no groups
+    score: str = "softmax"
+    architectures: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)  # the text part of config.json
+    counts: Mapping[int, int] = field(default_factory=dict)  # experts in the tensors of each decoder layer
+    tensor_parallel: int = 1
+    expert_parallel: int = 1
+    inventory: Inventory | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream; 0 where config.json does not say."""
+        return self._number("hidden_size")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head; 0 where config.json does not say."""
+        heads = self._number("num_attention_heads")
+        return self._number("head_dim") or (self.hidden_size // heads if heads else 0)
+
+    @property
+    def reachable(self) -> int:
+        """Experts that one token may choose from."""
+        return self.num_experts // self.groups * self.top_groups if self.groups > 1 else self.num_experts
+
+    def _number(self, key: str) -> int:
+        value = config_get(self.config, key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One fact about an engine; `source` says where it was read."""
+
+    id: str
+    engine: str
+    says: str
+    source: str
+    check: Callable[[Subject], Finding | None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that applies to this checkpoint."""
+
+    rule: Rule
+    level: Level
+    message: str
+    remedy: str
+
+    def to_json(self) -> dict[str, str]:
+        """Plain data for `--json`."""
+        return {
+            "rule": self.rule.id,
+            "engine": self.rule.engine,
+            "level": self.level,
+            "message": self.message,
+            "remedy": self.remedy,
+            "says": self.rule.says,
+            "source": self.rule.source,
+        }
+
+
+Test = Callable[[Subject], str | None]  # returns the message, or None
+
+
+def make_rule(version: str, id: str, says: str, where: str, level: Level, test: Test, remedy: str = "") -> Rule:
+    """A rule whose findings have one level and one remedy; the id begins with the engine's name."""
+
+    def find(subject: Subject) -> Finding | None:
+        message = test(subject)
+        return Finding(rule, level, message, remedy) if message else None
+
+    rule = Rule(id, id.split("-")[0], says, f"{version}, {where}", find)
+    return rule
+
+
+def subject_of(inventory: Inventory, tensor_parallel: int = 1, expert_parallel: int = 1) -> Subject:
+    """The numbers of a checkpoint that the rules need."""
+    record, rules, config = inventory.architecture, inventory.rules, inventory.config
+    named = inventory.checkpoint.config.get("architectures") or config.get("architectures") or ()
+    # zero experts have numbers after the experts' and may have tensors
+    zero = max((_extra(entry.extra, config) for entry in record.stacked), default=0)
+    seen: dict[int, set[int]] = {layer: set() for layer in inventory.layers}
+    for claim in inventory.claims:
+        if claim.kind == "expert" and claim.layer in seen and claim.expert is not None:
+            seen[claim.layer].add(claim.expert)
+    return Subject(
+        model_type=record.model_type,
+        num_experts=inventory.num_experts,
+        top_k=inventory.top_k,
+        groups=rules.groups,
+        top_groups=rules.top_groups,
+        group_minimum=rules.group_minimum,
+        group_key=record.group_key,
+        group_alias=record.group_alias,
+        group_default=record.group_default,
+        score=record.score,
+        architectures=tuple(str(name) for name in named),
+        config=config,
+        # a stacked tensor holds what config.json says, or taking the inventory would have failed
+        counts={
+            layer: inventory.num_experts + max(0, len(held) - inventory.num_experts - zero) if held else inventory.num_experts
+            for layer, held in seen.items()
+        },
+        tensor_parallel=tensor_parallel,
+        expert_parallel=expert_parallel,
+        inventory=inventory,
+    )
+
+
+def _extra(extra: int | str, config: Mapping[str, Any]) -> int:
+    return extra if isinstance(extra, int) else int(config_get(config, extra) or 0)
+
+
+def names(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
+# --- facts that several engines share ---
+
+POWERS = frozenset(2**n for n in range(10))  # 1 ... 512
+# families that choose experts with other kernels: functions of their own, zero experts, sqrt(softplus) scores, a group of one
+OWN_TOPK = names(
+    "afmoe cohere2_moe deepseek_v4 gemma4_text gpt_oss hy_v3 inkling_text lfm2_moe llama4_text longcat_flash phimoe"
+)
+
+LAYOUT = "keep a number that divides into the expert_groups, or plan with --router-groups flatten"
+MORE = "keep more experts"
+# what the sources of the DeepSeek family read from config.json and transformers does not write
+ROUTER_KEYS = 'copy "topk_method": "noaux_tc" and "scoring_func": "sigmoid" from the original model\'s config.json'
+MINIMAX_KEYS = 'copy "scoring_func": "sigmoid" and "use_routing_bias": true from the original model\'s config.json'
+
+
+# --- tests that several engines share ---
+
+
+def too_few(s: Subject) -> str | None:
+    """There are fewer experts than a token uses."""
+    return f"a token uses {s.top_k} experts, but there are {s.num_experts}" if s.top_k > s.num_experts else None
+
+
+def indivisible(s: Subject) -> str | None:
+    """The experts do not divide into the expert_groups."""
+    return f"{s.num_experts} experts do not divide into {s.groups} expert_groups" if s.num_experts % s.groups else None
+
+
+def too_many_groups(s: Subject) -> str | None:
+    """A token uses no expert_group, or more than there are."""
+    if s.groups > 1 and not 1 <= s.top_groups <= s.groups:
+        return f"a token uses {s.top_groups} expert_groups, but there are {s.groups}"
+    return None
+
+
+def out_of_reach(s: Subject) -> str | None:
+    """The expert_groups that a token may use hold fewer than top_k experts."""
+    if s.groups > 1 and s.reachable < s.top_k <= s.num_experts:
+        return (
+            f"a token uses {s.top_k} experts, but the {s.top_groups} of {s.groups} expert_groups it may use hold {s.reachable}"
+        )
+    return None
+
+
+def uneven_ranks(s: Subject) -> str | None:
+    """The experts do not divide among the expert-parallel ranks."""
+    if s.expert_parallel > 1 and s.num_experts % s.expert_parallel:
+        return f"{s.num_experts} experts do not divide among {s.expert_parallel} expert-parallel ranks"
+    return None
+
+
+def small_tp(families: frozenset[str]) -> Test:
+    """One of `families`, on more tensor-parallel ranks than experts."""
+
+    def test(s: Subject) -> str | None:
+        if s.model_type in families and s.tensor_parallel > s.num_experts:
+            return f"tensor-parallel size {s.tensor_parallel} is greater than the number of experts, {s.num_experts}"
+        return None
+
+    return test
+
+
+def missing(engine: str, absent: frozenset[str]) -> Test:
+    """The first of `architectures` is among those that the engine's registry does not have."""
+
+    def test(s: Subject) -> str | None:
+        name = s.architectures[0] if s.architectures else ""
+        return f"{engine} has no model called {name}" if name in absent else None
+
+    return test
+
+
+def nameless(s: Subject) -> str | None:
+    """config.json names no architectures."""
+    return None if s.architectures else "config.json names no architectures"
+
+
+def disagree(keys: tuple[str, ...]) -> Test:
+    """The first of `keys` that config.json holds is not the model's number of experts."""
+
+    def test(s: Subject) -> str | None:
+        read = next((key for key in keys if isinstance(s.config.get(key), int)), None)
+        if read is not None and s.config[read] != s.num_experts:
+            return f"config.json says {read} = {s.config[read]}, but the model has {s.num_experts} experts"
+        return None
+
+    return test
+
+
+def lacks(families: str, *keys: str) -> Test:
+    """One of `families` (names with spaces between), and config.json does not hold all of `keys`."""
+    wanted = names(families)
+
+    def test(s: Subject) -> str | None:
+        absent = [key for key in keys if s.config.get(key) is None]
+        return f"config.json has no {' and no '.join(absent)}" if s.model_type in wanted and absent else None
+
+    return test
+
+
+def sparsemixer(s: Subject) -> str | None:
+    """Phi-3.5-MoE with another top_k than 2."""
+    return (
+        f"a token uses {s.top_k} experts, but sparsemixer always chooses 2"
+        if s.model_type == "phimoe" and s.top_k != 2
+        else None
+    )

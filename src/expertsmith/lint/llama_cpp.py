@@ -1,0 +1,207 @@
+"""What llama.cpp and its converter take: read in llama.cpp 0c1e57098 (llama-cpp-python 0.3.36)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from expertsmith.lint.base import (
+    LAYOUT,
+    MORE,
+    POWERS,
+    ROUTER_KEYS,
+    Rule,
+    Subject,
+    disagree,
+    lacks,
+    make_rule,
+    missing,
+    nameless,
+    names,
+    too_few,
+)
+
+VERSION = "llama.cpp 0c1e57098 (llama-cpp-python 0.3.36)"
+# architectures of the families in expertsmith.arch that the converter's table does not have
+UNREGISTERED = names(
+    """AriaTextForCausalLM AriaForConditionalGeneration AXK1ForCausalLM AXK2ForCausalLM BailingHybridForCausalLM
+    BeamForCausalLM FlexOlmoForCausalLM FlintForCausalLM Inkling2ForCausalLM
+    Inkling2ForConditionalGeneration InklingForCausalLM InklingForConditionalGeneration
+    Kolibri1ForCausalLM LongcatFlashForCausalLM MiniMaxForCausalLM MiniMaxM3VLForCausalLM
+    PhimoeForCausalLM ZayaForCausalLM"""
+)
+# config keys that name the number of experts, in the order in which the converter looks
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+rule = partial(make_rule, VERSION)
+
+
+def _unconvertible(s: Subject) -> str | None:
+    # the converter prefers what the text part names
+    named = s.config.get("architectures")
+    return missing("llama.cpp", UNREGISTERED)(replace(s, architectures=tuple(named)) if named else s)
+
+
+def _groups(s: Subject) -> tuple[int, int | None]:
+    """The converter writes n_group and topk_group as they stand, in force or not."""
+    groups, top = s.config.get("n_group"), s.config.get("topk_group")
+    return groups if isinstance(groups, int) else 0, top if isinstance(top, int) else None
+
+
+def _limit(s: Subject) -> str | None:
+    return f"{s.num_experts} experts are more than LLAMA_MAX_EXPERTS, 1024" if s.num_experts > 1024 else None
+
+
+def _group_count(s: Subject) -> str | None:
+    groups, _ = _groups(s)
+    return (
+        f"{s.num_experts} experts in {groups} expert_groups: there must be fewer groups than experts"
+        if groups >= s.num_experts
+        else None
+    )
+
+
+def _indivisible(s: Subject) -> str | None:
+    groups, _ = _groups(s)
+    return (
+        f"{s.num_experts} experts do not divide into {groups} expert_groups" if groups > 1 and s.num_experts % groups else None
+    )
+
+
+def _top_groups(s: Subject) -> str | None:
+    groups, top = _groups(s)
+    if groups > 1 and top is not None and not 0 < top < groups:
+        return f"a token uses {top} of {groups} expert_groups, but llama.cpp wants fewer than there are"
+    return None
+
+
+def _group_score(s: Subject) -> str | None:
+    groups, _ = _groups(s)
+    if s.model_type == "deepseek_v2" and groups > 1:
+        return "llama.cpp scores an expert_group by its best two experts, this model by its best one (or not at all)"
+    return None
+
+
+def _group_key(s: Subject) -> str | None:
+    if s.groups > 1 and s.group_key not in (None, "n_group"):
+        return f"the converter does not read {s.group_key}, so tokens may use experts of any group"
+    return None
+
+
+def _topk(s: Subject) -> str | None:
+    if s.num_experts not in POWERS | {288, 576}:
+        return f"on CUDA, {s.num_experts} experts have no fused top-k kernel (powers of two up to 512, 288 and 576 have)"
+    return None
+
+
+def _eight(s: Subject) -> str | None:
+    return (
+        "llama-quantize gives attention tensors of 8-expert models more bits (Mixtral's rule)" if s.num_experts == 8 else None
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    rule(
+        "llama.cpp-nameless",
+        "The converter finds a model by the architectures entry of config.json.",
+        "conversion/base.py, get_model_architecture",
+        "error",
+        nameless,
+        "copy architectures from the original model's config.json",
+    ),
+    rule(
+        "llama.cpp-registry",
+        "The converter knows the architectures of its table only.",
+        "conversion/__init__.py, TEXT_MODEL_MAP and get_model_class",
+        "error",
+        _unconvertible,
+        "use another engine (for Phi-3.5-MoE, name it PhiMoEForCausalLM as the original does)",
+    ),
+    rule(
+        "llama.cpp-max-experts",
+        "A model has at most 1024 experts a layer.",
+        "src/llama-hparams.h, LLAMA_MAX_EXPERTS; src/llama-model.cpp, load_hparams",
+        "error",
+        _limit,
+        "keep 1024 experts or fewer",
+    ),
+    rule(
+        "llama.cpp-top-k",
+        "n_expert_used is at most n_expert.",
+        "src/llama-model.cpp, load_hparams (GGML_ASSERT(n_expert_used_max <= hparams.n_expert))",
+        "error",
+        too_few,
+        MORE,
+    ),
+    rule(
+        "llama.cpp-group-count",
+        "There are fewer groups than experts, also where the model has one group.",
+        "src/llama-model.cpp, load_hparams (GGML_ASSERT(hparams.n_expert_groups < hparams.n_expert))",
+        "error",
+        _group_count,
+        MORE,
+    ),
+    rule(
+        "llama.cpp-groups",
+        "The experts divide into the groups.",
+        "src/llama-model.cpp, load_hparams (GGML_ASSERT(hparams.n_expert % hparams.n_expert_groups == 0))",
+        "error",
+        _indivisible,
+        LAYOUT,
+    ),
+    rule(
+        "llama.cpp-top-groups",
+        "Of more than one group a token uses at least one and not all.",
+        "src/llama-model.cpp, load_hparams (GGML_ASSERT(hparams.n_group_used < hparams.n_expert_groups))",
+        "error",
+        _top_groups,
+        "if a token may use every group, set n_group and topk_group to 1",
+    ),
+    rule(
+        "llama.cpp-group-score",
+        "Every model's groups are scored by the sum of their two best experts.",
+        "src/llama-graph.cpp, build_moe_ffn (ggml_argsort_top_k(ctx0, selection_groups, 2)); conversion/base.py",
+        "warning",
+        _group_score,
+        "compare outputs first",
+    ),
+    rule(
+        "llama.cpp-group-key",
+        "The converter reads the number of groups from n_group only.",
+        "conversion/base.py, TextModel.set_gguf_parameters",
+        "warning",
+        _group_key,
+        "compare outputs first",
+    ),
+    rule(
+        "llama.cpp-scores",
+        "Without scoring_func in config.json DeepSeek V3's scores become softmax, and V3.2 does not load; transformers does "
+        "not write this key.",
+        "conversion/base.py, TextModel.set_gguf_parameters; src/models/deepseek2.cpp and deepseek32.cpp (expert_gating_func)",
+        "error",
+        lacks("deepseek_v3 deepseek_v32", "scoring_func"),
+        ROUTER_KEYS,
+    ),
+    rule(
+        "llama.cpp-keys",
+        "The number of experts is the first found of num_local_experts, num_experts and n_routed_experts.",
+        "conversion/base.py, TextModel.set_gguf_parameters",
+        "warning",
+        disagree(EXPERT_KEYS),
+        "make the keys agree, or delete the stale one",
+    ),
+    rule(
+        "llama.cpp-topk-kernel",
+        "Other numbers of experts take the unfused operations.",
+        "ggml/src/ggml-cuda/topk-moe.cu, ggml_cuda_should_use_topk_moe",
+        "info",
+        _topk,
+    ),
+    rule(
+        "llama.cpp-eight",
+        "The quantization mix has a rule for exactly 8 experts, so files of the same type are not comparable across counts.",
+        "src/llama-quant.cpp (n_expert == 8)",
+        "info",
+        _eight,
+    ),
+)

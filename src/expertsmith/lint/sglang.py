@@ -1,0 +1,182 @@
+"""What SGLang takes: read in sglang 0.5.23."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from expertsmith.lint.base import (
+    LAYOUT,
+    MINIMAX_KEYS,
+    MORE,
+    OWN_TOPK,
+    POWERS,
+    Rule,
+    Subject,
+    indivisible,
+    lacks,
+    make_rule,
+    missing,
+    nameless,
+    names,
+    small_tp,
+    too_few,
+    too_many_groups,
+    uneven_ranks,
+)
+
+VERSION = "sglang 0.5.23"
+# architectures of the families in expertsmith.arch that the registry does not have
+UNREGISTERED = names(
+    """AriaTextForCausalLM AriaForConditionalGeneration AXK1ForCausalLM AXK2ForCausalLM BailingHybridForCausalLM
+    Dots1ForCausalLM FlexOlmoForCausalLM FlintForCausalLM Inkling2ForCausalLM
+    Inkling2ForConditionalGeneration InklingForCausalLM JambaForCausalLM Kolibri1ForCausalLM
+    MiniMaxForCausalLM MiniMaxM3VLForCausalLM PhimoeForCausalLM Qwen4ExpForCausalLM SolarOpenForCausalLM"""
+)
+# of these, what SGLang's transformers backend refuses: is_backend_compatible() is False in transformers 5.23.0
+NO_BACKEND = names(
+    """BailingHybridForCausalLM Inkling2ForCausalLM Inkling2ForConditionalGeneration InklingForCausalLM
+    JambaForCausalLM Qwen4ExpForCausalLM"""
+)
+# families whose MoE block refuses a tensor-parallel size above the number of experts
+TENSOR_PARALLEL = names(
+    """afmoe cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 exaone_moe glm4_moe glm4_moe_lite
+    glm_moe_dsa hunyuan_v1_moe laguna lfm2_moe longcat_flash mimo_v2_flash minimax_m2 minimax_m3_vl_text
+    qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next zaya"""
+)
+
+rule = partial(make_rule, VERSION)
+
+
+def _keys(s: Subject) -> str | None:
+    # V2's config class has a topk_method
+    wanted = ("scoring_func",) if s.model_type == "deepseek_v2" else ("topk_method", "scoring_func")
+    return lacks("deepseek_v2 deepseek_v3 deepseek_v32 glm_moe_dsa mimo_v2_flash", *wanted)(s)
+
+
+def _topk(s: Subject) -> str | None:
+    if s.group_key is None and s.score == "softmax" and s.model_type not in OWN_TOPK and s.num_experts not in POWERS:
+        return f"{s.num_experts} experts have no single-pass top-k kernel (powers of two up to 512 have)"
+    return None
+
+
+def _grouped(s: Subject) -> str | None:
+    size = s.num_experts // s.groups
+    fits = s.num_experts in POWERS and s.top_k <= 8 and size <= 32 and size * s.top_groups <= 128
+    if s.groups > 1 and s.group_minimum == 2 and not fits:
+        return f"{s.num_experts} experts in {s.groups} expert_groups are outside flashinfer's fused_topk_deepseek"
+    return None
+
+
+def _shared(s: Subject) -> str | None:
+    if s.model_type == "deepseek_v3" and s.config.get("n_shared_experts") == 1 and s.num_experts not in (256, 384):
+        return f"with {s.num_experts} experts the shared expert is not fused into the routed ones"
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    rule(
+        "sglang-nameless",
+        "A model is found by the architectures entry of config.json.",
+        "srt/models/registry.py, resolve_model_cls",
+        "error",
+        nameless,
+        "copy architectures from the original model's config.json",
+    ),
+    rule(
+        "sglang-registry",
+        "An architecture that the registry lacks runs on SGLang's transformers backend.",
+        "srt/models (EntryClass); srt/model_loader/utils.py, resolve_transformers_arch",
+        "warning",
+        missing("sglang", UNREGISTERED - NO_BACKEND),
+        "try it before you rely on it: SGLang falls back to its transformers backend",
+    ),
+    rule(
+        "sglang-no-backend",
+        "The transformers backend refuses classes whose is_backend_compatible() is False.",
+        "srt/model_loader/utils.py, resolve_transformers_arch; transformers 5.23.0 for the classes",
+        "error",
+        missing("sglang", NO_BACKEND),
+        "use another engine",
+    ),
+    rule(
+        "sglang-top-k",
+        "The router takes the top_k of all expert scores, so there have to be as many.",
+        "srt/layers/moe/topk.py, biased_topk_impl (torch.topk); kernels/jit/csrc/moe/moe_topk_sigmoid.cuh (topk <= "
+        "num_experts)",
+        "error",
+        too_few,
+        MORE,
+    ),
+    rule(
+        "sglang-groups",
+        "The grouped router asserts that the experts divide into the groups.",
+        "kernels/ops/moe/moe_fused_gate.py, moe_fused_gate",
+        "error",
+        indivisible,
+        LAYOUT,
+    ),
+    rule(
+        "sglang-top-groups",
+        "The grouped router asserts 1 <= topk_group <= num_expert_group.",
+        "kernels/ops/moe/moe_fused_gate.py, moe_fused_gate",
+        "error",
+        too_many_groups,
+        "set topk_group to at most n_group",
+    ),
+    rule(
+        "sglang-router-keys",
+        "The blocks of the DeepSeek family and of MiMo-V2 read topk_method and scoring_func without a default; "
+        "transformers does not write these keys.",
+        "srt/models/deepseek_v2.py, MoEGate.__init__ and DeepseekV2MoE.__init__; srt/models/mimo_v2.py",
+        "error",
+        _keys,
+        "copy topk_method and scoring_func from the original model's config.json",
+    ),
+    rule(
+        "sglang-minimax-keys",
+        "MiniMax-M2's block reads scoring_func without a default and has a selection bias only with use_routing_bias; "
+        "transformers does not write these keys.",
+        "srt/models/minimax_m2.py, MiniMaxM2MoE.__init__",
+        "error",
+        lacks("minimax_m2", "scoring_func", "use_routing_bias"),
+        MINIMAX_KEYS,
+    ),
+    rule(
+        "sglang-expert-parallel",
+        "Every expert-parallel rank holds the same number of experts.",
+        "srt/layers/moe/fused_moe_triton/layer.py, FusedMoE.__init__ (assert _num_global_routed % storage_ep_size == 0)",
+        "error",
+        uneven_ranks,
+        "keep a multiple of the expert-parallel size",
+    ),
+    rule(
+        "sglang-tensor-parallel",
+        "The block of these families refuses more tensor-parallel ranks than experts.",
+        "srt/models/deepseek_v2.py, DeepseekV2MoE.__init__ (and the other families' blocks)",
+        "error",
+        small_tp(TENSOR_PARALLEL),
+        "use fewer tensor-parallel ranks",
+    ),
+    rule(
+        "sglang-topk-kernel",
+        "Other numbers of experts take two kernels, softmax and then top-k.",
+        "kernels/ops/moe/moe_topk_softmax.py; kernels/jit/csrc/moe/moe_topk_softmax.cuh, topkGatingSoftmaxKernelLauncher",
+        "info",
+        _topk,
+    ),
+    rule(
+        "sglang-grouped-kernel",
+        "flashinfer's grouped kernel takes a power of two of experts, 32 a group, 128 in the chosen groups and top_k 8; "
+        "else a Triton kernel that takes any number does it.",
+        "srt/layers/moe/topk.py, biased_grouped_topk_gpu",
+        "info",
+        _grouped,
+    ),
+    rule(
+        "sglang-shared-fusion",
+        "The shared expert is fused into the routed ones for 256 experts (and 384 in one quantization) only.",
+        "srt/models/deepseek_v2.py, shared_experts_fusion_disable_reason",
+        "info",
+        _shared,
+    ),
+)

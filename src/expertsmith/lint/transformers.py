@@ -1,0 +1,122 @@
+"""What transformers takes: read in transformers 5.23.0."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from expertsmith.arch import config_get
+from expertsmith.lint.base import (
+    LAYOUT,
+    MORE,
+    Rule,
+    Subject,
+    indivisible,
+    make_rule,
+    out_of_reach,
+    sparsemixer,
+    too_few,
+    too_many_groups,
+    uneven_ranks,
+)
+
+VERSION = "transformers 5.23.0"
+rule = partial(make_rule, VERSION)
+
+
+def _group_default(s: Subject) -> str | None:
+    default = s.group_default[0]
+    named = any(key is not None and config_get(s.config, key) is not None for key in (s.group_key, s.group_alias))
+    if default == 1 or s.group_key is None or named:
+        return None
+    found = f"config.json has no {s.group_key}, so transformers takes {default}"
+    return f"{found}, into which {s.num_experts} experts do not divide" if s.num_experts % default else found
+
+
+def _lonely_group(s: Subject) -> str | None:
+    size = s.num_experts // s.groups
+    if s.groups > 1 and size < s.group_minimum:
+        return f"an expert_group has {size} expert, but its score is the sum of its best {s.group_minimum}"
+    return None
+
+
+def _surplus(s: Subject) -> str | None:
+    wrong = [layer for layer, count in s.counts.items() if count != s.num_experts]
+    if wrong:
+        return f"config.json says {s.num_experts} experts, but decoder layer {wrong[0]} has tensors of {s.counts[wrong[0]]}"
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    rule(
+        "transformers-count",
+        "A decoder layer's experts are one stacked parameter with as many entries as config.json says.",
+        "models/deepseek_v3/modeling_deepseek_v3.py, DeepseekV3Experts.__init__",
+        "error",
+        _surplus,
+        "config.json and weights do not belong together",
+    ),
+    rule(
+        "transformers-top-k",
+        "The router takes the top_k of all expert scores, so there have to be as many.",
+        "models/deepseek_v2/modeling_deepseek_v2.py, DeepseekV2TopkRouter.forward (torch.topk)",
+        "error",
+        too_few,
+        MORE,
+    ),
+    rule(
+        "transformers-groups",
+        "A group-limited router views its scores as n_group groups of equal size.",
+        "models/deepseek_v3/modeling_deepseek_v3.py, DeepseekV3TopkRouter.forward (scores_for_choice.view)",
+        "error",
+        indivisible,
+        LAYOUT,
+    ),
+    rule(
+        "transformers-top-groups",
+        "The router takes topk_group of n_group group scores.",
+        "models/deepseek_v3/modeling_deepseek_v3.py, DeepseekV3TopkRouter.forward (torch.topk)",
+        "error",
+        too_many_groups,
+        "set topk_group to at most n_group",
+    ),
+    rule(
+        "transformers-group-score",
+        "A group's score is the sum of its two best experts, so a group needs two.",
+        "models/deepseek_v3/modeling_deepseek_v3.py, DeepseekV3TopkRouter.forward (.topk(2, dim=-1))",
+        "error",
+        _lonely_group,
+        f"{MORE}, or plan with --router-groups flatten",
+    ),
+    rule(
+        "transformers-reach",
+        "Where the chosen groups hold fewer than top_k experts, the choice is filled up from the masked groups.",
+        "models/deepseek_v3/modeling_deepseek_v3.py, DeepseekV3TopkRouter.forward (masked_fill, torch.topk)",
+        "warning",
+        out_of_reach,
+        f"{MORE}, or plan with --router-groups flatten",
+    ),
+    rule(
+        "transformers-group-default",
+        "A config.json without the group keys gets the config class's own, not one group.",
+        "models/deepseek_v3/configuration_deepseek_v3.py, DeepseekV3Config (also axk1, bailing_hybrid, beam, deepseek_v32)",
+        "warning",
+        _group_default,
+        "write the number of groups and topk_group into config.json, 1 and 1 for none",
+    ),
+    rule(
+        "transformers-sparsemixer",
+        "Phi-3.5-MoE's sparsemixer returns two experts a token whatever top_k is.",
+        "models/phimoe/modeling_phimoe.py, sparsemixer",
+        "warning",
+        sparsemixer,
+        "set num_experts_per_tok to 2",
+    ),
+    rule(
+        "transformers-expert-parallel",
+        "Expert parallelism shards the experts evenly or not at all.",
+        "distributed/expert_parallel.py, MoEParamShard.shard_param",
+        "error",
+        uneven_ranks,
+        "keep a multiple of the expert-parallel size",
+    ),
+)
