@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+OWN_PAGES = 2**16  # bytes
 MAX_HEADER = 100 * 2**20  # the safetensors format's own limit
 
 DTYPE_BITS = {
@@ -118,7 +120,9 @@ class Checkpoint:
         dtype = TORCH_DTYPES.get(info.dtype)
         if dtype is None:
             raise UserError(f"{name}: torch has no dtype for safetensors {info.dtype}")
-        buffer = bytearray(info.nbytes)
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=getattr(torch, dtype))
+        buffer = _fresh(info.nbytes)
         with open(info.file, "rb", buffering=0) as stream:
             stream.seek(info.start)
             view = memoryview(buffer)
@@ -127,9 +131,15 @@ class Checkpoint:
                 if not count:
                     raise UserError(f"{info.file.name} ended in the middle of {name}", "download the shard again")
                 view = view[count:]
-        if not buffer:
-            return torch.empty(info.shape, dtype=getattr(torch, dtype))
         return torch.frombuffer(buffer, dtype=getattr(torch, dtype)).reshape(info.shape)
+
+
+def _fresh(nbytes: int) -> bytearray | mmap.mmap:
+    """Memory for one tensor. Pages of its own go back to the system when the tensor is freed, where a heap of them, read by the hundred and
+    freed between longer-lived blocks, would keep its largest extent; and they are aligned, so nothing has to copy the tensor for that."""
+    if nbytes < OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return bytearray(nbytes)
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def open_checkpoint(

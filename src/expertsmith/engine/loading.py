@@ -7,6 +7,9 @@ but change between minor versions; `tests/test_stream.py` holds them to bit-equa
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -20,6 +23,7 @@ from expertsmith.checkpoint import Checkpoint
 from expertsmith.errors import UserError
 
 Memory = Literal["resident", "stream"]
+CHECKED_AT_ONCE = 2**22  # elements
 
 
 @dataclass
@@ -64,6 +68,7 @@ class LoadedModel:
         """Forget the weights of decoder layer `index` (stream)."""
         if self.memory == "stream":
             _to_meta(self.layers[index])
+            _trim()
 
     def _load(self, group: int | None) -> None:
         where = "outside the decoder layers" if group is None else f"in decoder layer {group}"
@@ -82,18 +87,49 @@ class LoadedModel:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        state = {name: self.checkpoint.read(name) for name in names}
+        state = {name: _Unread(self.checkpoint, name) for name in names}
         options = LoadStateDictConfig(
             weight_mapping=deepcopy(self._mapping), dtype=self.dtype, dtype_plan=self._dtype_plan, device_map={"": self.device}
         )
-        with _quiet():
+        with _quiet(), _one_by_one():
             info, _ = convert_and_load_state_dict_in_model(self.module, state, options)
         _refuse_mismatched(info.mismatched_keys)
         if info.conversion_errors:
+            if any(re.search("allocate memory|out of memory", str(text)) for text in info.conversion_errors.values()):
+                raise UserError(
+                    f"memory ran out while the tensors {where} were put together",
+                    "the machine (or its limit) is too small for one decoder layer of this model",
+                )
             raise UserError(
                 f"tensors {where} could not be converted: {sorted(map(str, info.conversion_errors))[0]}",
                 "config.json and weights do not belong together, or a tensor has a wrong shape",
             )
+
+
+class _Unread:
+    """A tensor of the checkpoint that is read when transformers takes it (`tensor[...]`, as with a safetensors slice), and not kept: so
+    what is fused (experts' gate and up projections) is in memory while it is fused, and not all of a layer twice."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self.checkpoint, self.name = checkpoint, name
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self.checkpoint.read(self.name)
+
+
+@contextlib.contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Keep transformers from reading ahead in threads: it would hold the whole layer before it fuses the first part."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def load_model(
@@ -129,6 +165,11 @@ def load_model(
             raise
         raise UserError(f"{checkpoint.path}/config.json is not valid: {_first_line(error)}") from None
     inner = config.get_text_config()
+    if memory == "stream":
+        # oneDNN and torch's layer above it keep a bfloat16 kernel of 250 KB for each number of tokens that an expert ever had, up to 1024
+        # of them each (500 MB): memory that grows with depth. Both read their limit when the first of them is made.
+        for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(name, "64")
     if memory == "stream" and getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"{checkpoint.source} is quantised, and its weights mean nothing without their quantiser, which streaming does not have",
@@ -301,6 +342,13 @@ def _refuse_mismatched(keys: Iterable[Any]) -> None:
         )
 
 
+def _trim() -> None:
+    """Give freed memory back to the system. glibc keeps what lies below anything still in use, and the tensors of a layer are many and
+    small enough to lie there, so that the resident set would grow by fragments from layer to layer."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _to_meta(layer: nn.Module) -> None:
     for module in layer.modules():
         for name, parameter in module._parameters.items():
@@ -326,7 +374,12 @@ def _check_finite(module: nn.Module, where: str, skip: set[int] | frozenset[int]
     for name, parameter in module.named_parameters():
         if id(parameter) in skip or not parameter.is_floating_point() or parameter.element_size() < 2:
             continue
-        if not torch.isfinite(parameter.sum(dtype=torch.float32)) and not bool(torch.isfinite(parameter).all()):
+        # in parts, because a CPU sum in float32 of another dtype makes a float32 copy of all that it sums
+        if all(
+            bool(torch.isfinite(part.sum(dtype=torch.float32))) for part in torch.split(parameter.reshape(-1), CHECKED_AT_ONCE)
+        ):
+            continue
+        if not bool(torch.isfinite(parameter).all()):
             bad = (~torch.isfinite(parameter)).nonzero()[0].tolist()
             raise UserError(
                 f"{name} in {where} has NaN or inf (first at {bad})", "the checkpoint is damaged: download it again"
