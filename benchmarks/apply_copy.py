@@ -1,8 +1,9 @@
 """`apply` against a plain copy of the bytes that it keeps.
 
 A generated checkpoint of a few GB is pruned to half of its experts (method `random`: no calibration), in turn with and without the look for
-NaN, and with `shutil.copyfileobj` of one file that has as many bytes as the output, in chunks of the same size, on the same disk, with
-the source in the page cache and without fsync. Everything that `apply` does counts: opening the checkpoint, its fingerprint, the plan.
+NaN, and with two copies of one file that has as many bytes as the output, in chunks of the same size, on the same disk, with the source
+in the page cache and without fsync: a loop that reads into one buffer, as `apply` does, and `shutil.copyfileobj`, which takes new memory
+for every chunk and is the slower one. Everything that `apply` does counts: opening the checkpoint, its fingerprint, the plan.
 Targets: at most 1.5 times the copy; less than 1 GB above a process that only imports what `apply` needs.
 """
 
@@ -18,9 +19,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import (
-    MIB, Shape, alternate, generate_in_child, peak_now, ratio, run_child, scratch, spread, table, this_script, verdict, weight_bytes,
+    MIB,
+    Shape,
+    alternate,
+    generate_in_child,
+    peak_now,
+    ratio,
+    run_child,
+    scratch,
+    spread,
+    table,
+    this_script,
+    verdict,
+    weight_bytes,
 )  # fmt: skip
 
+COPIES, APPLIES = ("copy", "copyfileobj"), ("apply", "apply --no-check-values")
 TIME_TARGET, MEMORY_TARGET = 1.5, 1000.0
 
 
@@ -30,9 +44,14 @@ def apply_once(model: Path, plan: Path, out: Path, check_values: bool) -> None:
     api.apply(model, plan, out, check_values=check_values)
 
 
-def copy_once(source: Path, target: Path, chunk: int) -> None:
+def copy_once(source: Path, target: Path, chunk: int, one_buffer: bool) -> None:
     with open(source, "rb", buffering=0) as reader, open(target, "wb", buffering=0) as writer:
-        shutil.copyfileobj(reader, writer, chunk)
+        if not one_buffer:
+            shutil.copyfileobj(reader, writer, chunk)
+            return
+        buffer = memoryview(bytearray(chunk))
+        while count := reader.readinto(buffer):
+            writer.write(buffer[:count])
 
 
 def main() -> None:
@@ -50,7 +69,7 @@ def main() -> None:
     if options.child:
         mode, model, plan, out = options.child
         if mode == "baseline":
-            from expertsmith import api  # noqa: F401
+            from expertsmith import api
             from expertsmith.surgery import apply as surgery  # noqa: F401
         else:
             apply_once(Path(model), Path(plan), Path(out), mode == "check")
@@ -82,8 +101,8 @@ def main() -> None:
         def timed(name: str) -> float:
             os.sync()  # no run pays for the writes of the one before
             begin, used = time.perf_counter(), time.process_time()
-            if name == "copy":
-                copy_once(bytes_file, copy, CHUNK)
+            if name in COPIES:
+                copy_once(bytes_file, copy, CHUNK, name == "copy")
             else:
                 apply_once(model, plan, out, name == "apply")
             taken = time.perf_counter() - begin
@@ -92,7 +111,7 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             return taken
 
-        runs = {name: lambda name=name: timed(name) for name in ("copy", "apply", "apply --no-check-values")}  # type: ignore[misc]
+        runs = {name: lambda name=name: timed(name) for name in (*COPIES, *APPLIES)}  # type: ignore[misc]
         alternate(runs, 1)
         cpu.clear()
         wall = alternate(runs, options.rounds)
@@ -106,16 +125,20 @@ def main() -> None:
         size = weight_bytes(model)
 
     rows: list[list[object]] = []
-    for clock, taken in (("wall", wall), ("CPU", cpu)):
-        for name in list(runs)[1:]:
-            value = ratio(taken[name], taken["copy"])
+    # how long the kernel takes to find pages for what is written swings by far more than the work differs; the fastest round is least touched
+    best = {name: [min(values)] for name, values in wall.items()}
+    for clock, taken in (("wall", wall), ("CPU", cpu), ("fastest round", best)):
+        for name, base in ((name, base) for name in APPLIES for base in COPIES):
+            value = ratio(taken[name], taken[base])
             seconds = statistics.median(taken[name])
-            note = f"{seconds:.2f} s ({kept / seconds / 1e9:.2f} GB/s), copy {statistics.median(taken['copy']):.2f} s; {spread(taken[name], taken['copy'])}"
-            rows.append([f"{name} / copy, {clock}", f"{value:.3f}", f"≤ {TIME_TARGET}", verdict(value, TIME_TARGET), note])
+            note = f"{seconds:.2f} s ({kept / seconds / 1e9:.2f} GB/s) / {statistics.median(taken[base]):.2f} s; {spread(taken[name], taken[base])}"
+            rows.append([f"{name} / {base}, {clock}", f"{value:.3f}", f"≤ {TIME_TARGET}", verdict(value, TIME_TARGET), note])
     for mode, name in (("check", "apply"), ("no-check", "apply --no-check-values")):
         above = (peaks[mode] - peaks["baseline"]) / 1e6
         note = f"peak {peaks[mode] / MIB:.0f} MiB, imports {peaks['baseline'] / MIB:.0f} MiB"
-        rows.append([f"{name}, MB above imports", f"{above:.0f}", f"< {MEMORY_TARGET:.0f}", verdict(above, MEMORY_TARGET), note])
+        rows.append(
+            [f"{name}, MB above imports", f"{above:.0f}", f"< {MEMORY_TARGET:.0f}", verdict(above, MEMORY_TARGET), note]
+        )
     print(f"{options.family}, {size / 1e9:.2f} GB → {kept / 1e9:.2f} GB, keep {options.keep}, chunks of {CHUNK // MIB} MiB")
     table(["measure", "value", "target", "", "detail"], rows)
 

@@ -35,7 +35,10 @@ Wrap = Callable[[list[str]], list[str]]
 def by_systemd(limit: int) -> Wrap | None:
     head = ["systemd-run", "--scope", "--quiet", "-p", f"MemoryMax={limit}", "-p", "MemorySwapMax=0"]
     for scope in ([], ["--user"]):
-        if shutil.which("systemd-run") and subprocess.run([head[0], *scope, *head[1:], "true"], capture_output=True).returncode == 0:
+        if (
+            shutil.which("systemd-run")
+            and subprocess.run([head[0], *scope, *head[1:], "true"], capture_output=True).returncode == 0
+        ):
             return lambda command, scope=scope: [head[0], *scope, *head[1:], *command]  # type: ignore[misc]
     return None
 
@@ -44,7 +47,11 @@ def by_cgroup(limit: int) -> Wrap | None:
     """A cgroup v2 below our own that the child joins before it becomes the command."""
     with suppress(OSError, StopIteration):
         own = next(line.split("::")[1] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-        root = next(mount for mount in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")) if (mount / "cgroup.controllers").exists())
+        root = next(
+            mount
+            for mount in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
+            if (mount / "cgroup.controllers").exists()
+        )
         if "memory" not in (root / "cgroup.controllers").read_text().split():
             return None
         group = root / own.strip().lstrip("/") / f"expertsmith-{os.getpid()}"
@@ -68,7 +75,12 @@ def by_data(limit: int) -> Wrap | None:
     return (lambda command: ["prlimit", f"--data={limit}", "--", *command]) if shutil.which("prlimit") else None
 
 
-LIMITERS: dict[str, Callable[[int], Wrap | None]] = {"systemd": by_systemd, "cgroup2": by_cgroup, "prlimit": by_prlimit, "data": by_data}
+LIMITERS: dict[str, Callable[[int], Wrap | None]] = {
+    "systemd": by_systemd,
+    "cgroup2": by_cgroup,
+    "prlimit": by_prlimit,
+    "data": by_data,
+}
 
 
 def holds(wrap: Wrap, limit: int) -> bool:
@@ -112,13 +124,28 @@ def main() -> None:
 
     limit = int(options.limit * 1e9)
     limiter, wrap = choose(options.limit_with, limit)
-    shape = Shape(options.family, 1, options.hidden, options.width, options.experts, options.top_k, heads=options.hidden // 128, kv_heads=4)
+    shape = Shape(
+        options.family,
+        1,
+        options.hidden,
+        options.width,
+        options.experts,
+        options.top_k,
+        heads=options.hidden // 128,
+        kv_heads=4,
+    )
     shape = replace(shape, layers=int(-(-options.gigabytes * 1e9 // shape.layer_bytes)))
     with scratch(options.work, options.keep_files) as folder:
         free = shutil.disk_usage(folder).free
         if free < 1.6 * options.gigabytes * 1e9:
             raise SystemExit(f"needs {1.6 * options.gigabytes:.0f} GB of disk, but {folder} has {free / 1e9:.0f} GB")
-        model, data, stats, plan, out = folder / "model", folder / "data.jsonl", folder / "stats", folder / "plan.json", folder / "out"
+        model, data, stats, plan, out = (
+            folder / "model",
+            folder / "data.jsonl",
+            folder / "stats",
+            folder / "plan.json",
+            folder / "out",
+        )
         total = generate_in_child(model, shape)
         write_data(data, options.tokens, options.length, shape.vocab)
         print(
@@ -126,7 +153,19 @@ def main() -> None:
             f"{shape.top_k}; {options.tokens} tokens, {options.threads} threads\neach process limited to {options.limit:g} GB by {limiter}"
         )
         stages = {
-            "calibrate": [model, "-o", stats, "-d", data, "--seq-len", options.length, "--batch-tokens", options.batch_tokens, "--memory", options.memory],
+            "calibrate": [
+                model,
+                "-o",
+                stats,
+                "-d",
+                data,
+                "--seq-len",
+                options.length,
+                "--batch-tokens",
+                options.batch_tokens,
+                "--memory",
+                options.memory,
+            ],
             "plan": [model, "--stats", stats, "-m", options.method, "-k", options.keep, "-o", plan],
             "apply": [model, plan, "-o", out],
         }
@@ -134,9 +173,26 @@ def main() -> None:
             stages["verify"] = [model, out, "--tokens", 256, "--memory", "stream"]
         rows: list[list[object]] = []
         for name, arguments in stages.items():
-            command = [sys.executable, "-m", "expertsmith", name, *map(str, arguments), *(["--device", "cpu"] if name in ("calibrate", "verify") else []), "--quiet"]
+            command = [
+                sys.executable,
+                "-m",
+                "expertsmith",
+                name,
+                *map(str, arguments),
+                *(["--device", "cpu"] if name in ("calibrate", "verify") else []),
+                "--quiet",
+            ]
             done: Child = run_child(wrap(command), threads=options.threads)
-            rows.append([name, done.code, f"{done.seconds:.1f} s", f"{done.peak / 1e9:.2f} GB", f"exit 0 in {options.limit:g} GB", verdict(done.code, 0)])
+            rows.append(
+                [
+                    name,
+                    done.code,
+                    f"{done.seconds:.1f} s",
+                    f"{done.peak / 1e9:.2f} GB",
+                    f"exit 0 in {options.limit:g} GB",
+                    verdict(done.code, 0),
+                ]
+            )
             if done.code:
                 rows[-1].append(done.tail)
                 break

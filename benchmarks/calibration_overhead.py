@@ -104,7 +104,17 @@ def measure(dtype: str, folder: Path, options: argparse.Namespace) -> list[list[
     for clock, taken in (("wall", wall), ("CPU", cpu), ("inside", {"plain": without, "calibrate": cpu["calibrate"]})):
         value = ratio(taken["calibrate"], taken["plain"])
         times = [f"{sorted(taken[name])[len(taken[name]) // 2]:.2f} s" for name in runs]
-        rows.append([dtype, clock, *times, f"{value:.3f}", spread(taken["calibrate"], taken["plain"]), f"≤ {TARGET}", verdict(value, TARGET)])
+        rows.append(
+            [
+                dtype,
+                clock,
+                *times,
+                f"{value:.3f}",
+                spread(taken["calibrate"], taken["plain"]),
+                f"≤ {TARGET}",
+                verdict(value, TARGET),
+            ]
+        )
     return rows
 
 

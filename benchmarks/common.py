@@ -43,10 +43,12 @@ class Shape:
 
     @property
     def head_dim(self) -> int:
+        """Of one attention head; all heads together are as wide as the model."""
         return self.hidden // self.heads
 
     @property
     def layer_bytes(self) -> int:
+        """Of one decoder layer, norms aside."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         experts = self.experts * (3 * self.hidden * self.width + self.hidden)
         return (attention + experts) * BITS[self.dtype]
@@ -60,13 +62,30 @@ class Shape:
             "dtype": self.dtype, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "model_type": self.family,
         }  # fmt: skip
         if self.family == "mixtral":
-            return {**made, "architectures": ["MixtralForCausalLM"], "num_local_experts": self.experts, "intermediate_size": self.width}
+            return {
+                **made,
+                "architectures": ["MixtralForCausalLM"],
+                "num_local_experts": self.experts,
+                "intermediate_size": self.width,
+            }
         own = {"num_experts": self.experts, "moe_intermediate_size": self.width, "norm_topk_prob": True, "mlp_only_layers": []}
-        return {**made, **own, "architectures": ["Qwen3MoeForCausalLM"], "intermediate_size": 4 * self.width, "decoder_sparse_step": 1}
+        return {
+            **made,
+            **own,
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "intermediate_size": 4 * self.width,
+            "decoder_sparse_step": 1,
+        }
 
     def layer_tensors(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of one decoder layer, as the families' published checkpoints have them: one tensor an expert and matrix."""
-        head, h, w, q, kv = f"model.layers.{layer}", self.hidden, self.width, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        head, h, w, q, kv = (
+            f"model.layers.{layer}",
+            self.hidden,
+            self.width,
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+        )
         yield f"{head}.input_layernorm.weight", (h,)
         yield f"{head}.post_attention_layernorm.weight", (h,)
         for name, shape in (("q", (q, h)), ("k", (kv, h)), ("v", (kv, h)), ("o", (h, q))):
@@ -83,6 +102,7 @@ class Shape:
                 yield f"{head}.{block}.experts.{expert}.{name}.weight", shape
 
     def outer_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of what lies outside the decoder layers."""
         yield "model.embed_tokens.weight", (self.vocab, self.hidden)
         yield "model.norm.weight", (self.hidden,)
         yield "lm_head.weight", (self.vocab, self.hidden)
@@ -113,7 +133,9 @@ def generate(folder: Path, shape: Shape, seed: int = 0) -> int:
             weight_map[key] = name
             total += value.numel() * value.element_size()
         save_file(tensors, folder / name, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    )
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=1))
     return total
 
@@ -121,7 +143,9 @@ def generate(folder: Path, shape: Shape, seed: int = 0) -> int:
 def write_data(file: Path, tokens: int, length: int, vocab: int, seed: int = 0) -> None:
     """Calibration data without a tokenizer: records of random `input_ids`."""
     draw = random.Random(seed)
-    rows = [json.dumps({"input_ids": [draw.randrange(3, vocab) for _ in range(length)]}) for _ in range(max(1, tokens // length))]
+    rows = [
+        json.dumps({"input_ids": [draw.randrange(3, vocab) for _ in range(length)]}) for _ in range(max(1, tokens // length))
+    ]
     file.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
@@ -141,12 +165,19 @@ class Child:
 
     @property
     def died(self) -> str:
+        """Why the child failed, for a message."""
         return "" if self.code == 0 else f"exit {self.code}: {self.tail}"
 
 
 def run_child(command: Sequence[str], env: Mapping[str, str] | None = None, threads: int = 1) -> Child:
     """Run a command to its end. `wait4` gives the peak of this child alone (RUSAGE_CHILDREN is the largest of all so far)."""
-    variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **(env or {})}
+    variables = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        **(env or {}),
+    }
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         begin = time.perf_counter()
         process = subprocess.Popen(command, stdout=out, stderr=err, env=variables)
@@ -166,7 +197,9 @@ def run_child(command: Sequence[str], env: Mapping[str, str] | None = None, thre
 
 def peak_now() -> int:
     """Bytes of this process's resident set at its highest, whatever started it (`ru_maxrss` begins at what the parent held)."""
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return next(
+        int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
 
 
 def this_script(*arguments: object) -> list[str]:

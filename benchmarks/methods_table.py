@@ -72,13 +72,21 @@ def table(model: Path, corpus: Path, domains: list[str], args: argparse.Namespac
         for chosen_for in groups:
             out = work / "out"
             use = chosen_for if method not in ("aimer", "random") else []
-            made = api.compress(model, method, args.keep, out, stats=statistics, domains=use, options=options, measure=False, device="cpu")
+            made = api.compress(
+                model, method, args.keep, out, stats=statistics, domains=use, options=options, measure=False, device="cpu"
+            )
             assert made["verify"].passed, (label, chosen_for, made["verify"])
             worst, runs = max(worst, made["verify"].largest), runs + 1
             loss[label] |= evaluate(out, corpus, chosen_for, args)
             shutil.rmtree(out)
         print(f"{model.name} {label}: " + ", ".join(f"{d} {math.exp(v):.1f}" for d, v in loss[label].items()), flush=True)
-    return {"loss": loss, "calibration_seconds": seconds, "tokens": statistics.tokens, "verified": runs, "largest_relative_difference": worst}
+    return {
+        "loss": loss,
+        "calibration_seconds": seconds,
+        "tokens": statistics.tokens,
+        "verified": runs,
+        "largest_relative_difference": worst,
+    }
 
 
 def evaluate(model: Path, corpus: Path, domains: list[str], args: argparse.Namespace) -> dict[str, float]:
@@ -94,7 +102,9 @@ def show(name: str, result: dict, domains: list[str]) -> None:
     if drawn:
         rows["random (mean of 3)"] = {d: sum(row[d] for row in drawn) / len(drawn) for d in domains}
     base = rows["(all experts)"]
-    print(f"\n### {name}: {result['verified']} checkpoints verified, largest relative difference {result['largest_relative_difference']:.1e}\n")
+    print(
+        f"\n### {name}: {result['verified']} checkpoints verified, largest relative difference {result['largest_relative_difference']:.1e}\n"
+    )
     print("| method | " + " | ".join(domains) + " | mean rise (nats) |\n|---|" + "---|" * (len(domains) + 1))
     for label, row in rows.items():
         rise = sum(row[d] - base[d] for d in domains) / len(domains)

@@ -16,7 +16,21 @@ import statistics
 import time
 from pathlib import Path
 
-from common import MIB, Child, Shape, alternate, generate_in_child, ratio, run_child, scratch, spread, table, this_script, verdict, write_data
+from common import (
+    MIB,
+    Child,
+    Shape,
+    alternate,
+    generate_in_child,
+    ratio,
+    run_child,
+    scratch,
+    spread,
+    table,
+    this_script,
+    verdict,
+    write_data,
+)
 
 MEMORY_TARGET, TIME_TARGET, READ_TARGET = 1.1, 1.3, 1.01
 
@@ -47,7 +61,16 @@ def child(mode: str, model: str, data: str, out: str, batch_tokens: int, length:
     before = _rchar()
     begin, used = time.perf_counter(), time.process_time()
     api.calibrate(model, [data], out, seq_len=length, batch_tokens=batch_tokens, device="cpu", memory=mode)
-    print(json.dumps({"seconds": time.perf_counter() - begin, "cpu": time.process_time() - used, "read": read, "rchar": _rchar() - before}))
+    print(
+        json.dumps(
+            {
+                "seconds": time.perf_counter() - begin,
+                "cpu": time.process_time() - used,
+                "read": read,
+                "rchar": _rchar() - before,
+            }
+        )
+    )
 
 
 def _rchar() -> int:
@@ -80,7 +103,9 @@ def main() -> None:
         data = folder / "data.jsonl"
         sizes: dict[int, int] = {}
         for layers in options.layers:
-            shape = Shape(options.family, layers, options.hidden, options.width, options.experts, options.top_k, heads=16, kv_heads=4)
+            shape = Shape(
+                options.family, layers, options.hidden, options.width, options.experts, options.top_k, heads=16, kv_heads=4
+            )
             sizes[layers] = generate_in_child(folder / str(layers), shape)
         write_data(data, options.tokens, options.length, shape.vocab)
         runs = 0
@@ -89,13 +114,17 @@ def main() -> None:
             nonlocal runs
             runs += 1
             model, out = folder / str(layers), folder / f"stats-{runs}"
-            done = run_child(this_script("--child", mode, model, data, out, options.batch_tokens, options.length), threads=options.threads)
+            done = run_child(
+                this_script("--child", mode, model, data, out, options.batch_tokens, options.length), threads=options.threads
+            )
             if done.code:
                 raise SystemExit(f"{mode}, {layers} layers: {done.died}")
             return done
 
         small, deep = options.layers
-        print(f"{options.family}, layers of {shape.layer_bytes / MIB:.0f} MiB bfloat16, {options.tokens} tokens, {options.threads} threads")
+        print(
+            f"{options.family}, layers of {shape.layer_bytes / MIB:.0f} MiB bfloat16, {options.tokens} tokens, {options.threads} threads"
+        )
         baseline = statistics.median(start("baseline", small).peak for _ in range(2))
         results: dict[str, list[Child]] = {"stream": [], "resident": []}
 
@@ -110,14 +139,25 @@ def main() -> None:
     resident = statistics.median(run.peak for run in results["resident"]) - baseline
     rows: list[list[object]] = []
     grown = peaks[deep] / peaks[small]
-    note = ", ".join(f"{layers} layers {peak / MIB:.0f} MiB = {peak / shape.layer_bytes:.2f} layers" for layers, peak in peaks.items())
-    rows.append([f"peak memory, {deep} / {small} layers", f"{grown:.3f}", f"≤ {MEMORY_TARGET}", verdict(grown, MEMORY_TARGET), note])
-    rows.append([f"(resident, {small} layers)", "", "", "", f"{resident / MIB:.0f} MiB = {resident / shape.layer_bytes:.2f} layers"])
+    note = ", ".join(
+        f"{layers} layers {peak / MIB:.0f} MiB = {peak / shape.layer_bytes:.2f} layers" for layers, peak in peaks.items()
+    )
+    rows.append(
+        [f"peak memory, {deep} / {small} layers", f"{grown:.3f}", f"≤ {MEMORY_TARGET}", verdict(grown, MEMORY_TARGET), note]
+    )
+    rows.append(
+        [f"(resident, {small} layers)", "", "", "", f"{resident / MIB:.0f} MiB = {resident / shape.layer_bytes:.2f} layers"]
+    )
     cpu = {mode: [float(run.report["cpu"]) for run in runs] for mode, runs in results.items()}
     for name, taken in (("wall", seconds), ("CPU", cpu)):
         slower = ratio(taken["stream"], taken["resident"])
-        note = ", ".join(f"{mode} {statistics.median(values):.2f} s" for mode, values in taken.items()) + f"; {spread(taken['stream'], taken['resident'])}"
-        rows.append([f"{name} time, stream / resident", f"{slower:.3f}", f"≤ {TIME_TARGET}", verdict(slower, TIME_TARGET), note])
+        note = (
+            ", ".join(f"{mode} {statistics.median(values):.2f} s" for mode, values in taken.items())
+            + f"; {spread(taken['stream'], taken['resident'])}"
+        )
+        rows.append(
+            [f"{name} time, stream / resident", f"{slower:.3f}", f"≤ {TIME_TARGET}", verdict(slower, TIME_TARGET), note]
+        )
     for layers, run in ((small, results["stream"][0]), (deep, deepest)):
         for name in ("read", "rchar"):
             share = run.report[name] / sizes[layers]
