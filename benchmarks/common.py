@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -181,7 +182,12 @@ def run_child(command: Sequence[str], env: Mapping[str, str] | None = None, thre
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         begin = time.perf_counter()
         process = subprocess.Popen(command, stdout=out, stderr=err, env=variables)
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # an interrupted benchmark leaves no child behind
+            process.kill()
+            process.wait()
+            raise
         seconds = time.perf_counter() - begin
         process.returncode = os.waitstatus_to_exitcode(status)
         texts = []
@@ -236,7 +242,8 @@ def spread(numerator: Sequence[float], denominator: Sequence[float]) -> str:
 
 @contextmanager
 def scratch(parent: Path | None, keep: bool = False) -> Iterator[Path]:
-    """A folder for generated files that is gone afterwards."""
+    """A folder for generated files that is gone afterwards, also when the benchmark is terminated: the files are large."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="expertsmith-bench-", dir=parent))

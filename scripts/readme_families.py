@@ -36,7 +36,9 @@ def main() -> None:
     tail = rest.partition(END)[2]
     wanted = f"{head}{BEGIN}\n{section()}\n{END}{tail}"
     if "--check" in sys.argv:
-        sys.exit(0 if wanted == text else "README.md: the list of families is out of date: run python scripts/readme_families.py")
+        sys.exit(
+            0 if wanted == text else "README.md: the list of families is out of date: run python scripts/readme_families.py"
+        )
     README.write_text(wanted, encoding="utf-8")
 
 
