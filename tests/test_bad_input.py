@@ -509,3 +509,30 @@ def test_debug_shows_the_traceback(tmp_path):
     )
     assert run.returncode != 0
     assert "Traceback" in run.stderr
+
+
+def test_memory_limits_of_the_process_are_seen():
+    """A model that the machine could hold, but the process may not, is streamed."""
+    code = (
+        "import resource, torch, psutil; from types import SimpleNamespace; from expertsmith.engine.loading import choose_memory\n"
+        "limit = psutil.Process().memory_info().vms + 600 * 2**20; resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "for numel in (2**20, 2**28):\n"
+        "    model = SimpleNamespace(converted=False, config={}, numel=numel)\n"
+        "    print(choose_memory('auto', [model], torch.device('cpu'), 'float32'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["resident", "stream"]
+
+
+def test_out_of_memory_of_any_kind_is_recognised():
+    import torch
+
+    from expertsmith.cli import _out_of_memory
+
+    assert _out_of_memory(MemoryError())
+    assert _out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert not _out_of_memory(OSError(errno.EACCES, "Permission denied"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert _out_of_memory(caught.value)
+    assert not _out_of_memory(RuntimeError("shapes do not match"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -621,9 +622,20 @@ def main() -> None:
         if debug:
             raise
         _fail(str(error))
+    except (MemoryError, OSError, RuntimeError) as error:
+        if debug or not _out_of_memory(error):
+            raise
+        _fail("memory ran out; run with --memory stream and a smaller --batch-tokens, or on a larger machine")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether the system or torch had no more memory to give (torch says so in a RuntimeError's text)."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def _fail(message: str) -> NoReturn:

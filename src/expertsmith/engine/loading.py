@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -91,7 +92,7 @@ class LoadedModel:
         options = LoadStateDictConfig(
             weight_mapping=deepcopy(self._mapping), dtype=self.dtype, dtype_plan=self._dtype_plan, device_map={"": self.device}
         )
-        with _quiet(), _one_by_one():
+        with _quiet(), _one_by_one(), _own_pages():
             info, _ = convert_and_load_state_dict_in_model(self.module, state, options)
         _refuse_mismatched(info.mismatched_keys)
         if info.conversion_errors:
@@ -255,14 +256,29 @@ def choose_memory(memory: str, checkpoints: Sequence[Checkpoint], device: torch.
         return "stream"
     if any(checkpoint.config.get("quantization_config") for checkpoint in checkpoints):
         return "resident"  # streaming has no quantiser
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     need = sum(entry.numel * torch.empty(0, dtype=_dtype(dtype, entry)).element_size() for entry in checkpoints)
     return "resident" if need < 0.7 * free else "stream"
+
+
+def _free_memory() -> int:
+    """Bytes that this process may still take: what the machine has free, less what a control group or a process limit leaves of it."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # no such control group, or "max"
+            root = Path("/sys/fs/cgroup")
+            free = min(free, int((root / limit).read_text()) - int((root / used).read_text()))
+    with contextlib.suppress(ImportError):  # Windows has no limits of this kind
+        import resource
+
+        taken = psutil.Process().memory_info()
+        for kind, held in ((resource.RLIMIT_AS, taken.vms), (resource.RLIMIT_DATA, getattr(taken, "data", taken.rss))):
+            soft = resource.getrlimit(kind)[0]
+            if soft != resource.RLIM_INFINITY:
+                free = min(free, soft - held)
+    return max(0, free)
 
 
 def choose_device(device: str) -> torch.device:
@@ -340,6 +356,23 @@ def _refuse_mismatched(keys: Iterable[Any]) -> None:
         raise UserError(
             f"{name} has a wrong shape{detail}", "config.json and weights do not belong together, or the tensor is damaged"
         )
+
+
+@contextlib.contextmanager
+def _own_pages() -> Iterator[None]:
+    """Have glibc give every block of a megabyte or more pages of its own, which go back to the system when it is freed. A conversion to
+    float32 frees hundreds of blocks below glibc's usual limit, and what is fused next would not fit where they lay."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        yield
+        return
+    threshold, usual = -3, 32 * 2**20  # M_MMAP_THRESHOLD, and the value at which glibc's own adjustment ends
+    mallopt(threshold, 2**20)
+    try:
+        yield
+    finally:
+        mallopt(threshold, usual)
 
 
 def _trim() -> None:
