@@ -64,6 +64,15 @@ class Inventory:
         return dict(text_config(self.checkpoint.config))
 
     @cached_property
+    def by_layer(self) -> dict[int, list[Claim]]:
+        """The claims of every decoder layer."""
+        found: dict[int, list[Claim]] = {}
+        for claim in self.claims:
+            if claim.layer is not None:
+                found.setdefault(claim.layer, []).append(claim)
+        return found
+
+    @cached_property
     def layers(self) -> list[int]:
         """Decoder layers with routed experts."""
         return sorted({claim.layer for claim in self.claims if claim.routed and claim.layer is not None})
@@ -112,8 +121,8 @@ class Inventory:
     def expert_claims(self, layer: int) -> list[list[Claim]]:
         """The routed weights of a layer, by expert; a stacked claim stands under each of its experts."""
         found: list[list[Claim]] = [[] for _ in range(self.num_experts)]
-        for claim in self.claims:
-            if claim.layer != layer or not claim.routed:
+        for claim in self.by_layer.get(layer, []):
+            if not claim.routed:
                 continue
             if claim.kind == "stacked":
                 for held in found:
@@ -209,8 +218,8 @@ def _check_layer(inventory: Inventory, layer: int) -> None:
     record, experts = inventory.architecture, inventory.num_experts
     shapes: dict[str, Counter[tuple[int, ...]]] = {}
     owners: dict[str, dict[int, TensorInfo]] = {}
-    for claim in inventory.claims:
-        if claim.layer == layer and claim.kind == "expert" and claim.expert is not None and claim.expert < experts:
+    for claim in inventory.by_layer[layer]:
+        if claim.kind == "expert" and claim.expert is not None and claim.expert < experts:
             owned = record.expert_of(claim.rest)
             below = owned[1] if owned else ""
             owners.setdefault(below, {})[claim.expert] = claim.info
@@ -228,6 +237,5 @@ def _check_layer(inventory: Inventory, layer: int) -> None:
             raise UserError(
                 f"{odd.name} has shape {list(odd.shape)}, but its sibling experts have {list(usual)}", "the tensor is damaged"
             )
-    routers = [c for c in inventory.claims if c.layer == layer and c.kind == "stacked" and c.entry and c.entry.role == "router"]
-    if not routers:
+    if not any(claim.entry is not None and claim.entry.role == "router" for claim in inventory.by_layer[layer]):
         raise UserError(f"decoder layer {layer} has experts but no router weight", "download the checkpoint again")
