@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def random_model(model_type: str, **overrides: object) -> torch.nn.Module:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     config = transformers.CONFIG_MAPPING[model_type](**{**families()[model_type].tiny, **overrides})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -79,3 +81,20 @@ def testbed() -> Path:
 
 
 CALIBRATION = {"seq_len": 24, "pack": False, "batch_tokens": 72, "device": "cpu"}
+
+
+def run_cli(capture, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of a command line, in this process."""
+    from expertsmith import cli
+
+    old = sys.argv
+    sys.argv = ["expertsmith", *map(str, arguments)]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.argv = old
+    captured = capture.readouterr()
+    return code, captured.out, captured.err

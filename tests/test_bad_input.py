@@ -14,25 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import run_cli as run
 from conftest import save_tiny
-from expertsmith import cli
 
 SMALL = ["--seq-len", "24", "--no-pack", "--device", "cpu", "-q"]
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr of a command line, in this process."""
-    old = sys.argv
-    sys.argv = ["expertsmith", *map(str, arguments)]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = old
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def refused(capsys, *arguments: object) -> str:

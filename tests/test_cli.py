@@ -14,6 +14,7 @@ import typer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from conftest import run_cli as run
 from conftest import save_tiny
 from expertsmith import __version__, api, cli
 from expertsmith.arch import families
@@ -48,21 +49,6 @@ LONG = {"compress", "calibrate", "plan", "apply", "verify", "evaluate", "demo", 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
-
-
-def run(capture, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr of a command line, in this process."""
-    old = sys.argv
-    sys.argv = ["expertsmith", *map(str, arguments)]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = old
-    captured = capture.readouterr()
-    return code, captured.out, captured.err
 
 
 def passed(capture, *arguments: object) -> str:
