@@ -46,7 +46,7 @@ def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
         with suppress(UserError):  # a ratio below what the router needs is left out
             count = keep_count(ratio, rules)
             after = inventory.size(dict.fromkeys(inventory.layers, count))
-            if not any(row["experts"] == count for row in ratios):
+            if count < inventory.num_experts and not any(row["experts"] == count for row in ratios):
                 ratios.append(
                     {
                         "keep": ratio,
