@@ -329,3 +329,25 @@ def test_missing_group_keys_mean_the_librarys_default(checkpoints, tmp_path):
     api.apply(source, flat, tmp_path / "out")
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     assert after["n_group"] == after["topk_group"] == 1
+
+
+def test_scales_of_fused_fp8_weights_are_sliced_and_read(tmp_path):
+    """[experts, …] FP8 tensors with [experts, …] block scales: rows go together, and aimer sees dequantised values."""
+    model = random_model("deepseek_v3")
+    model.save_pretrained(tmp_path / "m")
+    fused = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(fused, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    plain = api.plan(tmp_path / "m", "aimer", 4)
+    for name in [name for name in fused if ".experts." in name]:
+        scale = torch.linspace(0.01, 0.05, 8).reshape(8, 1, 1)
+        fused[name] = (fused[name] / scale).to(torch.float8_e4m3fn)
+        fused[f"{name}_scale_inv"] = scale
+    save_file(fused, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    plan = api.plan(tmp_path / "m", "aimer", 4)
+    for a, b in zip(plain.layers, plan.layers, strict=True):
+        assert b.saliency == pytest.approx(a.saliency, rel=0.02)
+    api.apply(tmp_path / "m", plan, tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for layer, keep in plan.kept.items():
+        name = f"model.layers.{layer}.mlp.experts.down_proj_scale_inv"
+        assert torch.equal(after[name], fused[name][keep])

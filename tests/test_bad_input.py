@@ -521,3 +521,25 @@ def test_out_of_memory_of_any_kind_is_recognised():
         torch.empty(2**50)
     assert _out_of_memory(caught.value)
     assert not _out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_unknown_tensors_that_run_over_experts_are_named(capsys, mixtral):
+    """Better no checkpoint than one with a tensor that still has a row for every dropped expert."""
+    name = "model.layers.1.mlp.experts.zero_points"
+    tensors = load_file(mixtral / "model-00001-of-00002.safetensors")
+    save_file({**tensors, name: torch.zeros(8, 3)}, mixtral / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    path = mixtral / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][name] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+    assert f"{name} seems to run over the 8 experts" in refused(capsys, "inspect", mixtral)
+
+
+def test_a_full_disk_is_said_wherever_it_happens(capsys, mixtral, tmp_path, monkeypatch):
+    from expertsmith.plan import Plan
+
+    def full(self, path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Plan, "save", full)
+    assert "disk is full" in refused(capsys, "plan", mixtral, "-m", "random", "-k", "4", "-o", tmp_path / "p.json", "-q")

@@ -489,3 +489,27 @@ def test_calibration_in_bfloat16_matches_float32_roughly(tmp_path, data):
         x, y = a.layers[layer].total("norm_sum").sum(), b.layers[layer].total("norm_sum").sum()
         assert y == pytest.approx(x, rel=0.05)
         assert a.layers[layer].total("tokens") == b.layers[layer].total("tokens")
+
+
+def test_the_table_of_statistics_is_what_a_calibration_writes(checkpoints, data, tmp_path):
+    from expertsmith.calibration.observers import STATISTICS
+
+    stats = api.calibrate(checkpoints("mixtral"), data, tmp_path / "s", output_sum=True, sample_tokens=3, **CALIBRATION)
+    assert all(set(entry.domains[domain]) == set(STATISTICS) for entry in stats.layers.values() for domain in "ab")
+
+
+def test_methods_that_average_warn_of_few_tokens(checkpoints, data, tmp_path):
+    from expertsmith.methods import methods
+    from expertsmith.progress import Silent
+
+    stats = api.calibrate(checkpoints("mixtral"), data, tmp_path / "s", **CALIBRATION)
+    for name, method in methods().items():
+        found: list[str] = []
+
+        class Notes(Silent):
+            def note(self, message, found=found):
+                found.append(message)
+
+        api.plan(checkpoints("mixtral"), name, 8, stats=stats.select(["a"]), progress=Notes())
+        assert any("noise" in message for message in found) == (name in ("man", "msan", "reap")), name
+        assert method.averages == (name in ("man", "msan", "reap"))

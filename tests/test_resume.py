@@ -225,3 +225,27 @@ def test_models_with_shared_key_value_states_are_run_again(data, tmp_path, monke
     monkeypatch.setattr(stats, "save_layer", saved)
     api.calibrate(source, data, tmp_path / "s", **CALIBRATION)
     assert same(tmp_path / "whole", tmp_path / "s")
+
+
+def test_a_full_disk_while_calibrating(checkpoints, data, tmp_path, monkeypatch):
+    """States that cannot be spilled do not end a run; statistics that cannot be written do, in words, and resume later."""
+    from safetensors import SafetensorError
+
+    from expertsmith.calibration import spill
+
+    def full(tensors, path):
+        raise SafetensorError("No space left on device")
+
+    source = checkpoints("mixtral")
+    api.calibrate(source, data, tmp_path / "whole", **CALIBRATION)
+    monkeypatch.setattr(spill, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(spill, "save_file", full)
+    api.calibrate(source, data, tmp_path / "s", **CALIBRATION)
+    assert same(tmp_path / "whole", tmp_path / "s")
+    save = stats.save_file
+    monkeypatch.setattr(stats, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        api.calibrate(source, data, tmp_path / "t", **CALIBRATION)
+    monkeypatch.setattr(stats, "save_file", save)
+    api.calibrate(source, data, tmp_path / "t", **CALIBRATION)
+    assert same(tmp_path / "whole", tmp_path / "t")

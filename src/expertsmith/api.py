@@ -245,7 +245,7 @@ def plan(
             bytes=(before[1], after[1]),
         ),
     )
-    _warn(made, method, progress)
+    _warn(made, chosen.averages, progress)
     if out is not None:
         made.save(out)
     return made
@@ -280,7 +280,7 @@ def _saliency(
     return saliency
 
 
-def _warn(made: Plan, method: str, progress: Progress) -> None:
+def _warn(made: Plan, averages: bool, progress: Progress) -> None:
     """Say where the calibration was too small for what the plan keeps."""
     unreached = [(entry.layer, e) for entry in made.layers if entry.why for e in entry.keep if entry.why["selections"][e] == 0]
     if unreached:
@@ -289,7 +289,7 @@ def _warn(made: Plan, method: str, progress: Progress) -> None:
             f"{len(unreached)} kept experts (layers {', '.join(map(str, layers))}) were reached by no calibration token: the calibration is too small for this ratio"
         )
     few = [e for entry in made.layers if entry.why for e in entry.keep if 0 < entry.why["selections"][e] < FEW_TOKENS]
-    if few and method in ("man", "msan", "reap"):
+    if few and averages:
         progress.note(
             f"{len(few)} kept experts were reached by fewer than {FEW_TOKENS} tokens: their mean is noise; more calibration text helps"
         )

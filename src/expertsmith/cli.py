@@ -623,7 +623,11 @@ def main() -> None:
             raise
         _fail(str(error))
     except (MemoryError, OSError, RuntimeError) as error:
-        if debug or not _out_of_memory(error):
+        if debug:
+            raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _fail(f"the disk is full{f' ({error.filename})' if error.filename else ''}")
+        if not _out_of_memory(error):
             raise
         _fail("memory ran out; run with --memory stream and a smaller --batch-tokens, or on a larger machine")
     except KeyboardInterrupt:

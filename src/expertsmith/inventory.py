@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from expertsmith.errors import UserError
 from expertsmith.selection import Rules
 
 Kind = Literal["expert", "stacked", "other", "unused"]
+SCALES = ("_scale_inv", "_scale")
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,14 @@ def _claim(info: TensorInfo, record: Architecture, config: Any, experts: int, de
     if owner is not None:
         return Claim(info, "expert", layer, rest, expert=owner[0])
     entry = record.stacked_of(rest)
+    for suffix in SCALES:  # of fused quantised weights: their rows run over the experts too
+        entry = entry or (record.stacked_of(rest.removesuffix(suffix)) if rest.endswith(suffix) else None)
     if entry is None:
+        if info.shape and info.shape[0] == experts and re.search(r"(^|\.)experts\.", rest):
+            raise UserError(
+                f"{info.name} seems to run over the {experts} experts, but the {record.model_type} family is not known to have it",
+                "slicing a checkpoint around it would break it; please report this checkpoint",
+            )
         return Claim(info, "other", layer, rest)
     extra = entry.extra if isinstance(entry.extra, int) else int(config_get(config, entry.extra) or 0)
     axis = 1 if len(info.shape) > 1 and info.shape[0] == 1 else 0

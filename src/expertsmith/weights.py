@@ -56,18 +56,22 @@ def _matrix(inventory: Inventory, claim: Claim, expert: int, cache: dict[str, to
             return None  # one row an expert: a bias or a scale
     values = tensor.float()
     if info.dtype in FP8:
-        values = values * _block_scales(inventory, info.name, values.shape)
+        values = values * _block_scales(inventory, claim, expert, values.shape)
     array = values.numpy()
     if not np.isfinite(array).all():
         raise UserError(f"{info.name} has NaN or inf", "the checkpoint is damaged: download it again")
     return array
 
 
-def _block_scales(inventory: Inventory, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    scale_name = f"{name}_scale_inv"
+def _block_scales(inventory: Inventory, claim: Claim, expert: int, shape: tuple[int, ...]) -> torch.Tensor:
+    name, scale_name = claim.info.name, f"{claim.info.name}_scale_inv"
     if scale_name not in inventory.checkpoint.tensors:
         raise UserError(f"{name} is FP8, but {scale_name} is missing")
     scales = inventory.checkpoint.read(scale_name).float()
+    if claim.kind == "stacked" and scales.dim() == 3:
+        scales = scales[expert]
+    if scales.dim() != 2:
+        raise UserError(f"{scale_name} has shape {list(scales.shape)}: only scales of two-dimensional blocks are known")
     blocks = config_get(inventory.checkpoint.config, "quantization_config.weight_block_size") or (128, 128)
     rows = scales.repeat_interleave(int(blocks[0]), 0)[: shape[0]]
     return rows.repeat_interleave(int(blocks[1]), 1)[:, : shape[1]]

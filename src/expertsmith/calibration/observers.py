@@ -21,7 +21,7 @@ from expertsmith.errors import UserError
 
 RATIO_BINS = 1000  # histogram of second / first routing weight over [0, 1]
 
-# name → what it is; E experts of the layer. The statistics file and `docs` are made from this table.
+# what a layer's statistics hold, by name; E experts of the layer
 STATISTICS = {
     "tokens": "[] tokens that passed the layer",
     "selections": "[E] tokens routed to the expert, N",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 EVERY_SECONDS = 30.0
@@ -44,7 +45,11 @@ class Spill:
             self.enabled, self._writing = False, None
             clear(self.folder)
             return
-        save_file(tensors, self._partial / f"batch_{number:06d}.safetensors")
+        try:
+            save_file(tensors, self._partial / f"batch_{number:06d}.safetensors")
+        except (OSError, SafetensorError):  # a full disk must not end the run: without states, resuming runs the layers again
+            self.enabled, self._writing = False, None
+            clear(self.folder)
 
     def layer_ends(self, layer: int) -> None:
         """The layer's statistics are saved: let its states take the place of older ones."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from expertsmith.errors import UserError
@@ -135,7 +136,13 @@ def save_layer(folder: Path, layer: int, domains: Mapping[str, Mapping[str, Arra
         for domain, entry in sorted(domains.items())
         for name, value in sorted(entry.items())
     }
-    save_file(flat, partial)
+    try:
+        save_file(flat, partial)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"{target} could not be written: {error}", "free some space and run the same command again: it resumes"
+        ) from None
     partial.replace(target)
 
 

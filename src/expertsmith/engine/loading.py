@@ -1,7 +1,7 @@
 """Build a model from a checkpoint, either resident or streamed layer by layer.
 
 This is the only module that touches transformers' loading helpers (`core_model_loading`, `conversion_mapping`), which are public by name
-but change between minor versions; `tests/test_stream.py` holds them to bit-equality with `from_pretrained`.
+but change between minor versions; `tests/test_families.py` holds them to bit-equality with `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from expertsmith.errors import UserError
 
 Memory = Literal["resident", "stream"]
 CHECKED_AT_ONCE = 2**22  # elements
+OUT_OF_MEMORY = "allocate memory|out of memory"  # torch says it in the text of a RuntimeError
 
 
 @dataclass
@@ -96,7 +97,7 @@ class LoadedModel:
             info, _ = convert_and_load_state_dict_in_model(self.module, state, options)
         _refuse_mismatched(info.mismatched_keys)
         if info.conversion_errors:
-            if any(re.search("allocate memory|out of memory", str(text)) for text in info.conversion_errors.values()):
+            if any(re.search(OUT_OF_MEMORY, str(text)) for text in info.conversion_errors.values()):
                 raise UserError(
                     f"memory ran out while the tensors {where} were put together",
                     "the machine (or its limit) is too small for one decoder layer of this model",
@@ -203,6 +204,8 @@ def load_model(
             with init_empty_weights(include_buffers=False):
                 module = auto.from_config(config, dtype=chosen, trust_remote_code=False)
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+        if re.search(OUT_OF_MEMORY, str(error)):
+            raise  # nothing is wrong with the checkpoint
         raise UserError(
             f"transformers cannot load {checkpoint.source}: {_first_line(error)}",
             "is a shard damaged, or a tensor of a wrong shape?",

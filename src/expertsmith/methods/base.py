@@ -51,6 +51,7 @@ class Method:
     saliency: Callable[..., Array]
     ties: Literal["keep_lower", "keep_higher"]
     doc: str
+    averages: bool = False  # a mean over an expert's tokens: noise where they are few
 
     @property
     def data_free(self) -> bool:
@@ -80,12 +81,17 @@ class Method:
 
 
 def method(
-    name: str, title: str, paper: str, reads: Reads = "statistics", ties: Literal["keep_lower", "keep_higher"] = "keep_higher"
+    name: str,
+    title: str,
+    paper: str,
+    reads: Reads = "statistics",
+    ties: Literal["keep_lower", "keep_higher"] = "keep_higher",
+    averages: bool = False,
 ) -> Callable[[Callable[..., Array]], Method]:
     """Register a saliency function. `ties`: which of two equally salient experts stays, the lower or the higher id."""
 
     def register(function: Callable[..., Array]) -> Method:
-        return Method(name, title, paper, reads, function, ties, inspect.getdoc(function) or "")
+        return Method(name, title, paper, reads, function, ties, inspect.getdoc(function) or "", averages)
 
     return register
 

@@ -37,13 +37,13 @@ def ean(statistics: LayerStatistics, facts: Facts, *, weighted: bool = False) ->
     return statistics.total("weighted_norm_sum" if weighted else "norm_sum")
 
 
-@method("man", "Mean activation norm", "arXiv 2606.15716")
+@method("man", "Mean activation norm", "arXiv 2606.15716", averages=True)
 def man(statistics: LayerStatistics, facts: Facts) -> Array:
     """Mean of ||f_j|| over routed tokens, (1, 0, 1): for task-agnostic pruning. Noisy where N_j < 30."""
     return mean(statistics.total("norm_sum"), statistics.total("selections"))
 
 
-@method("msan", "Mean squared activation norm", "arXiv 2606.15716")
+@method("msan", "Mean squared activation norm", "arXiv 2606.15716", averages=True)
 def msan(statistics: LayerStatistics, facts: Facts) -> Array:
     """Mean of ||f_j||^2 over routed tokens, (1, 0, 2): for task-agnostic pruning. Noisy where N_j < 30."""
     return mean(statistics.total("norm_sq_sum"), statistics.total("selections"))
