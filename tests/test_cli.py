@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -248,7 +249,7 @@ def test_jobs_that_verify_exit_1_where_the_proof_fails(capsys, monkeypatch, chec
         ["inspect"],
         ["inspect", "here", "there"],
         ["inspect", "here", "--nonsense"],
-        ["plan", "here", "-m", "reap"],
+        ["plan", "here", "-k", "0.5"],
         ["plan", "here", "-m", "reap", "-k"],
         ["calibrate", "here", "-o", "out", "--samples", "many"],
         ["lint", "here", "--tp", "1.5"],
@@ -310,11 +311,12 @@ def test_methods_and_architectures_list_every_record(capsys):
     found = strict(passed(capsys, "methods", "--json"))
     assert [row["name"] for row in found] == list(methods())
     assert all(
-        row["title"] and row["paper"] and row["doc"] and row["reads"] in ("statistics", "weights", "nothing") for row in found
+        row["title"] and row["paper"] and row["doc"] and row["cost"] and row["budgets"] and row["gives"] in ("saliency", "order", "choice")
+        for row in found
     )
     table = passed(capsys, "methods")
     for name, record in methods().items():
-        assert f" {name} " in table
+        assert re.search(rf"^{name}  ", table, re.MULTILINE)
         for option, default in record.options.items():
             assert f"{option}={default}" in table
     found = strict(passed(capsys, "architectures", "--json"))

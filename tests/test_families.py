@@ -15,8 +15,10 @@ from expertsmith.arch import config_first, families, text_config
 from expertsmith.calibration.stats import layer_path, load_statistics
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine import Batch, Walk, hidden_of, load_model
+from expertsmith.errors import UserError
 from expertsmith.inventory import take_inventory
 from expertsmith.methods import methods
+from expertsmith.plan import load_plan
 from expertsmith.surgery.mask import masked
 
 EVERY = pytest.mark.parametrize("model_type", SUPPORTED)
@@ -31,7 +33,14 @@ def statistics(checkpoints, data, tmp_path_factory):
         if model_type not in made:
             folder = tmp_path_factory.mktemp("stats") / model_type
             api.calibrate(
-                checkpoints(model_type), data, folder, memory="resident", output_sum=True, sample_tokens=10, **CALIBRATION
+                checkpoints(model_type),
+                data,
+                folder,
+                memory="resident",
+                output_sum=True,
+                all_outputs=True,
+                sample_tokens=10,
+                **CALIBRATION,
             )
             made[model_type] = folder
         return made[model_type]
@@ -43,7 +52,14 @@ def statistics(checkpoints, data, tmp_path_factory):
 def test_stream_and_resident_give_the_same_bytes(model_type, checkpoints, data, statistics, tmp_path):
     resident = statistics(model_type)
     api.calibrate(
-        checkpoints(model_type), data, tmp_path / "s", memory="stream", output_sum=True, sample_tokens=10, **CALIBRATION
+        checkpoints(model_type),
+        data,
+        tmp_path / "s",
+        memory="stream",
+        output_sum=True,
+        all_outputs=True,
+        sample_tokens=10,
+        **CALIBRATION,
     )
     layers = load_statistics(resident).layers
     for layer in layers:
@@ -59,7 +75,7 @@ def test_interrupted_calibration_goes_on_from_the_spilled_states(
     from expertsmith.calibration import spill, stats
 
     monkeypatch.setattr(spill, "EVERY_SECONDS", 0.0)
-    options = {**CALIBRATION, "memory": "stream", "output_sum": True, "sample_tokens": 10}
+    options = {**CALIBRATION, "memory": "stream", "output_sum": True, "all_outputs": True, "sample_tokens": 10}
     ends = spill.Spill.layer_ends
     first = min(load_statistics(statistics(model_type)).layers)
 
@@ -120,21 +136,114 @@ def test_masked_original_equals_the_written_checkpoint(model_type, memory, check
     assert (plain - logits(tmp_path / "out")).abs().max() > 1e-4 * plain.abs().max()
 
 
+def plan_by(name: str, source: Path, keep: float | None, stats: Path, data: list[str], **more):
+    """A plan by any method, whatever it reads."""
+    if methods()[name].reads == "model":
+        return api.plan(source, name, keep, data=data, memory="stream", **CALIBRATION, **more)
+    return api.plan(source, name, keep, stats=stats, **more)
+
+
 @EVERY
-def test_every_method_gives_a_checkpoint_that_verifies(model_type, checkpoints, statistics, tmp_path):
-    """All methods, streamed verification; plans that coincide are verified once."""
+def test_every_method_gives_a_checkpoint_that_verifies(model_type, checkpoints, statistics, data, tmp_path):
+    """All methods at half of the experts, streamed verification; plans that coincide are verified once."""
     source = checkpoints(model_type)
     seen = set()
     for name in methods():
-        made = api.plan(source, name, 0.5, stats=statistics(model_type))
-        again = api.plan(source, name, 0.5, stats=statistics(model_type))
+        made = plan_by(name, source, 0.5, statistics(model_type), data)
+        again = plan_by(name, source, 0.5, statistics(model_type), data)
         assert made.dumps() == again.dumps()
-        key = json.dumps(made.kept)
+        assert made.uniform_count == 4
+        key = json.dumps([made.kept, [entry.model_dump_json(include={"merge"}) for entry in made.layers]])
         if key in seen:
             continue
         seen.add(key)
         api.apply(source, made, tmp_path / name)
+        verdict = api.verify(source, tmp_path / name, tokens=64, memory="stream", device="cpu")
+        assert verdict.passed, name
+        assert verdict.largest < 2e-5, name
+
+
+@EVERY
+def test_merge_of_nothing_is_the_identity(model_type, checkpoints, statistics, data, tmp_path):
+    source = checkpoints(model_type)
+    for name in methods():
+        if methods()[name].gives == "choice":
+            made = plan_by(name, source, 1.0, statistics(model_type), data)
+            assert not made.merges
+            api.apply(source, made, tmp_path / name)
+            assert_same_tensors(source, tmp_path / name)
+
+
+def assert_same_tensors(source: Path, out: Path) -> None:
+    """The same names, dtypes and bytes."""
+    before, after = open_checkpoint(source), open_checkpoint(out)
+    assert set(before.tensors) == set(after.tensors)
+    for name in before.tensors:
+        a, b = before.read(name), after.read(name)
+        assert a.dtype == b.dtype
+        assert torch.equal(a.view(torch.uint8) if a.numel() else a, b.view(torch.uint8) if b.numel() else b)
+
+
+@EVERY
+def test_budgets_that_leave_layers_different_numbers(model_type, checkpoints, statistics, data, tmp_path):
+    """global and threshold, written with per_layer_config and proven; the uniform neighbour has the same total; refused by name elsewhere."""
+    source, record = checkpoints(model_type), families()[model_type]
+    grouped = take_inventory(open_checkpoint(source)).rules.groups > 1
+    for name in ("ean", "m_smoe"):
+        if grouped:
+            with pytest.raises(UserError, match="expert_groups"):
+                plan_by(name, source, 0.5, statistics(model_type), data, budget="global")
+        made = plan_by(
+            name, source, 0.625, statistics(model_type), data, budget="global", router_groups="flatten" if grouped else "keep"
+        )
+        assert sum(made.counts) <= 5 * len(made.layers) + len(made.layers)
+        if made.uniform_count is not None:
+            continue
+        if record.uneven is not None:
+            with pytest.raises(UserError, match="cannot hold different numbers of experts"):
+                api.apply(source, made, tmp_path / name)
+            continue
+        api.apply(source, made, tmp_path / name)
         assert api.verify(source, tmp_path / name, tokens=64, memory="stream", device="cpu").passed, name
+        even = plan_by(
+            name,
+            source,
+            0.625,
+            statistics(model_type),
+            data,
+            budget="global",
+            uniform=True,
+            router_groups="flatten" if grouped else "keep",
+        )
+        assert even.uniform_count == round(sum(made.counts) / len(made.counts))
+        assert any("uniform keeps" in note for note in even.notes)
+
+
+@EVERY
+def test_skip_thresholds_are_written_proven_and_put_in_force(model_type, checkpoints, data, tmp_path):
+    """On a pruned model; the loaded model skips, the stock one does not."""
+    source = checkpoints(model_type)
+    made = api.plan(source, "random", 0.5, out=tmp_path / "plan.json")
+    options = {"plan": tmp_path / "plan.json", "measure": False, **CALIBRATION}
+    top_k = take_inventory(open_checkpoint(source)).top_k
+    if top_k < 2 or families()[model_type].call == "dense_inputs":
+        with pytest.raises(UserError, match="skip"):
+            api.skip(source, data, tmp_path / "out", **options)
+        return
+    api.skip(source, data, tmp_path / "out", **options)
+    verdict = api.verify(source, tmp_path / "out", tokens=128, memory="stream", device="cpu")
+    assert verdict.passed
+    assert verdict.skipping
+    assert max(row["difference"] / row["scale"] for row in verdict.skipping) < 1e-5
+    assert 0.05 < sum(row["skipped"] for row in verdict.skipping) / len(verdict.skipping) < 0.6
+    written = load_plan(tmp_path / "out" / "expertsmith" / "plan.json")
+    assert written.kept == made.kept
+    assert set(written.thresholds) == set(made.kept)
+    ids = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        skipping = api.load(tmp_path / "out").eval()(ids).logits.float()
+    stock = logits(tmp_path / "out", ids)
+    assert (skipping - stock).abs().max() > 1e-4 * stock.abs().max()
 
 
 @EVERY
@@ -142,12 +251,8 @@ def test_keep_all_is_the_identity(model_type, checkpoints, tmp_path):
     source = checkpoints(model_type)
     made = api.plan(source, "random", 1.0)
     api.apply(source, made, tmp_path / "out")
+    assert_same_tensors(source, tmp_path / "out")
     before, after = open_checkpoint(source), open_checkpoint(tmp_path / "out")
-    assert set(before.tensors) == set(after.tensors)
-    for name in before.tensors:
-        a, b = before.read(name), after.read(name)
-        assert a.dtype == b.dtype
-        assert torch.equal(a.view(torch.uint8) if a.numel() else a, b.view(torch.uint8) if b.numel() else b)
     assert before.config == after.config
 
 
@@ -205,7 +310,7 @@ class RebuildLayer:
         self.layer, self.record, self.handles = layer, record, []
 
     def __enter__(self):
-        from expertsmith.calibration.observers import submodule
+        from expertsmith.engine.experts import submodule
 
         record = self.record
         self.block = submodule(self.layer, record.block)
@@ -243,7 +348,7 @@ class RebuildLayer:
             handle.remove()
 
     def result(self, shape):
-        from expertsmith.calibration.observers import submodule
+        from expertsmith.engine.experts import submodule
 
         record, out = self.record, self.out.reshape(shape)
         if not self.whole:
@@ -264,7 +369,7 @@ class RebuildLayer:
 def test_observing_does_not_change_the_model(model_type, checkpoints, data, tmp_path):
     """Logits while everything is observed against logits of the plain model."""
     from expertsmith.calibration.observers import LayerSums, observing
-    from expertsmith.calibration.runner import _num_experts
+    from expertsmith.engine.experts import expert_count, experts_of
 
     checkpoint = open_checkpoint(checkpoints(model_type))
     record = families()[model_type]
@@ -275,7 +380,7 @@ def test_observing_does_not_change_the_model(model_type, checkpoints, data, tmp_
 
     with ExitStack() as stack:
         for index in model.moe_layers:
-            sums = LayerSums(_num_experts(model, index), {"a": 2}, model.device)
+            sums = LayerSums(expert_count(experts_of(model.layers[index], record)), {"a": 2}, model.device)
             stack.enter_context(observing(model.layers[index], record, sums, lambda: batch))
         with Walk(model, [batch]) as walk:
             list(walk.layers())

@@ -70,11 +70,17 @@ def put(subject: Subject, *drop: str, **values: Any) -> Subject:
     return replace(subject, config={**{k: v for k, v in subject.config.items() if k not in drop}, **values})
 
 
+UNEVEN = replace(PLAIN, declared={0: 32, 1: 20}, counts={0: 32, 1: 20})
+ALIVE = replace(PLAIN, extras={"alive": {"0": 32, "1": 20}})
+SKIP = replace(PLAIN, extras={"skip": {"rule": "tail", "thresholds": {"0": 0.2, "1": 0.1}}})
+EVEN = replace(PLAIN, declared={0: 32, 1: 32}, extras={"alive": {"0": 32, "1": 32}})  # per_layer_config that changes nothing
 GREEDY = replace(put(V2, topk_method="greedy"), groups=1, top_groups=1)
 
 # rule → (fires, silent)
 CASES: dict[str, tuple[Subject, Subject]] = {
     "transformers-count": (replace(PLAIN, counts={0: 32, 1: 60}), PLAIN),
+    "transformers-uneven": (UNEVEN, EVEN),
+    "transformers-skip": (SKIP, ALIVE),
     "transformers-top-k": (replace(PLAIN, top_k=33), replace(PLAIN, top_k=32)),
     "transformers-groups": (replace(V3, num_experts=100), replace(V3, num_experts=104)),
     "transformers-top-groups": (replace(V3, top_groups=9), replace(V3, top_groups=8)),
@@ -85,6 +91,9 @@ CASES: dict[str, tuple[Subject, Subject]] = {
     "transformers-expert-parallel": (replace(PLAIN, expert_parallel=5), replace(PLAIN, expert_parallel=4)),
     "vllm-nameless": (replace(PLAIN, architectures=()), PLAIN),
     "vllm-registry": (replace(PLAIN, architectures=("Dots1ForCausalLM",)), PLAIN),
+    "vllm-uneven": (UNEVEN, EVEN),
+    "vllm-padded": (ALIVE, EVEN),
+    "vllm-skip": (SKIP, ALIVE),
     "vllm-top-k": (replace(V3, num_experts=8, top_k=5), replace(V3, num_experts=16)),
     "vllm-top-groups": (replace(V3, top_groups=9), V3),
     "vllm-groups": (replace(V3, num_experts=8), replace(V3, num_experts=16)),
@@ -115,6 +124,9 @@ CASES: dict[str, tuple[Subject, Subject]] = {
         replace(PLAIN, architectures=("JambaForCausalLM",)),
         replace(PLAIN, architectures=("SolarOpenForCausalLM",)),
     ),
+    "sglang-uneven": (UNEVEN, EVEN),
+    "sglang-padded": (ALIVE, EVEN),
+    "sglang-skip": (SKIP, ALIVE),
     "sglang-top-k": (replace(PLAIN, top_k=33), PLAIN),
     "sglang-groups": (replace(V3, num_experts=100), V3),
     "sglang-top-groups": (replace(V3, top_groups=0), V3),
@@ -131,6 +143,9 @@ CASES: dict[str, tuple[Subject, Subject]] = {
         replace(PLAIN, architectures=("PhiMoEForCausalLM",)),
     ),
     "llama.cpp-max-experts": (replace(PLAIN, num_experts=1025), replace(PLAIN, num_experts=1024)),
+    "llama.cpp-uneven": (UNEVEN, EVEN),
+    "llama.cpp-padded": (ALIVE, EVEN),
+    "llama.cpp-skip": (SKIP, ALIVE),
     "llama.cpp-top-k": (replace(PLAIN, top_k=33), PLAIN),
     "llama.cpp-group-count": (replace(V3, num_experts=8), replace(V3, num_experts=16)),
     "llama.cpp-groups": (replace(V3, num_experts=100), put(replace(V3, num_experts=100), n_group=1)),
@@ -181,6 +196,31 @@ def test_flattened_groups_are_no_groups() -> None:
     flat = replace(V3, num_experts=100, groups=1, top_groups=1, counts={3: 100})
     flat = put(flat, n_group=1, topk_group=1, n_routed_experts=100)
     assert [finding.rule.id for finding in check(flat) if finding.level == "error"] == []
+
+
+def test_uneven_layers_are_an_error_for_all_but_transformers() -> None:
+    found = {finding.rule.id: finding for finding in check(UNEVEN)}
+    assert found.keys() == {f"{engine}-uneven" for engine in ENGINES}
+    assert {engine: found[f"{engine}-uneven"].level for engine in ENGINES} == {
+        "transformers": "warning", "vllm": "error", "sglang": "error", "llama.cpp": "error",
+    }  # fmt: skip
+    assert all(finding.message == "decoder layers have 20 to 32 experts" for finding in found.values())
+    assert "--uniform" in found["vllm-uneven"].remedy
+
+
+def test_the_layer_with_the_fewest_experts_decides() -> None:
+    few = replace(UNEVEN, declared={0: 32, 1: 3}, counts={0: 32, 1: 3})
+    messages = {finding.rule.id: finding.message for finding in check(few)}
+    assert messages["transformers-top-k"] == "a token uses 4 experts, but there are 3 in decoder layer 1"
+    groups = replace(V3, declared={3: 256, 4: 8}, counts={3: 256, 4: 8})
+    assert {"transformers-group-score", "vllm-uneven"} <= set(fired(groups))
+    wrong = replace(UNEVEN, counts={0: 32, 1: 21})
+    assert "config.json says 20 experts, but decoder layer 1 has tensors of 21" in [f.message for f in check(wrong)]
+
+
+def test_dead_experts_are_counted() -> None:
+    (message,) = {finding.message for finding in check(ALIVE)}
+    assert message == "12 dead experts in 1 decoder layers are kept unselected by a bias of -inf (or -1e30)"
 
 
 def test_findings_as_json() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,19 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import CALIBRATION, random_model, save_tiny
+from conftest import CALIBRATION, SUPPORTED, random_model, save_tiny
 from expertsmith import api
 from expertsmith.arch import families
-from expertsmith.calibration.observers import (
-    RATIO_BINS,
-    LayerSums,
-    Slots,
-    _Watch,
-    choose_sample,
-    flattened_forward,
-    grouped_forward,
-)
+from expertsmith.calibration.observers import RATIO_BINS, LayerSums, _Watch, choose_sample
 from expertsmith.engine import Batch
+from expertsmith.engine.experts import Slots, flattened_forward, grouped_forward
 
 
 def brute_force(model_type: str, folder, rows: list[list[int]]) -> dict[int, dict[str, np.ndarray]]:
@@ -182,14 +176,14 @@ def test_reap_golden_example():
 
     layer = LayerStatistics(0, {"d": {name: value.numpy() for name, value in sums.items()}})
     facts = Facts(0, 2, {"d": [2]})
-    score = {name: m.saliency(layer, facts) for name, m in methods().items() if m.reads == "statistics"}
+    score = {name: m.function(layer, facts) for name, m in methods().items() if m.reads == "statistics" and m.gives == "saliency"}
     assert score["frequency"].tolist() == [2, 0]
     assert score["ean"].tolist() == [18, 0]
     assert score["man"].tolist() == [9, 0]
     assert score["msan"].tolist() == [(25 + 169) / 2, 0]
     assert score["router_score"] == pytest.approx([1.3, 0])
     assert score["reap"] == pytest.approx([(5 * 0.7 + 13 * 0.6) / 2, 0])
-    assert methods()["ean"].saliency(layer, facts, weighted=True) == pytest.approx([5 * 0.7 + 13 * 0.6, 0])
+    assert methods()["ean"].function(layer, facts, weighted=True) == pytest.approx([5 * 0.7 + 13 * 0.6, 0])
     assert int(sums["tokens"]) == 2
     assert sums["norm_max"].tolist() == [13, 0]
 
@@ -258,7 +252,7 @@ def test_scaling_an_expert_scales_its_reap(checkpoints, data, tmp_path):
     a = api.calibrate(checkpoints("mixtral"), data, tmp_path / "a", **CALIBRATION)
     b = api.calibrate(tmp_path / "scaled", data, tmp_path / "b", **CALIBRATION)
     facts = Facts(last, 8, a.sequence_lengths)
-    before, after = (methods()["reap"].saliency(s.layers[last], facts) for s in (a, b))
+    before, after = (methods()["reap"].function(s.layers[last], facts) for s in (a, b))
     assert after[3] == pytest.approx(2 * before[3])
     assert np.delete(after, 3) == pytest.approx(np.delete(before, 3))
 
@@ -380,14 +374,14 @@ def test_easy_ep_choices_of_demonstrations(checkpoints, data, tmp_path):
     method = methods()["easy_ep"]
     tables = {d: entry.domains[d]["easy_ep_by_sequence"].astype(np.float64) for d in "ab"}
     one = stats.select(["a"]).layers[0]
-    assert method.saliency(one, facts) == pytest.approx(entry.domains["a"]["easy_ep"])
+    assert method.function(one, facts) == pytest.approx(entry.domains["a"]["easy_ep"])
     lengths = stats.sequence_lengths["a"]
     longest = sorted(range(6), key=lambda i: (-lengths[i], i))[:3]
-    assert method.saliency(one, facts, demonstrations="longest", count=3) == pytest.approx(tables["a"][longest].sum(0))
-    drawn = method.saliency(one, facts, demonstrations="random", count=3, seed=1)
+    assert method.function(one, facts, demonstrations="longest", count=3) == pytest.approx(tables["a"][longest].sum(0))
+    drawn = method.function(one, facts, demonstrations="random", count=3, seed=1)
     assert any(drawn == pytest.approx(tables["a"][[i, j, k]].sum(0)) for i in range(6) for j in range(i) for k in range(j))
-    assert (drawn == method.saliency(one, facts, demonstrations="random", count=3, seed=1)).all()
-    mixed = method.saliency(entry, facts)
+    assert (drawn == method.function(one, facts, demonstrations="random", count=3, seed=1)).all()
+    mixed = method.function(entry, facts)
     a, b = (entry.domains[d]["easy_ep"] for d in "ab")
     assert mixed == pytest.approx(a / a.sum() + b / b.sum())
 
@@ -464,7 +458,7 @@ def test_expert_without_tokens_goes_first_and_is_named(checkpoints, tmp_path, da
     from expertsmith.methods import methods
 
     for name, method in methods().items():
-        if method.reads == "statistics":
+        if method.reads == "statistics" and method.gives == "saliency":
             made = api.plan(tmp_path / "m", name, 6, stats=stats)
             assert all(entry.saliency[3] == 0.0 and 3 not in entry.keep for entry in made.layers), name
 
@@ -494,7 +488,7 @@ def test_calibration_in_bfloat16_matches_float32_roughly(tmp_path, data):
 def test_the_table_of_statistics_is_what_a_calibration_writes(checkpoints, data, tmp_path):
     from expertsmith.calibration.observers import STATISTICS
 
-    stats = api.calibrate(checkpoints("mixtral"), data, tmp_path / "s", output_sum=True, sample_tokens=3, **CALIBRATION)
+    stats = api.calibrate(checkpoints("mixtral"), data, tmp_path / "s", output_sum=True, all_outputs=True, sample_tokens=3, **CALIBRATION)
     assert all(set(entry.domains[domain]) == set(STATISTICS) for entry in stats.layers.values() for domain in "ab")
 
 
@@ -504,6 +498,8 @@ def test_methods_that_average_warn_of_few_tokens(checkpoints, data, tmp_path):
 
     stats = api.calibrate(checkpoints("mixtral"), data, tmp_path / "s", **CALIBRATION)
     for name, method in methods().items():
+        if method.gives != "saliency":
+            continue
         found: list[str] = []
 
         class Notes(Silent):
@@ -513,3 +509,54 @@ def test_methods_that_average_warn_of_few_tokens(checkpoints, data, tmp_path):
         api.plan(checkpoints("mixtral"), name, 8, stats=stats.select(["a"]), progress=Notes())
         assert any("noise" in message for message in found) == (name in ("man", "msan", "reap")), name
         assert method.averages == (name in ("man", "msan", "reap"))
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_outputs_of_all_experts_are_those_of_the_experts_own_forward(model_type):
+    """The sum over all tokens by linearity of the down projection against every expert run on every token."""
+    from expertsmith.engine.experts import experts_of, outputs_of_all, run_all
+    from expertsmith.engine.loading import has_experts
+
+    record = families()[model_type]
+    model = random_model(model_type)
+    layer = next(layer for layer in reversed(list(model.get_submodule(record.layers))) if has_experts(layer, record))
+    experts = experts_of(layer, record)
+    width = 16 if model_type == "nemotron_h" else 32  # its experts work in a latent space
+    x = torch.randn(11, width, generator=torch.Generator().manual_seed(0))
+    dims = 3 if model_type == "dbrx" else 2
+    with torch.no_grad():
+        total = outputs_of_all(experts, x, 8, record, dims)
+        raw = run_all(experts, x, 8, record, dims).double()
+    assert (total - raw.sum(1)).abs().max() < 1e-6 * raw.abs().max()
+    one = torch.zeros(len(x), 1, dtype=torch.long)
+    if record.call == "routed":
+        with torch.no_grad():
+            slots = flattened_forward(experts, x, one + 3, torch.ones(len(x), 1), False, (1, *x.shape)[3 - dims :])[1]
+        assert (raw[3] - slots.raw.double()).abs().max() < 1e-6 * raw.abs().max()
+
+
+def test_gram_of_router_logits_and_outputs_over_all_tokens(checkpoints, data, tmp_path):
+    """Against logits and expert outputs caught by hooks on plain transformers."""
+    import transformers
+
+    source = checkpoints("qwen2_moe")
+    stats = api.calibrate(source, data, tmp_path / "s", all_outputs=True, **CALIBRATION)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    last = max(stats.layers)
+    block = model.model.layers[last].mlp
+    rows = [json.loads(line)["input_ids"] for line in Path(data[0].partition("=")[2]).read_text().splitlines()]
+    gram, sums = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(8, 32, dtype=torch.float64)
+    for ids in rows:
+        caught = []
+        handle = block.gate.register_forward_hook(lambda m, a, o, caught=caught: caught.append((a[0], o[0])))
+        with torch.no_grad():
+            model(torch.tensor([ids]))
+        handle.remove()
+        x, logits = (value.reshape(-1, value.shape[-1]) for value in caught[0])
+        gram += logits.double().T @ logits.double()
+        for e in range(8):
+            gate, up = (x @ block.experts.gate_up_proj[e].T).chunk(2, -1)
+            sums[e] += ((torch.nn.functional.silu(gate) * up) @ block.experts.down_proj[e].T).double().sum(0).detach()
+    entry = stats.layers[last].domains["a"]
+    assert np.abs(entry["logit_gram"] - gram.numpy()).max() < 1e-5 * np.abs(gram.numpy()).max()
+    assert np.abs(entry["all_output_sum"] - sums.numpy()).max() < 1e-5 * np.abs(sums.numpy()).max()

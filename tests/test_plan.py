@@ -15,7 +15,7 @@ from conftest import CALIBRATION
 from expertsmith import api
 from expertsmith.calibration.stats import layer_path
 from expertsmith.errors import UserError
-from expertsmith.plan import CalibrationData, LayerPlan, Merge, Method, Plan, Source, Summary, load_plan, parse_plan
+from expertsmith.plan import CalibrationData, LayerPlan, Merge, Method, Plan, Skip, Source, Summary, load_plan, parse_plan
 
 always = settings(derandomize=True, deadline=None, max_examples=50)  # the same examples in every run
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -31,11 +31,15 @@ def layer_plans(draw, layer: int) -> LayerPlan:
     experts = draw(st.integers(1, 12))
     ids = st.integers(0, experts - 1)
     keep = sorted(draw(st.sets(ids, min_size=1)))
-    merge = []
+    merge, free = [], {e for e in range(experts) if e not in keep}
     for into in draw(st.sets(st.sampled_from(keep), max_size=2)):
-        sources = sorted(draw(st.sets(ids, min_size=1, max_size=4)))
-        weights = st.lists(FLOATS, min_size=len(sources), max_size=len(sources))
-        merge.append(Merge(into=into, sources=sources, weights=draw(weights)))
+        others = draw(st.sets(st.sampled_from(sorted(free)), max_size=4)) if free else set()
+        free -= others
+        sources = sorted({into, *others})
+        weights = st.lists(st.floats(0.1, 1e30), min_size=len(sources), max_size=len(sources))
+        align, router = draw(st.sampled_from(["none", "weights"])), draw(st.sampled_from(["dominant", "mean"]))
+        values = {"weights": draw(weights), "align": align, "router": router, "log_count": draw(st.booleans())}
+        merge.append(Merge(into=into, sources=sources, **values))
     return LayerPlan(
         layer=layer,
         num_experts=experts,
@@ -55,7 +59,13 @@ def plans(draw) -> Plan:
         model=Source(model_type=draw(TEXT), fingerprint=draw(TEXT)),
         calibration=draw(st.none() | st.builds(CalibrationData, fingerprint=TEXT, tokens=TOKENS)),
         router_groups=draw(st.sampled_from(["keep", "flatten"])),
+        skip=Skip(
+            rule=draw(st.sampled_from(["ratio", "tail"])),
+            statistic=draw(TEXT),
+            calibration=draw(st.builds(CalibrationData, fingerprint=TEXT, tokens=TOKENS)),
+        ),
         layers=[draw(layer_plans(number)) for number in numbers],
+        notes=draw(st.lists(TEXT, max_size=2)),
         summary=draw(st.none() | st.builds(Summary, experts=COUNTS, parameters=COUNTS, bytes=COUNTS)),
     )
 
@@ -73,6 +83,7 @@ def example() -> dict:
         "model": {"model_type": "mixtral", "fingerprint": "sha256:00"},
         "calibration": {"fingerprint": "sha256:11", "tokens": {"math": 20480}},
         "router_groups": "keep",
+        "skip": {"rule": "ratio", "statistic": "median", "calibration": {"fingerprint": "sha256:22", "tokens": {"math": 4096}}},
         "layers": [layer, {"layer": 2, "num_experts": 4, "keep": [1, 3]}],
         "summary": {"experts": [8, 4], "parameters": [1000, 560], "bytes": [2000, 1120]},
     }
@@ -112,8 +123,8 @@ def test_a_change_of_one_layer_changes_one_line():
     before = parse_plan(raw, "here").dumps().splitlines()
     raw["layers"][1]["keep"] = [1, 2]
     after = parse_plan(raw, "here").dumps().splitlines()
-    assert [(a, b) for a, b in zip(before, after, strict=True) if a != b] == [(before[9], after[9])]
-    assert '"keep": [1, 2]' in after[9]
+    assert [(a, b) for a, b in zip(before, after, strict=True) if a != b] == [(before[10], after[10])]
+    assert '"keep": [1, 2]' in after[10]
 
 
 def test_the_order_of_keys_in_the_file_does_not_matter():
@@ -135,11 +146,11 @@ def test_floats_have_the_digits_that_read_back_equal(tmp_path):
 
 
 def test_what_is_not_there_is_not_written():
-    raw = {key: value for key, value in example().items() if key not in ("calibration", "summary")}
+    raw = {key: value for key, value in example().items() if key not in ("calibration", "summary", "skip")}
     raw["layers"] = raw["layers"][1:]
     text = parse_plan(raw, "here").dumps()
     assert "null" not in text
-    for key in ("calibration", "summary", "saliency", "skip_threshold", "why"):
+    for key in ("calibration", "summary", "saliency", "skip", "why", "notes"):
         assert key not in text
 
 
@@ -155,7 +166,7 @@ def test_none_inside_free_tables_survives():
 def test_merged_experts_are_called_from_in_the_file_and_sources_in_python():
     merge = parse_plan(example(), "here").layers[0].merge[0]
     assert merge.sources == [0, 1]
-    assert '"merge": [{"into": 0, "from": [0, 1], "weights": [0.6, 0.4]}]' in parse_plan(example(), "here").dumps()
+    assert '"merge": [{"into": 0, "from": [0, 1], "weights": [0.6, 0.4], "align": "none"' in parse_plan(example(), "here").dumps()
     assert '"sources"' not in parse_plan(example(), "here").dumps()
 
 
@@ -264,12 +275,36 @@ def test_the_example_itself_is_accepted(tmp_path):
         ({"into": 1, "from": [0, 1], "weights": [0.5, 0.5]}, "1"),  # 1 does not stay
         ({"into": 0, "from": [], "weights": []}, "0"),
         ({"into": 0, "from": [1, 1], "weights": [0.5, 0.5]}, "1"),
+        ({"into": 0, "from": [1, 3], "weights": [0.5, 0.5]}, "does not name that expert"),
+        ({"into": 0, "from": [0, 1], "weights": [1.5, -0.5]}, "shares"),
+        ({"into": 0, "from": [0, 1], "weights": [0.0, 0.0]}, "shares"),
     ],
 )
 def test_a_merge_names_experts_of_the_layer(merge, says):
     raw = example()
     raw["layers"][0]["merge"] = [merge]
     with pytest.raises(UserError, match=rf"layer 0: merge.*{says}"):
+        parse_plan(raw, "here")
+
+
+def test_an_expert_is_merged_once_and_does_not_stay_besides():
+    raw = example()
+    first(raw)["merge"] = [{"into": 0, "from": [0, 2], "weights": [0.5, 0.5]}]
+    with pytest.raises(UserError, match="expert 2 is merged into 0, so it cannot be kept as well"):
+        parse_plan(raw, "here")
+    first(raw)["merge"] = [{"into": 0, "from": [0, 1], "weights": [0.5, 0.5]}, {"into": 2, "from": [1, 2], "weights": [0.5, 0.5]}]
+    with pytest.raises(UserError, match="expert 1 is merged twice"):
+        parse_plan(raw, "here")
+
+
+def test_skip_thresholds_need_a_rule_and_are_ratios():
+    raw = example()
+    del raw["skip"]
+    with pytest.raises(UserError, match="layer 0 has a skip_threshold, but the plan has no skip rule"):
+        parse_plan(raw, "here")
+    raw = example()
+    first(raw)["skip_threshold"] = -0.1
+    with pytest.raises(UserError, match="a ratio of routing weights"):
         parse_plan(raw, "here")
 
 

@@ -7,29 +7,30 @@ Importing this module is quick: torch and transformers are imported by the funct
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory, take_inventory
-from expertsmith.plan import CalibrationData, LayerPlan, Method, Plan, Source, Summary, load_plan
+from expertsmith.opening import beside, open_model, token_data, window_of
+from expertsmith.plan import Plan, load_plan
 from expertsmith.progress import Progress, Silent
-from expertsmith.selection import Rules, keep_count, over_layers, parse_keep, uniform
+from expertsmith.selection import Rules, keep_count, parse_keep
 
 if TYPE_CHECKING:
     from expertsmith.calibration.stats import Statistics
     from expertsmith.evaluation.quality import Quality
     from expertsmith.lint import Finding
+    from expertsmith.methods.base import Budget, Method
     from expertsmith.surgery.verify import Verdict
 
 Keep = float | int | str
 RATIOS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
-FEW_TOKENS = 30  # below this many tokens a mean over an expert's tokens is noise (frontier card, section 1)
 
 
 def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
@@ -112,6 +113,7 @@ def calibrate(
     overlong: Literal["refuse", "truncate", "drop"] = "refuse",
     batch_tokens: int = 8192,
     output_sum: bool = False,
+    all_outputs: bool = False,
     sample_tokens: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -127,7 +129,8 @@ def calibrate(
         samples: sequences a domain, drawn with `seed`.
         seq_len: tokens a sequence at most; None: 2048 or the model's window, whichever is less.
         pack: join texts into full sequences; None: texts yes, demonstrations (messages, prompt + response) no.
-        output_sum: also sum the raw outputs of every expert.
+        output_sum: also sum the raw outputs of every expert over the tokens routed to it.
+        all_outputs: also sum them over all tokens: every expert runs on every token (needed by hc_smoe).
         sample_tokens: also keep the block's inputs and outputs of this many tokens a domain.
         memory: "resident", "stream" (one decoder layer at a time) or "auto".
         resume: complete a folder that an interrupted run left; otherwise start again.
@@ -137,7 +140,7 @@ def calibrate(
 
     progress = progress or Silent()
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
-    tokens = _tokens(
+    tokens = token_data(
         inventory.checkpoint.path,
         inventory.checkpoint.config,
         data,
@@ -149,55 +152,57 @@ def calibrate(
         overlong=overlong,
         batch_tokens=batch_tokens,
     )
-    loaded = _load(inventory, memory, device, dtype, progress)
-    extras = Extras(output_sum, sample_tokens, seed)
+    loaded = open_model(inventory, progress, device=device, dtype=dtype, memory=memory)
+    extras = Extras(output_sum, all_outputs, sample_tokens, seed)
     return collect(loaded, tokens, Path(out), batch_tokens=batch_tokens, extras=extras, resume=resume, progress=progress)
 
 
 def plan(
     model: str | Path | Inventory,
     method: str,
-    keep: Keep,
+    keep: Keep | None = None,
     *,
     stats: str | Path | Statistics | None = None,
     data: Sequence[str] = (),
     domains: Sequence[str] = (),
-    budget: str = "uniform",
+    budget: str | None = None,
+    uniform: bool = False,
     options: Mapping[str, Any] | None = None,
     router_groups: Literal["keep", "flatten"] = "keep",
     out: str | Path | None = None,
+    work: str | Path | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
     **calibration: Any,
 ) -> Plan:
-    """Choose which experts stay.
+    """Choose which experts stay, and which are merged.
 
     Args:
-        keep: a ratio (0.5, "50%") or a count (4, "4").
+        keep: a ratio (0.5, "50%") or a count (4, "4"); None for methods with a threshold of their own.
         stats: statistics of `calibrate`; without them `data` is calibrated first (into `<out>.stats`).
         domains: use only these domains of the statistics.
-        budget: "uniform" (every layer alike) or "global" (one ranking over all layers).
+        budget: "uniform" (every layer alike), "global" (the layers share one total) or "threshold" (the method's own); None: the method's usual.
+        uniform: of a budget that leaves layers different numbers, make the nearest plan with one number, and note what that costs.
         options: the method's own options, see `expertsmith methods`.
         router_groups: "keep" drops the same number from every expert_group; "flatten" gives up the groups (n_group = 1).
+        work: folder for what is costly to compute again (measured weights, finished searches); default `<out>.measured`.
         calibration: options of `calibrate`, used with `data`.
 
     Raises:
         UserError: unknown method or option, a keep that the router cannot work with, statistics of another model.
     """
-    from expertsmith import methods as registered
-    from expertsmith.calibration.stats import Statistics, load_statistics
+    from expertsmith import planning
 
     progress = progress or Silent()
-    chosen = registered.find(method)
-    values = chosen.parse_options(options or {})
-    share = parse_keep(keep)
     inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
-    rules = inventory.rules if router_groups == "keep" else Rules(inventory.num_experts, inventory.top_k)
-    if budget not in ("uniform", "global"):
-        raise UserError(f"budget is {budget!r}", "choose uniform or global")
-    keep_count(share, rules, inventory.checkpoint.source)  # refuse before anything is computed
-    statistics = None
-    if not chosen.data_free:
+    chosen, values, share, chosen_budget, rules = _request(inventory, method, keep, budget, options, router_groups)
+    place = None if work is None and out is None else Path(work) if work is not None else beside(out or "", "measured")
+    job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress, work=place)
+    if chosen.reads == "model":
+        if not data:
+            raise UserError(f"method {method} runs the model on text", "pass --data FILE")
+        job.open = partial(_model_and_tokens, inventory, data, progress, calibration)
+    elif not chosen.data_free:
         if stats is None:
             if not data:
                 raise UserError(
@@ -206,93 +211,50 @@ def plan(
             stats = calibrate(
                 inventory.checkpoint.source,
                 data,
-                _beside(out or "plan.json", "stats"),
+                beside(out or "plan.json", "stats"),
+                all_outputs=chosen.all_outputs,
                 progress=progress,
                 allow_pickle=allow_pickle,
                 **calibration,
             )
-        statistics = stats if isinstance(stats, Statistics) else load_statistics(stats)
-        statistics = statistics.select(domains)
-        if statistics.header["model"]["fingerprint"] != inventory.checkpoint.fingerprint:
-            raise UserError(f"the statistics are of another model than {inventory.checkpoint.source}", "calibrate this one")
-        if list(statistics.layers) != inventory.layers:
-            raise UserError("the statistics do not cover the same layers as the checkpoint", "calibrate again")
-    saliency = _saliency(chosen, values, inventory, statistics, progress)
-    if budget == "uniform":
-        kept = uniform(saliency, share, rules, chosen.ties)
-    else:
-        kept = over_layers(saliency, share, rules, chosen.ties)
-    layers = []
-    for layer in inventory.layers:
-        why = {"selections": statistics.layers[layer].total("selections").tolist()} if statistics else None
-        layers.append(
-            LayerPlan(layer=layer, num_experts=inventory.num_experts, keep=kept[layer], saliency=list(saliency[layer]), why=why)
-        )
-    after = inventory.size({layer: len(ids) for layer, ids in kept.items()})
-    before = inventory.size()
-    used = {"budget": budget, "keep": share, **values, **({"domains": list(domains)} if domains else {})}
-    made = Plan(
-        method=Method(name=method, options=used),
-        model=Source(model_type=inventory.architecture.model_type, fingerprint=inventory.checkpoint.fingerprint),
-        calibration=CalibrationData(fingerprint=statistics.header["data"]["fingerprint"], tokens=statistics.tokens)
-        if statistics
-        else None,
-        router_groups=router_groups,
-        layers=layers,
-        summary=Summary(
-            experts=(inventory.num_experts * len(layers), sum(len(ids) for ids in kept.values())),
-            parameters=(before[0], after[0]),
-            bytes=(before[1], after[1]),
-        ),
-    )
-    _warn(made, chosen.averages, progress)
+        job.statistics = planning.statistics_for(inventory, chosen, stats, domains)
+    made = planning.make_plan(job, router_groups, uniform, {"domains": list(domains)} if domains else {})
     if out is not None:
         made.save(out)
     return made
 
 
-def _saliency(
-    chosen: Any, values: Mapping[str, Any], inventory: Inventory, statistics: Statistics | None, progress: Progress
-) -> dict[int, list[float]]:
-    from expertsmith.methods.base import Facts
-    from expertsmith.weights import expert_weights
+def _request(
+    inventory: Inventory,
+    method: str,
+    keep: Keep | None,
+    budget: str | None,
+    options: Mapping[str, Any] | None,
+    router_groups: str,
+) -> tuple[Method, dict[str, Any], float | int | None, Budget, dict[int, Rules]]:
+    """Everything that was asked for, checked before anything is computed."""
+    from expertsmith import methods as registered
+    from expertsmith import planning
 
-    lengths = statistics.sequence_lengths if statistics else {}
-    saliency = {}
-    with progress.task("score", len(inventory.layers), "layers") as advance:
-        for layer in inventory.layers:
-            facts = Facts(layer, inventory.num_experts, lengths)
-            if chosen.reads == "weights":
-                scores = chosen.saliency(expert_weights(inventory, layer), facts, **values)
-            elif chosen.reads == "nothing":
-                scores = chosen.saliency(facts, **values)
-            else:
-                assert statistics is not None
-                scores = chosen.saliency(statistics.layers[layer], facts, **values)
-            saliency[layer] = [float(score) for score in scores]
-            bad = next((e for e, score in enumerate(saliency[layer]) if not math.isfinite(score)), None)
-            if bad is not None:
-                raise UserError(
-                    f"method {chosen.name} gives decoder layer {layer}'s expert {bad} the saliency {saliency[layer][bad]}",
-                    "activations overflowed while calibrating? calibrate with --dtype float32",
-                )
-            advance(1)
-    return saliency
+    chosen = registered.find(method)
+    values = chosen.parse_options(options or {})
+    share = None if keep is None else parse_keep(keep)
+    chosen_budget = planning.choose_budget(chosen, budget, share)
+    rules = planning.rules_of(inventory, router_groups)
+    if share is not None:
+        where = inventory.checkpoint.source
+        for layer, entry in rules.items():
+            keep_count(share, entry, where if len(set(rules.values())) == 1 else f"decoder layer {layer} of {where}")
+    return chosen, values, share, chosen_budget, rules
 
 
-def _warn(made: Plan, averages: bool, progress: Progress) -> None:
-    """Say where the calibration was too small for what the plan keeps."""
-    unreached = [(entry.layer, e) for entry in made.layers if entry.why for e in entry.keep if entry.why["selections"][e] == 0]
-    if unreached:
-        layers = sorted({layer for layer, _ in unreached})
-        progress.note(
-            f"{len(unreached)} kept experts (layers {', '.join(map(str, layers))}) were reached by no calibration token: the calibration is too small for this ratio"
-        )
-    few = [e for entry in made.layers if entry.why for e in entry.keep if 0 < entry.why["selections"][e] < FEW_TOKENS]
-    if few and averages:
-        progress.note(
-            f"{len(few)} kept experts were reached by fewer than {FEW_TOKENS} tokens: their mean is noise; more calibration text helps"
-        )
+def _model_and_tokens(inventory: Inventory, data: Sequence[str], progress: Progress, options: Mapping[str, Any]) -> Any:
+    """(model, token data) for a method that runs the model; `options` are those of `calibrate`."""
+    where = {key: options[key] for key in ("device", "dtype", "memory") if key in options}
+    rest = {key: value for key, value in options.items() if key not in (*where, "resume", "output_sum", "sample_tokens")}
+    source = inventory.checkpoint
+    tokens = token_data(source.path, source.config, data, progress, **rest)
+    return open_model(inventory, progress, **where), tokens
 
 
 def apply(
@@ -300,12 +262,18 @@ def apply(
     plan: str | Path | Plan,
     out: str | Path,
     *,
+    pad: bool = False,
     overwrite: bool = False,
     check_values: bool = True,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
     """Write the checkpoint that the plan describes, tensor by tensor; the model is never loaded. Returns notes.
+
+    Layers that keep different numbers of experts are written with `per_layer_config`, for `load` or transformers with remote code.
+
+    Args:
+        pad: instead, fill such layers up with experts that are never selected, so that stock classes load the result.
 
     Raises:
         UserError: the plan is for another model or breaks a rule, the output exists, the disk is full, NaN in a kept tensor.
@@ -314,7 +282,7 @@ def apply(
 
     loaded = plan if isinstance(plan, Plan) else load_plan(plan)
     inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
-    return apply_plan(loaded, inventory, Path(out), overwrite=overwrite, check_values=check_values, progress=progress)
+    return apply_plan(loaded, inventory, Path(out), pad=pad, overwrite=overwrite, check_values=check_values, progress=progress)
 
 
 def verify(
@@ -349,10 +317,10 @@ def verify(
     loaded = plan if isinstance(plan, Plan) else load_plan(plan if plan is not None else proof.find_plan(Path(out)))
     config = inventory.config
     if data:
-        length = seq_len or min(256, _window(inventory.checkpoint.config))
+        length = seq_len or min(256, window_of(inventory.checkpoint.config))
         count = max(1, tokens // (length * len(data)))
         source = inventory.checkpoint
-        batches = _tokens(
+        batches = token_data(
             source.path,
             source.config,
             data,
@@ -366,7 +334,7 @@ def verify(
         ).batches(2048)
     else:
         batches = proof.random_batches(
-            int(config.get("vocab_size", 2)), tokens, length=min(seq_len or 64, _window(inventory.checkpoint.config))
+            int(config.get("vocab_size", 2)), tokens, length=min(seq_len or 64, window_of(inventory.checkpoint.config))
         )
     where = choose_device(device)
     mode = choose_memory(memory, [inventory.checkpoint, output], where, dtype)
@@ -394,17 +362,19 @@ def evaluate(
 ) -> Quality:
     """Perplexity by domain on held-out text; against a reference also KL divergence, top-1 agreement and ESAP.
 
-    Documents are packed into windows that overlap by one token, so that each token is predicted once.
+    Documents are packed into windows that overlap by one token, so that each token is predicted once. Skip thresholds of a checkpoint are in
+    force.
     """
     from expertsmith.arch import families, text_config
     from expertsmith.engine.loading import choose_device, choose_memory, load_model
     from expertsmith.evaluation.quality import measure
+    from expertsmith.surgery.mask import in_force
 
     progress = progress or Silent()
     opened = [
         open_checkpoint(path, allow_pickle=allow_pickle) for path in ([model] if reference is None else [model, reference])
     ]
-    tokens = _tokens(
+    tokens = token_data(
         opened[0].path,
         opened[0].config,
         data,
@@ -425,19 +395,130 @@ def evaluate(
         )
         for entry in opened
     ]
-    return measure(loaded[0], tokens.batches(batch_tokens), loaded[1] if reference is not None else None, progress)
+    with ExitStack() as stack:
+        for entry in loaded:
+            stack.enter_context(in_force(entry))
+        return measure(loaded[0], tokens.batches(batch_tokens), loaded[1] if reference is not None else None, progress)
+
+
+def skip(
+    model: str | Path,
+    data: Sequence[str],
+    out: str | Path,
+    *,
+    plan: str | Path | Plan | None = None,
+    statistic: Literal["median", "mean", "quantile"] = "median",
+    quantile: float = 0.5,
+    active: float | None = None,
+    eval_data: Sequence[str] = (),
+    measure: bool = True,
+    overwrite: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: str = "auto",
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+    **calibration: Any,
+) -> dict[str, Any]:
+    """Dynamic skipping: thresholds below which a token leaves out its least weighted experts, written with a checkpoint.
+
+    With top_k = 2 the rule is the paper's: the second expert is skipped where w_2 < threshold * w_1. With more it is the tail rule of
+    its appendix A.2: the smallest number of experts stays whose left-out weights are at most threshold of all (`engine.skipping`).
+    `expertsmith.load` runs OUT with skipping; other engines load it and skip nothing.
+
+    Args:
+        plan: prune or merge first, and calibrate the thresholds on the result; otherwise all experts stay.
+        statistic: what the threshold is of the values on the calibration tokens: "median" (the paper), "mean", or a `quantile`.
+        active: instead, the wanted mean number of experts a token runs (top_k > 2).
+        eval_data: held-out text for the quality with and without skipping; none: the calibration text.
+        measure: False leaves quality and speed out.
+
+    Raises:
+        UserError: a model with one expert a token, or whose router scales the experts' inputs; see also `apply`.
+    """
+    from expertsmith.calibration.ratios import collect_ratios, thresholds
+    from expertsmith.checkpoint.writer import prepare_target
+    from expertsmith.engine.skipping import check_rule
+    from expertsmith.evaluation.skipping import with_and_without
+    from expertsmith.surgery import skip as surgery
+    from expertsmith.surgery.mask import in_force
+
+    progress = progress or Silent()
+    target = Path(out)
+    inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
+    prepare_target(target, inventory.checkpoint.path, overwrite)
+    run: dict[str, Any] = {"device": device, "dtype": dtype, "memory": memory}
+    made = surgery.keep_all(inventory) if plan is None else plan if isinstance(plan, Plan) else load_plan(plan)
+    if plan is not None:
+        apply(inventory, made, target, overwrite=overwrite, progress=progress)
+    subject = inventory if plan is None else take_inventory(open_checkpoint(target))
+    loaded = open_model(subject, progress, **run)
+    rule = surgery.rule_for(subject)
+    check_rule(loaded.config, subject.architecture, rule)
+    tokens = token_data(subject.checkpoint.path, subject.checkpoint.config, data, progress, **calibration)
+    found = thresholds(
+        collect_ratios(loaded, tokens, batch_tokens=calibration.get("batch_tokens", 8192), progress=progress),
+        rule,
+        statistic=statistic,
+        quantile=quantile,
+        active=active,
+    )
+    word = (
+        f"{active:g} active experts"
+        if active is not None
+        else f"quantile {quantile:g}"
+        if statistic == "quantile"
+        else statistic
+    )
+    made = surgery.with_thresholds(made, found, rule, word, tokens)
+    if plan is None:
+        apply(inventory, made, target, overwrite=overwrite, progress=progress)
+    else:
+        surgery.refresh(target, made, inventory)
+    result: dict[str, Any] = {"out": str(target), "plan": made, "rule": rule, "quality": None, "speed": None}
+    if measure:
+        texts = list(eval_data) or list(data)
+        shape = {key: calibration[key] for key in ("samples", "seq_len", "seed") if key in calibration}
+        written = take_inventory(open_checkpoint(target))
+        held_out = token_data(
+            target, written.checkpoint.config, texts, progress, overlap=1, pack=True, overlong="truncate", **shape
+        )
+        models = [open_model(written, progress, **run) for _ in range(2)]
+        result |= with_and_without(models[0], models[1], in_force, held_out.batches(4096), progress)
+        result["quality"]["held_out"] = bool(eval_data)
+    return result
+
+
+def load(path: str | Path, **kwargs: Any) -> Any:
+    """A transformers model of any checkpoint that expertsmith writes, ready to run: layers with different numbers of experts are built,
+    and skip thresholds of its config.json are put in force. No code from the checkpoint is run.
+
+    Args:
+        kwargs: for `AutoModelForCausalLM.from_pretrained`.
+    """
+    from expertsmith.arch import family_of
+    from expertsmith.engine.skipping import install
+    from expertsmith.engine.uneven import load as load_module
+    from expertsmith.surgery.skip import skip_of
+
+    module = load_module(path, **kwargs)
+    found = skip_of(module.config.to_dict())
+    if found is not None:
+        install(module, family_of(module.config.to_dict(), str(path)), found[1], found[0])
+    return module
 
 
 def compress(
     model: str | Path,
     method: str,
-    keep: Keep,
+    keep: Keep | None,
     out: str | Path,
     *,
     data: Sequence[str] = (),
     stats: str | Path | Statistics | None = None,
     domains: Sequence[str] = (),
-    budget: str = "uniform",
+    budget: str | None = None,
+    uniform: bool = False,
     options: Mapping[str, Any] | None = None,
     router_groups: Literal["keep", "flatten"] = "keep",
     eval_data: Sequence[str] = (),
@@ -452,13 +533,13 @@ def compress(
 ) -> dict[str, Any]:
     """calibrate + plan + apply + verify + evaluate in one go; returns what was done, found and measured.
 
-    The statistics stay in `<out>.stats`, so that an interrupted run resumes and further plans need no calibration.
+    The statistics stay in `<out>.stats` (measured weights and searches in `<out>.measured`), so that an interrupted run resumes and further
+    plans need no calibration.
 
     Args:
         eval_data: held-out text to measure quality on; without it, the calibration text is used (which flatters the result).
         measure: False leaves the quality measurement out.
     """
-    from expertsmith import methods as registered
     from expertsmith.checkpoint.writer import prepare_target
     from expertsmith.surgery.card import model_card
 
@@ -467,19 +548,15 @@ def compress(
     target = Path(out)
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     prepare_target(target, inventory.checkpoint.path, overwrite)
-    registered.find(method).parse_options(options or {})
-    keep_count(
-        parse_keep(keep),
-        inventory.rules if router_groups == "keep" else Rules(inventory.num_experts, inventory.top_k),
-        inventory.checkpoint.source,
-    )
+    chosen = _request(inventory, method, keep, budget, options, router_groups)[0]
     run: dict[str, Any] = {"device": device, "memory": memory}
-    if stats is None and data and not registered.find(method).data_free:
+    if stats is None and data and chosen.reads == "statistics":
         with _timed(seconds, "calibrate"):
             stats = calibrate(
                 model,
                 data,
-                _beside(out, "stats"),
+                beside(out, "stats"),
+                all_outputs=chosen.all_outputs,
                 dtype=dtype,
                 allow_pickle=allow_pickle,
                 progress=progress,
@@ -493,11 +570,17 @@ def compress(
             keep,
             stats=stats,
             domains=domains,
+            data=data,
             budget=budget,
+            uniform=uniform,
             options=options,
             router_groups=router_groups,
+            work=beside(out, "measured"),
             allow_pickle=allow_pickle,
             progress=progress,
+            dtype=dtype,
+            **run,
+            **calibration,
         )
     with _timed(seconds, "apply"):
         notes = apply(inventory, made, target, overwrite=overwrite, progress=progress)
@@ -543,56 +626,3 @@ def _timed(into: dict[str, float], name: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     into[name] = round(time.perf_counter() - begin, 3)
-
-
-def _beside(path: str | Path, suffix: str) -> Path:
-    target = Path(path)
-    return target.with_name(f"{target.name}.{suffix}")
-
-
-def _window(config: Mapping[str, Any]) -> int:
-    from expertsmith.arch import text_config
-
-    for key in ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions"):
-        value = text_config(config).get(key)
-        if isinstance(value, int) and value > 1:
-            return value
-    return 2**31
-
-
-def _tokens(
-    path: Path,
-    config: Mapping[str, Any],
-    data: Sequence[str],
-    progress: Progress,
-    *,
-    seq_len: int | None,
-    overlap: int = 0,
-    **options: Any,
-) -> Any:
-    from expertsmith.arch import text_config
-    from expertsmith.calibration.data import DataOptions, load_tokenizer, load_tokens
-
-    window = _window(config)
-    length = seq_len if seq_len is not None else min(2048, window)
-    if length != window:  # a full window has no position for the token that is only predicted
-        length += overlap
-    settings = DataOptions(seq_len=length, overlap=overlap, **options)
-    vocab = text_config(config).get("vocab_size")
-    tokens = load_tokens(
-        data, load_tokenizer(path), settings, None if window == 2**31 else window, vocab if isinstance(vocab, int) else None
-    )
-    counts = ", ".join(
-        f"{name} {number:,} in {len(tokens.sequences[name])} sequences" for name, number in tokens.tokens.items()
-    )
-    progress.note(f"tokens: {counts}")
-    return tokens
-
-
-def _load(inventory: Inventory, memory: str, device: str, dtype: str, progress: Progress) -> Any:
-    from expertsmith.engine.loading import choose_device, choose_memory, load_model
-
-    where = choose_device(device)
-    mode = choose_memory(memory, [inventory.checkpoint], where, dtype)
-    progress.note(f"{inventory.architecture.title}: {mode} on {where}")
-    return load_model(inventory.checkpoint, inventory.architecture, memory=mode, device=where, dtype=dtype)

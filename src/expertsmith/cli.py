@@ -45,9 +45,27 @@ Data = Annotated[
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Where the result goes.")]
 Method = Annotated[str, typer.Option("--method", "-m", help="How experts are scored; see `expertsmith methods`.")]
 Keep = Annotated[
-    str, typer.Option("--keep", "-k", help="Routed experts that stay in each layer: a ratio (0.5, 50%) or a count (4).")
+    str | None,
+    typer.Option(
+        "--keep",
+        "-k",
+        help="Routed experts that stay in each layer: a ratio (0.5, 50%) or a count (4). Methods with a threshold of their own do without.",
+    ),
 ]
-Budget = Annotated[str, typer.Option(help="uniform: every layer keeps the same number; global: one ranking over all layers.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="uniform: every layer keeps the same number; global: the layers share one total; threshold: what the method's own threshold says. Default: the method's usual.",
+        show_default=False,
+    ),
+]
+Uniform = Annotated[
+    bool,
+    typer.Option(
+        "--uniform",
+        help="Of a budget that leaves layers different numbers, the nearest plan that stock engines load, and what it costs.",
+    ),
+]
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-O", metavar="KEY=VALUE", help="Option of the method; repeatable.")
 ]
@@ -84,6 +102,15 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read a pickle-only checkpoint (with weights_only).")]
 Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Complete what an interrupted run left, or start again.")]
+EvalData = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--eval-data",
+        "-e",
+        metavar="[DOMAIN=]SOURCE[:N]",
+        help="Held-out text to measure the loss of quality on; repeatable. Without it the calibration text is used.",
+    ),
+]
 Stats = Annotated[Path | None, typer.Option("--stats", "-s", help="Statistics folder made by `expertsmith calibrate`.")]
 
 
@@ -103,23 +130,16 @@ def _root(
 def compress(
     model: Model,
     method: Method,
-    keep: Keep,
     out: Out,
+    keep: Keep = None,
     data: Data = None,
     stats: Stats = None,
     domain: Domains = None,
-    budget: Budget = "uniform",
+    budget: Budget = None,
+    uniform: Uniform = False,
     option: Options = None,
     router_groups: Groups = "keep",
-    eval_data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--eval-data",
-            "-e",
-            metavar="[DOMAIN=]SOURCE[:N]",
-            help="Held-out text to measure the loss of quality on; repeatable. Without it the calibration text is used.",
-        ),
-    ] = None,
+    eval_data: EvalData = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure quality at the end.")] = True,
     samples: Samples = 128,
     seq_len: SeqLen = None,
@@ -151,6 +171,7 @@ def compress(
         stats=stats,
         domains=domain or (),
         budget=budget,
+        uniform=uniform,
         options=_options(option),
         router_groups=_word(router_groups, "router-groups", "keep", "flatten"),
         eval_data=eval_data or (),
@@ -174,7 +195,7 @@ def compress(
         show.as_json(
             {
                 **result,
-                "plan": result["plan"].model_dump(mode="json", by_alias=True, exclude_none=True),
+                "plan": result["plan"].to_json(),
                 "verify": verdict.to_json(),
             }
         )
@@ -208,7 +229,11 @@ def calibrate(
     overlong: Overlong = "refuse",
     batch_tokens: BatchTokens = 8192,
     output_sum: Annotated[
-        bool, typer.Option("--output-sum", help="Also sum the raw outputs of every expert (for merging).")
+        bool, typer.Option("--output-sum", help="Also sum the raw outputs of every expert over the tokens routed to it.")
+    ] = False,
+    all_outputs: Annotated[
+        bool,
+        typer.Option("--all-outputs", help="Also run every expert on every token and sum the outputs (for hc_smoe)."),
     ] = False,
     sample_tokens: Annotated[int, typer.Option(help="Also keep block inputs and outputs of this many tokens a domain.")] = 0,
     device: Device = "auto",
@@ -238,6 +263,7 @@ def calibrate(
             overlong=_word(overlong, "overlong", "refuse", "truncate", "drop"),
             batch_tokens=batch_tokens,
             output_sum=output_sum,
+            all_outputs=all_outputs,
             sample_tokens=sample_tokens,
             device=where,
             dtype=dtype,
@@ -279,12 +305,13 @@ def calibrate(
 def plan(
     model: Model,
     method: Method,
-    keep: Keep,
+    keep: Keep = None,
     out: Out = Path("plan.json"),
     stats: Stats = None,
     data: Data = None,
     domain: Domains = None,
-    budget: Budget = "uniform",
+    budget: Budget = None,
+    uniform: Uniform = False,
     option: Options = None,
     router_groups: Groups = "keep",
     samples: Samples = 128,
@@ -314,6 +341,7 @@ def plan(
         data=data or (),
         domains=domain or (),
         budget=budget,
+        uniform=uniform,
         options=_options(option),
         router_groups=_word(router_groups, "router-groups", "keep", "flatten"),
         out=out,
@@ -330,7 +358,7 @@ def plan(
         progress=_progress(quiet),
     )
     if as_json:
-        show.as_json(made.model_dump(mode="json", by_alias=True, exclude_none=True))
+        show.as_json(made.to_json())
     else:
         show.show_plan(made)
         show.line(f"[bold]{show.escape(str(out))}[/bold]")
@@ -344,18 +372,36 @@ def apply(
     check_values: Annotated[
         bool, typer.Option("--check-values/--no-check-values", help="Look for NaN and inf in what is copied.")
     ] = True,
+    pad: Annotated[
+        bool,
+        typer.Option(
+            "--pad",
+            help="Layers with different numbers of experts: fill all up with dead experts, so that stock engines load it (selection biases only; saves no memory).",
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the smaller checkpoint, tensor by tensor; the model is never loaded."""
+    """Write the smaller checkpoint, tensor by tensor; the model is never loaded.
+
+    Layers that keep different numbers of experts are written with `per_layer_config`: `expertsmith.load` and transformers with
+    trust_remote_code=True run them.
+    """
     from expertsmith import api
     from expertsmith.plan import load_plan
 
     loaded = load_plan(plan_file)
     notes = api.apply(
-        model, loaded, out, overwrite=overwrite, check_values=check_values, allow_pickle=allow_pickle, progress=_progress(quiet)
+        model,
+        loaded,
+        out,
+        pad=pad,
+        overwrite=overwrite,
+        check_values=check_values,
+        allow_pickle=allow_pickle,
+        progress=_progress(quiet),
     )
     summary = loaded.summary.model_dump() if loaded.summary else {}
     if as_json:
@@ -367,6 +413,76 @@ def apply(
         f"[bold]{show.escape(str(out))}[/bold]  "
         + (f"{show.byte_count(summary['bytes'][0])} → {show.byte_count(summary['bytes'][1])}" if summary else "")
     )
+
+
+@app.command(rich_help_panel=FLOW)
+def skip(
+    model: Model,
+    out: Out,
+    data: Data = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="Prune or merge by this plan first; thresholds are calibrated on the result.")
+    ] = None,
+    statistic: Annotated[
+        str, typer.Option(help="The threshold is the median (the paper), mean or quantile of the calibration tokens' values.")
+    ] = "median",
+    quantile: Annotated[float, typer.Option(help="With --statistic quantile: which one. Higher skips more.")] = 0.5,
+    active: Annotated[
+        float | None,
+        typer.Option(help="Instead: the wanted mean number of experts a token runs (top_k > 2).", show_default=False),
+    ] = None,
+    eval_data: EvalData = None,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure quality and speed at the end.")] = True,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 42,
+    pack: Pack = None,
+    overlong: Overlong = "refuse",
+    batch_tokens: BatchTokens = 8192,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    memory: Memory = "auto",
+    overwrite: Overwrite = False,
+    allow_pickle: Pickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Dynamic skipping: tokens leave out experts of small routing weight; thresholds go with the checkpoint.
+
+    `expertsmith.load(OUT)` and `evaluate` run it with skipping; other engines load OUT and skip nothing.
+
+    [dim]expertsmith skip mistralai/Mixtral-8x7B-v0.1 -d c4.jsonl --plan plan.json -o mixtral-skip[/dim]
+    """
+    from expertsmith import api
+
+    result = api.skip(
+        model,
+        data or (),
+        out,
+        plan=plan_file,
+        statistic=_word(statistic, "statistic", "median", "mean", "quantile"),
+        quantile=quantile,
+        active=active,
+        eval_data=eval_data or (),
+        measure=measure,
+        overwrite=overwrite,
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        allow_pickle=allow_pickle,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        pack=pack,
+        overlong=_word(overlong, "overlong", "refuse", "truncate", "drop"),
+        batch_tokens=batch_tokens,
+        progress=_progress(quiet),
+    )
+    if as_json:
+        made = result["plan"]
+        show.as_json({**result, "plan": made.to_json()})
+        return
+    show.show_skipping(result)
 
 
 @app.command(rich_help_panel=FLOW)
@@ -505,23 +621,23 @@ def methods(as_json: AsJson = False) -> None:
     if as_json:
         show.as_json(
             [
-                {"name": m.name, "title": m.title, "paper": m.paper, "reads": m.reads, "options": m.options, "doc": m.doc}
+                {
+                    "name": m.name,
+                    "title": m.title,
+                    "paper": m.paper,
+                    "reads": m.reads,
+                    "gives": m.gives,
+                    "budgets": m.budgets,
+                    "options": m.options,
+                    "cost": m.cost,
+                    "limits": m.limits,
+                    "doc": m.doc,
+                }
                 for m in registered().values()
             ]
         )
         return
-    table = show.table_of("method", "what it keeps", "needs", "options", "paper")
-    for m in registered().values():
-        doc = " ".join(m.doc.split("\n\n")[0].split())
-        needs = {"statistics": "calibration", "weights": "weights only", "nothing": "nothing"}[m.reads]
-        table.add_row(
-            f"[bold]{m.name}[/bold]",
-            f"{m.title}. [dim]{show.escape(doc)}[/dim]",
-            needs,
-            "\n".join(f"{k}={v}" for k, v in m.options.items()),
-            m.paper,
-        )
-    show.line(table)
+    show.show_methods(list(registered().values()))
 
 
 @app.command(rich_help_panel=LOOK)
@@ -595,7 +711,7 @@ def run(
         show.as_json(
             {
                 **({"calibrate": results["calibrate"].header} if "calibrate" in results else {}),
-                **({"plan": made.model_dump(mode="json", by_alias=True, exclude_none=True)} if made else {}),
+                **({"plan": made.to_json()} if made else {}),
                 **({"apply": results["apply"]} if "apply" in results else {}),
                 **({"verify": verdict.to_json()} if verdict else {}),
                 **({"evaluate": quality.to_json()} if quality else {}),

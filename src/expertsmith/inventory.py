@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -51,7 +52,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Inventory:
-    """A checkpoint seen as a Mixture of Experts."""
+    """A checkpoint seen as a Mixture of Experts.
+
+    `num_experts` and `rules` are those of config.json: for a layer that `overrides` gives a number of its own, see `experts_in` and
+    `rules_of`.
+    """
 
     checkpoint: Checkpoint
     architecture: Architecture
@@ -59,6 +64,7 @@ class Inventory:
     top_k: int
     rules: Rules
     claims: tuple[Claim, ...]
+    overrides: Mapping[int, int] = field(default_factory=dict)  # decoder layer → experts, from per_layer_config
 
     @property
     def config(self) -> dict[str, Any]:
@@ -84,12 +90,30 @@ class Inventory:
         """Decoder layers in all."""
         return 1 + max((claim.layer for claim in self.claims if claim.layer is not None), default=-1)
 
+    def experts_in(self, layer: int) -> int:
+        """Routed experts of a decoder layer."""
+        return self.overrides.get(layer, self.num_experts)
+
+    def rules_of(self, layer: int) -> Rules:
+        """What a decoder layer has to respect: the model's rules, over its own experts."""
+        return replace(self.rules, num_experts=self.experts_in(layer))
+
+    @cached_property
+    def counts(self) -> dict[int, int]:
+        """Routed experts of every layer that has any."""
+        return {layer: self.experts_in(layer) for layer in self.layers}
+
+    @property
+    def uneven(self) -> bool:
+        """Whether layers hold different numbers of experts, or another one than config.json's."""
+        return any(count != self.num_experts for count in self.counts.values())
+
     def size(self, counts: dict[int, int] | None = None) -> tuple[int, int]:
         """(parameters, bytes) of the checkpoint with `counts` experts a layer (default: all)."""
         numel = nbytes = 0.0
         for claim in self.claims:
             share = 1.0
-            if claim.kind == "unused" and counts and any(count != self.num_experts for count in counts.values()):
+            if claim.kind == "unused" and counts and any(count != self.experts_in(layer) for layer, count in counts.items()):
                 share = 0.0
             elif counts and claim.layer in counts and claim.kind in ("expert", "stacked"):
                 share = self._share(claim, counts[claim.layer])
@@ -98,38 +122,43 @@ class Inventory:
         return round(numel), round(nbytes)
 
     def _share(self, claim: Claim, count: int) -> float:
+        here = self._here(claim)
         if claim.kind == "expert":  # experts have one size, so any `count` of them weigh the same
-            return count / self.num_experts if claim.expert is not None and claim.expert < self.num_experts else 1.0
-        total = self.num_experts * claim.rows + claim.extra
-        return (count * claim.rows + claim.extra) / total
+            return count / here if claim.expert is not None and claim.expert < here else 1.0
+        return (count * claim.rows + claim.extra) / (here * claim.rows + claim.extra)
+
+    def _here(self, claim: Claim) -> int:
+        return self.num_experts if claim.layer is None else self.experts_in(claim.layer)
 
     @cached_property
     def routed_parameters(self) -> int:
         """Parameters in routed experts."""
-        return round(sum(claim.info.numel * self._routed_share(claim) for claim in self.claims if claim.routed))
+        return round(sum(self._routed(claim) for claim in self.claims if claim.routed))
 
-    def _routed_share(self, claim: Claim) -> float:
+    def _routed(self, claim: Claim) -> float:
+        here = self._here(claim)
         if claim.kind == "expert":
-            return float(claim.expert is not None and claim.expert < self.num_experts)
-        total = self.num_experts * claim.rows + claim.extra
-        return self.num_experts * claim.rows / total
+            return claim.info.numel * float(claim.expert is not None and claim.expert < here)
+        return claim.info.numel * here * claim.rows / (here * claim.rows + claim.extra)
 
     @property
     def active_parameters(self) -> int:
         """Parameters that one token uses: everything but the routed experts it is not sent to."""
         total = self.size()[0] - sum(claim.info.numel for claim in self.claims if claim.kind == "unused")
-        return round(total - self.routed_parameters * (1 - self.top_k / self.num_experts))
+        idle = sum(self._routed(claim) * (1 - self.top_k / self._here(claim)) for claim in self.claims if claim.routed)
+        return round(total - idle)
 
     def expert_claims(self, layer: int) -> list[list[Claim]]:
         """The routed weights of a layer, by expert; a stacked claim stands under each of its experts."""
-        found: list[list[Claim]] = [[] for _ in range(self.num_experts)]
+        count = self.experts_in(layer)
+        found: list[list[Claim]] = [[] for _ in range(count)]
         for claim in self.by_layer.get(layer, []):
             if not claim.routed:
                 continue
             if claim.kind == "stacked":
                 for held in found:
                     held.append(claim)
-            elif claim.expert is not None and claim.expert < self.num_experts:
+            elif claim.expert is not None and claim.expert < count:
                 found[claim.expert].append(claim)
         return found
 
@@ -145,33 +174,58 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
     config = text_config(checkpoint.config)
     experts = _count(config, record.experts_key, checkpoint)
     top_k = _count(config, record.top_k_key, checkpoint)
+    own = per_layer_counts(config, record, f"{checkpoint.source}/config.json")
     depth = config.get("num_hidden_layers")
-    claims = tuple(_claim(info, record, config, experts, depth) for info in checkpoint.tensors.values())
+    claims = tuple(_claim(info, record, config, experts, own, depth) for info in checkpoint.tensors.values())
     groups, top_groups = _groups(record, config)
     rules = Rules(experts, top_k, groups, top_groups, record.group_minimum)
-    inventory = Inventory(checkpoint, record, experts, top_k, rules, claims)
+    inventory = Inventory(checkpoint, record, experts, top_k, rules, claims, own)
     if not inventory.layers:
         prefix = record.expert_prefix[0] if record.expert_prefix else record.stacked[0].name
         raise UserError(
             f"{checkpoint.source} holds no routed experts (no tensors such as layers.0.{prefix}…)",
             "is this the right checkpoint for its config.json?",
         )
-    if experts % groups:
-        raise UserError(
-            f"{checkpoint.source}/config.json has {experts} experts in {groups} expert_groups, which does not divide"
-        )
-    for layer in inventory.layers:
+    for layer, count in inventory.counts.items():
+        if count % groups:
+            place = f" in decoder layer {layer}" if layer in own else ""
+            raise UserError(
+                f"{checkpoint.source}/config.json has {count} experts{place} in {groups} expert_groups, which does not divide"
+            )
         _check_layer(inventory, layer)
     return inventory
+
+
+def per_layer_counts(config: Mapping[str, Any], record: Architecture, where: str = "config.json") -> dict[int, int]:
+    """Decoder layer → number of experts, for the layers to which `per_layer_config` of a text config gives one.
+
+    Raises:
+        UserError: per_layer_config that is no mapping of layers to keys, or a count that is no positive number.
+    """
+    found = {}
+    layers = config.get("per_layer_config") or {}
+    for name, keys in layers.items() if isinstance(layers, Mapping) else [(layers, None)]:
+        if not str(name).isdigit() or not isinstance(keys, Mapping):
+            raise UserError(
+                f"{where}: per_layer_config has the entry {name!r}, but it has to give config keys to numbers of decoder layers"
+            )
+        held = config_first(keys, record.experts_key)
+        if held is not None:
+            found[int(name)] = _positive(held, f"{where}: per_layer_config, decoder layer {int(name)}")
+    return found
 
 
 def _count(config: Any, keys: tuple[str, ...], checkpoint: Checkpoint) -> int:
     found = config_first(config, keys)
     if found is None:
         raise UserError(f"{checkpoint.source}/config.json has no {' or '.join(keys)}")
+    return _positive(found, f"{checkpoint.source}/config.json")
+
+
+def _positive(found: tuple[str, Any], where: str) -> int:
     key, value = found
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{checkpoint.source}/config.json: {key} is {value!r}, but has to be a positive number")
+        raise UserError(f"{where}: {key} is {value!r}, but has to be a positive number")
     return value
 
 
@@ -189,12 +243,13 @@ def _groups(record: Architecture, config: Any) -> tuple[int, int]:
     return groups, top
 
 
-def _claim(info: TensorInfo, record: Architecture, config: Any, experts: int, depth: Any) -> Claim:
+def _claim(info: TensorInfo, record: Architecture, config: Any, scalar: int, own: Mapping[int, int], depth: Any) -> Claim:
     located = record.locate(info.name)
     if located is None:
         unused = info.name.startswith("mtp.") or ".mtp." in info.name
         return Claim(info, "unused" if unused else "other")
     layer, rest = located
+    experts = own.get(layer, scalar)
     if isinstance(depth, int) and layer >= depth:
         return Claim(info, "unused")
     owner = record.expert_of(rest)
@@ -224,7 +279,7 @@ def _claim(info: TensorInfo, record: Architecture, config: Any, experts: int, de
 
 
 def _check_layer(inventory: Inventory, layer: int) -> None:
-    record, experts = inventory.architecture, inventory.num_experts
+    record, experts = inventory.architecture, inventory.experts_in(layer)
     shapes: dict[str, Counter[tuple[int, ...]]] = {}
     owners: dict[str, dict[int, TensorInfo]] = {}
     for claim in inventory.by_layer[layer]:

@@ -40,11 +40,19 @@ class CalibrationData(_Strict):
 
 
 class Merge(_Strict):
-    """Experts `sources` are merged into expert `into` with `weights`."""
+    """Experts `sources` become one, which takes the place of `into`: their matrices averaged with `weights`.
+
+    `align` "weights" puts every source's neurons into the order that fits those of `into` best before averaging. `router`: the
+    merged expert's router row is that of `into` ("dominant") or the sources' rows averaged with `weights` ("mean"); `log_count`
+    adds ln(number of sources) to its logit bias.
+    """
 
     into: int
     sources: list[int] = Field(alias="from")
     weights: list[FiniteFloat]
+    align: Literal["none", "weights"] = "none"
+    router: Literal["dominant", "mean"] = "dominant"
+    log_count: bool = False
 
 
 class LayerPlan(_Strict):
@@ -87,7 +95,30 @@ class LayerPlan(_Strict):
                 raise ValueError(
                     f"{where}: merge into {merge.into} names expert {outside[0]}, but the ids run from 0 to {self.num_experts - 1}"
                 )
+            if merge.into not in merge.sources:
+                raise ValueError(
+                    f"{where}: merge into {merge.into} does not name that expert among its sources {merge.sources}"
+                )
+            kept = [e for e in merge.sources if e in self.keep and e != merge.into]
+            if kept:
+                raise ValueError(f"{where}: expert {kept[0]} is merged into {merge.into}, so it cannot be kept as well")
+            if min(merge.weights) < 0 or sum(merge.weights) <= 0:
+                raise ValueError(f"{where}: merge into {merge.into} has weights {merge.weights}, but they are shares")
+        merged = [e for merge in self.merge for e in merge.sources]
+        if len(set(merged)) != len(merged):
+            twice = next(e for e in merged if merged.count(e) > 1)
+            raise ValueError(f"{where}: expert {twice} is merged twice")
+        if self.skip_threshold is not None and self.skip_threshold < 0:
+            raise ValueError(f"{where}: skip_threshold is {self.skip_threshold}, but it is a ratio of routing weights")
         return self
+
+
+class Skip(_Strict):
+    """How tokens skip experts: `rule` "ratio" or "tail" (`engine.skipping`), what the layers' `skip_threshold` were made by, and from which text."""
+
+    rule: Literal["ratio", "tail"]
+    statistic: str
+    calibration: CalibrationData
 
 
 class Summary(_Strict):
@@ -99,7 +130,8 @@ class Summary(_Strict):
 
 
 class Plan(_Strict):
-    """A whole plan. `router_groups` "flatten" sets n_group and topk_group to 1 in the output's config."""
+    """A whole plan. `router_groups` "flatten" sets n_group and topk_group to 1 in the output's config; `notes` tell a reader what the method
+    met on the way."""
 
     format: Literal["expertsmith.plan"] = "expertsmith.plan"
     version: Literal[1] = 1
@@ -107,8 +139,10 @@ class Plan(_Strict):
     model: Source
     calibration: CalibrationData | None = None
     router_groups: Literal["keep", "flatten"] = "keep"
+    skip: Skip | None = None
     layers: list[LayerPlan]
     summary: Summary | None = None
+    notes: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _layers(self) -> Plan:
@@ -117,7 +151,20 @@ class Plan(_Strict):
             raise ValueError("layers is empty")
         if numbers != sorted(set(numbers)):
             raise ValueError(f"layers has to ascend without repetition, but reads {numbers}")
+        without = next((entry.layer for entry in self.layers if entry.skip_threshold is not None), None)
+        if without is not None and self.skip is None:
+            raise ValueError(f"layer {without} has a skip_threshold, but the plan has no skip rule")
         return self
+
+    @property
+    def thresholds(self) -> dict[int, float]:
+        """Decoder layer → skip threshold, of the layers that have one."""
+        return {entry.layer: entry.skip_threshold for entry in self.layers if entry.skip_threshold is not None}
+
+    @property
+    def merges(self) -> bool:
+        """Whether any experts are merged."""
+        return any(entry.merge for entry in self.layers)
 
     @property
     def kept(self) -> dict[int, list[int]]:
@@ -142,13 +189,19 @@ class Plan(_Strict):
         partial.write_text(self.dumps(), encoding="utf-8")
         partial.replace(target)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the file's names; what is not there is left out."""
+        data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return data if self.notes else {key: value for key, value in data.items() if key != "notes"}
+
     def dumps(self) -> str:
         """The JSON text: a line a layer, keys in a fixed order, so that plans can be diffed."""
-        data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        data = self.to_json()
         layers = ",\n".join("  " + json.dumps(entry, ensure_ascii=False) for entry in data.pop("layers"))
-        summary = data.pop("summary", None)
+        summary, notes = data.pop("summary", None), data.pop("notes", None)
         head = ",\n".join(f' "{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in data.items())
         tail = f',\n "summary": {json.dumps(summary)}' if summary else ""
+        tail += f',\n "notes": {json.dumps(notes, ensure_ascii=False)}' if notes else ""
         return "{\n" + head + ',\n "layers": [\n' + layers + "\n ]" + tail + "\n}\n"
 
 

@@ -96,21 +96,36 @@ def ranked(saliency: Sequence[float], ids: Sequence[int], ties: Ties) -> list[in
     return sorted(ids, key=lambda e: (-saliency[e], sign * e))
 
 
-def uniform(saliency: Mapping[int, Sequence[float]], keep: float | int, rules: Rules, ties: Ties) -> dict[int, list[int]]:
-    """The same number in every layer and in every expert_group: the most salient of each."""
-    count = keep_count(keep, rules)
+def groups_of(rules: Rules) -> list[range]:
+    """The expert ids of every expert_group."""
     size = rules.num_experts // rules.groups
-    kept = {}
-    for layer, values in saliency.items():
-        chosen: list[int] = []
-        for group in range(rules.groups):
-            chosen += ranked(values, range(group * size, (group + 1) * size), ties)[: count // rules.groups]
-        kept[layer] = sorted(chosen)
-    return kept
+    return [range(group * size, (group + 1) * size) for group in range(rules.groups)]
+
+
+def most_salient(values: Sequence[float], count: int, rules: Rules, ties: Ties) -> list[int]:
+    """The `count` most salient experts of a layer, as many from every expert_group, ascending."""
+    chosen = [ranked(values, group, ties)[: count // rules.groups] for group in groups_of(rules)]
+    return sorted(expert for part in chosen for expert in part)
+
+
+def uniform(
+    saliency: Mapping[int, Sequence[float]], keep: float | int, rules: Rules | Mapping[int, Rules], ties: Ties
+) -> dict[int, list[int]]:
+    """The same ratio or number in every layer and in every expert_group: the most salient of each."""
+    each = _each(rules, saliency)
+    return {layer: most_salient(values, keep_count(keep, each[layer]), each[layer], ties) for layer, values in saliency.items()}
+
+
+def _each(rules: Rules | Mapping[int, Rules], layers: Mapping[int, object]) -> Mapping[int, Rules]:
+    return dict.fromkeys(layers, rules) if isinstance(rules, Rules) else rules
 
 
 def over_layers(
-    saliency: Mapping[int, Sequence[float]], keep: float | int, rules: Rules, ties: Ties, normalize: bool = True
+    saliency: Mapping[int, Sequence[float]],
+    keep: float | int,
+    rules: Rules | Mapping[int, Rules],
+    ties: Ties,
+    normalize: bool = True,
 ) -> dict[int, list[int]]:
     """One ranking over all layers (budget "global"): first every layer's floor of top_k, then the most salient of the rest.
 
@@ -119,21 +134,32 @@ def over_layers(
     Raises:
         UserError: the router has expert_groups (unequal counts would leave them unequal).
     """
-    if rules.groups > 1:
-        raise UserError(
-            "budget global leaves different numbers in the expert_groups of this model's router",
-            "use --budget uniform or --router-groups flatten",
-        )
-    total = keep_count(keep, rules) * len(saliency)
+    each = _each(rules, saliency)
+    refuse_groups(each)
+    total = sum(keep_count(keep, each[layer]) for layer in saliency)
+    least = {layer: each[layer].least for layer in saliency}
     scaled = {}
     for layer, values in saliency.items():
         scale = sum(values) if normalize else 1.0
         scaled[layer] = [value / scale if scale else 0.0 for value in values]
     order = {layer: ranked(values, range(len(values)), ties) for layer, values in scaled.items()}
-    kept = {layer: order[layer][: rules.least] for layer in order}
+    kept = {layer: order[layer][: least[layer]] for layer in order}
     rest = [
-        (-scaled[layer][e], place, layer, e) for layer in order for place, e in enumerate(order[layer]) if place >= rules.least
+        (-scaled[layer][e], place, layer, e) for layer in order for place, e in enumerate(order[layer]) if place >= least[layer]
     ]
-    for _, _, layer, expert in sorted(rest)[: total - rules.least * len(order)]:
+    for _, _, layer, expert in sorted(rest)[: total - sum(least.values())]:
         kept[layer].append(expert)
     return {layer: sorted(chosen) for layer, chosen in kept.items()}
+
+
+def refuse_groups(rules: Mapping[int, Rules]) -> None:
+    """Budgets that leave different numbers in different places would leave expert_groups unequal.
+
+    Raises:
+        UserError: the router has expert_groups.
+    """
+    if any(entry.groups > 1 for entry in rules.values()):
+        raise UserError(
+            "budget global leaves different numbers in the expert_groups of this model's router",
+            "use --budget uniform or --router-groups flatten",
+        )

@@ -6,7 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from expertsmith.plan import Plan
+    from expertsmith.methods.base import Method
+    from expertsmith.plan import LayerPlan, Plan
     from expertsmith.surgery.verify import Verdict
 
 
@@ -47,20 +48,61 @@ def table_of(*columns: str, title: str = "", header: bool = True) -> Any:
 
 
 def show_plan(made: Plan) -> None:
-    """Which experts stay in every layer, and how close the decision was."""
-    table = table_of(
-        "layer", "kept experts", "saliency: lowest kept / highest dropped", title=f"{made.method.name}: what stays"
-    )
+    """Which experts stay in every layer, which are merged, and how close the decision was."""
+    merges = any(entry.merge for entry in made.layers)
+    columns = ["layer", "kept experts", *(["merged into them"] if merges else []), _reason_title(made)]
+    table = table_of(*columns, title=f"{made.method.name}: what stays")
     for entry in made.layers:
-        values = entry.saliency or []
-        dropped = [values[e] for e in range(entry.num_experts) if e not in entry.keep] if values else []
-        margin = f"{min(values[e] for e in entry.keep):.4g} / {max(dropped):.4g}" if dropped else ""
-        ids = ranges(entry.keep)
-        table.add_row(str(entry.layer), f"{len(entry.keep):>3} of {entry.num_experts}: {ids}", margin)
+        groups = "  ".join(f"{m.into} ← {ranges([e for e in m.sources if e != m.into])}" for m in entry.merge)
+        cells = [str(entry.layer), f"{len(entry.keep):>3} of {entry.num_experts}: {ranges(entry.keep)}"]
+        table.add_row(*cells, *([groups] if merges else []), _reason(entry))
     line(table)
+    for note in made.notes:
+        line(f"[yellow]note[/yellow] {escape(note)}")
     if made.summary:
         p, b = made.summary.parameters, made.summary.bytes
         line(f"{count(p[0])} → {count(p[1])} parameters, {byte_count(b[0])} → {byte_count(b[1])} ({100 * b[1] / b[0]:.0f} %)")
+
+
+def _reason_title(made: Plan) -> str:
+    why = made.layers[0].why or {}
+    if "subset_losses" in why:
+        return "loss of the block / next best subset tried"
+    if "height" in why:
+        return "next removal / last removal / threshold"
+    return "saliency: lowest kept / highest dropped" if made.layers[0].saliency else ""
+
+
+def _reason(entry: LayerPlan) -> str:
+    """How close the decision was: the numbers on both sides of it."""
+    why, values, gone = entry.why or {}, entry.saliency or [], entry.num_experts - len(entry.keep)
+    if "subset_losses" in why:
+        others = [row["loss"] for row in why["subset_losses"][1:2]]
+        return f"{why['loss']:.4g} / {others[0]:.4g}" if others else f"{why['loss']:.4g}"
+    if "height" in why:
+        height = why["height"]
+        cells = (height[gone] if gone < len(height) else None, height[gone - 1] if gone else None, why.get("threshold"))
+        return " / ".join("–" if value is None else f"{value:.4g}" for value in cells)
+    dropped = [values[e] for e in range(entry.num_experts) if e not in entry.keep] if values else []
+    return f"{min(values[e] for e in entry.keep):.4g} / {max(dropped):.4g}" if dropped else ""
+
+
+def show_methods(methods: list[Method]) -> None:
+    """Two lines a method: what it keeps and from which paper; what it needs, costs and cannot do. Then its options."""
+    needs = {
+        "statistics": "calibration (data)",
+        "weights": "weights only, no data",
+        "arrays": "weights only, no data",
+        "model": "the running model and data",
+        "nothing": "nothing",
+    }
+    for m in methods:
+        first = " ".join(m.doc.split("\n\n")[0].split())
+        line(f"[bold]{m.name}[/bold]  {escape(m.title)} [dim]({escape(m.paper)})[/dim]: {escape(first)}")
+        parts = [f"needs {needs[m.reads]}", f"cost: {m.cost}", f"budget {' or '.join(m.budgets)}"]
+        line("    " + escape("; ".join(parts)) + (f". {escape(m.limits)}" if m.limits else ""))
+        if m.options:
+            line("    [dim]-O " + escape("  ".join(f"{name}={value}" for name, value in m.options.items())) + "[/dim]")
 
 
 def ranges(ids: list[int]) -> str:
@@ -91,11 +133,46 @@ def show_verdict(verdict: Verdict, layers: bool = False) -> None:
             table.add_row(str(row["layer"]), f"{row['difference']:.3g}", f"{row['scale']:.3g}")
         table.add_row("logits", f"{verdict.logits_difference:.3g}", f"{verdict.logits_scale:.3g}")
         line(table)
+    if layers and verdict.skipping:
+        table = table_of("layer", "skipping: largest difference", "largest value", "slots skipped")
+        for row in verdict.skipping:
+            table.add_row(str(row["layer"]), f"{row['difference']:.3g}", f"{row['scale']:.3g}", f"{100 * row['skipped']:.1f} %")
+        line(table)
     word = "[bold green]verify: passed[/bold green]" if verdict.passed else "[bold red]verify: FAILED[/bold red]"
     line(
         f"{word}  {verdict.tensors} tensors byte for byte as planned; largest logit difference to the masked original {verdict.logits_difference:.3g}"
         f" (logits up to {verdict.logits_scale:.3g}), relative {verdict.largest:.2g}, allowed {verdict.tolerance:g}; {verdict.tokens} tokens, {verdict.dtype}"
     )
+
+
+def show_skipping(result: dict[str, Any]) -> None:
+    """Thresholds and skip rates of every layer, then what they cost and give."""
+    made, rates = result["plan"], result.get("skip_rate") or {}
+    title = f"{result['rule']} rule, threshold = {made.skip.statistic} of the calibration tokens"
+    table = table_of(
+        "layer", "threshold", "median", "mean", "skipped, calibration", "skipped, measured", "experts a token", title=title
+    )
+    for entry in made.layers:
+        why = entry.why["skip"]
+        cells = [f"{entry.skip_threshold:.4f}", f"{why['median']:.4f}", f"{why['mean']:.4f}", f"{100 * why['skip_rate']:.1f} %"]
+        rate = rates.get(str(entry.layer))
+        table.add_row(str(entry.layer), *cells, "" if rate is None else f"{100 * rate:.1f} %", f"{why['active']:.2f}")
+    line(table)
+    if result["quality"]:
+        show_quality(
+            result["quality"],
+            "held-out text, against the same experts without skipping"
+            if result["quality"]["held_out"]
+            else "the calibration text itself, against the same experts without skipping",
+        )
+    if result["speed"]:
+        for what in ("prefill", "decode"):
+            key = f"{what}_tokens_per_second"
+            values = {name: result["speed"][name][key] for name in ("all", "skipping", "ratio")}
+            line(
+                f"{what:8} {values['all']:.1f} → {values['skipping']:.1f} tokens/s, [bold]{values['ratio']:.2f} ×[/bold] (batch 1, in turns)"
+            )
+    line(f"[bold]{escape(result['out'])}[/bold]")
 
 
 def show_quality(quality: dict[str, Any], title: str) -> None:

@@ -18,18 +18,26 @@ LAYER_PATTERN = re.compile(
 )
 
 
+# how one expert's slice of a tensor holds its projections. gate, up: a row a neuron; down: a column a neuron; gate_up: gate rows, then up rows;
+# alternating: gate and up rows take turns; _t: the same transposed. A bias has the layout of its weight.
+Layout = Literal["gate", "up", "down", "down_t", "gate_up", "gate_up_t", "alternating", "alternating_t"]
+LEAVES: dict[str, Layout] = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "gate_up"}
+
+
 @dataclass(frozen=True)
 class Stacked:
     """A checkpoint tensor whose rows run over the routed experts.
 
     `name` is relative to the decoder layer. The first axis (after a leading axis of length 1, if there is one) has
     `num_experts * rows_per_expert + extra` rows; rows_per_expert follows from the shape. `extra` rows after the experts' (shared
-    experts, zero experts, skip classes) always stay: an integer, or the config key that holds their number.
+    experts, zero experts, skip classes) always stay: an integer, or the config key that holds their number. `layout` is that of an
+    expert's slice where the name does not tell (`LEAVES`).
     """
 
     name: str
     role: Literal["expert", "router"] = "expert"
     extra: int | str = 0
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +86,9 @@ class Architecture:
     selection_bias: tuple[
         str, ...
     ] = ()  # from the block: biases that act on the selection only; dropped entries are masked with -inf
+    logit_bias: tuple[
+        str, ...
+    ] = ()  # from the block: biases added to the logits, so that they count in the routing weights too
     router_output: Literal["logits", "probabilities", "scores_logits", "logits_only"] = (
         "logits"  # what the router returns first
     )
@@ -99,6 +110,7 @@ class Architecture:
         True  # x_scale * x + ... + shared is the decoder layer's output (tested); False with the reason in notes
     )
 
+    uneven: str | None = None  # why decoder layers cannot hold different numbers of experts; None: they can
     refusal: Callable[[Mapping[str, Any]], str | None] | None = None  # a config this family's record cannot handle: the reason
     tiny: Mapping[str, Any] = field(default_factory=dict)  # config of a tiny random model: 8 experts, 3 layers, for tests
 
@@ -121,6 +133,17 @@ class Architecture:
                 if dot and digits.isdigit():
                     return int(digits), below
         return None
+
+    def layout_of(self, rest: str) -> Layout | None:
+        """How a routed expert's tensor (or its slice of a stacked one) holds the projections; None for scales, packed codes and unknown parts."""
+        owner, entry = self.expert_of(rest), self.stacked_of(rest)
+        if owner is not None:
+            leaf = owner[1].removesuffix(".weight").removesuffix(".bias")
+            named: tuple[tuple[str | None, Layout], ...] = tuple(zip(self.projections, ("gate", "up", "down"), strict=True))
+            return next((layout for name, layout in named if name == leaf), None)
+        if entry is None or entry.role != "expert":
+            return None
+        return entry.layout or LEAVES.get(entry.name.removesuffix(".weight").removesuffix("_bias").rpartition(".")[2])
 
     def stacked_of(self, rest: str) -> Stacked | None:
         """The `Stacked` entry that a tensor name stands for, or None."""

@@ -14,9 +14,9 @@ FAMILIES = (
         expert_prefix=(),
         stacked=(
             Stacked("ffn.router.layer.weight", "router"),
-            Stacked("ffn.experts.mlp.w1"),
-            Stacked("ffn.experts.mlp.v1"),
-            Stacked("ffn.experts.mlp.w2"),
+            Stacked("ffn.experts.mlp.w1", layout="gate"),
+            Stacked("ffn.experts.mlp.v1", layout="up"),
+            Stacked("ffn.experts.mlp.w2", layout="down_t"),
         ),
         layers="transformer.blocks",
         block="ffn",

@@ -34,6 +34,7 @@ FAMILIES = (
         after_experts="post_feedforward_layernorm_2",
         post_norm="post_feedforward_layernorm",
         residual_exact=False,
+        uneven="its position embeddings need configs that are the same for all layers of one attention type",
         refusal=dense,
         tiny={
             "hidden_size": 32,

@@ -13,16 +13,17 @@ FAMILIES = (
         stacked=(
             Stacked("mlp.router.weight", "router"),
             Stacked("mlp.router.bias", "router"),
-            Stacked("mlp.experts.gate_up_proj"),
-            Stacked("mlp.experts.gate_up_proj_bias"),
-            Stacked("mlp.experts.down_proj"),
-            Stacked("mlp.experts.down_proj_bias"),
+            Stacked("mlp.experts.gate_up_proj", layout="alternating_t"),
+            Stacked("mlp.experts.gate_up_proj_bias", layout="alternating_t"),
+            Stacked("mlp.experts.down_proj", layout="down_t"),
+            Stacked("mlp.experts.down_proj_bias", layout="down_t"),
             Stacked("mlp.experts.gate_up_proj_blocks"),  # MXFP4, as published
             Stacked("mlp.experts.gate_up_proj_scales"),
             Stacked("mlp.experts.down_proj_blocks"),
             Stacked("mlp.experts.down_proj_scales"),
         ),
         router="router",
+        logit_bias=("router.bias",),
         tiny={
             "hidden_size": 32,
             "intermediate_size": 24,

@@ -31,8 +31,8 @@ FUSED = (  # the in-memory layout
 )
 STACKED = (
     Stacked("block_sparse_moe.router.layer.weight", "router"),
-    Stacked("block_sparse_moe.input_linear.weight"),  # gate rows, then up rows
-    Stacked("block_sparse_moe.output_linear.weight"),
+    Stacked("block_sparse_moe.input_linear.weight", layout="gate_up"),
+    Stacked("block_sparse_moe.output_linear.weight", layout="down"),
     *FUSED,
 )
 

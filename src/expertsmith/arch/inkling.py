@@ -26,8 +26,8 @@ BASE = {
     "eos_token_id": 2,
 }
 EXPERTS = (
-    Stacked("mlp.experts.w13_weight"),  # gate and up rows alternate
-    Stacked("mlp.experts.w2_weight"),
+    Stacked("mlp.experts.w13_weight", layout="alternating"),
+    Stacked("mlp.experts.w2_weight", layout="down"),
     Stacked("mlp.experts.gate_up_proj"),
     Stacked("mlp.experts.down_proj"),
 )

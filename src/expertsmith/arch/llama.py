@@ -13,8 +13,8 @@ FAMILIES = (
         expert_prefix=(),
         stacked=(
             Stacked("feed_forward.router.weight", "router"),
-            Stacked("feed_forward.experts.gate_up_proj"),
-            Stacked("feed_forward.experts.down_proj"),
+            Stacked("feed_forward.experts.gate_up_proj", layout="gate_up_t"),
+            Stacked("feed_forward.experts.down_proj", layout="down_t"),
         ),
         block="feed_forward",
         router="router",

@@ -16,6 +16,15 @@ import torch
 from torch import nn
 
 from expertsmith.arch import Architecture
+from expertsmith.engine.experts import (
+    Slots,
+    flattened_forward,
+    grouped_forward,
+    is_grouped,
+    outputs_of_all,
+    routing_of,
+    submodule,
+)
 from expertsmith.engine.walk import Batch
 from expertsmith.errors import UserError
 
@@ -37,9 +46,11 @@ STATISTICS = {
     "easy_ep": "[E] sum of g ||f|| s, s = max(0, 1 - cos(x, x + r)): how far the routed output r turned the residual stream x",
     "turn_sum": "[] sum of s",
     "ratio_histogram": f"[{RATIO_BINS}] second / first routing weight of a token, over [0, 1]",
+    "logit_gram": "[E, E] sum of l_i l_j over tokens, l the router's raw logits",
     "entropy_sum": "[] sum of the entropy of the full router scores, nats",
     "easy_ep_by_sequence": "[sequences, E] easy_ep of every sequence, float32",
     "output_sum": "[E, hidden] sum of raw outputs f (optional)",
+    "all_output_sum": "[E, hidden] sum of raw outputs f(x) over all tokens x, routed to the expert or not (optional)",
     "sample_inputs": "[n, hidden] block inputs of a seeded sample of tokens (optional)",
     "sample_outputs": "[n, hidden] routed outputs of the same tokens (optional)",
     "sample_index": "[n, 2] sequence and position of the same tokens (optional)",
@@ -49,9 +60,11 @@ SAMPLES = ("sample_inputs", "sample_outputs", "sample_index")
 
 @dataclass(frozen=True)
 class Extras:
-    """What is collected on request: summed expert outputs, and a seeded sample of block inputs and outputs a domain."""
+    """What is collected on request: expert outputs summed over routed tokens, or over all tokens (which runs every expert on every token);
+    and a seeded sample of block inputs and outputs a domain."""
 
     output_sum: bool = False
+    all_outputs: bool = False
     sample_tokens: int = 0
     seed: int = 42
 
@@ -73,7 +86,7 @@ class LayerSums:
             "tokens": ((), i64), "selections": ((n,), i64), "coselections": ((n, n), i64), "weight_sum": ((n,), f64),
             "weight_sq_sum": ((n,), f64), "score_sum": ((n,), f64), "norm_sum": ((n,), f64), "norm_sq_sum": ((n,), f64),
             "norm_max": ((n,), f64), "weighted_norm_sum": ((n,), f64), "weighted_norm_sq_sum": ((n,), f64), "easy_ep": ((n,), f64),
-            "turn_sum": ((), f64), "ratio_histogram": ((RATIO_BINS,), i64), "entropy_sum": ((), f64),
+            "turn_sum": ((), f64), "ratio_histogram": ((RATIO_BINS,), i64), "entropy_sum": ((), f64), "logit_gram": ((n, n), f64),
         }  # fmt: skip
         for domain, count in self.sequences.items():
             sums = {name: torch.zeros(shape, dtype=dtype, device=self.device) for name, (shape, dtype) in shapes.items()}
@@ -91,11 +104,6 @@ def observing(layer: nn.Module, architecture: Architecture, sums: LayerSums, cur
         yield
 
 
-def submodule(root: nn.Module, path: str) -> Any:
-    """The module at a dotted path; the root itself for an empty path."""
-    return root.get_submodule(path) if path else root
-
-
 class _Watch:
     """The hooks on one decoder layer and what they hand to each other while a batch passes."""
 
@@ -105,7 +113,9 @@ class _Watch:
         self.router = submodule(self.block, architecture.router)
         self.experts = submodule(self.block, architecture.experts)
         self.residual: torch.Tensor | None = None
+        self.router_input: torch.Tensor | None = None
         self.router_output: Any = None
+        self.dims = 2  # axes of what the experts are called with
 
     def attach(self) -> list[Callable[[], None]]:
         """Install the hooks; returns what removes them."""
@@ -133,14 +143,14 @@ class _Watch:
         self.residual = output
 
     def _keep_router_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.router_output = output
+        self.router_input, self.router_output = (args[0] if args else None), output
 
     def _experts_forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        first, second = [*args, *kwargs.values()][:2]
-        selected, weights = (second, first) if first.is_floating_point() else (first, second)
+        selected, weights = routing_of(args, kwargs)
         shape = hidden_states.shape
+        self.dims = len(shape)
         x = hidden_states.reshape(-1, shape[-1])
-        if _is_grouped(self.experts):
+        if is_grouped(self.experts):
             out, slots = grouped_forward(self.experts, x, selected, weights)
         else:
             out, slots = flattened_forward(self.experts, x, selected, weights, self.arch.call == "pairs", shape)
@@ -160,7 +170,8 @@ class _Watch:
         token, expert = token[order], expert[order]
         top_k = int((scores > 0).sum(-1).max())
         slots = Slots(raw[expert, token], expert, scores[token, expert].float(), token, inside=True)
-        self._add(args[0].reshape(count, -1, output.shape[-1])[0], raw.sum(0), slots, top_k)
+        assert self.router_input is not None  # the experts' own input is scaled by the scores already
+        self._add(self.router_input.reshape(-1, output.shape[-1]), raw.sum(0), slots, top_k)
 
     @torch.no_grad()
     def _add(self, x: torch.Tensor, out: torch.Tensor, slots: Slots, top_k: int) -> None:
@@ -228,6 +239,8 @@ class _Watch:
     def _add_scores(self, sums: dict[str, torch.Tensor], valid: torch.Tensor, n: int) -> None:
         scores = full_scores(self.router_output, self.arch)[valid].float()
         sums["score_sum"] += scores[:, :n].sum(0, dtype=torch.float64)
+        logits = raw_logits(self.router_output, self.arch)[valid, :n].double()
+        sums["logit_gram"] += logits.T @ logits
         p = scores / scores.sum(-1, keepdim=True).clamp_min(1e-30)
         sums["entropy_sum"] += torch.special.entr(p).sum(dtype=torch.float64)
 
@@ -268,6 +281,10 @@ class _Watch:
             raw = slots.raw[:inside].float() * counted[:inside, None]
             total = torch.segment_reduce(raw, "sum", lengths=lengths, axis=0, unsafe=True).double()
             sums["output_sum"] = sums["output_sum"] + total if "output_sum" in sums else total
+        if extras.all_outputs:
+            rows = x[batch.mask.reshape(-1).to(x.device)]
+            total = outputs_of_all(self.experts, rows, self.sums.num_experts, self.arch, self.dims)
+            sums["all_output_sum"] = sums["all_output_sum"] + total if "all_output_sum" in sums else total
         if extras.sample_tokens:
             wanted = self.sums.chosen[batch.domain]
             length = batch.input_ids.shape[1]
@@ -279,97 +296,25 @@ class _Watch:
                     sums[name] = torch.cat((sums[name], value.cpu())) if name in sums else value.cpu()
 
 
-@dataclass(frozen=True)
-class Slots:
-    """The (token, expert) pairs of a batch, sorted by expert.
-
-    `raw` [S, hidden] are the experts' outputs before the routing weight; `inside` says that the weight is in `raw` already.
-    """
-
-    raw: torch.Tensor
-    expert: torch.Tensor
-    weight: torch.Tensor
-    token: torch.Tensor
-    inside: bool = False
+def raw_logits(router_output: Any, architecture: Architecture) -> torch.Tensor:
+    """Router logits [tokens, num_experts + extra classes] as the router returned them. Where it returns probabilities (Gemma 4), their
+    logarithms stand in: they differ from the logits by one constant a token."""
+    kind = architecture.router_output
+    first: torch.Tensor = router_output if kind == "logits_only" else router_output[1 if kind == "scores_logits" else 0]
+    first = first.reshape(-1, first.shape[-1]).float()
+    return first.clamp_min(1e-30).log() if kind == "probabilities" else first
 
 
 def full_scores(router_output: Any, architecture: Architecture) -> torch.Tensor:
     """Scores over all experts [tokens, num_experts + extra classes] from what the router returned."""
-    kind = architecture.router_output
-    first: torch.Tensor = router_output if kind == "logits_only" else router_output[1 if kind == "scores_logits" else 0]
-    first = first.reshape(-1, first.shape[-1]).float()
-    if kind == "probabilities":
-        return first
+    if architecture.router_output == "probabilities":
+        return router_output[0].reshape(-1, router_output[0].shape[-1]).float()  # type: ignore[no-any-return]
+    logits = raw_logits(router_output, architecture)
     if architecture.score == "sigmoid":
-        return first.sigmoid()
+        return logits.sigmoid()
     if architecture.score == "sqrtsoftplus":
-        return torch.nn.functional.softplus(first).sqrt()
-    return first.softmax(-1)
-
-
-def _is_grouped(experts: nn.Module) -> bool:
-    """Whether transformers' experts decorator described the module's layout."""
-    return all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
-
-
-def grouped_forward(experts: Any, x: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, Slots]:
-    """The experts' forward as transformers' "grouped_mm" does it, keeping the raw outputs in sight.
-
-    Tokens are sorted by expert, one grouped matrix product a projection, then weighted, brought back into order and summed. Same
-    operations in the same order as `transformers.integrations.moe`, so the result is the same bit for bit (tested).
-    """
-    from transformers.integrations.moe import _grouped_linear
-
-    top_k, count = selected.shape[-1], experts.num_experts
-    expert, order = torch.sort(selected.reshape(-1))
-    token = order // top_k
-    offsets = torch.cumsum(torch.bincount(expert, minlength=count)[:count], 0, dtype=torch.int32)
-
-    def linear(inputs: torch.Tensor, name: str) -> torch.Tensor:
-        bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
-        product: torch.Tensor = _grouped_linear(
-            inputs, getattr(experts, name), offsets, bias=bias, is_transposed=experts.is_transposed
-        )
-        return product
-
-    if experts.has_gate:
-        hidden = experts._apply_gate(linear(x[token], "gate_up_proj"))
-    else:
-        hidden = experts.act_fn(linear(x[token], "up_proj"))
-    raw = linear(hidden, "down_proj")
-    if getattr(experts, "has_post_expert_norm", False):
-        raw = experts.post_expert_norm(raw)
-    weight = weights.reshape(-1)[order]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel(), device=order.device)
-    out = (raw * weight.unsqueeze(-1))[back].view(x.shape[0], top_k, -1).sum(dim=1).to(x.dtype)
-    return out, Slots(raw, expert, weight.float(), token)
-
-
-def flattened_forward(
-    experts: nn.Module, x: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor, pairs: bool, shape: Sequence[int]
-) -> tuple[torch.Tensor, Slots]:
-    """For experts modules of any kind: the module's own forward with every (token, expert) pair as a token of its own and weight 1.
-
-    `pairs` gives it a second slot of weight 0, for forwards that cannot do with one slot.
-    """
-    top_k = selected.shape[-1]
-    selected, weights = selected.reshape(-1, top_k), weights.reshape(-1, top_k)
-    expert, order = torch.sort(selected.reshape(-1))
-    token = order // top_k
-    ids = expert.unsqueeze(-1)
-    ones = torch.ones_like(ids, dtype=weights.dtype)
-    if pairs:
-        ids, ones = ids.repeat(1, 2), torch.cat((ones, torch.zeros_like(ones)), -1)
-    inputs = x[token]
-    if len(shape) == 3:
-        inputs = inputs.unsqueeze(0)
-    raw = type(experts).forward(experts, inputs, ids, ones).reshape(token.numel(), -1)
-    weight = weights.reshape(-1)[order]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel(), device=order.device)
-    out = (raw * weight.unsqueeze(-1))[back].view(x.shape[0], top_k, -1).sum(dim=1).to(x.dtype)
-    return out, Slots(raw, expert, weight.float(), token)
+        return torch.nn.functional.softplus(logits).sqrt()
+    return logits.softmax(-1)
 
 
 def choose_sample(lengths: Sequence[int], count: int, seed: int, domain: str) -> set[tuple[int, int]]:

@@ -17,6 +17,7 @@ from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.observers import SAMPLES, Extras, LayerSums, choose_sample, observing
 from expertsmith.calibration.spill import Spill, clear, newest, read
 from expertsmith.engine import Batch, LoadedModel, Walk
+from expertsmith.engine.experts import expert_count, experts_of
 from expertsmith.errors import UserError
 from expertsmith.progress import Progress, Silent
 
@@ -100,7 +101,7 @@ def _observe(
     sums: LayerSums | None = None
 
     def begin(layer: int) -> LayerSums:
-        return LayerSums(_num_experts(model, layer), counts, model.device, extras, chosen=chosen)
+        return LayerSums(expert_count(experts_of(model.layers[layer], arch)), counts, model.device, extras, chosen=chosen)
 
     def before(layer: int, number: int, batch: Batch) -> None:
         nonlocal sums
@@ -130,18 +131,6 @@ def _observe(
                 yield layer, found
             states.layer_ends(layer)
             sums = None
-
-
-def _num_experts(model: LoadedModel, layer: int) -> int:
-    """Routed experts of a layer, counted on the family's own module (a checkpoint may hold different numbers a layer)."""
-    from expertsmith.calibration.observers import submodule
-
-    assert model.architecture is not None
-    experts = submodule(submodule(model.layers[layer], model.architecture.block), model.architecture.experts)
-    for name in ("num_routed_experts", "num_experts"):
-        if isinstance(getattr(experts, name, None), int):
-            return int(getattr(experts, name))
-    raise UserError(f"decoder layer {layer}: the experts module {type(experts).__name__} does not tell its number of experts")
 
 
 def _check(sums: LayerSums, layer: int) -> None:
@@ -207,6 +196,7 @@ def _header(model: LoadedModel, data: TokenData, layers: list[int], batch_tokens
         "options": {
             "batch_tokens": batch_tokens,
             "output_sum": extras.output_sum,
+            "all_outputs": extras.all_outputs,
             "sample_tokens": extras.sample_tokens,
             "seed": extras.seed,
         },

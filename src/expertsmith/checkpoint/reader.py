@@ -106,8 +106,8 @@ class Checkpoint:
         for file in sorted(files):
             yield file, files[file]
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, in its own dtype.
+    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """One tensor in its own dtype, or its rows `first` to `last` (exclusive) along the first axis.
 
         Raises:
             UserError: no such tensor, or a dtype that torch does not have.
@@ -120,18 +120,24 @@ class Checkpoint:
         dtype = TORCH_DTYPES.get(info.dtype)
         if dtype is None:
             raise UserError(f"{name}: torch has no dtype for safetensors {info.dtype}")
-        if not info.nbytes:
-            return torch.empty(info.shape, dtype=getattr(torch, dtype))
-        buffer = _fresh(info.nbytes)
+        shape, start, nbytes = info.shape, info.start, info.nbytes
+        if first or last is not None:
+            rows = shape[0]
+            last = rows if last is None else last
+            row = nbytes // rows
+            shape, start, nbytes = (last - first, *shape[1:]), start + first * row, (last - first) * row
+        if not nbytes:
+            return torch.empty(shape, dtype=getattr(torch, dtype))
+        buffer = _fresh(nbytes)
         with open(info.file, "rb", buffering=0) as stream:
-            stream.seek(info.start)
+            stream.seek(start)
             view = memoryview(buffer)
             while view:
                 count = stream.readinto(view)
                 if not count:
                     raise UserError(f"{info.file.name} ended in the middle of {name}", "download the shard again")
                 view = view[count:]
-        return torch.frombuffer(buffer, dtype=getattr(torch, dtype)).reshape(info.shape)
+        return torch.frombuffer(buffer, dtype=getattr(torch, dtype)).reshape(shape)
 
 
 def _fresh(nbytes: int) -> bytearray | mmap.mmap:

@@ -1,4 +1,4 @@
-"""Write a checkpoint as bounded shards from byte ranges of other files: no tensor is ever decoded.
+"""Write a checkpoint as bounded shards from byte ranges of other files, which are never decoded, and from bytes that are computed.
 
 Everything lands under a temporary name beside the target and is renamed when complete; config.json is written last, so that what an
 interrupted run leaves behind does not load.
@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,21 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Made:
+    """Bytes that stand in no file: `make` computes them, `nbytes` of them, whenever they are written or compared."""
+
+    nbytes: int
+    make: Callable[[], bytes | memoryview]
+
+
+@dataclass(frozen=True, slots=True)
 class OutputTensor:
     """A tensor to be written: the concatenation of `pieces`."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece | Made, ...]
 
     @property
     def nbytes(self) -> int:
@@ -150,7 +158,7 @@ def _write_shards(
             write_all(sink, _header(shard))
             for tensor in shard:
                 for piece in tensor.pieces:
-                    for view in _read(piece, buffer):
+                    for view in chunks(piece, buffer):
                         if on_tensor:
                             on_tensor(tensor, view)
                         write_all(sink, view)
@@ -184,7 +192,20 @@ def write_all(sink: Any, data: bytes | memoryview) -> None:
         view = view[sink.write(view) :]
 
 
-def _read(piece: Piece, buffer: memoryview) -> Iterable[memoryview]:
+def chunks(piece: Piece | Made, buffer: memoryview) -> Iterator[memoryview]:
+    """The bytes of a piece, at most `len(buffer)` at a time. A view is good until the next one is asked for.
+
+    Raises:
+        UserError: the file is shorter than the piece.
+        RuntimeError: a computed piece that has not the size it promised (a defect of its maker).
+    """
+    if isinstance(piece, Made):
+        made = memoryview(piece.make()).cast("B")
+        if len(made) != piece.nbytes:
+            raise RuntimeError(f"a piece of {piece.nbytes} bytes was computed as {len(made)}")
+        for start in range(0, len(made), len(buffer)):
+            yield made[start : start + len(buffer)]
+        return
     with open(piece.file, "rb", buffering=0) as stream:
         stream.seek(piece.start)
         left = piece.nbytes

@@ -21,6 +21,7 @@ from torch import nn
 
 from expertsmith.arch import Architecture, text_config
 from expertsmith.checkpoint import Checkpoint
+from expertsmith.engine.uneven import causal_lm
 from expertsmith.errors import UserError
 
 Memory = Literal["resident", "stream"]
@@ -51,6 +52,12 @@ class LoadedModel:
         return self.module.config
 
     @property
+    def _selection_biases(self) -> frozenset[str]:
+        """Names below a decoder layer of what may hold -inf: it marks an expert that is never selected."""
+        arch = self.architecture
+        return frozenset(f"{arch.block}.{path}".lstrip(".") for path in arch.selection_bias) if arch else frozenset()
+
+    @property
     def moe_layers(self) -> list[int]:
         """Decoder layers that have routed experts."""
         assert self.architecture is not None
@@ -63,7 +70,7 @@ class LoadedModel:
         if index not in self._checked or self.memory == "stream":
             _align(self.layers[index])
         if index not in self._checked:
-            _check_finite(self.layers[index], f"decoder layer {index}")
+            _check_finite(self.layers[index], f"decoder layer {index}", selection=self._selection_biases)
             self._checked.add(index)
 
     def release(self, index: int) -> None:
@@ -134,6 +141,26 @@ def _one_by_one() -> Iterator[None]:
             os.environ[name] = before
 
 
+def transformers_config(checkpoint: Checkpoint) -> Any:
+    """The config that transformers makes of a checkpoint's config.json, without remote code.
+
+    Raises:
+        UserError: transformers does not understand it.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise UserError(
+            f"{checkpoint.path}/config.json is not understood by transformers {transformers.__version__}: {_first_line(error)}"
+        ) from None
+    except Exception as error:  # strict config classes raise validation errors of their own
+        if "Validation" not in type(error).__name__:
+            raise
+        raise UserError(f"{checkpoint.path}/config.json is not valid: {_first_line(error)}") from None
+
+
 def load_model(
     checkpoint: Checkpoint,
     architecture: Architecture | None,
@@ -143,7 +170,8 @@ def load_model(
     dtype: str = "auto",
     config_overrides: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
-    """Build the stock transformers model of a checkpoint, in eval mode, without gradients and without remote code.
+    """Build the transformers model of a checkpoint, in eval mode, without gradients and without remote code: the stock class, or one
+    that gives every decoder layer its own number of experts where config.json does.
 
     Args:
         architecture: record of the family, or None for a dense model (then its layers are looked for under `model.layers`).
@@ -152,20 +180,9 @@ def load_model(
     Raises:
         UserError: transformers cannot build the model, or the weights do not fit it.
     """
-    import transformers
-
     target = torch.device(device)
     chosen = _dtype(dtype, checkpoint)
-    try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise UserError(
-            f"{checkpoint.path}/config.json is not understood by transformers {transformers.__version__}: {_first_line(error)}"
-        ) from None
-    except Exception as error:  # strict config classes raise validation errors of their own
-        if "Validation" not in type(error).__name__:
-            raise
-        raise UserError(f"{checkpoint.path}/config.json is not valid: {_first_line(error)}") from None
+    config = transformers_config(checkpoint)
     inner = config.get_text_config()
     if memory == "stream":
         # oneDNN and torch's layer above it keep a bfloat16 kernel of 250 KB for each number of tokens that an expert ever had, up to 1024
@@ -179,7 +196,7 @@ def load_model(
         )
     for key, value in (config_overrides or {}).items():
         setattr(inner, key, value)
-    auto = transformers.AutoModelForCausalLM
+    auto, config = causal_lm(config)
     try:
         if memory == "resident":
             if checkpoint.converted:
@@ -405,8 +422,11 @@ def _align(module: nn.Module, skip: set[int] | frozenset[int] = frozenset()) -> 
             owner._parameters[name] = moved[id(parameter)]
 
 
-def _check_finite(module: nn.Module, where: str, skip: set[int] | frozenset[int] = frozenset()) -> None:
-    """Name the first parameter with NaN or inf. A sum in float32 is one read: any NaN or inf makes it non-finite."""
+def _check_finite(
+    module: nn.Module, where: str, skip: set[int] | frozenset[int] = frozenset(), selection: frozenset[str] = frozenset()
+) -> None:
+    """Name the first parameter with NaN or inf (`selection`: parameters that may hold -inf). A sum in float32 is one read: any NaN or inf
+    makes it non-finite."""
     for name, parameter in module.named_parameters():
         if id(parameter) in skip or not parameter.is_floating_point() or parameter.element_size() < 2:
             continue
@@ -415,8 +435,11 @@ def _check_finite(module: nn.Module, where: str, skip: set[int] | frozenset[int]
             bool(torch.isfinite(part.sum(dtype=torch.float32))) for part in torch.split(parameter.reshape(-1), CHECKED_AT_ONCE)
         ):
             continue
-        if not bool(torch.isfinite(parameter).all()):
-            bad = (~torch.isfinite(parameter)).nonzero()[0].tolist()
+        wrong = ~torch.isfinite(parameter)
+        if name in selection:
+            wrong &= ~torch.isneginf(parameter)
+        if bool(wrong.any()):
+            bad = wrong.nonzero()[0].tolist()
             raise UserError(
                 f"{name} in {where} has NaN or inf (first at {bad})", "the checkpoint is damaged: download it again"
             )

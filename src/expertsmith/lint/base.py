@@ -30,6 +30,8 @@ class Subject:
     architectures: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)  # the text part of config.json
     counts: Mapping[int, int] = field(default_factory=dict)  # experts in the tensors of each decoder layer
+    declared: Mapping[int, int] = field(default_factory=dict)  # experts that per_layer_config gives decoder layers
+    extras: Mapping[str, Any] = field(default_factory=dict)  # what expertsmith itself wrote into config.json
     tensor_parallel: int = 1
     expert_parallel: int = 1
     inventory: Inventory | None = None
@@ -46,9 +48,14 @@ class Subject:
         return self._number("head_dim") or (self.hidden_size // heads if heads else 0)
 
     @property
+    def fewest(self) -> int:
+        """Experts of the layer that has the fewest."""
+        return min([self.num_experts, *self.declared.values()])
+
+    @property
     def reachable(self) -> int:
-        """Experts that one token may choose from."""
-        return self.num_experts // self.groups * self.top_groups if self.groups > 1 else self.num_experts
+        """Experts that one token may choose from, in the layer that has the fewest."""
+        return self.fewest // self.groups * self.top_groups if self.groups > 1 else self.fewest
 
     def _number(self, key: str) -> int:
         value = config_get(self.config, key)
@@ -125,9 +132,11 @@ def subject_of(inventory: Inventory, tensor_parallel: int = 1, expert_parallel: 
         score=record.score,
         architectures=tuple(str(name) for name in named),
         config=config,
+        declared={layer: inventory.experts_in(layer) for layer in inventory.layers if layer in inventory.overrides},
+        extras=inventory.checkpoint.config.get("expertsmith") or {},
         # a stacked tensor holds what config.json says, or taking the inventory would have failed
         counts={
-            layer: inventory.num_experts + max(0, len(held) - inventory.num_experts - zero) if held else inventory.num_experts
+            layer: inventory.experts_in(layer) + max(0, len(held) - inventory.experts_in(layer) - zero)
             for layer, held in seen.items()
         },
         tensor_parallel=tensor_parallel,
@@ -153,6 +162,8 @@ OWN_TOPK = names(
     "afmoe cohere2_moe deepseek_v4 gemma4_text gpt_oss hy_v3 inkling_text lfm2_moe llama4_text longcat_flash phimoe"
 )
 
+EVEN = "plan with --uniform, or write it with --pad, which says whether this family allows it"
+COMPUTED = "the engine computes all top_k experts; serve it from Python with expertsmith.load to skip"
 LAYOUT = "keep a number that divides into the expert_groups, or plan with --router-groups flatten"
 MORE = "keep more experts"
 # what the sources of the DeepSeek family read from config.json and transformers does not write
@@ -165,7 +176,10 @@ MINIMAX_KEYS = 'copy "scoring_func": "sigmoid" and "use_routing_bias": true from
 
 def too_few(s: Subject) -> str | None:
     """There are fewer experts than a token uses."""
-    return f"a token uses {s.top_k} experts, but there are {s.num_experts}" if s.top_k > s.num_experts else None
+    if s.top_k <= s.fewest:
+        return None
+    place = "" if s.fewest == s.num_experts else " in decoder layer " + str(min(s.declared, key=lambda i: s.declared[i]))
+    return f"a token uses {s.top_k} experts, but there are {s.fewest}{place}"
 
 
 def indivisible(s: Subject) -> str | None:
@@ -182,11 +196,33 @@ def too_many_groups(s: Subject) -> str | None:
 
 def out_of_reach(s: Subject) -> str | None:
     """The expert_groups that a token may use hold fewer than top_k experts."""
-    if s.groups > 1 and s.reachable < s.top_k <= s.num_experts:
+    if s.groups > 1 and s.reachable < s.top_k <= s.fewest:
         return (
             f"a token uses {s.top_k} experts, but the {s.top_groups} of {s.groups} expert_groups it may use hold {s.reachable}"
         )
     return None
+
+
+def uneven(s: Subject) -> str | None:
+    """Layers have different numbers of experts."""
+    counts = {s.num_experts, *s.declared.values()}
+    return f"decoder layers have {min(counts)} to {max(counts)} experts" if len(counts) > 1 else None
+
+
+def padded(s: Subject) -> str | None:
+    """Layers are filled up with dead experts."""
+    alive: Mapping[str, int] = s.extras.get("alive") or {}
+    dead = {layer: s.num_experts - count for layer, count in alive.items() if count < s.num_experts}
+    if not dead:
+        return None
+    return (
+        f"{len(dead)} decoder layers hold {sum(dead.values())} dead experts, which a bias of -inf (or -1e30) keeps unselected"
+    )
+
+
+def thresholds(s: Subject) -> str | None:
+    """There are skipping thresholds."""
+    return "config.json has skipping thresholds, which only expertsmith puts in force" if "skip" in s.extras else None
 
 
 def uneven_ranks(s: Subject) -> str | None:

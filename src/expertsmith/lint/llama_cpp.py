@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 
 from expertsmith.lint.base import (
+    COMPUTED,
+    EVEN,
     LAYOUT,
     MORE,
     POWERS,
@@ -18,7 +20,10 @@ from expertsmith.lint.base import (
     missing,
     nameless,
     names,
+    padded,
+    thresholds,
     too_few,
+    uneven,
 )
 
 VERSION = "llama.cpp 0c1e57098 (llama-cpp-python 0.3.36)"
@@ -124,6 +129,30 @@ RULES: tuple[Rule, ...] = (
         "error",
         _limit,
         "keep 1024 experts or fewer",
+    ),
+    rule(
+        "llama.cpp-uneven",
+        "A model has one number of experts, n_expert, and every layer's tensors are looked for with that many.",
+        "src/llama-hparams.h (n_expert); conversion/base.py, TextModel.set_gguf_parameters",
+        "error",
+        uneven,
+        EVEN,
+    ),
+    rule(
+        "llama.cpp-padded",
+        "Dead experts are stored and routed like others; a bias that is added before the selection keeps them from it.",
+        "src/llama-graph.cpp, build_moe_ffn",
+        "info",
+        padded,
+        "compare outputs first: fused kernels for biased routing were not tried with -inf",
+    ),
+    rule(
+        "llama.cpp-skip",
+        "Every token runs all of the top_k experts that config.json names.",
+        "src/llama-graph.cpp, build_moe_ffn (n_expert_used)",
+        "info",
+        thresholds,
+        COMPUTED,
     ),
     rule(
         "llama.cpp-top-k",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from expertsmith.lint.base import (
+    COMPUTED,
+    EVEN,
     LAYOUT,
     MINIMAX_KEYS,
     MORE,
@@ -18,9 +20,12 @@ from expertsmith.lint.base import (
     missing,
     nameless,
     names,
+    padded,
     small_tp,
+    thresholds,
     too_few,
     too_many_groups,
+    uneven,
     uneven_ranks,
 )
 
@@ -97,6 +102,31 @@ RULES: tuple[Rule, ...] = (
         "error",
         missing("sglang", NO_BACKEND),
         "use another engine",
+    ),
+    rule(
+        "sglang-uneven",
+        "Every block is built with the number of experts that config.json has for the model.",
+        "srt/models/qwen3_moe.py, Qwen3MoeSparseMoeBlock.__init__, and deepseek_v2.py, DeepseekV2MoE.__init__ (and the other "
+        "families' blocks)",
+        "error",
+        uneven,
+        EVEN,
+    ),
+    rule(
+        "sglang-padded",
+        "Dead experts are stored and routed like others; a bias that is added before the selection keeps them from it.",
+        "srt/layers/moe/topk.py, biased_topk_impl",
+        "info",
+        padded,
+        "compare outputs first: fused kernels for biased routing were not tried with -inf",
+    ),
+    rule(
+        "sglang-skip",
+        "Every token runs all of the top_k experts that config.json names.",
+        "srt/models/qwen3_moe.py, Qwen3MoeSparseMoeBlock.__init__ (num_experts_per_tok)",
+        "info",
+        thresholds,
+        COMPUTED,
     ),
     rule(
         "sglang-top-k",

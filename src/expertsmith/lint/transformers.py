@@ -14,8 +14,10 @@ from expertsmith.lint.base import (
     make_rule,
     out_of_reach,
     sparsemixer,
+    thresholds,
     too_few,
     too_many_groups,
+    uneven,
     uneven_ranks,
 )
 
@@ -33,16 +35,17 @@ def _group_default(s: Subject) -> str | None:
 
 
 def _lonely_group(s: Subject) -> str | None:
-    size = s.num_experts // s.groups
+    size = s.fewest // s.groups
     if s.groups > 1 and size < s.group_minimum:
         return f"an expert_group has {size} expert, but its score is the sum of its best {s.group_minimum}"
     return None
 
 
 def _surplus(s: Subject) -> str | None:
-    wrong = [layer for layer, count in s.counts.items() if count != s.num_experts]
-    if wrong:
-        return f"config.json says {s.num_experts} experts, but decoder layer {wrong[0]} has tensors of {s.counts[wrong[0]]}"
+    for layer, count in s.counts.items():
+        said = s.declared.get(layer, s.num_experts)
+        if count != said:
+            return f"config.json says {said} experts, but decoder layer {layer} has tensors of {count}"
     return None
 
 
@@ -54,6 +57,23 @@ RULES: tuple[Rule, ...] = (
         "error",
         _surplus,
         "config.json and weights do not belong together",
+    ),
+    rule(
+        "transformers-uneven",
+        "The stock classes build every decoder layer with the one number of experts in the config; only the class that "
+        "auto_map names, or expertsmith.load, goes by per_layer_config.",
+        "models/mixtral/modeling_mixtral.py, MixtralExperts.__init__ (and the other families' experts)",
+        "warning",
+        uneven,
+        "load it with expertsmith.load, or with trust_remote_code=True",
+    ),
+    rule(
+        "transformers-skip",
+        "The router selects the config's top_k experts for every token, and all of them are computed.",
+        "models/mixtral/modeling_mixtral.py, MixtralTopKRouter (and the other families' routers)",
+        "info",
+        thresholds,
+        "load it with expertsmith.load to skip",
     ),
     rule(
         "transformers-top-k",

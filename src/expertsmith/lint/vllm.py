@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from expertsmith.lint.base import (
+    COMPUTED,
+    EVEN,
     LAYOUT,
     MINIMAX_KEYS,
     MORE,
@@ -20,10 +22,13 @@ from expertsmith.lint.base import (
     nameless,
     names,
     out_of_reach,
+    padded,
     small_tp,
     sparsemixer,
+    thresholds,
     too_few,
     too_many_groups,
+    uneven,
     uneven_ranks,
 )
 
@@ -147,6 +152,31 @@ RULES: tuple[Rule, ...] = (
         "warning",
         missing("vllm", UNREGISTERED),
         "try it before you rely on it: vLLM falls back to its transformers backend",
+    ),
+    rule(
+        "vllm-uneven",
+        "Every block is built with the number of experts that config.json has for the model.",
+        "model_executor/models/qwen3_moe.py, Qwen3MoeSparseMoeBlock.__init__ (and the other families' blocks); "
+        "transformers_utils/model_arch_config_convertor.py, get_num_experts",
+        "error",
+        uneven,
+        EVEN,
+    ),
+    rule(
+        "vllm-padded",
+        "Dead experts are stored and routed like others; a bias that is added before the selection keeps them from it.",
+        f"{MOE}/router/fused_topk_bias_router.py, fused_topk_bias",
+        "info",
+        padded,
+        "compare outputs first: fused kernels for biased routing were not tried with -inf",
+    ),
+    rule(
+        "vllm-skip",
+        "Every token runs all of the top_k experts that config.json names.",
+        "model_executor/models/qwen3_moe.py, Qwen3MoeSparseMoeBlock.__init__ (num_experts_per_tok)",
+        "info",
+        thresholds,
+        COMPUTED,
     ),
     rule(
         "vllm-top-k",

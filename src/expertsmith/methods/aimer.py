@@ -10,7 +10,13 @@ import numpy as np
 from expertsmith.methods.base import Array, ExpertWeights, Facts, every, method
 
 
-@method("aimer", "Peakiness of the weights, without data", "arXiv 2603.18492", reads="weights")
+@method(
+    "aimer",
+    "Peakiness of the weights, without data",
+    "arXiv 2603.18492",
+    reads="weights",
+    limits="Blind to the domain; near chance on models that hardly trained.",
+)
 def aimer(weights: Iterable[ExpertWeights], facts: Facts) -> Array:
     """Saliency -P / sqrt(M Q), over all M entries w of the expert's matrices together: P = sum |w|, Q = sum w^2. Data-free.
 

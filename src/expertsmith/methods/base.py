@@ -1,23 +1,33 @@
-"""What a method is: a function from a layer's statistics (or weights) to one saliency an expert, higher stays.
+"""What a method is: a function with keyword arguments as its options, and what it reads and gives.
 
-A method knows no families, tensor names or devices. Its keyword arguments are its options: name, type and default are read from the
-signature, so that `-O name=value`, the plan and `expertsmith methods` agree.
+    reads        the first argument of the function            gives      what it returns
+    statistics   LayerStatistics of one layer                  saliency   one number an expert, higher stays
+    weights      ExpertWeights of a layer, one by one          order      experts in the order in which they go, and where to stop
+    arrays       what its own `measure` made of the weights    choice     what stays and what is merged, for a given count
+    model        a probe that runs a block with any kept set
+    nothing      -
+
+A method knows no families, tensor names or devices. Names, types and defaults of the options are read from the signatures, so that
+`-O name=value`, the plan and `expertsmith methods` agree.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from expertsmith.errors import UserError
 from expertsmith.registry import unknown
+from expertsmith.selection import Rules
 
 Array = np.ndarray[Any, Any]
-Reads = Literal["statistics", "weights", "nothing"]
+Reads = Literal["statistics", "weights", "arrays", "model", "nothing"]
+Gives = Literal["saliency", "order", "choice"]
+Budget = Literal["uniform", "global", "threshold"]
 
 
 @dataclass(frozen=True)
@@ -28,48 +38,102 @@ class ExpertWeights:
     matrices: tuple[Array, ...]
 
 
+class Projections(Protocol):
+    """The experts' matrices of one layer by role, read when they are asked for."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of "gate", "up" and "down" those that the experts have."""
+
+    def of(self, role: str) -> Iterator[Array]:
+        """Experts in ascending order, float32."""
+
+
 @dataclass(frozen=True)
 class Facts:
-    """What a method may know of the layer besides its statistics."""
+    """What a method may know of the layer besides what it reads."""
 
     layer: int
     num_experts: int
     sequence_lengths: Mapping[str, list[int]] = field(default_factory=dict)  # tokens of every calibration sequence, by domain
+    model_type: str = ""
+    rules: Rules = field(default_factory=lambda: Rules(1, 1))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What stays of one layer: kept ids in ascending order; `merge` as in the plan's format; `why` for the reader of the plan."""
+
+    keep: list[int]
+    merge: list[dict[str, Any]] = field(default_factory=list)
+    why: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Experts in the order in which they go. `height` is how strongly each removal asks to be made (it never increases along the
+    order); `stop` is how many the method's own threshold removes."""
+
+    experts: list[int]
+    height: list[float]
+    stop: int
+    why: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Method:
     """A registered method.
 
-    `reads` tells what `saliency` gets as its first argument: `LayerStatistics`, an iterable of `ExpertWeights`, or nothing.
+    `measure` turns a layer's `Projections` into arrays that are costly to make and stay beside the plan; `allot` turns every layer's
+    statistics into counts for budget "global". `budgets`: the first is what it does where the user does not say.
     """
 
     name: str
     title: str
     paper: str
     reads: Reads
-    saliency: Callable[..., Array]
+    gives: Gives
+    function: Callable[..., Any]
     ties: Literal["keep_lower", "keep_higher"]
     doc: str
+    cost: str
+    limits: str
+    budgets: tuple[Budget, ...]
     averages: bool = False  # a mean over an expert's tokens: noise where they are few
+    all_outputs: bool = False  # needs the statistic all_output_sum, which is collected on request
+    measure: Callable[..., dict[str, Array]] | None = None
+    allot: Callable[..., dict[int, int]] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function itself."""
+        return self.function(*args, **kwargs)
 
     @property
     def data_free(self) -> bool:
         """Whether it needs no calibration."""
-        return self.reads != "statistics"
+        return self.reads in ("weights", "arrays", "nothing")
 
     @property
     def options(self) -> dict[str, Any]:
         """Option → default."""
-        return {p.name: p.default for p in inspect.signature(self.saliency).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        return {name: default for function in self._functions for name, default in _keywords(function).items()}
+
+    @property
+    def measure_options(self) -> tuple[str, ...]:
+        """The options that `measure` depends on."""
+        return tuple(_keywords(self.measure)) if self.measure else ()
+
+    @property
+    def _functions(self) -> tuple[Callable[..., Any], ...]:
+        return (self.measure, self.function) if self.measure else (self.function,)
 
     def parse_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All options with their values: defaults, overridden by `given`, converted by the signature's types.
+        """All options with their values: defaults, overridden by `given`, converted by the signatures' types.
 
         Raises:
             UserError: an unknown option or a value of the wrong type.
         """
-        hints = get_type_hints(self.saliency)
+        hints = {name: kind for function in self._functions for name, kind in get_type_hints(function).items()}
         values = dict(self.options)
         for name, value in given.items():
             if name not in values:
@@ -80,18 +144,31 @@ class Method:
         return values
 
 
+def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
+    return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
 def method(
     name: str,
     title: str,
     paper: str,
     reads: Reads = "statistics",
+    gives: Gives = "saliency",
     ties: Literal["keep_lower", "keep_higher"] = "keep_higher",
-    averages: bool = False,
-) -> Callable[[Callable[..., Array]], Method]:
-    """Register a saliency function. `ties`: which of two equally salient experts stays, the lower or the higher id."""
+    cost: str = "",
+    limits: str = "",
+    budgets: tuple[Budget, ...] = ("uniform", "global"),
+    **more: Any,
+) -> Callable[[Callable[..., Any]], Method]:
+    """Register a function as a method. `ties`: which of two equally salient experts stays, the lower or the higher id; `more`: the
+    further fields of `Method`."""
+    usual = {"statistics": "one calibration pass", "weights": "one read of the weights", "nothing": "none"}
 
-    def register(function: Callable[..., Array]) -> Method:
-        return Method(name, title, paper, reads, function, ties, inspect.getdoc(function) or "", averages)
+    def register(function: Callable[..., Any]) -> Method:
+        doc = inspect.getdoc(function) or ""
+        return Method(
+            name, title, paper, reads, gives, function, ties, doc, cost or usual.get(reads, ""), limits, budgets, **more
+        )
 
     return register
 
@@ -107,7 +184,10 @@ def _convert(owner: str, name: str, value: Any, kind: Any) -> Any:
             if isinstance(value, str):
                 return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
             return bool(value)
-        return kind(value)
+        converted = kind(value)
+        if isinstance(converted, float) and not np.isfinite(converted):
+            raise ValueError
+        return converted
     except (ValueError, TypeError, KeyError):
         raise UserError(
             f"{where} is {value!r}, which is not {'true or false' if kind is bool else f'of type {kind.__name__}'}"

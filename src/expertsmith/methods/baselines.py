@@ -13,37 +13,55 @@ from expertsmith.calibration.stats import LayerStatistics
 from expertsmith.methods.base import Array, Facts, mean, method
 
 
-@method("random", "Random choice: the baseline", "-", reads="nothing")
+@method(
+    "random",
+    "Random choice: the baseline",
+    "-",
+    reads="nothing",
+    limits="Knows nothing of the model: take the mean of several seeds.",
+)
 def random(facts: Facts, *, seed: int = 0) -> Array:
     """Uniform random saliency, drawn per layer from (seed, layer). Data-free."""
     return np.random.default_rng([seed, facts.layer]).random(facts.num_experts)
 
 
-@method("frequency", "Selection frequency", "MoE pruning baseline; hard count of SEER-MoE, arXiv 2404.05089")
+@method(
+    "frequency",
+    "Selection frequency",
+    "MoE pruning baseline; hard count of SEER-MoE, arXiv 2404.05089",
+    limits="A rare expert may carry much weight.",
+)
 def frequency(statistics: LayerStatistics, facts: Facts) -> Array:
     """N_j: how many tokens were routed to the expert. (b, a, c) = (0, 0, 0)."""
     return statistics.total("selections").astype(np.float64)
 
 
-@method("router_score", "Summed routing weights", "soft count of SEER-MoE, arXiv 2404.05089")
+@method(
+    "router_score",
+    "Summed routing weights",
+    "soft count of SEER-MoE, arXiv 2404.05089",
+    limits="Does not look at what the experts put out.",
+)
 def router_score(statistics: LayerStatistics, facts: Facts) -> Array:
     """Sum of g_j over the tokens routed to the expert. (0, 1, 0)."""
     return statistics.total("weight_sum")
 
 
-@method("ean", "Expert activation norm", "REAP repository, arXiv 2510.13999")
+@method("ean", "Expert activation norm", "REAP repository, arXiv 2510.13999", limits="Sums grow with frequency.")
 def ean(statistics: LayerStatistics, facts: Facts, *, weighted: bool = False) -> Array:
     """Sum of ||f_j|| over routed tokens, (0, 0, 1); with weighted=true the sum of g_j ||f_j||, (0, 1, 1)."""
     return statistics.total("weighted_norm_sum" if weighted else "norm_sum")
 
 
-@method("man", "Mean activation norm", "arXiv 2606.15716", averages=True)
+@method("man", "Mean activation norm", "arXiv 2606.15716", averages=True, limits="Noise where an expert got few tokens.")
 def man(statistics: LayerStatistics, facts: Facts) -> Array:
     """Mean of ||f_j|| over routed tokens, (1, 0, 1): for task-agnostic pruning. Noisy where N_j < 30."""
     return mean(statistics.total("norm_sum"), statistics.total("selections"))
 
 
-@method("msan", "Mean squared activation norm", "arXiv 2606.15716", averages=True)
+@method(
+    "msan", "Mean squared activation norm", "arXiv 2606.15716", averages=True, limits="Noise where an expert got few tokens."
+)
 def msan(statistics: LayerStatistics, facts: Facts) -> Array:
     """Mean of ||f_j||^2 over routed tokens, (1, 0, 2): for task-agnostic pruning. Noisy where N_j < 30."""
     return mean(statistics.total("norm_sq_sum"), statistics.total("selections"))

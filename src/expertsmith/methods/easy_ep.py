@@ -12,7 +12,13 @@ from expertsmith.calibration.stats import LayerStatistics
 from expertsmith.methods.base import Array, Facts, method
 
 
-@method("easy_ep", "Domain experts from a few demonstrations", "arXiv 2504.06792 (NeurIPS 2025)", ties="keep_lower")
+@method(
+    "easy_ep",
+    "Domain experts from a few demonstrations",
+    "arXiv 2504.06792 (NeurIPS 2025)",
+    ties="keep_lower",
+    limits="Keeps what the demonstrations use: other domains suffer.",
+)
 def easy_ep(
     statistics: LayerStatistics,
     facts: Facts,

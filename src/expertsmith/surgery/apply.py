@@ -1,4 +1,4 @@
-"""Plan + source → output checkpoint, by byte ranges: nothing is loaded, decoded or converted.
+"""Plan + source → output checkpoint, by byte ranges: nothing is loaded, decoded or converted but what is merged.
 
 What stays keeps its bytes. Experts are renumbered from 0 in ascending order of their old ids; router rows, biases and fused expert tensors
 lose the rows of dropped experts and keep extra rows (shared, zero and skip classes) at the end.
@@ -9,18 +9,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expertsmith.arch import config_get, config_present
-from expertsmith.checkpoint.writer import OutputTensor, Piece, prepare_target, write_checkpoint
+from expertsmith.arch import config_get
+from expertsmith.checkpoint.writer import Made, OutputTensor, Piece, prepare_target, write_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.inventory import Claim, Inventory
 from expertsmith.plan import Plan
 from expertsmith.progress import Progress, Silent
-from expertsmith.selection import Rules
+from expertsmith.selection import Rules, groups_of
 from expertsmith.surgery.card import model_card
+from expertsmith.surgery.skip import write_padding, write_skip
+from expertsmith.surgery.uneven import check_padding, check_uneven, code_for, routing_biases, write_counts
+from expertsmith.surgery.uneven import pad as fill_up
+
+if TYPE_CHECKING:
+    from expertsmith.surgery.merge import Merger
 
 MTP_KEYS = (
     "num_nextn_predict_layers",
@@ -29,11 +35,12 @@ MTP_KEYS = (
 )  # multi-token-prediction layers in config.json
 
 
-def check_plan(plan: Plan, inventory: Inventory) -> None:
+def check_plan(plan: Plan, inventory: Inventory, pad: bool = False) -> None:
     """Refuse a plan that is not for this checkpoint or that its router cannot serve.
 
     Raises:
-        UserError: another model's fingerprint, wrong layers or counts, fewer experts than the router needs, unequal expert_groups.
+        UserError: another model's fingerprint, wrong layers or counts, fewer experts than the router needs, unequal expert_groups; different
+            numbers of experts a layer (or padding) where the family cannot have that; see also `merge.check_merges`.
     """
     where = inventory.checkpoint.source
     if plan.model.model_type != inventory.architecture.model_type:
@@ -48,13 +55,13 @@ def check_plan(plan: Plan, inventory: Inventory) -> None:
             f"the plan has layers {_brief(list(plan.kept))}, but {where} has experts in layers {_brief(inventory.layers)}"
         )
     flat = plan.router_groups == "flatten"
-    rules = inventory.rules
-    if flat:
-        rules = Rules(rules.num_experts, rules.top_k)
     for entry in plan.layers:
-        if entry.num_experts != inventory.num_experts:
+        rules = inventory.rules_of(entry.layer)
+        if flat:
+            rules = Rules(rules.num_experts, rules.top_k)
+        if entry.num_experts != rules.num_experts:
             raise UserError(
-                f"layer {entry.layer} of the plan has {entry.num_experts} experts, but the checkpoint has {inventory.num_experts}"
+                f"layer {entry.layer} of the plan has {entry.num_experts} experts, but that of the checkpoint has {rules.num_experts}"
             )
         count = len(entry.keep)
         if count < rules.least:
@@ -62,21 +69,30 @@ def check_plan(plan: Plan, inventory: Inventory) -> None:
                 f"layer {entry.layer} keeps {count} of {entry.num_experts} experts, but the router needs {rules.least} (top_k={rules.top_k})",
                 f"keep at least {rules.least}",
             )
-        size = rules.num_experts // rules.groups
-        per_group = [sum(e // size == g for e in entry.keep) for g in range(rules.groups)]
+        per_group = [sum(e in group for e in entry.keep) for group in groups_of(rules)]
         if len(set(per_group)) > 1:
             raise UserError(
                 f"layer {entry.layer} keeps {per_group} experts of the {rules.groups} expert_groups, but they have to stay equal in size",
                 "plan with the default --router-groups keep, or with flatten",
             )
-        if entry.merge or entry.skip_threshold is not None:
-            raise UserError(f"layer {entry.layer} of the plan merges or skips experts, which this version cannot apply yet")
-    if plan.uniform_count is None:
-        low, high = min(plan.counts), max(plan.counts)
-        raise UserError(
-            f"the plan keeps between {low} and {high} experts a layer, but a stock {inventory.architecture.model_type} config holds one number for all layers",
-            "plan with --budget uniform",
-        )
+    if plan.merges:
+        from expertsmith.surgery.merge import check_merges
+
+        check_merges(plan, inventory)
+    if pad:
+        check_padding(inventory, counts_of(plan), 1 if flat else inventory.rules.groups)
+    elif plan.uniform_count is None:
+        check_uneven(inventory)
+
+
+def counts_of(plan: Plan) -> dict[int, int]:
+    """Decoder layer → experts that stay."""
+    return {entry.layer: len(entry.keep) for entry in plan.layers}
+
+
+def changes(plan: Plan, inventory: Inventory) -> bool:
+    """Whether any expert goes."""
+    return counts_of(plan) != inventory.counts
 
 
 def _brief(layers: list[int]) -> str:
@@ -87,10 +103,15 @@ def _brief(layers: list[int]) -> str:
     )
 
 
-def output_tensors(plan: Plan, inventory: Inventory) -> list[OutputTensor]:
-    """Every tensor of the output, as byte ranges of the source, in the source's order."""
-    kept, n = plan.kept, inventory.num_experts
-    pruned = plan.uniform_count != n
+def output_tensors(plan: Plan, inventory: Inventory, pad: bool = False) -> list[OutputTensor]:
+    """Every tensor of the output, as byte ranges of the source and computed pieces, in the source's order."""
+    kept = plan.kept
+    merger = None
+    if plan.merges:  # else nothing is decoded, and torch is not needed
+        from expertsmith.surgery.merge import Merger
+
+        merger = Merger(plan, inventory)
+    pruned = changes(plan, inventory)
     made = []
     for claim in inventory.claims:
         if claim.kind == "unused" and pruned:
@@ -98,23 +119,25 @@ def output_tensors(plan: Plan, inventory: Inventory) -> list[OutputTensor]:
         if claim.kind == "expert" and claim.layer in kept:
             name = _renumbered(claim, inventory, kept[claim.layer])
             if name is not None:
-                made.append(_whole(claim, name))
+                made.append(_whole(claim, name, merger))
         elif claim.kind == "stacked" and claim.layer in kept:
-            made.append(_rows(claim, n, kept[claim.layer]))
+            made.append(_rows(claim, inventory.experts_in(claim.layer), kept[claim.layer], merger))
         else:
             made.append(_whole(claim, claim.info.name))
-    return made
+    return fill_up(made, counts_of(plan), inventory) if pad else made
 
 
-def _whole(claim: Claim, name: str) -> OutputTensor:
+def _whole(claim: Claim, name: str, merger: Merger | None = None) -> OutputTensor:
     info = claim.info
-    return OutputTensor(name, info.dtype, info.shape, (Piece(info.file, info.start, info.nbytes),))
+    made = merger.piece(claim, claim.expert) if merger and claim.expert is not None else None
+    return OutputTensor(name, info.dtype, info.shape, (made or Piece(info.file, info.start, info.nbytes),))
 
 
 def _renumbered(claim: Claim, inventory: Inventory, keep: list[int]) -> str | None:
     """The output name of a per-expert tensor, or None if its expert goes. Zero experts follow the kept ones."""
     assert claim.expert is not None
-    n = inventory.num_experts
+    assert claim.layer is not None
+    n = inventory.experts_in(claim.layer)
     if claim.expert < n and claim.expert not in keep:
         return None
     new = keep.index(claim.expert) if claim.expert < n else claim.expert - n + len(keep)
@@ -126,38 +149,47 @@ def _renumbered(claim: Claim, inventory: Inventory, keep: list[int]) -> str | No
     raise AssertionError(f"{claim.info.name} was claimed by a prefix that it does not have")
 
 
-def _rows(claim: Claim, n: int, keep: list[int]) -> OutputTensor:
+def _rows(claim: Claim, n: int, keep: list[int], merger: Merger | None) -> OutputTensor:
     info, total = claim.info, n * claim.rows + claim.extra
     row = info.nbytes // total
-    ranges = [(expert * claim.rows, (expert + 1) * claim.rows) for expert in keep]
-    if claim.extra:
-        ranges.append((n * claim.rows, total))
-    joined: list[list[int]] = []
-    for begin, end in ranges:
-        if joined and joined[-1][1] == begin:
-            joined[-1][1] = end
+    pieces: list[Piece | Made] = []
+
+    def copy(begin: int, end: int) -> None:
+        """Rows of the source; neighbours become one range."""
+        piece = Piece(info.file, info.start + begin * row, (end - begin) * row)
+        last = pieces[-1] if pieces else None
+        if isinstance(last, Piece) and last.start + last.nbytes == piece.start:
+            pieces[-1] = Piece(info.file, last.start, last.nbytes + piece.nbytes)
         else:
-            joined.append([begin, end])
+            pieces.append(piece)
+
+    for expert in keep:
+        made = merger.piece(claim, expert) if merger else None
+        if made is not None:
+            pieces.append(made)
+        else:
+            copy(expert * claim.rows, (expert + 1) * claim.rows)
+    if claim.extra:
+        copy(n * claim.rows, total)
     shape = list(info.shape)
     shape[claim.row_axis] = len(keep) * claim.rows + claim.extra
-    pieces = tuple(Piece(info.file, info.start + begin * row, (end - begin) * row) for begin, end in joined)
-    return OutputTensor(info.name, info.dtype, tuple(shape), pieces)
+    return OutputTensor(info.name, info.dtype, tuple(shape), tuple(pieces))
 
 
-def output_config(plan: Plan, inventory: Inventory) -> dict[str, Any]:
+def output_config(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[str, Any]:
     """The source's config.json with the new counts, under the key names that it uses itself."""
     config = copy.deepcopy(dict(inventory.checkpoint.config))
     inner = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    record, count = inventory.architecture, plan.uniform_count
-    assert count is not None
-    for key in config_present(inner, record.experts_key + record.extra_config_keys):
-        _set(inner, key, count)
+    record, counts = inventory.architecture, counts_of(plan)
+    write_skip(config, plan)
+    write_padding(config, counts if pad else None)
+    write_counts(config, dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory)
     if plan.router_groups == "flatten":
         for key in filter(None, (record.group_key, record.top_group_key)):
             inner[key] = 1  # also where it is missing: the default may be more
         if record.group_alias is not None and record.group_alias in inner:
             inner[record.group_alias] = 1
-    if count != inventory.num_experts and any(claim.kind == "unused" for claim in inventory.claims):
+    if changes(plan, inventory) and any(claim.kind == "unused" for claim in inventory.claims):
         for key in MTP_KEYS:
             if config_get(inner, key):
                 _set(inner, key, 0)
@@ -176,6 +208,7 @@ def apply_plan(
     inventory: Inventory,
     out: Path,
     *,
+    pad: bool = False,
     overwrite: bool = False,
     check_values: bool = True,
     max_shard: int | None = None,
@@ -185,6 +218,7 @@ def apply_plan(
     """Write the output checkpoint; returns notes on what a reader should know.
 
     Args:
+        pad: fill layers with fewer experts than others up, so that the result is stock (`surgery.uneven.pad`).
         check_values: look for NaN and inf in every chunk that is copied.
         texts: further files to write (relative path → content).
 
@@ -193,11 +227,12 @@ def apply_plan(
     """
     progress = progress or Silent()
     prepare_target(out, inventory.checkpoint.path, overwrite)
-    check_plan(plan, inventory)
-    tensors = output_tensors(plan, inventory)
-    notes = []
+    pad = pad and plan.uniform_count is None
+    check_plan(plan, inventory, pad)
+    tensors = output_tensors(plan, inventory, pad)
+    notes = list(plan.notes)
     unused = [claim for claim in inventory.claims if claim.kind == "unused"]
-    if unused and plan.uniform_count != inventory.num_experts:
+    if unused and changes(plan, inventory):
         notes.append(
             f"{len(unused)} tensors of multi-token-prediction layers were left out: they have experts of their own, which were not calibrated"
         )
@@ -205,16 +240,27 @@ def apply_plan(
         notes.append(
             f"n_group and topk_group are now 1 (were {inventory.rules.groups} and {inventory.rules.top_groups}): tokens may use experts of any group"
         )
-    files = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps(), **(texts or {})}
+    if pad:
+        notes.append(
+            f"layers with fewer than {max(plan.counts)} experts are filled up with dead ones, which are never selected: no memory is saved"
+        )
+    elif plan.uniform_count is None:
+        notes.append(
+            f"layers keep {min(plan.counts)} to {max(plan.counts)} experts: load with expertsmith.load(…), or with transformers and trust_remote_code=True"
+        )
+    if plan.skip is not None:
+        notes.append("skip thresholds are in config.json: expertsmith.load(…) skips experts by them, other engines run all")
+    code = {} if pad else code_for(counts_of(plan), inventory)
+    files = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps(), **code, **(texts or {})}
     with progress.task("apply", sum(tensor.nbytes for tensor in tensors), "B") as advance:
         write_checkpoint(
             out,
             tensors,
-            output_config(plan, inventory),
+            output_config(plan, inventory, pad),
             source=inventory.checkpoint,
             texts=files,
             overwrite=overwrite,
-            on_tensor=_Finite() if check_values else None,
+            on_tensor=_Finite(routing_biases(inventory)) if check_values else None,
             progress=advance,
             **({"max_shard": max_shard} if max_shard else {}),
         )
@@ -234,13 +280,15 @@ FINITE_LIMITS: dict[
 
 
 class _Finite:
-    """Raise on the first chunk that holds NaN or inf: all exponent bits set. Integer and packed dtypes pass."""
+    """Raise on the first chunk that holds NaN or inf: all exponent bits set. Integer and packed dtypes pass, as do the tensors in which
+    -inf has a meaning."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_be_infinite: frozenset[str] = frozenset()) -> None:
+        self.may_be_infinite = may_be_infinite
         self.scratch = np.empty(0, dtype=np.uint8)
 
     def __call__(self, tensor: OutputTensor, chunk: memoryview) -> None:
-        if tensor.dtype not in FINITE_LIMITS:
+        if tensor.dtype not in FINITE_LIMITS or tensor.name in self.may_be_infinite:
             return
         kind, magnitude, limit = FINITE_LIMITS[tensor.dtype]
         values: np.ndarray[Any, Any] = np.frombuffer(chunk, dtype=kind)

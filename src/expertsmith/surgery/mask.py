@@ -7,7 +7,7 @@ This is the definition of "the same model with some experts gone": logits of dro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,23 +16,34 @@ from torch.overrides import TorchFunctionMode
 
 from expertsmith.arch import Architecture, config_get
 from expertsmith.engine import LoadedModel
+from expertsmith.engine.skipping import skipping
+from expertsmith.surgery.skip import skip_of
 
 
 @contextmanager
-def masked(model: LoadedModel, keep: Mapping[int, Sequence[int]], num_experts: int) -> Iterator[None]:
-    """Within the context, decoder layer l routes only to the experts `keep[l]`.
+def masked(model: LoadedModel, keep: Mapping[int, Sequence[int]], num_experts: int | Mapping[int, int]) -> Iterator[None]:
+    """Within the context, decoder layer l routes only to the experts `keep[l]` of its `num_experts` (one number, or one a layer).
 
     Raises:
         RuntimeError: a router that does not compute its logits where the family's record says (a defect of the record).
     """
     assert model.architecture is not None
-    rows = _router_rows(model, num_experts)
     with ExitStack() as stack:
         for layer, kept in keep.items():
-            dropped = torch.ones(num_experts, dtype=torch.bool)
+            count = num_experts if isinstance(num_experts, int) else num_experts[layer]
+            rows = _router_rows(model, count)
+            dropped = torch.ones(count, dtype=torch.bool)
             dropped[list(kept)] = False
             if dropped.any():
                 stack.callback(_mask_router(model.layers[layer], model.architecture, dropped, rows))
+        yield
+
+
+@contextmanager
+def in_force(model: LoadedModel, counters: dict[int, tuple[int, int]] | None = None) -> Iterator[None]:
+    """The thresholds of the model's own config.json, if it has any, for as long as the context lasts."""
+    found = skip_of(model.checkpoint.config)
+    with skipping(model, found[1], found[0], counters) if found else nullcontext():
         yield
 
 

@@ -1,13 +1,16 @@
 """Proof that an output checkpoint is the source without the dropped experts.
 
 Three findings: every tensor of the output is byte for byte what the plan says; every decoder layer's output, and the logits, equal those of
-the source with the same experts masked. The source runs masked (`surgery.mask`), the output runs as any user would load it.
+the source with the same experts masked. The source runs masked (`surgery.mask`) and with merged weights set in place (`surgery.merge`), the
+output runs as any user would load it. Skipping, where the plan has thresholds, is compared layer by layer with the stock forward on the
+same inputs and the weights of skipped slots at zero.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +18,19 @@ from typing import Any
 import torch
 
 from expertsmith.checkpoint import Checkpoint
-from expertsmith.checkpoint.writer import OutputTensor
+from expertsmith.checkpoint.writer import CHUNK, OutputTensor, chunks
 from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of, load_model
+from expertsmith.engine.experts import expert_count, experts_of, is_grouped, routing_of
 from expertsmith.engine.loading import Memory
+from expertsmith.engine.skipping import Rule, keep_slots, rescaled_weights, skipping
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory
 from expertsmith.plan import Plan
 from expertsmith.progress import Progress, Silent
 from expertsmith.surgery.apply import check_plan, output_config, output_tensors
 from expertsmith.surgery.mask import masked
+from expertsmith.surgery.merge import merged
+from expertsmith.surgery.skip import is_padded
 
 
 @dataclass
@@ -36,6 +43,9 @@ class Verdict:
     wrong_tensors: list[str] = field(default_factory=list)
     config_differs: list[str] = field(default_factory=list)
     layers: list[dict[str, float]] = field(default_factory=list)  # layer, difference, scale
+    skipping: list[dict[str, float]] = field(
+        default_factory=list
+    )  # layer, difference, scale, skipped: share of slots that did not run
     logits_difference: float = 0.0
     logits_scale: float = 0.0
     top1_agreement: float = 1.0
@@ -46,7 +56,8 @@ class Verdict:
     @property
     def largest(self) -> float:
         """The largest relative difference over layers and logits."""
-        pairs = [(row["difference"], row["scale"]) for row in self.layers] + [(self.logits_difference, self.logits_scale)]
+        rows = (*self.layers, *self.skipping)
+        pairs = [(row["difference"], row["scale"]) for row in rows] + [(self.logits_difference, self.logits_scale)]
         return max((difference / scale if scale else difference) for difference, scale in pairs)
 
     def to_json(self) -> dict[str, Any]:
@@ -55,10 +66,10 @@ class Verdict:
 
 
 def compare_bytes(
-    plan: Plan, inventory: Inventory, output: Checkpoint, progress: Progress | None = None
+    plan: Plan, inventory: Inventory, output: Checkpoint, progress: Progress | None = None, pad: bool = False
 ) -> tuple[int, list[str]]:
     """(tensors compared, names that differ): dtype, shape and every byte of the output against the plan's byte ranges of the source."""
-    wanted = {tensor.name: tensor for tensor in output_tensors(plan, inventory)}
+    wanted = {tensor.name: tensor for tensor in output_tensors(plan, inventory, pad)}
     wrong = sorted(set(wanted) ^ set(output.tensors))
     with (progress or Silent()).task("compare bytes", sum(tensor.nbytes for tensor in wanted.values()), "B") as advance:
         for name in sorted(set(wanted) & set(output.tensors)):
@@ -71,20 +82,17 @@ def compare_bytes(
     return len(wanted), wrong
 
 
-def _same_bytes(tensor: OutputTensor, output: Checkpoint, advance: Any, chunk: int = 2**23) -> bool:
+def _same_bytes(tensor: OutputTensor, output: Checkpoint, advance: Any) -> bool:
     info = output.tensors[tensor.name]
+    buffer = memoryview(bytearray(CHUNK))
     with open(info.file, "rb", buffering=0) as theirs:
         theirs.seek(info.start)
         for piece in tensor.pieces:
-            with open(piece.file, "rb", buffering=0) as mine:
-                mine.seek(piece.start)
-                left = piece.nbytes
-                while left:
-                    a, b = mine.read(min(chunk, left)), theirs.read(min(chunk, left))
-                    if not a or a != b:
-                        return False
-                    left -= len(a)
-                    advance(len(a))
+            for mine in chunks(piece, buffer):
+                other = theirs.read(len(mine))
+                if mine != other:
+                    return False
+                advance(len(other))
     return True
 
 
@@ -106,9 +114,10 @@ def verify(
         UserError: the plan is not for this source, or a model cannot be loaded.
     """
     progress = progress or Silent()
-    check_plan(plan, inventory)
-    tensors, wrong = compare_bytes(plan, inventory, output, progress)
-    expected = output_config(plan, inventory)
+    pad = is_padded(output.config)
+    check_plan(plan, inventory, pad)
+    tensors, wrong = compare_bytes(plan, inventory, output, progress, pad)
+    expected = output_config(plan, inventory, pad)
     differs = sorted(key for key in {*expected, *output.config} if expected.get(key) != output.config.get(key))
     verdict = Verdict(
         False, tolerance, tensors, wrong, differs, tokens=sum(batch.tokens for batch in batches), dtype=dtype, memory=memory
@@ -121,8 +130,11 @@ def verify(
         overrides = {key: 1 for key in (record.group_key, record.top_group_key) if key}
     source = load_model(inventory.checkpoint, record, memory=memory, device=device, dtype=dtype, config_overrides=overrides)
     pruned = load_model(output, record, memory=memory, device=device, dtype=dtype)
-    with masked(source, plan.kept, inventory.num_experts), progress.task("verify", len(source.layers), "layers") as advance:
+    masks = masked(source, plan.kept, inventory.counts)
+    with merged(source, plan, inventory), masks, progress.task("verify", len(source.layers), "layers") as advance:
         _compare_forwards(source, pruned, batches, verdict, advance)
+    if plan.skip is not None:
+        verdict.skipping = prove(pruned, batches, plan.thresholds, plan.skip.rule)
     verdict.passed = verdict.largest <= tolerance
     return verdict
 
@@ -157,6 +169,46 @@ def _compare_forwards(
             same += int((x.argmax(-1) == y.argmax(-1)).sum())
             total += x.shape[0]
         verdict.top1_agreement = same / max(1, total)
+
+
+def prove(model: LoadedModel, batches: Sequence[Batch], thresholds: Mapping[int, float], rule: Rule) -> list[dict[str, float]]:
+    """Every layer's skipping forward against the stock forward with the weights of skipped slots at zero, on the same inputs:
+    largest difference, largest value, and the share of slots that did not run."""
+    assert model.architecture is not None
+    rows = {layer: {"layer": layer, "difference": 0.0, "scale": 0.0} for layer in thresholds}
+    counters: dict[int, tuple[int, int]] = {}
+    with skipping(model, thresholds, rule, counters), ExitStack() as stack:
+        for layer in thresholds:
+            experts = experts_of(model.layers[layer], model.architecture)
+            stack.callback(setattr, experts, "forward", experts.forward)
+            experts.forward = _compared(experts, experts.forward, thresholds[layer], rule, rows[layer])
+        with Walk(model, batches) as walk:
+            for _ in walk.layers():
+                pass
+    for layer, (slots, ran) in counters.items():
+        rows[layer]["skipped"] = 1 - ran / slots if slots else 0.0
+    return list(rows.values())
+
+
+def _compared(experts: Any, sparse: Any, threshold: float, rule: Rule, row: dict[str, float]) -> Any:
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        selected, weights = routing_of(args, kwargs)
+        flat = weights.reshape(-1, weights.shape[-1])
+        skippable = None if is_grouped(experts) else selected.reshape(flat.shape) < expert_count(experts)
+        keep = keep_slots(flat, rule, threshold, skippable)
+        zeroed = (rescaled_weights(flat, keep, skippable) * keep).reshape(weights.shape)
+        dense = type(experts).forward(
+            experts,
+            hidden_states,
+            *(zeroed if value is weights else value for value in args),
+            **{name: zeroed if value is weights else value for name, value in kwargs.items()},
+        )
+        mine: torch.Tensor = sparse(hidden_states, *args, **kwargs)
+        row["difference"] = max(row["difference"], float((dense - mine).abs().max()))
+        row["scale"] = max(row["scale"], float(dense.abs().max()))
+        return mine
+
+    return forward
 
 
 def _largest(values: torch.Tensor) -> float:

@@ -1,0 +1,203 @@
+"""Run chosen (token, expert) pairs of an experts module, with the raw outputs in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from expertsmith.arch import Architecture
+from expertsmith.errors import UserError
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The (token, expert) pairs of a batch, sorted by expert.
+
+    `raw` [S, hidden] are the experts' outputs before the routing weight; `inside` says that the weight is in `raw` already.
+    """
+
+    raw: torch.Tensor
+    expert: torch.Tensor
+    weight: torch.Tensor
+    token: torch.Tensor
+    inside: bool = False
+
+
+def submodule(root: nn.Module, path: str) -> Any:
+    """The module at a dotted path; the root itself for an empty path."""
+    return root.get_submodule(path) if path else root
+
+
+def experts_of(layer: nn.Module, architecture: Architecture) -> Any:
+    """The experts module of a decoder layer."""
+    return submodule(submodule(layer, architecture.block), architecture.experts)
+
+
+def expert_count(experts: nn.Module) -> int:
+    """Routed experts, counted on the family's own module (a checkpoint may hold different numbers a layer).
+
+    Raises:
+        UserError: a module that does not tell.
+    """
+    for name in ("num_routed_experts", "num_experts"):
+        if isinstance(getattr(experts, name, None), int):
+            return int(getattr(experts, name))
+    raise UserError(f"the experts module {type(experts).__name__} does not tell its number of experts")
+
+
+def is_grouped(experts: nn.Module) -> bool:
+    """Whether transformers' experts decorator described the module's layout."""
+    return all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+
+
+def routing_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(selected_experts, routing_weights) from what follows the hidden states in a call of an experts module; families differ in order."""
+    first, second = [*args, *kwargs.values()][:2]
+    return (second, first) if first.is_floating_point() else (first, second)
+
+
+def grouped_outputs(experts: Any, x: torch.Tensor, token: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+    """Outputs [S, hidden] of the pairs (token[s], expert[s]), sorted by expert, by one grouped matrix product a projection.
+
+    Same operations in the same order as transformers' "grouped_mm" (`transformers.integrations.moe`), so the result is the same bit for
+    bit (tested).
+    """
+    from transformers.integrations.moe import _grouped_linear
+
+    count = experts.num_experts
+    offsets = torch.cumsum(torch.bincount(expert, minlength=count)[:count], 0, dtype=torch.int32)
+
+    def linear(inputs: torch.Tensor, name: str) -> torch.Tensor:
+        bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+        product: torch.Tensor = _grouped_linear(
+            inputs, getattr(experts, name), offsets, bias=bias, is_transposed=experts.is_transposed
+        )
+        return product
+
+    if experts.has_gate:
+        hidden = experts._apply_gate(linear(x[token], "gate_up_proj"))
+    else:
+        hidden = experts.act_fn(linear(x[token], "up_proj"))
+    raw = linear(hidden, "down_proj")
+    if getattr(experts, "has_post_expert_norm", False):
+        raw = experts.post_expert_norm(raw)
+    return raw
+
+
+def flattened_outputs(
+    experts: nn.Module,
+    x: torch.Tensor,
+    token: torch.Tensor,
+    expert: torch.Tensor,
+    dtype: torch.dtype,
+    pairs: bool,
+    batched: bool,
+) -> torch.Tensor:
+    """Outputs [S, hidden] of the pairs (token[s], expert[s]) for modules of any kind: the module's own forward with every pair as a token of
+    its own and weight 1.
+
+    `dtype` is that of the routing weights, `pairs` gives a second slot of weight 0, for forwards that cannot do with one slot, and
+    `batched` a leading axis, for forwards that take [batch, tokens, hidden].
+    """
+    ids = expert.unsqueeze(-1)
+    ones = torch.ones_like(ids, dtype=dtype)
+    if pairs:
+        ids, ones = ids.repeat(1, 2), torch.cat((ones, torch.zeros_like(ones)), -1)
+    inputs = x[token]
+    if batched:
+        inputs = inputs.unsqueeze(0)
+    raw: torch.Tensor = type(experts).forward(experts, inputs, ids, ones).reshape(token.numel(), -1)
+    return raw
+
+
+def grouped_forward(experts: Any, x: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, Slots]:
+    """The experts' forward as transformers' "grouped_mm" does it, keeping the raw outputs in sight.
+
+    Tokens are sorted by expert, one grouped matrix product a projection, then weighted, brought back into order and summed. Same
+    operations in the same order as `transformers.integrations.moe`, so the result is the same bit for bit (tested).
+    """
+    expert, order = torch.sort(selected.reshape(-1))
+    token = order // selected.shape[-1]
+    return _combine(grouped_outputs(experts, x, token, expert), x, expert, token, order, weights)
+
+
+def flattened_forward(
+    experts: nn.Module, x: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor, pairs: bool, shape: Sequence[int]
+) -> tuple[torch.Tensor, Slots]:
+    """For experts modules of any kind: the module's own forward with every (token, expert) pair as a token of its own and weight 1.
+
+    `pairs` gives it a second slot of weight 0, for forwards that cannot do with one slot.
+    """
+    top_k = selected.shape[-1]
+    weights = weights.reshape(-1, top_k)
+    expert, order = torch.sort(selected.reshape(-1))
+    token = order // top_k
+    raw = flattened_outputs(experts, x, token, expert, weights.dtype, pairs, len(shape) == 3)
+    return _combine(raw, x, expert, token, order, weights)
+
+
+def _combine(
+    raw: torch.Tensor, x: torch.Tensor, expert: torch.Tensor, token: torch.Tensor, order: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, Slots]:
+    """Weight the outputs, bring them back into the order of tokens and slots, and sum each token's."""
+    weight = weights.reshape(-1)[order]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    out = (raw * weight.unsqueeze(-1))[back].view(x.shape[0], weights.shape[-1], -1).sum(dim=1).to(x.dtype)
+    return out, Slots(raw, expert, weight.float(), token)
+
+
+AT_ONCE = 2**24  # elements of hidden activations
+
+
+def outputs_of_all(experts: Any, x: torch.Tensor, count: int, architecture: Architecture, dims: int = 2) -> torch.Tensor:
+    """[count, hidden] float64: sum over the tokens x [T, hidden] of every expert's raw output. `dims`: axes of the experts' usual input.
+
+    The down projection is linear, so where the experts' layout is known it is applied once, to the sum of hidden activations, in
+    float32: one third fewer products, equal up to rounding.
+    """
+    from transformers.integrations.moe import _grouped_linear
+
+    linear = is_grouped(experts) and not getattr(experts, "has_post_expert_norm", False)
+    total: Any = 0.0
+    width = experts.down_proj.numel() // experts.down_proj.shape[0] // x.shape[-1] * 2 if linear else x.shape[-1]
+    rows = max(1, AT_ONCE // (count * max(width, x.shape[-1])))
+    for chunk in x.split(rows):
+        size = chunk.shape[0]
+        if not linear:
+            total = total + run_all(experts, chunk, count, architecture, dims).double().sum(1)
+            continue
+        inputs = chunk.repeat(count, 1)
+        expert = torch.arange(count, device=x.device).repeat_interleave(size)
+        offsets = torch.arange(size, size * count + 1, size, device=x.device, dtype=torch.int32)
+        name = "gate_up_proj" if experts.has_gate else "up_proj"
+        bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+        product = _grouped_linear(inputs, getattr(experts, name), offsets, bias=bias, is_transposed=experts.is_transposed)
+        hidden = experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
+        total = total + hidden.reshape(count, size, -1).sum(1, dtype=torch.float64)
+    if linear:
+        down = experts.down_proj if experts.is_transposed else experts.down_proj.transpose(1, 2)  # [E, neurons, hidden]
+        total = torch.stack([(total[e].float() @ down[e].float()).double() for e in range(count)])
+        if experts.has_bias:
+            total = total + x.shape[0] * experts.down_proj_bias.double()
+    result: torch.Tensor = total
+    return result
+
+
+def run_all(experts: Any, x: torch.Tensor, count: int, architecture: Architecture, dims: int = 2) -> torch.Tensor:
+    """[count, T, hidden]: raw outputs of every expert for every token, by the module's own forward."""
+    if architecture.call == "dense_inputs":
+        return type(experts).forward(experts, x.repeat(count, 1)).reshape(count, x.shape[0], -1)  # type: ignore[no-any-return]
+    every = torch.arange(count, device=x.device).expand(x.shape[0], count)
+    ones = torch.ones_like(every, dtype=x.dtype)
+    if is_grouped(experts):
+        slots = grouped_forward(experts, x, every, ones)[1]
+    else:
+        slots = flattened_forward(experts, x, every, ones, architecture.call == "pairs", (1, *x.shape)[3 - dims :])[1]
+    raw = torch.empty(count, *x.shape, dtype=slots.raw.dtype, device=x.device)
+    raw[slots.expert, slots.token] = slots.raw
+    return raw

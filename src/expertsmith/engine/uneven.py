@@ -1,0 +1,197 @@
+"""Models whose decoder layers hold different numbers of experts: config.json's `per_layer_config`, and classes that build by it.
+
+transformers 5.23 reads `per_layer_config` into the config, but its models build every layer from the one config. `PerLayerExperts` makes
+them build each layer from its own. The same class, as source text, is what a written checkpoint carries (`shim_of`), so that plain
+transformers with `trust_remote_code=True` builds the same model; nothing of that file is ever run from here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+from expertsmith.arch import families
+from expertsmith.errors import UserError
+
+SHIM = "modeling_expertsmith.py"
+
+
+class PerLayerExperts:
+    """Mixed in before a causal LM: decoder layer i is built from `config.per_layer_config[i]`, so each may have its own number of experts."""
+
+    layer_classes: tuple[Any, ...] = ()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: its modules and the names of its tensors are those of transformers, which converts weights of its own models only."""
+        return False
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        stock = {layer: layer.__init__ for layer in self.layer_classes}
+        for layer, build in stock.items():
+            layer.__init__ = self._of_its_own(build)
+        try:
+            super().__init__(config.get_text_config(), *args, **kwargs)  # type: ignore[call-arg]
+        finally:
+            for layer, build in stock.items():
+                layer.__init__ = build
+
+    @staticmethod
+    def _of_its_own(build: Any) -> Any:
+        def init(self: Any, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
+            own = config.per_layer_config[layer_idx]
+            for name, change in list(vars(own).items()):  # a part of a config is changed in a copy of that part
+                part = vars(config).get(name)
+                if isinstance(change, dict) and hasattr(part, "to_dict"):
+                    vars(own)[name] = type(part)(**{**part.to_dict(), **change})
+            build(self, own, layer_idx, *args, **kwargs)
+
+        return init
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the layers' own configs follow."""
+        super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+        self._layers_follow()
+
+    def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the layers' own configs follow."""
+        super().set_experts_implementation(*args, **kwargs)  # type: ignore[misc]
+        self._layers_follow()
+
+    def _layers_follow(self: Any) -> None:
+        whole = self.config.get_text_config()
+        for module in self.modules():
+            own: Any = getattr(module, "config", None)
+            if type(own) is type(whole) and own is not whole:
+                own._attn_implementation_internal = whole._attn_implementation_internal
+                own._experts_implementation_internal = whole._experts_implementation_internal
+
+
+def is_uneven(config: Any) -> bool:
+    """Whether a transformers config gives decoder layers numbers of experts of their own."""
+    inner = config.get_text_config()
+    record = families().get(inner.model_type)
+    if record is None or not inner.is_heterogeneous:
+        return False
+    keys = {key.partition(".")[0] for key in record.experts_key}
+    return not keys.isdisjoint(inner.per_layer_attributes)
+
+
+def stock_class(config: Any) -> Any:
+    """The causal LM of transformers for a config.
+
+    Raises:
+        UserError: transformers has none.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    try:
+        return _get_model_class(config, AutoModelForCausalLM._model_mapping)
+    except KeyError:
+        raise UserError(f"transformers has no causal LM for {type(config).__name__}") from None
+
+
+def uneven_class(config: Any) -> Any:
+    """`stock_class`, with every decoder layer built from its own config. `save_pretrained` also writes what `trust_remote_code` needs.
+
+    Raises:
+        UserError: transformers has no causal LM for the config.
+    """
+    stock = stock_class(config)
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        self.config.auto_map = auto_map(self.config)
+        super(made, self).save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / SHIM).write_text(shim_of(self.config), encoding="utf-8")
+
+    def from_config(cls: Any, config: Any, /, trust_remote_code: bool = False, **kwargs: Any) -> Any:
+        return cls._from_config(config, **kwargs)
+
+    body = {
+        "__module__": stock.__module__,
+        "layer_classes": layer_classes(stock),
+        "from_config": classmethod(from_config),  # as the Auto classes have it
+        "save_pretrained": save_pretrained,
+    }
+    made: Any = type(stock.__name__, (PerLayerExperts, stock), body)
+    return made
+
+
+def layer_classes(stock: Any) -> tuple[Any, ...]:
+    """The decoder layers in the module of a causal LM: layers that are built from (config, layer_idx)."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    module = sys.modules[stock.__module__]
+    layers = (
+        entry for entry in vars(module).values() if isinstance(entry, type) and issubclass(entry, GradientCheckpointingLayer)
+    )
+    return tuple(layer for layer in layers if list(inspect.signature(layer).parameters) == ["config", "layer_idx"])
+
+
+def auto_map(config: Any) -> dict[str, str]:
+    """What config.json says of the class in `shim_of`."""
+    return {"AutoModelForCausalLM": f"{SHIM.removesuffix('.py')}.{stock_class(config).__name__}"}
+
+
+def shim_of(config: Any) -> str:
+    """Source text of a module that holds the model's class under its stock name and needs nothing but transformers."""
+    stock = stock_class(config)
+    layers = sorted(layer.__name__ for layer in layer_classes(stock))
+    return f'''"""{stock.__name__} with a different number of experts in each decoder layer, as per_layer_config in config.json says.
+
+Written by expertsmith. AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) uses it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from {stock.__module__} import {", ".join(layers)}
+from {stock.__module__} import {stock.__name__} as Stock
+
+
+{inspect.getsource(PerLayerExperts)}
+
+class {stock.__name__}(PerLayerExperts, Stock):
+    """The stock model."""
+
+    layer_classes = ({", ".join(layers)},)
+    _can_set_experts_implementation_cached_value = {stock._can_set_experts_implementation()}
+'''
+
+
+def load(path: str | Path, **kwargs: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained`, also for checkpoints whose layers hold different numbers of experts.
+
+    Code in the checkpoint is never run. `kwargs` go to `from_pretrained` (dtype, device_map, …).
+
+    Raises:
+        UserError: `trust_remote_code`, which this function does without.
+    """
+    from transformers import AutoConfig
+
+    if kwargs.pop("trust_remote_code", False):
+        raise UserError("load runs no code of a checkpoint, so trust_remote_code means nothing here", "leave it out")
+    if "config" not in kwargs:
+        where = {
+            key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "subfolder", "token") if key in kwargs
+        }
+        kwargs["config"] = AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
+    model_class, kwargs["config"] = causal_lm(kwargs["config"])
+    return model_class.from_pretrained(path, trust_remote_code=False, **kwargs)
+
+
+def causal_lm(config: Any) -> tuple[Any, Any]:
+    """(what has `from_pretrained` and `from_config`, the config to give them): transformers' Auto class where one config serves all layers, else
+    `uneven_class` and the language model's part of the config."""
+    from transformers import AutoModelForCausalLM
+
+    if not is_uneven(config):
+        return AutoModelForCausalLM, config
+    inner, whole = config.get_text_config(), getattr(config, "quantization_config", None)
+    if whole is not None:
+        inner.quantization_config = whole
+    return uneven_class(config), inner

@@ -1,0 +1,62 @@
+"""Time variants of one model in turns, so that what else the machine does hits all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+
+def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, list[float]]:
+    """Seconds of every run, `rounds` times each, one after the other within a round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            _wait()
+            if number:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def prefill_and_decode(
+    module: Any,
+    variants: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    prompt: torch.Tensor,
+    new_tokens: int = 32,
+    rounds: int = 5,
+) -> dict[str, dict[str, float]]:
+    """Tokens a second of every variant (a context in which the model runs): the prompt [1, length] in one forward, and greedy decoding of
+    `new_tokens` with a cache at batch 1. Medians over `rounds`."""
+
+    def timed(name: str, run: Callable[[], object]) -> Callable[[], None]:
+        def go() -> None:
+            with variants[name](), torch.no_grad():
+                run()
+
+        return go
+
+    def prefill() -> object:
+        return module(input_ids=prompt, use_cache=False)
+
+    def decode() -> object:
+        return module.generate(
+            prompt[:, :8], max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+        )
+
+    found: dict[str, dict[str, float]] = {name: {} for name in variants}
+    for what, run, tokens in (("prefill", prefill, prompt.numel()), ("decode", decode, new_tokens)):
+        seconds = in_turns({name: timed(name, run) for name in variants}, rounds)
+        for name, values in seconds.items():
+            found[name][f"{what}_tokens_per_second"] = tokens / statistics.median(values)
+    return found
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,333 @@
+"""Entropy and mutual information of arrays whose entries are put into histogram bins: exact integer counts, and fast.
+
+Entries of two arrays of one size are paired by position. Each array has its own equal-width bins (`edges`). With p = counts / n:
+
+    H(A) = -sum p ln p = ln n - (1/n) sum c ln c        (natural logarithm, c: non-zero counts, n: entries)
+    I(A; B) = H(A) + H(B) - H(A, B)
+    NMI(A, B) = I(A; B) / sqrt(H(A) H(B))  in [0, 1]
+
+An array is put into bins once (`codes`), so that a pair costs one pass over small integers. An entropy is summed over how often each
+count occurs, with `math.fsum`: it depends on the counts alone, so NMI(A, B) and NMI(B, A) are equal to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from expertsmith.errors import UserError
+
+Array = np.ndarray[Any, Any]
+BinRule = Literal["numpy2", "numpy1"]
+Precision = Literal["float32", "float64"]
+
+CHUNK = 1 << 18  # entries at a time: their indices (2 MB) stay in the cache beside the table of counts
+ALONE = 1 << 27  # entry pairs (about half a second) below which starting processes costs more than it saves
+
+MOST_BINS = 1 << 26  # half a GB of edges
+
+
+@dataclass(frozen=True)
+class Codes:
+    """An array in bins: `codes` [n] in [0, k), uint16 where they fit, else int32; `entropy` in nats; `constant`: all entries equal."""
+
+    codes: Array
+    k: int
+    entropy: float
+    constant: bool
+    value: float  # of a constant array; else its smallest entry
+
+
+def edges(values: Array, bins: BinRule = "numpy2") -> Array:
+    """The k + 1 bin edges of numpy's rule "auto" for a float32 or float64 array, in its dtype; k = 1 where all entries are equal.
+
+    k = ceil((max - min) / width), width = min(FD, Sturges), Sturges = (max - min) / (log2 n + 1), FD = 2 IQR / n^(1/3) with quartiles by
+    linear interpolation.
+
+    numpy2: FD is first raised to half the square-root rule, (max - min) / (2 sqrt n), so k <= max(2 sqrt n, log2 n + 1), also where IQR = 0: as numpy 2.4 does.
+    numpy1: no such cap, Sturges alone where IQR = 0, and edges are spaced in float64 before they are cast: as numpy 1.26 does. Far outliers then mean many bins.
+
+    Raises:
+        UserError: the array is empty, its range is infinite, or it would have too many bins for memory or for its precision.
+    """
+    if values.size == 0:
+        raise UserError("an array without entries has no histogram")
+    flat = values.reshape(-1)
+    low, high = flat.min(), flat.max()
+    if low == high:
+        return np.array([low - 0.5, high + 0.5], dtype=flat.dtype)
+    width = (high - low) / (np.log2(flat.size) + 1.0)
+    diaconis = 2.0 * _quartile_range(flat) * flat.size ** (-1.0 / 3.0)
+    if bins == "numpy2":
+        diaconis = max(diaconis, (high - low) / np.sqrt(flat.size) / 2)
+    if diaconis:
+        width = min(diaconis, width)
+    k = (high - low) / width
+    if not k <= MOST_BINS:  # also NaN
+        raise UserError(f"entries from {low} to {high} would take {k:.3g} bins", "use -O bins=numpy2, which caps their number")
+    k = math.ceil(k)
+    if bins == "numpy2":
+        found = np.linspace(low, high, k + 1, dtype=flat.dtype)
+    else:
+        found = np.linspace(float(low), float(high), k + 1).astype(flat.dtype)
+    if (found[:-1] >= found[1:]).any():
+        raise UserError(
+            f"{k} bins between {low} and {high} are too narrow for {flat.dtype}", "use -O precision=float64 or -O bins=numpy2"
+        )
+    return found
+
+
+def _quartile_range(flat: Array) -> float:
+    """75th minus 25th percentile, interpolated with numpy's own operations, whose rounding decides some bin counts."""
+    places = [share * (flat.size - 1) for share in (0.75, 0.25)]
+    below = [math.floor(place) for place in places]
+    above = [min(place + 1, flat.size - 1) for place in below]
+    ordered = np.partition(flat, sorted({*below, *above}))
+    found = []
+    for place, i, j in zip(places, below, above, strict=True):
+        share, step = np.float64(place - i), ordered[j] - ordered[i]
+        found.append(ordered[j] - step * (1 - share) if share >= 0.5 else ordered[i] + step * share)
+    return float(found[0] - found[1])
+
+
+def codes(values: Array, bins: BinRule = "numpy2", precision: Precision = "float32") -> Codes:
+    """Put an array into its bins (`edges`): half-open, the last one closed, as `numpy.histogram` and `numpy.histogram2d` count.
+
+    `precision` is the dtype in which range, quartiles, edges and comparisons are taken (entries are cast first; float16 never stays,
+    its edges would collide). Edges of the two differ by rounding, so a few entries that lie on an edge change their bin.
+
+    Raises:
+        UserError: as `edges`.
+    """
+    flat = np.ascontiguousarray(values, dtype=precision).reshape(-1)
+    bounds = edges(flat, bins)
+    k = len(bounds) - 1
+    low = float(flat.min())
+    if k == 1:
+        return Codes(np.zeros(flat.size, np.uint16), 1, 0.0, True, low)
+    found = np.empty(flat.size, np.uint16 if k <= 2**16 - 1 else np.int32)
+    # x -> (x - low) * scale is monotone also as rounded, so an entry whose place is further from a whole number than any edge's place is
+    # lies in the bin that its place says; the few others are compared with the edges themselves
+    scale = k / (float(bounds[-1]) - float(bounds[0]))
+    places = (bounds.astype(np.float64) - float(bounds[0])) * scale
+    near = float(np.abs(places - np.arange(k + 1)).max()) + 1e-12
+    buffer = np.empty(min(CHUNK, flat.size))
+    for start in range(0, flat.size, CHUNK):
+        part = flat[start : start + CHUNK]
+        place = np.subtract(part, float(bounds[0]), out=buffer[: len(part)], dtype=np.float64)
+        place *= scale
+        bin_of = place.astype(np.int32)
+        place -= bin_of
+        doubtful = np.flatnonzero((place <= near) | (place >= 1 - near))
+        bin_of[doubtful] = np.searchsorted(bounds, part[doubtful], side="right") - 1
+        found[start : start + CHUNK] = np.minimum(bin_of, k - 1)
+    return Codes(found, k, _entropy(_marginal(found, k), flat.size), False, low)
+
+
+def _marginal(found: Array, k: int) -> Array:
+    counts = np.zeros(k, np.int64)
+    for start in range(0, found.size, CHUNK):
+        counts += np.bincount(found[start : start + CHUNK], minlength=k)
+    return counts
+
+
+def joint_counts(a: Codes, b: Codes) -> Array:
+    """How often each pair of codes occurs, as integers: the flattened table [a.k * b.k], or only its non-zero cells where the table
+    would have more cells than the arrays have entries.
+
+    Raises:
+        UserError: the arrays differ in size.
+    """
+    n = a.codes.size
+    if b.codes.size != n:
+        raise UserError(f"arrays of {n} and {b.codes.size} entries cannot be paired", "compare matrices of one shape")
+    cells = a.k * b.k
+    if cells > n:
+        kind = np.uint32 if cells < 2**32 else np.uint64
+        index = a.codes.astype(kind)
+        np.multiply(index, kind(b.k), out=index)
+        np.add(index, b.codes.astype(kind), out=index)
+        index.sort()
+        starts = np.flatnonzero(index[1:] != index[:-1]) + 1
+        return np.diff(np.concatenate(([0], starts, [n])))
+    # bincount takes no other integers without a copy; every call makes a table, so a chunk is no smaller than that
+    chunk = min(n, max(CHUNK, cells))
+    buffer = np.empty(chunk, np.intp)
+    counts: Array | None = None
+    for start in range(0, n, chunk):
+        stop = min(start + chunk, n)
+        index = np.multiply(a.codes[start:stop], b.k, out=buffer[: stop - start], dtype=np.intp)
+        np.add(index, b.codes[start:stop], out=index)
+        part = np.bincount(index, minlength=cells)
+        counts = part if counts is None else np.add(counts, part, out=counts)
+    assert counts is not None
+    return counts
+
+
+def _entropy(counts: Array, n: int) -> float:
+    """ln n - (1/n) sum c ln c, equal for equal multisets of counts."""
+    if int(counts.max()) <= max(counts.size, 1 << 16):
+        often = np.bincount(counts)
+        each = np.flatnonzero(often[1:]) + 1
+        often = often[each]
+    else:
+        each, often = np.unique(counts[counts > 0], return_counts=True)
+    if each[-1] == n:
+        return 0.0
+    return math.log(n) - math.fsum((often * (each * np.log(each))).tolist()) / n
+
+
+def joint_entropy(a: Codes, b: Codes) -> float:
+    """H(A, B) in nats."""
+    return _entropy(joint_counts(a, b), a.codes.size)
+
+
+def nmi(a: Codes, b: Codes) -> float:
+    """I(A; B) / sqrt(H(A) H(B)) in [0, 1], symmetric to the last bit.
+
+    Where an array is constant that is 0 / 0, taken as 1 for two equal constants and 0 otherwise (the flag `constant` says so).
+
+    Raises:
+        UserError: the arrays differ in size.
+    """
+    if a.constant or b.constant:
+        return _of_constants(a, b)
+    return _normalised(a, b, joint_entropy(a, b))
+
+
+def _of_constants(a: Codes, b: Codes) -> float:
+    return 1.0 if a.constant and b.constant and a.value == b.value else 0.0
+
+
+def _normalised(a: Codes, b: Codes, joint: float) -> float:
+    # rounding may leave the range by some 1e-16
+    return min(1.0, max(0.0, (math.fsum((a.entropy, b.entropy, -joint))) / math.sqrt(a.entropy * b.entropy)))
+
+
+def nmi_matrix(arrays: Sequence[Codes], workers: int | None = None, advance: Callable[[int], object] | None = None) -> Array:
+    """NMI of every two of E arrays: [E, E] float64, symmetric, with a ZERO diagonal (an array is never compared with itself).
+
+    `workers`: processes, by default one for each core that this process may use; the result does not depend on it. Threads would not
+    do, numpy counts under the interpreter lock. Workers are new interpreters that read the codes from one file of E * n * 2 bytes in the
+    temporary folder and import numpy only: nothing is forked under a caller's threads, and no caller's script is run again.
+    `advance` is called with 1 after each pair, from one thread at a time.
+
+    Raises:
+        UserError: the arrays differ in size.
+    """
+    done = advance or (lambda _: None)
+    count = len(arrays)
+    matrix = np.zeros((count, count))
+    varied = [i for i in range(count) if not arrays[i].constant]
+    for i in range(count):
+        for j in range(i + 1, count):
+            if arrays[i].codes.size != arrays[j].codes.size:
+                raise UserError(
+                    f"arrays {i} and {j} have {arrays[i].codes.size} and {arrays[j].codes.size} entries",
+                    "compare matrices of one shape",
+                )
+            if arrays[i].constant or arrays[j].constant:
+                matrix[i, j] = matrix[j, i] = _of_constants(arrays[i], arrays[j])
+                done(1)
+    if len(varied) < 2:
+        return matrix
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers, len(varied) - 1)
+    chosen = [arrays[i] for i in varied]
+    if workers == 1 or chosen[0].codes.size * len(chosen) * (len(chosen) - 1) // 2 < ALONE:
+        found: Iterator[tuple[int, int, float]] = _alone(chosen)
+    else:
+        found = _together(chosen, workers)
+    for i, j, joint in found:
+        value = _normalised(chosen[i], chosen[j], joint)
+        matrix[varied[i], varied[j]] = matrix[varied[j], varied[i]] = value
+        done(1)
+    return matrix
+
+
+def _alone(arrays: Sequence[Codes]) -> Iterator[tuple[int, int, float]]:
+    for i in range(len(arrays)):
+        for j in range(i + 1, len(arrays)):
+            yield i, j, joint_entropy(arrays[i], arrays[j])
+
+
+def _together(arrays: Sequence[Codes], workers: int) -> Iterator[tuple[int, int, float]]:
+    """Joint entropies from worker processes: each asks for the next row when it has finished one, longest rows first."""
+    count, size = len(arrays), arrays[0].codes.size
+    wide = np.dtype(np.int32 if any(a.codes.dtype == np.int32 for a in arrays) else np.uint16)
+    rows: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    for row in [*range(count - 1), *[None] * workers]:
+        rows.put(row)
+    answers: queue.SimpleQueue[tuple[int, int, float] | BaseException] = queue.SimpleQueue()
+    failed = threading.Event()
+
+    def drive(process: subprocess.Popen[str]) -> None:
+        assert process.stdin
+        assert process.stdout
+        try:
+            while (row := rows.get()) is not None and not failed.is_set():
+                process.stdin.write(f"{row}\n")
+                process.stdin.flush()
+                for column in range(row + 1, count):
+                    line = process.stdout.readline()
+                    if not line:
+                        raise RuntimeError(f"a process that counts pairs ended with exit code {process.wait()}")
+                    answers.put((row, column, float(line)))
+        except BaseException as error:
+            failed.set()
+            answers.put(error)
+
+    with ExitStack() as stack:
+        # on Windows a file that a process still maps cannot be removed, so the folder goes after the workers
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="expertsmith-"))
+        file = Path(folder) / "codes"
+        with open(file, "wb") as sink:
+            for array in arrays:
+                sink.write(np.ascontiguousarray(array.codes, dtype=wide).data)
+        command = [sys.executable, "-c", "from expertsmith.information import _serve; _serve()", str(file), wide.str, str(size)]
+        command += [str(array.k) for array in arrays]
+        threads = []
+        for _ in range(workers):
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+            stack.callback(_end, process)
+            threads.append(threading.Thread(target=drive, args=(process,), daemon=True))
+        for thread in threads:
+            thread.start()
+        for _ in range(count * (count - 1) // 2):
+            answer = answers.get()
+            if isinstance(answer, BaseException):
+                raise answer
+            yield answer
+        for thread in threads:
+            thread.join()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def _serve() -> None:
+    """A worker: for every row number on stdin, the joint entropies of that array with all later ones on stdout, one a line."""
+    name, kind, size, *ks = sys.argv[1:]
+    table = np.memmap(name, dtype=np.dtype(kind), mode="r").reshape(len(ks), int(size))
+    arrays = [Codes(row, int(k), math.nan, False, math.nan) for row, k in zip(table, ks, strict=True)]
+    for line in sys.stdin:
+        row = int(line)
+        for other in arrays[row + 1 :]:
+            print(repr(joint_entropy(arrays[row], other)), flush=True)

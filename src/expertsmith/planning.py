@@ -1,0 +1,410 @@
+"""Method + budget → plan: what each shape of method is given, how many experts each layer keeps, and what the plan tells of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expertsmith.calibration import stats as storage
+from expertsmith.calibration.stats import LayerStatistics, Statistics, load_statistics
+from expertsmith.errors import UserError
+from expertsmith.inventory import Inventory
+from expertsmith.methods.base import Array, Budget, Choice, Facts, Method, Order
+from expertsmith.plan import CalibrationData, LayerPlan, Merge, Plan, Source, Summary
+from expertsmith.plan import Method as MethodEntry
+from expertsmith.progress import Progress
+from expertsmith.selection import Rules, keep_count, most_salient, over_layers, refuse_groups
+
+if TYPE_CHECKING:
+    from expertsmith.calibration.data import TokenData
+    from expertsmith.engine import LoadedModel
+
+FEW_TOKENS = 30  # below this many tokens a mean over an expert's tokens is noise (frontier card, section 1)
+MEASURED = "expertsmith.measured"
+
+
+@dataclass
+class Job:
+    """What a plan is made from. `work` is a folder for what is costly to compute again; `open` loads model and tokens when a method runs
+    the model."""
+
+    inventory: Inventory
+    method: Method
+    values: dict[str, Any]
+    keep: float | int | None
+    budget: Budget
+    rules: dict[int, Rules]
+    progress: Progress
+    statistics: Statistics | None = None
+    work: Path | None = None
+    open: Callable[[], tuple[LoadedModel, TokenData]] | None = None
+    notes: list[str] = field(default_factory=list)
+    tokens: CalibrationData | None = None
+
+    def facts(self, layer: int) -> Facts:
+        """What the method may know of a layer."""
+        rules, lengths = self.rules[layer], self.statistics.sequence_lengths if self.statistics else {}
+        return Facts(layer, rules.num_experts, lengths, self.inventory.architecture.model_type, rules)
+
+    def count(self, layer: int) -> int:
+        """Experts that the layer keeps with a uniform budget."""
+        assert self.keep is not None
+        return keep_count(self.keep, self.rules[layer], f"decoder layer {layer} of {self.inventory.checkpoint.source}")
+
+
+def rules_of(inventory: Inventory, router_groups: str) -> dict[int, Rules]:
+    """What every layer's router needs; "flatten" gives up the expert_groups."""
+    rules = {layer: inventory.rules_of(layer) for layer in inventory.layers}
+    if router_groups == "flatten":
+        rules = {layer: Rules(entry.num_experts, entry.top_k) for layer, entry in rules.items()}
+    return rules
+
+
+def choose_budget(method: Method, budget: str | None, keep: float | int | None) -> Budget:
+    """The budget that was asked for, or the method's first one that goes with `keep` (none: its own threshold).
+
+    Raises:
+        UserError: a budget that the method does not have, or a keep that is missing or of no use.
+    """
+    if budget is None:
+        fitting = [entry for entry in method.budgets if (entry == "threshold") == (keep is None)]
+        if not fitting:
+            raise UserError(f"method {method.name} has to be told how many experts stay", "pass --keep 0.5")
+        return fitting[0]
+    found = next((entry for entry in method.budgets if entry == budget), None)
+    if found is None:
+        raise UserError(f"method {method.name} has no budget {budget!r}", f"choose {' or '.join(method.budgets)}")
+    if (found == "threshold") != (keep is None):
+        raise UserError(
+            "budget threshold removes what the method's own threshold says"
+            if keep is not None
+            else f"budget {budget} has to be told how many experts stay",
+            "leave --keep out" if keep is not None else "pass --keep 0.5",
+        )
+    return found
+
+
+def make_plan(job: Job, router_groups: Any, uniform: bool, options: Mapping[str, Any]) -> Plan:
+    """The plan of a job. `uniform` makes of a budget that differs between layers the nearest one that does not, and says what that costs."""
+    entries = _entries(job)
+    counts = {layer: len(entry.keep) for layer, entry in entries.items()}
+    if uniform and len(set(counts.values())) > 1:
+        entries = _even_out(job, entries, counts)
+    _warn(entries, job)
+    inventory = job.inventory
+    kept = {layer: len(entry.keep) for layer, entry in entries.items()}
+    before, after = inventory.size(), inventory.size(kept)
+    used = {"budget": job.budget, **({"keep": job.keep} if job.keep is not None else {}), **job.values, **options}
+    calibration = job.tokens
+    if job.statistics:
+        calibration = CalibrationData(fingerprint=job.statistics.header["data"]["fingerprint"], tokens=job.statistics.tokens)
+    return Plan(
+        method=MethodEntry(name=job.method.name, options=used),
+        model=Source(model_type=inventory.architecture.model_type, fingerprint=inventory.checkpoint.fingerprint),
+        calibration=calibration,
+        router_groups=router_groups,
+        layers=[entries[layer] for layer in inventory.layers],
+        summary=Summary(
+            experts=(sum(rules.num_experts for rules in job.rules.values()), sum(kept.values())),
+            parameters=(before[0], after[0]),
+            bytes=(before[1], after[1]),
+        ),
+        notes=job.notes,
+    )
+
+
+def _entries(job: Job) -> dict[int, LayerPlan]:
+    if job.method.gives == "saliency":
+        return _by_saliency(job)
+    if job.method.gives == "order":
+        return _by_order(job)
+    return _by_search(job) if job.method.reads == "model" else _by_choice(job)
+
+
+def _even_out(job: Job, uneven: Mapping[int, LayerPlan], counts: Mapping[int, int]) -> dict[int, LayerPlan]:
+    """The same method and total with one count for all layers, and a note on what it costs in the method's own measure."""
+    total, groups = sum(counts.values()), max(rules.groups for rules in job.rules.values())
+    least = max(rules.least for rules in job.rules.values())
+    count = max(least, round(total / len(counts) / groups) * groups)
+    found = f"{job.budget} kept {min(counts.values())} to {max(counts.values())} experts a layer, {total} in all"
+    job.keep, job.budget = count, "uniform"
+    entries = _entries(job)
+    note = f"{found}; uniform keeps {count} in each of {len(counts)}, {count * len(counts)} in all"
+    before, after = (_kept_share(plan, job) for plan in (uneven, entries))
+    if before is not None and after is not None:
+        word = {"saliency": "saliency", "choice": "routed slots of the kept experts"}.get(job.method.gives, "")
+        note += f"; share of {word} that stays, mean of the layers: {before:.4f} → {after:.4f}"
+    if job.method.gives == "order":
+        early = sum(max(0, counts[layer] - count) for layer in counts)
+        late = sum(max(0, count - counts[layer]) for layer in counts)
+        note += f"; {early} experts go that the threshold would keep, {late} stay that it would remove"
+    job.notes.append(note)
+    return entries
+
+
+def _kept_share(entries: Mapping[int, LayerPlan], job: Job) -> float | None:
+    shares = []
+    for layer, entry in entries.items():
+        values: Sequence[float] | Array | None = entry.saliency
+        if values is None and job.statistics is not None:
+            values = job.statistics.layers[layer].total("selections")
+        if values is None:
+            return None
+        total = float(sum(values))
+        shares.append(sum(float(values[e]) for e in entry.keep) / total if total else 1.0)
+    return sum(shares) / len(shares)
+
+
+# --- one shape each ---
+
+
+def _by_saliency(job: Job) -> dict[int, LayerPlan]:
+    saliency = {layer: _finite(job, layer, scores) for layer, scores in _scores(job)}
+    assert job.keep is not None
+    if job.budget == "uniform":
+        kept = {
+            layer: most_salient(values, job.count(layer), job.rules[layer], job.method.ties)
+            for layer, values in saliency.items()
+        }
+    else:
+        kept = over_layers(saliency, job.keep, job.rules, job.method.ties)
+    return {
+        layer: LayerPlan(
+            layer=layer,
+            num_experts=job.rules[layer].num_experts,
+            keep=kept[layer],
+            saliency=saliency[layer],
+            why=_usage(job, layer),
+        )
+        for layer in saliency
+    }
+
+
+def _scores(job: Job) -> Iterator[tuple[int, Array]]:
+    from expertsmith.weights import expert_weights
+
+    with job.progress.task("score", len(job.inventory.layers), "layers") as advance:
+        for layer in job.inventory.layers:
+            facts = job.facts(layer)
+            if job.method.reads == "weights":
+                yield layer, job.method.function(expert_weights(job.inventory, layer), facts, **job.values)
+            elif job.method.reads == "nothing":
+                yield layer, job.method.function(facts, **job.values)
+            else:
+                yield layer, job.method.function(_statistics(job, layer), facts, **job.values)
+            advance(1)
+
+
+def _finite(job: Job, layer: int, scores: Array) -> list[float]:
+    values = [float(score) for score in scores]
+    bad = next((e for e, score in enumerate(values) if not math.isfinite(score)), None)
+    if bad is not None:
+        raise UserError(
+            f"method {job.method.name} gives decoder layer {layer}'s expert {bad} the saliency {values[bad]}",
+            "activations overflowed while calibrating? calibrate with --dtype float32",
+        )
+    return values
+
+
+def _statistics(job: Job, layer: int) -> LayerStatistics:
+    assert job.statistics is not None
+    return job.statistics.layers[layer]
+
+
+def _usage(job: Job, layer: int) -> dict[str, Any] | None:
+    return {"selections": _statistics(job, layer).total("selections").tolist()} if job.statistics else None
+
+
+def _by_order(job: Job) -> dict[int, LayerPlan]:
+    options = {name: value for name, value in job.values.items() if name not in job.method.measure_options}
+    orders: dict[int, Order] = {
+        layer: job.method.function(arrays, job.facts(layer), **options) for layer, arrays in _measured(job)
+    }
+    if job.budget == "threshold":
+        removed = {layer: order.stop for layer, order in orders.items()}
+    elif job.budget == "uniform":
+        removed = {layer: job.rules[layer].num_experts - job.count(layer) for layer in orders}
+    else:
+        refuse_groups(job.rules)
+        total = sum(job.rules[layer].num_experts - job.count(layer) for layer in orders)
+        removed = _by_height(orders, total, {layer: job.rules[layer] for layer in orders})
+    entries = {}
+    for layer, order in orders.items():
+        n = job.rules[layer].num_experts
+        gone = set(order.experts[: removed[layer]])
+        if len(order.experts) < removed[layer]:
+            raise UserError(f"decoder layer {layer}: the method can remove {len(order.experts)} of {n} experts at most")
+        why = {**order.why, "order": order.experts, "height": order.height}
+        if job.budget == "threshold" and why.get("guard"):
+            job.notes.append(
+                f"decoder layer {layer}: the threshold would leave fewer than the {job.rules[layer].least} experts that the router needs; they stay"
+            )
+        job.notes += [f"decoder layer {layer}: {text}" for text in why.get("warnings", ())]
+        entries[layer] = LayerPlan(layer=layer, num_experts=n, keep=[e for e in range(n) if e not in gone], why=why)
+    return entries
+
+
+def _by_height(orders: Mapping[int, Order], total: int, rules: Mapping[int, Rules]) -> dict[int, int]:
+    """Removals a layer, `total` in all: always the layer whose next removal is highest, the lower layer on a tie; never below the floor."""
+    removed = dict.fromkeys(orders, 0)
+    for _ in range(total):
+        open_layers = [
+            layer
+            for layer, order in orders.items()
+            if removed[layer] < min(len(order.experts), rules[layer].num_experts - rules[layer].least)
+        ]
+        if not open_layers:
+            break
+        best = max(open_layers, key=lambda layer: (orders[layer].height[removed[layer]], -layer))
+        removed[best] += 1
+    return removed
+
+
+def _measured(job: Job) -> Iterator[tuple[int, dict[str, Array]]]:
+    """What the method's `measure` makes of every layer's weights; layers that lie in the work folder are read from it."""
+    from expertsmith.weights import Projections
+
+    assert job.method.measure is not None
+    options = {name: job.values[name] for name in job.method.measure_options}
+    folder = job.work
+    if folder is not None:
+        _prepare(folder, job, {"method": job.method.name, "options": options})
+    with job.progress.task("measure", len(job.inventory.layers), "layers") as advance:
+        for layer in job.inventory.layers:
+            if folder is not None and storage.layer_path(folder, layer).exists():
+                arrays = dict(storage.load_layer(folder, layer).domains["weights"])
+            else:
+                arrays = job.method.measure(Projections(job.inventory, layer), job.facts(layer), **options)
+                if folder is not None:
+                    storage.save_layer(folder, layer, {"weights": arrays})
+            yield layer, arrays
+            advance(1)
+
+
+def _prepare(folder: Path, job: Job, made_with: Mapping[str, Any]) -> None:
+    """A work folder for this model and these options; what it holds of others is measured again."""
+    header = {"format": MEASURED, "version": 1, "model": job.inventory.checkpoint.fingerprint, **made_with}
+    header = json.loads(json.dumps(header))
+    mark = folder / "measured.json"
+    if folder.exists() and any(folder.iterdir()):
+        try:
+            old = json.loads(mark.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            raise UserError(f"{folder} holds other files than measured weights", "choose another output name") from None
+        if old == header:
+            job.progress.note(f"using what was measured before in {folder}")
+            return
+        job.progress.note(f"{folder} was made with another model or other options: measured again")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+
+
+def _by_choice(job: Job) -> dict[int, LayerPlan]:
+    layers = job.inventory.layers
+    assert job.keep is not None
+    if job.budget == "global":
+        refuse_groups(job.rules)
+        assert job.method.allot is not None
+        average = sum(job.count(layer) for layer in layers) / len(layers)
+        counts = job.method.allot({layer: _statistics(job, layer) for layer in layers}, average)
+        for layer, count in counts.items():
+            least = job.rules[layer].least
+            if count < least:
+                job.notes.append(
+                    f"decoder layer {layer}: {count} experts would be left, the router needs {least}; {least} stay"
+                )
+                counts[layer] = least
+    else:
+        counts = {layer: job.count(layer) for layer in layers}
+    entries = {}
+    with job.progress.task("cluster", len(layers), "layers") as advance:
+        for layer in layers:
+            choice = job.method.function(_statistics(job, layer), job.facts(layer), counts[layer], **job.values)
+            entries[layer] = _entry(job, layer, choice, _usage(job, layer))
+            advance(1)
+    return entries
+
+
+def _by_search(job: Job) -> dict[int, LayerPlan]:
+    """A method that tries kept sets on the running model; layers whose choice lies in the work folder are not searched again."""
+    from expertsmith.calibration.probe import search_layers
+
+    assert job.open is not None
+    model, data = job.open()
+    job.tokens = CalibrationData(fingerprint=data.fingerprint, tokens=data.tokens)
+    folder = job.work
+    if folder is not None:
+        made_with = {"method": job.method.name, "options": job.values, "keep": job.keep, "data": data.fingerprint}
+        _prepare(folder, job, {**made_with, "groups": {str(n): rules.groups for n, rules in job.rules.items()}})
+
+    def done(layer: int) -> Choice | None:
+        path = folder / f"layer_{layer:03d}.json" if folder else None
+        return Choice(**json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.exists() else None
+
+    def choose(probe: Any) -> Choice:
+        found: Choice = job.method.function(probe, job.count(probe.layer), **job.values)
+        if folder is not None:
+            target = folder / f"layer_{probe.layer:03d}.json"
+            partial = target.with_name(target.name + ".partial")
+            partial.write_text(json.dumps({"keep": found.keep, "merge": found.merge, "why": found.why}), encoding="utf-8")
+            partial.replace(target)
+        return found
+
+    named = {name: job.values[name] for name in ("loss", "batch_size", "progressive") if name in job.values}
+    found = search_layers(
+        model, data, choose, rules=job.rules, done=done, max_tokens=job.values.get("tokens", 0), progress=job.progress, **named
+    )
+    return {layer: _entry(job, layer, choice, None) for layer, choice in found}
+
+
+def _entry(job: Job, layer: int, choice: Choice, usage: Mapping[str, Any] | None) -> LayerPlan:
+    why = {**choice.why, **(usage or {})}
+    return LayerPlan(
+        layer=layer,
+        num_experts=job.rules[layer].num_experts,
+        keep=choice.keep,
+        merge=[Merge.model_validate(entry) for entry in choice.merge],
+        why=why or None,
+    )
+
+
+def _warn(entries: Mapping[int, LayerPlan], job: Job) -> None:
+    """Say where the calibration was too small for what the plan keeps."""
+    used = {layer: entry.why["selections"] for layer, entry in entries.items() if entry.why and "selections" in entry.why}
+    unreached = [(layer, e) for layer, counts in used.items() for e in entries[layer].keep if counts[e] == 0]
+    if unreached:
+        layers = sorted({layer for layer, _ in unreached})
+        job.progress.note(
+            f"{len(unreached)} kept experts (layers {', '.join(map(str, layers))}) were reached by no calibration token: the calibration is too small for this ratio"
+        )
+    few = [e for layer, counts in used.items() for e in entries[layer].keep if 0 < counts[e] < FEW_TOKENS]
+    if few and job.method.averages:
+        job.progress.note(
+            f"{len(few)} kept experts were reached by fewer than {FEW_TOKENS} tokens: their mean is noise; more calibration text helps"
+        )
+
+
+def statistics_for(inventory: Inventory, method: Method, given: Statistics | str | Path, domains: Sequence[str]) -> Statistics:
+    """The statistics that a method reads, of these domains.
+
+    Raises:
+        UserError: of another model or other layers, or without what the method needs.
+    """
+    statistics = (given if isinstance(given, Statistics) else load_statistics(given)).select(domains)
+    if statistics.header["model"]["fingerprint"] != inventory.checkpoint.fingerprint:
+        raise UserError(f"the statistics are of another model than {inventory.checkpoint.source}", "calibrate this one")
+    if list(statistics.layers) != inventory.layers:
+        raise UserError("the statistics do not cover the same layers as the checkpoint", "calibrate again")
+    entry = next(iter(statistics.layers.values()))
+    if method.all_outputs and not all("all_output_sum" in held for held in entry.domains.values()):
+        raise UserError(
+            f"method {method.name} needs every expert's output on all tokens, which these statistics do not hold",
+            "calibrate again with --all-outputs",
+        )
+    return statistics

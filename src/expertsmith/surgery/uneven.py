@@ -1,0 +1,203 @@
+"""Different numbers of experts a layer in a stock checkpoint: config.json and the module beside it, or layers filled up with dead experts.
+
+`write_counts` + `code_for`: config.json keeps the largest number where it always stood and gives every layer its own in
+`per_layer_config`, and `modeling_expertsmith.py` lets plain transformers build that (`engine.uneven`). `pad`: every layer is filled up to
+the largest number with experts of zeros that can never be selected, so that the stock class and any engine load it; nothing is saved.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+from expertsmith.arch import config_present
+from expertsmith.checkpoint.writer import Made, OutputTensor, Piece
+from expertsmith.errors import UserError
+from expertsmith.inventory import Claim, Inventory, per_layer_counts
+
+NEVER = -1e30  # a logit that no softmax sees; largest finite magnitude where the dtype has less
+FLAG = "allow_global_per_layer_attribute_access"  # transformers: the number in config.json may be read, though layers differ
+FLOATS = {"F64": ("<d", 8, 1.7e308), "F32": ("<f", 4, 3.4e38), "F16": ("<e", 2, 65504.0), "BF16": ("<f", 2, 3.3e38)}
+
+
+def check_uneven(inventory: Inventory) -> None:
+    """Refuse a family whose layers cannot hold different numbers of experts.
+
+    Raises:
+        UserError: with the reason.
+    """
+    record = inventory.architecture
+    if record.uneven is not None:
+        raise UserError(
+            f"the layers of a {record.model_type} model cannot hold different numbers of experts: {record.uneven}",
+            "keep the same number in every layer: --uniform",
+        )
+
+
+def write_counts(config: dict[str, Any], counts: Mapping[int, int], inventory: Inventory) -> None:
+    """Put the numbers of experts (decoder layer → number) into a config.json that was copied from the source.
+
+    The family's own key gets the largest. Where layers differ, `per_layer_config` names every layer's number under the key that
+    transformers' config class stores, and `auto_map` the class of `code_for`; where they do not, neither stays.
+
+    Raises:
+        UserError: layers differ and the family cannot have that, or transformers does not understand the source's config.json.
+    """
+    inner: dict[str, Any] = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    record, most = inventory.architecture, max(counts.values())
+    for key in config_present(inner, record.experts_key + record.extra_config_keys):
+        _set(inner, key, most)
+    layers = {int(layer): dict(keys) for layer, keys in (inner.pop("per_layer_config", None) or {}).items()}
+    for layer in per_layer_counts(inventory.config, record):
+        for key in record.experts_key:
+            layers[layer].pop(key.partition(".")[0], None)
+    if inventory.uneven:
+        inner.pop(FLAG, None)
+        config.pop("auto_map", None)
+    if len(set(counts.values())) > 1:
+        from expertsmith.engine.loading import transformers_config  # torch and transformers: for this only
+        from expertsmith.engine.uneven import auto_map
+
+        check_uneven(inventory)
+        theirs = transformers_config(inventory.checkpoint)
+        key = next(config_present(inner, record.experts_key))
+        key = type(theirs.get_text_config()).attribute_map.get(key, key)
+        for layer, count in counts.items():
+            _set(layers.setdefault(layer, {}), key, count)
+        inner[FLAG] = True
+        config["auto_map"] = auto_map(theirs)
+    if any(layers.values()):
+        inner["per_layer_config"] = {str(layer): keys for layer, keys in sorted(layers.items()) if keys}
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        config = config.setdefault(part, {})
+    config[last] = value
+
+
+def code_for(counts: Mapping[int, int], inventory: Inventory) -> dict[str, str]:
+    """File name → text of the module that plain transformers needs where layers differ; nothing where they do not."""
+    if len(set(counts.values())) == 1:
+        return {}
+    from expertsmith.engine.loading import transformers_config
+    from expertsmith.engine.uneven import SHIM, shim_of
+
+    return {SHIM: shim_of(transformers_config(inventory.checkpoint))}
+
+
+def check_padding(inventory: Inventory, counts: Mapping[int, int], groups: int) -> None:
+    """Refuse to fill up layers where dead experts would change the routing.
+
+    Args:
+        groups: expert_groups of the output.
+
+    Raises:
+        UserError: routing weights that are a softmax over all experts, expert_groups, no bias that could hide an expert.
+    """
+    record = inventory.architecture
+    place = f"layers of {inventory.checkpoint.source} cannot be filled up with dead experts"
+    remedy = "keep the same number in every layer (--uniform), or write it without padding"
+    if groups > 1:
+        raise UserError(f"{place}: its router scores {groups} expert_groups, which dead experts would change", remedy)
+    if record.selection_bias and record.score == "softmax":
+        raise UserError(f"{place}: its routing weights are a softmax over all experts, dead ones included", remedy)
+    for layer, count in counts.items():
+        biases = [claim for claim in inventory.by_layer[layer] if _is_bias(claim, inventory)]
+        if count < max(counts.values()) and not biases:
+            raise UserError(f"{place}: the router of decoder layer {layer} has no bias that could keep them unselected", remedy)
+        for claim in biases:
+            if claim.info.dtype not in FLOATS:
+                raise UserError(f"{place}: {claim.info.name} is {claim.info.dtype}, which cannot hold -inf", remedy)
+
+
+def routing_biases(inventory: Inventory) -> frozenset[str]:
+    """Names of the tensors that may hold -inf: selection biases, in which it marks an expert that is never selected."""
+    if not inventory.architecture.selection_bias:
+        return frozenset()
+    return frozenset(claim.info.name for claim in inventory.claims if _is_bias(claim, inventory))
+
+
+def _is_bias(claim: Claim, inventory: Inventory) -> bool:
+    """Whether it holds one number an expert that is added to the router's logits or to its scores for the selection."""
+    record = inventory.architecture
+    if claim.entry is None or claim.entry.role != "router" or claim.layer is None:
+        return False
+    if not (record.selection_bias or record.logit_bias):
+        return False
+    each = prod(claim.info.shape) == inventory.experts_in(claim.layer) + claim.extra
+    return each and "bias" in claim.entry.name.rpartition(".")[2]
+
+
+def pad(tensors: Iterable[OutputTensor], counts: Mapping[int, int], inventory: Inventory) -> list[OutputTensor]:
+    """Fill every layer up to the largest number of `counts` with dead experts, whose weights and router rows are zeros and whose bias is
+    -inf (a selection bias) or -1e30 (one that is added to the logits).
+
+    `tensors` is what `surgery.apply.output_tensors` made for `counts`. A plan is checked with `check_padding` first.
+    """
+    most, record = max(counts.values()), inventory.architecture
+    claims = {claim.info.name: claim for claim in inventory.claims}
+    filled, dead = [], []
+    for tensor in tensors:
+        layer, rest = record.locate(tensor.name) or (-1, "")
+        lacking = most - counts.get(layer, most)
+        owner = record.expert_of(rest)
+        if owner is not None and owner[0] == 0:
+            dead += [_zeros(tensor, rest, expert, record.expert_prefix) for expert in range(most - lacking, most)]
+        claim = claims.get(tensor.name)
+        if lacking and claim is not None and claim.kind == "stacked":
+            tensor = _longer(tensor, claim, most - lacking, lacking, inventory)
+        filled.append(tensor)
+    return filled + dead
+
+
+def _zeros(tensor: OutputTensor, rest: str, expert: int, prefixes: Sequence[str]) -> OutputTensor:
+    """A tensor of expert 0 as zeros, under the name of another expert."""
+    prefix = next(prefix for prefix in prefixes if rest.startswith(prefix.format(expert=0)))
+    name = tensor.name.removesuffix(rest) + prefix.format(expert=expert) + rest.removeprefix(prefix.format(expert=0))
+    return OutputTensor(name, tensor.dtype, tensor.shape, (Made(tensor.nbytes, partial(bytes, tensor.nbytes)),))
+
+
+def _longer(tensor: OutputTensor, claim: Claim, count: int, lacking: int, inventory: Inventory) -> OutputTensor:
+    """Rows for `lacking` experts between the `count` experts' rows and any extra rows."""
+    row = tensor.nbytes // (count * claim.rows + claim.extra)
+    if _is_bias(claim, inventory):
+        value = float("-inf") if inventory.architecture.selection_bias else NEVER
+        rows = _encoded(value, tensor.dtype) * lacking
+        fill = Made(len(rows), lambda: rows)
+    else:
+        fill = Made(lacking * claim.rows * row, partial(bytes, lacking * claim.rows * row))
+    before, after = _split(tensor.pieces, count * claim.rows * row)
+    shape = list(tensor.shape)
+    shape[claim.row_axis] += lacking * claim.rows
+    return OutputTensor(tensor.name, tensor.dtype, tuple(shape), (*before, fill, *after))
+
+
+def _encoded(value: float, dtype: str) -> bytes:
+    code, size, largest = FLOATS[dtype]
+    finite = value == float("-inf") or value >= -largest
+    return struct.pack(code, value if finite else -largest)[-size:]  # bfloat16 is the upper half of float32
+
+
+def _split(pieces: Sequence[Piece | Made], at: int) -> tuple[list[Piece | Made], list[Piece | Made]]:
+    """The pieces before and after byte `at` of their concatenation."""
+    before: list[Piece | Made] = []
+    after: list[Piece | Made] = []
+    for piece in pieces:
+        head = min(max(at, 0), piece.nbytes)
+        if head:
+            before.append(_part(piece, 0, head))
+        if head < piece.nbytes:
+            after.append(_part(piece, head, piece.nbytes))
+        at -= piece.nbytes
+    return before, after
+
+
+def _part(piece: Piece | Made, first: int, last: int) -> Piece | Made:
+    if isinstance(piece, Piece):
+        return Piece(piece.file, piece.start + first, last - first)
+    return Made(last - first, lambda: memoryview(piece.make()).cast("B")[first:last])
