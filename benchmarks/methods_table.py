@@ -1,9 +1,10 @@
-"""Held-out perplexity of every method on trained test models: half of the experts, chosen for each domain, verified.
+"""Held-out perplexity of every method on trained test models: part of the experts, chosen for each domain, verified.
 
-    EXPERTSMITH_TESTBED=… python benchmarks/methods_table.py [--models mixtral qwen2_moe] [--keep 0.5] [-o results.json]
+    EXPERTSMITH_TESTBED=… python benchmarks/methods_table.py [--models mixtral qwen2_moe] [--keep 0.75 0.5] [-o results.json]
 
-The testbed holds `models/NAME` and `corpus/DOMAIN/{calib,heldout}.jsonl` (under `data/`). One calibration a model serves every method and
-domain. Data-free methods choose once for all domains. Perplexity is of the domain that the experts were chosen for; lower is better.
+The testbed holds `models/NAME` and `corpus/DOMAIN/{calib,heldout}.jsonl` (under `data/`). One calibration a model serves every method that
+reads statistics. Data-free methods choose once for all domains. Every method keeps the same number in every layer here; what MoEITS keeps by
+its own threshold comes after the table. Perplexity is of the domain that the experts were chosen for; lower is better.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 
 from expertsmith import api
+from expertsmith.methods import find
 
 METHODS = {
     "frequency": ("frequency", {}),
@@ -30,6 +32,11 @@ METHODS = {
     "msan": ("msan", {}),
     "reap": ("reap", {}),
     "easy_ep": ("easy_ep", {}),
+    "expert_sparsity": ("expert_sparsity", {"tokens": 2048, "limit": 1000}),
+    "expert_sparsity progressive": ("expert_sparsity", {"tokens": 2048, "limit": 1000, "progressive": True}),
+    "hc_smoe": ("hc_smoe", {}),
+    "m_smoe": ("m_smoe", {}),
+    "moeits": ("moeits", {}),
     "aimer": ("aimer", {}),
     "random 0": ("random", {"seed": 0}),
     "random 1": ("random", {"seed": 1}),
@@ -41,7 +48,8 @@ RUN = {"device": "cpu", "dtype": "float32", "memory": "resident"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["mixtral", "qwen2_moe", "deepseek_v2"])
-    parser.add_argument("--keep", default="0.5")
+    parser.add_argument("--keep", nargs="+", default=["0.75", "0.5"])
+    parser.add_argument("--factors", nargs="+", type=float, default=[3.0, 1.5, 0.5], help="of MoEITS' own threshold")
     parser.add_argument("--calibration", type=int, default=40, help="sequences of 256 tokens a domain")
     parser.add_argument("--windows", type=int, default=30, help="held-out windows of 256 tokens a domain")
     parser.add_argument("-o", "--out", type=Path, default=Path("methods_table.json"))
@@ -53,40 +61,72 @@ def main() -> None:
     results: dict[str, dict] = {}
     for name in args.models:
         with tempfile.TemporaryDirectory() as work:
-            results[name] = table(root / "models" / name, corpus, domains, args, Path(work))
+            results[name] = tables(root / "models" / name, corpus, domains, args, Path(work))
         args.out.write_text(json.dumps(results, indent=1) + "\n")
-        show(name, results[name], domains)
+        for keep in args.keep:
+            show(f"{name}, keep {keep}", results[name][keep], domains)
+        for row in results[name]["thresholds"]:
+            print(row)
 
 
-def table(model: Path, corpus: Path, domains: list[str], args: argparse.Namespace, work: Path) -> dict:
-    """Loss of every method and domain, and what `verify` found."""
-    calib = [f"{d}={corpus / d / 'calib.jsonl'}" for d in domains]
+def tables(model: Path, corpus: Path, domains: list[str], args: argparse.Namespace, work: Path) -> dict:
+    """Loss of every method and domain at every ratio, and what `verify` found."""
+    calib = {d: f"{d}={corpus / d / 'calib.jsonl'}" for d in domains}
+    shape = {"samples": args.calibration, "seq_len": 256, "batch_tokens": 2048}
     begin = time.perf_counter()
-    statistics = api.calibrate(model, calib, work / "stats", samples=args.calibration, seq_len=256, batch_tokens=2048, **RUN)
-    seconds = time.perf_counter() - begin
-    loss: dict[str, dict[str, float]] = {"(all experts)": evaluate(model, corpus, domains, args)}
-    worst, runs = 0.0, 0
-    for label, (method, options) in METHODS.items():
-        loss[label] = {}
-        groups = [[d] for d in domains] if method not in ("aimer", "random") else [domains]
-        for chosen_for in groups:
-            out = work / "out"
-            use = chosen_for if method not in ("aimer", "random") else []
-            made = api.compress(
-                model, method, args.keep, out, stats=statistics, domains=use, options=options, measure=False, device="cpu"
-            )
-            assert made["verify"].passed, (label, chosen_for, made["verify"])
-            worst, runs = max(worst, made["verify"].largest), runs + 1
-            loss[label] |= evaluate(out, corpus, chosen_for, args)
-            shutil.rmtree(out)
-        print(f"{model.name} {label}: " + ", ".join(f"{d} {math.exp(v):.1f}" for d, v in loss[label].items()), flush=True)
-    return {
-        "loss": loss,
-        "calibration_seconds": seconds,
-        "tokens": statistics.tokens,
-        "verified": runs,
-        "largest_relative_difference": worst,
-    }
+    stats = api.calibrate(model, list(calib.values()), work / "stats", all_outputs=True, **shape, **RUN)
+    found: dict = {"calibration_seconds": time.perf_counter() - begin, "tokens": stats.tokens}
+    base = evaluate(model, corpus, domains, args)
+    for keep in args.keep:
+        loss: dict[str, dict[str, float]] = {"(all experts)": base}
+        worst, runs, seconds = 0.0, 0, {}
+        for label, (method, options) in METHODS.items():
+            loss[label] = {}
+            begin = time.perf_counter()
+            for chosen_for in [domains] if find(method).data_free else [[d] for d in domains]:
+                made = plan_for(model, method, keep, options, stats, [calib[d] for d in chosen_for], chosen_for, shape, work)
+                worst, runs = max(worst, checked(model, made, work / "out", label)), runs + 1
+                loss[label] |= evaluate(work / "out", corpus, chosen_for, args)
+                shutil.rmtree(work / "out")
+            seconds[label] = time.perf_counter() - begin
+            text = ", ".join(f"{d} {math.exp(v):.1f}" for d, v in loss[label].items())
+            print(f"{model.name} keep {keep} {label} ({seconds[label]:.0f} s): {text}", flush=True)
+        found[keep] = {"loss": loss, "seconds": seconds, "verified": runs, "largest_relative_difference": worst}
+    found["thresholds"] = [by_threshold(model, corpus, domains, factor, base, args, work) for factor in args.factors]
+    return found
+
+
+def plan_for(
+    model: Path, method: str, keep: str, options: dict, stats, data: list[str], domains: list[str], shape: dict, work: Path
+):
+    if find(method).reads == "model":
+        return api.plan(model, method, keep, data=data, options=options, **shape, **RUN)
+    if find(method).data_free:
+        return api.plan(model, method, keep, options=options, work=work / "measured" if method == "moeits" else None)
+    return api.plan(model, method, keep, stats=stats, domains=domains, options=options)
+
+
+def checked(model: Path, made, out: Path, label: str) -> float:
+    """Write and prove a plan; the largest relative difference."""
+    api.apply(model, made, out)
+    verdict = api.verify(model, out, device="cpu")
+    assert verdict.passed, (label, verdict)
+    return verdict.largest
+
+
+def by_threshold(
+    model: Path, corpus: Path, domains: list[str], factor: float, base: dict, args: argparse.Namespace, work: Path
+) -> str:
+    """MoEITS as published: its own threshold, another number of experts in every layer, and the uniform neighbour."""
+    cells = []
+    for uniform in (False, True):
+        made = api.plan(model, "moeits", options={"factor": factor}, uniform=uniform, work=work / "measured")
+        checked(model, made, work / "out", "moeits")
+        loss = evaluate(work / "out", corpus, domains, args)
+        shutil.rmtree(work / "out")
+        rise = sum(loss[d] - base[d] for d in domains) / len(domains)
+        cells.append(f"{'uniform' if uniform else 'threshold'} keeps {made.counts}, mean rise {rise:+.3f}")
+    return f"{model.name} moeits factor {factor}: " + "; ".join(cells)
 
 
 def evaluate(model: Path, corpus: Path, domains: list[str], args: argparse.Namespace) -> dict[str, float]:

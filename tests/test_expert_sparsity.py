@@ -325,10 +325,10 @@ def test_sampled_tokens(checkpoints):
     assert probe_bytes(10, 64) == 10 * (2080 * 4 + 64 * 4)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "olmoe", "qwen3_next", "gpt_oss", "deepseek_v3", "longcat_flash"])
+@pytest.mark.parametrize("model_type", ["mixtral", "olmoe", "deepseek_v3"])
 def test_greedy_and_swap_come_close_to_the_optimum(model_type, checkpoints):
-    """Golden check 10 on trained-free random models: never better than exact, within 1 % of it; exchanges and width never hurt."""
-    counts = (6, 4) if model_type == "deepseek_v3" else (6, 5, 4, 3)
+    """Golden check 10 on random models: never better than exact, within 1 % of it; exchanges and width never hurt."""
+    counts = (6, 4) if model_type == "deepseek_v3" else (5, 4)
 
     def look(probe):
         for keep in counts:

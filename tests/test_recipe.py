@@ -162,7 +162,7 @@ def test_defaults_are_those_of_the_functions():
         ("verify", api.verify),
         ("evaluate", api.evaluate),
     ):
-        parameters = inspect.signature(function).parameters
+        parameters = {**inspect.signature(api.calibrate).parameters, **inspect.signature(function).parameters}
         annotation = Recipe.model_fields[section].annotation
         model = next(kind for kind in annotation.__args__ if kind is not type(None))
         for name, field in model.model_fields.items():
@@ -190,7 +190,7 @@ FAULTS = {  # what: (change, what the message has to say)
     "a word for memory": (lambda r: r.update(memory="big"), ["memory", "'auto', 'resident' or 'stream'"]),
     "a word for dtype": (lambda r: r.update(dtype="float31"), ["dtype", "float32"]),
     "a word for device": (lambda r: r.update(device="tpu9"), ["device", "cpu"]),
-    "a word for budget": (lambda r: r["plan"].update(budget="fair"), ["plan.budget", "'uniform' or 'global'"]),
+    "a word for budget": (lambda r: r["plan"].update(budget="fair"), ["plan.budget", "'uniform', 'global' or 'threshold'"]),
     "an unknown method": (lambda r: r["plan"].update(method="raep", options={}), ["plan", "did you mean reap"]),
     "an unknown option of the method": (lambda r: r["plan"].update(options={"wieghted": 1}), ["plan", "did you mean weighted"]),
     "a wrong value of an option": (lambda r: r["plan"].update(options={"weighted": "perhaps"}), ["plan", "true or false"]),
@@ -228,6 +228,17 @@ def test_all_faults_are_reported_at_once(good, tmp_path):
     assert "more" not in message
 
 
+def test_what_a_method_needs_besides_is_told_before_anything_runs(tmp_path):
+    recipe = {"model": "m", "calibrate": {"data": ["a.jsonl"], "out": "s"}, "plan": {"method": "hc_smoe", "keep": 4, "out": "p"}}
+    assert "set calibrate.all_outputs to true" in refusal(tmp_path, recipe)
+    recipe["calibrate"]["all_outputs"] = True
+    assert load_recipe(written(tmp_path, recipe)).plan.method == "hc_smoe"
+    recipe = {"model": "m", "plan": {"method": "aimer", "out": "p"}}
+    assert "method aimer has to be told how many experts stay: add plan.keep" in refusal(tmp_path, recipe)
+    recipe["plan"]["method"] = "moeits"
+    assert load_recipe(written(tmp_path, recipe)).plan.keep is None
+
+
 def test_faults_of_the_chain_are_reported_together(tmp_path):
     message = refusal(tmp_path, {"model": "m", "apply": {"out": "o"}, "verify": {}})
     assert "apply: there is no plan section" in message
@@ -239,6 +250,10 @@ def test_a_plan_needs_statistics_unless_its_method_needs_none(method, tmp_path):
     recipe = {"model": "m", "plan": {"method": method, "keep": 0.5, "out": "p.json"}}
     if methods()[method].data_free:
         assert load_recipe(written(tmp_path, recipe)).plan.method == method
+    elif methods()[method].reads == "model":
+        assert f"method {method} runs the model on text: add plan.data" in refusal(tmp_path, recipe)
+        recipe["plan"]["data"] = ["a.jsonl"]
+        assert load_recipe(written(tmp_path, recipe)).plan.data == ["a.jsonl"]
     else:
         assert f"method {method} needs statistics" in refusal(tmp_path, recipe)
         recipe["plan"]["stats"] = "stats"

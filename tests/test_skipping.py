@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import pytest
@@ -40,6 +42,7 @@ def rows() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def load(checkpoints):
+    @cache
     def loaded(model_type: str, memory: str = "resident"):
         return load_model(open_checkpoint(checkpoints(model_type)), families()[model_type], memory=memory)
 
@@ -220,19 +223,19 @@ def reference_weights(selected, weights, count: int, rule: str, threshold: float
 
 
 @contextmanager
-def dense_reference(module, model_type: str, rule: str, betas: dict[int, float], counts: dict[int, list[int]]):
-    """All slots computed by the module's own forward, with the reference's weights."""
+def watched(module, model_type: str, watch: Callable) -> Iterator[None]:
+    """watch(layer, routed experts, selected, weights) at every call of an experts module; what it returns replaces the weights."""
     handles = []
     for layer, experts in experts_in(module, model_type).items():
         number = getattr(experts, "num_routed_experts", None) or experts.num_experts
 
         def hook(_, args, kwargs, layer=layer, number=number):
             selected, weights = routing(args, kwargs)
-            made, routed, kept = reference_weights(selected, weights, number, rule, betas[layer])
-            held = counts.setdefault(layer, [0, 0])
-            held[0] += routed
-            held[1] += kept
-            swap = lambda value: made if value is weights else value  # noqa: E731
+            made = watch(layer, number, selected, weights)
+
+            def swap(value):
+                return made if value is weights and made is not None else value
+
             return tuple(map(swap, args)), {key: swap(value) for key, value in kwargs.items()}
 
         handles.append(experts.register_forward_pre_hook(hook, with_kwargs=True))
@@ -241,6 +244,19 @@ def dense_reference(module, model_type: str, rule: str, betas: dict[int, float],
     finally:
         for handle in handles:
             handle.remove()
+
+
+def dense_reference(module, model_type: str, rule: str, betas: dict[int, float], counts: dict[int, list[int]]):
+    """All slots computed by the module's own forward, with the reference's weights."""
+
+    def watch(layer, number, selected, weights):
+        made, routed, kept = reference_weights(selected, weights, number, rule, betas[layer])
+        held = counts.setdefault(layer, [0, 0])
+        held[0] += routed
+        held[1] += kept
+        return made
+
+    return watched(module, model_type, watch)
 
 
 def logits(module, ids: torch.Tensor) -> torch.Tensor:
@@ -304,14 +320,17 @@ def test_tail_rule_at_four_experts(model_type, rows):
 def test_skipped_pairs_are_not_computed(load, rows):
     """Rows that pass the activation are the pairs that stay, no more."""
     model = load("mixtral")
-    seen = dict.fromkeys(model.moe_layers, 0)
+    seen, handles = dict.fromkeys(model.moe_layers, 0), []
     counters: dict[int, tuple[int, int]] = {}
     for layer, experts in experts_in(model.module, "mixtral").items():
-        experts.act_fn.register_forward_hook(
+        handle = experts.act_fn.register_forward_hook(
             lambda module, args, out, layer=layer: seen.update({layer: seen[layer] + out.shape[0]})
         )
+        handles.append(handle.remove)
     with skipping(model, dict.fromkeys(model.moe_layers, 0.9), "ratio", counters):
         logits(model.module, torch.tensor([rows[0], rows[2]]))
+    for remove in handles:
+        remove()
     assert {layer: ran for layer, (_, ran) in counters.items()} == seen
     assert sum(seen.values()) < 48 * len(seen)
 
@@ -341,7 +360,7 @@ def test_the_model_is_restored_after_an_error(load):
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert first.__dict__["forward"] is kept
+    assert first.__dict__.pop("forward") is kept
     assert "forward" not in experts_in(model.module, "mixtral")[1].__dict__
 
 
@@ -384,24 +403,19 @@ def test_installed_skipping_generates_and_survives_copying(model_type, rows):
 
 
 @pytest.mark.parametrize("model_type", SKIPPABLE)
-def test_weights_and_medians_against_a_plain_model(model_type, checkpoints, load, rows):
-    """Captured one sequence at a time, without padding, from transformers' model: same weights, and numpy's median of w2 / w1."""
-    import transformers
-
-    found = collect_ratios(load(model_type), tokens_of(rows), batch_tokens=36)  # rows of 12, 12, 7 in one batch: padded
-    module = transformers.AutoModelForCausalLM.from_pretrained(checkpoints(model_type)).eval()
+def test_weights_and_medians_against_one_sequence_at_a_time(model_type, load, rows):
+    """Captured without padding where the model calls its experts: same weights, and numpy's median of w2 / w1."""
+    model = load(model_type)
+    found = collect_ratios(model, tokens_of(rows), batch_tokens=36)  # rows of 12, 12, 7 in one batch: padded
     captured: dict[int, list[np.ndarray]] = {}
-    for layer, experts in experts_in(module, model_type).items():
-        number = getattr(experts, "num_routed_experts", None) or experts.num_experts
 
-        def hook(_, args, kwargs, layer=layer, number=number):
-            selected, weights = routing(args, kwargs)
-            routed = np.where(selected.numpy() < number, weights.float().numpy(), 0)
-            captured.setdefault(layer, []).append(-np.sort(-routed, axis=-1))
+    def watch(layer, number, selected, weights):
+        routed = np.where(selected.numpy() < number, weights.float().numpy(), 0)
+        captured.setdefault(layer, []).append(-np.sort(-routed, axis=-1))
 
-        experts.register_forward_pre_hook(hook, with_kwargs=True)
-    for row in sorted(rows, key=len, reverse=True):  # as the batches take them; of equal length in order
-        logits(module, torch.tensor([row]))
+    with watched(model.module, model_type, watch):
+        for row in sorted(rows, key=len, reverse=True):  # as the batches take them; of equal length in order
+            logits(model.module, torch.tensor([row]))
     assert set(found) == set(captured)
     betas = thresholds(found, "ratio")
     for layer, parts in captured.items():

@@ -155,7 +155,7 @@ def test_plain_transformers_loads_it_with_remote_code(model_type, written, modul
 
 @EVERY
 def test_load(model_type, written, tmp_path):
-    """`expertsmith.load`: no code of the checkpoint, and what it saves loads everywhere."""
+    """No code of the checkpoint is needed, what is saved can be loaded by both, implementations can be changed."""
     _, _, out, wanted = written(model_type)
     model = load(out)
     assert type(model).__module__.startswith("transformers.models.")
@@ -165,7 +165,21 @@ def test_load(model_type, written, tmp_path):
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["auto_map"] == json.loads((out / "config.json").read_text())["auto_map"]
     same_tensors(open_checkpoint(tmp_path / "saved"), open_checkpoint(out))
-    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+    the_layers_follow(model, wanted)
+
+
+def the_layers_follow(model: torch.nn.Module, wanted: torch.Tensor) -> None:
+    """Implementations that are changed afterwards are changed in the layers' own configs too."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation("eager")
+    whole = model.config.get_text_config()
+    held = [module.config for module in model.modules() if type(getattr(module, "config", None)) is type(whole)]
+    assert any(own is not whole for own in held) or not model._can_set_experts_implementation()
+    seen = {(own._attn_implementation, own._experts_implementation) for own in held}
+    assert seen == {(model.config._attn_implementation, model.config._experts_implementation)}
+    assert difference(logits(model), wanted) < CLOSE
 
 
 def same_tensors(found: Checkpoint, wanted: Checkpoint) -> None:
@@ -208,25 +222,6 @@ def test_without_expertsmith(written, tmp_path):
     found = load_file(tmp_path / "logits")
     for model_type, folder in zip(ALONE, folders, strict=True):
         assert difference(found[folder], written(model_type)[3]) < CLOSE, model_type
-
-
-@EVERY
-def test_the_implementations_can_be_changed_afterwards(model_type, written):
-    """Layers have configs of their own, which have to follow."""
-    _, _, out, wanted = written(model_type)
-    model = load(out)
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
-    if model._can_set_attn_implementation():
-        model.set_attn_implementation("eager")
-    seen = set()
-    whole = model.config.get_text_config()
-    for module in model.modules():
-        own = getattr(module, "config", None)
-        if type(own) is type(whole):
-            seen.add((own._attn_implementation, own._experts_implementation))
-    assert seen == {(model.config._attn_implementation, model.config._experts_implementation)}
-    assert difference(logits(model), wanted) < CLOSE
 
 
 @EVERY
@@ -286,6 +281,36 @@ def even(inventory: Inventory) -> dict[int, list[int]]:
         size, each = count // rules.groups, rules.least // rules.groups
         kept[layer] = [g * size + e for g in range(rules.groups) for e in range(size - each, size)]
     return kept
+
+
+@pytest.mark.parametrize(
+    ("model_type", "padded"), [("mixtral", False), ("deepseek_v3", False), ("gpt_oss", False), ("gpt_oss", True)]
+)
+def test_apply_verify_and_lint(model_type, padded, written, tmp_path):
+    """Through the verbs: the written checkpoint is proven, and lint tells what takes it."""
+    from expertsmith import api
+
+    inventory, kept, _, _ = written(model_type)
+    source = inventory.checkpoint.path
+    notes = api.apply(source, plan_of(inventory, kept), tmp_path / "out", pad=padded)
+    assert any("dead ones" in note if padded else "expertsmith.load" in note for note in notes)
+    verdict = api.verify(source, tmp_path / "out", tokens=128, device="cpu")
+    assert verdict.passed, verdict
+    assert verdict.largest < CLOSE
+    found = {finding.rule.id for finding in api.lint(tmp_path / "out")}
+    engines = ("vllm", "sglang", "llama.cpp")
+    assert {f"{engine}-padded" for engine in engines} <= found if padded else "transformers-uneven" in found
+    assert {f"{engine}-uneven" for engine in engines} <= found or padded
+    assert "transformers-count" not in found
+
+
+def test_a_layer_below_top_k_is_refused(written, tmp_path):
+    from expertsmith import api
+
+    inventory, kept, _, _ = written("mixtral")
+    with pytest.raises(UserError, match=r"layer 1 keeps 1 of 8 experts, but the router needs 2"):
+        api.apply(inventory.checkpoint.path, plan_of(inventory, {**kept, 1: [3]}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_config_golden(written):

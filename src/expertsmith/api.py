@@ -45,13 +45,14 @@ def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     ratios: list[dict[str, float]] = []
     for ratio in RATIOS:
         with suppress(UserError):  # a ratio below what the router needs is left out
-            count = keep_count(ratio, rules)
-            after = inventory.size(dict.fromkeys(inventory.layers, count))
-            if count < inventory.num_experts and not any(row["experts"] == count for row in ratios):
+            counts = {layer: keep_count(ratio, inventory.rules_of(layer)) for layer in inventory.layers}
+            after = inventory.size(counts)
+            if counts != inventory.counts and not any(row["bytes"] == after[1] for row in ratios):
                 ratios.append(
                     {
                         "keep": ratio,
-                        "experts": count,
+                        "experts": max(counts.values()),
+                        "fewest_experts": min(counts.values()),
                         "parameters": after[0],
                         "bytes": after[1],
                         "bytes_ratio": after[1] / nbytes,
@@ -67,6 +68,7 @@ def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
         "layers": inventory.num_layers,
         "moe_layers": inventory.layers,
         "num_experts": inventory.num_experts,
+        "experts_by_layer": inventory.counts,
         "top_k": inventory.top_k,
         "shared_experts": _shared(inventory),
         "router": {"score": record.score, "selection_bias": bool(record.selection_bias), "expert_groups": groups},

@@ -41,10 +41,15 @@ MOST_BINS = 1 << 26  # half a GB of edges
 
 @dataclass(frozen=True)
 class Codes:
-    """An array in bins: `codes` [n] in [0, k), uint16 where they fit, else int32; `entropy` in nats; `constant`: all entries equal."""
+    """An array in bins, numbered from 0 without those that are empty: a far outlier makes thousands of bins, but almost all are.
+
+    `codes` [n] in [0, used), uint16 where they fit, else int32; `k` bins, empty ones included; `entropy` in nats;
+    `constant`: all entries equal.
+    """
 
     codes: Array
     k: int
+    used: int
     entropy: float
     constant: bool
     value: float  # of a constant array; else its smallest entry
@@ -116,8 +121,8 @@ def codes(values: Array, bins: BinRule = "numpy2", precision: Precision = "float
     k = len(bounds) - 1
     low = float(flat.min())
     if k == 1:
-        return Codes(np.zeros(flat.size, np.uint16), 1, 0.0, True, low)
-    found = np.empty(flat.size, np.uint16 if k <= 2**16 - 1 else np.int32)
+        return Codes(np.zeros(flat.size, np.uint16), 1, 1, 0.0, True, low)
+    found = np.empty(flat.size, np.uint16 if k <= 2**16 else np.int32)
     # x -> (x - low) * scale is monotone also as rounded, so an entry whose place is further from a whole number than any edge's place is
     # lies in the bin that its place says; the few others are compared with the edges themselves
     scale = k / (float(bounds[-1]) - float(bounds[0]))
@@ -133,19 +138,20 @@ def codes(values: Array, bins: BinRule = "numpy2", precision: Precision = "float
         doubtful = np.flatnonzero((place <= near) | (place >= 1 - near))
         bin_of[doubtful] = np.searchsorted(bounds, part[doubtful], side="right") - 1
         found[start : start + CHUNK] = np.minimum(bin_of, k - 1)
-    return Codes(found, k, _entropy(_marginal(found, k), flat.size), False, low)
-
-
-def _marginal(found: Array, k: int) -> Array:
     counts = np.zeros(k, np.int64)
-    for start in range(0, found.size, CHUNK):
-        counts += np.bincount(found[start : start + CHUNK], minlength=k)
-    return counts
+    chunk = max(CHUNK, k)
+    for start in range(0, flat.size, chunk):
+        counts += np.bincount(found[start : start + chunk], minlength=k)
+    used = int(np.count_nonzero(counts))
+    if used < k:
+        renumbered = (np.cumsum(counts > 0) - 1).astype(np.uint16 if used <= 2**16 else np.int32)
+        found = renumbered[found]
+    return Codes(found, k, used, _entropy(counts, flat.size), False, low)
 
 
 def joint_counts(a: Codes, b: Codes) -> Array:
-    """How often each pair of codes occurs, as integers: the flattened table [a.k * b.k], or only its non-zero cells where the table
-    would have more cells than the arrays have entries.
+    """How often each pair of codes occurs, as integers: the flattened table [a.used * b.used], or only its non-zero cells where the
+    table would have more cells than the arrays have entries.
 
     Raises:
         UserError: the arrays differ in size.
@@ -153,11 +159,11 @@ def joint_counts(a: Codes, b: Codes) -> Array:
     n = a.codes.size
     if b.codes.size != n:
         raise UserError(f"arrays of {n} and {b.codes.size} entries cannot be paired", "compare matrices of one shape")
-    cells = a.k * b.k
+    cells = a.used * b.used
     if cells > n:
         kind = np.uint32 if cells < 2**32 else np.uint64
         index = a.codes.astype(kind)
-        np.multiply(index, kind(b.k), out=index)
+        np.multiply(index, kind(b.used), out=index)
         np.add(index, b.codes.astype(kind), out=index)
         index.sort()
         starts = np.flatnonzero(index[1:] != index[:-1]) + 1
@@ -168,7 +174,7 @@ def joint_counts(a: Codes, b: Codes) -> Array:
     counts: Array | None = None
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
-        index = np.multiply(a.codes[start:stop], b.k, out=buffer[: stop - start], dtype=np.intp)
+        index = np.multiply(a.codes[start:stop], b.used, out=buffer[: stop - start], dtype=np.intp)
         np.add(index, b.codes[start:stop], out=index)
         part = np.bincount(index, minlength=cells)
         counts = part if counts is None else np.add(counts, part, out=counts)
@@ -298,7 +304,7 @@ def _together(arrays: Sequence[Codes], workers: int) -> Iterator[tuple[int, int,
             for array in arrays:
                 sink.write(np.ascontiguousarray(array.codes, dtype=wide).data)
         command = [sys.executable, "-c", "from expertsmith.information import _serve; _serve()", str(file), wide.str, str(size)]
-        command += [str(array.k) for array in arrays]
+        command += [str(array.used) for array in arrays]
         threads = []
         for _ in range(workers):
             process = subprocess.Popen(
@@ -324,9 +330,9 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def _serve() -> None:
     """A worker: for every row number on stdin, the joint entropies of that array with all later ones on stdout, one a line."""
-    name, kind, size, *ks = sys.argv[1:]
-    table = np.memmap(name, dtype=np.dtype(kind), mode="r").reshape(len(ks), int(size))
-    arrays = [Codes(row, int(k), math.nan, False, math.nan) for row, k in zip(table, ks, strict=True)]
+    name, kind, size, *used = sys.argv[1:]
+    table = np.memmap(name, dtype=np.dtype(kind), mode="r").reshape(len(used), int(size))
+    arrays = [Codes(row, int(k), int(k), math.nan, False, math.nan) for row, k in zip(table, used, strict=True)]
     for line in sys.stdin:
         row = int(line)
         for other in arrays[row + 1 :]:

@@ -106,8 +106,8 @@ class LayerPlan(_Strict):
                 raise ValueError(f"{where}: merge into {merge.into} has weights {merge.weights}, but they are shares")
         merged = [e for merge in self.merge for e in merge.sources]
         if len(set(merged)) != len(merged):
-            twice = next(e for e in merged if merged.count(e) > 1)
-            raise ValueError(f"{where}: expert {twice} is merged twice")
+            again = next(e for e in merged if merged.count(e) > 1)
+            raise ValueError(f"{where}: expert {again} is merged twice")
         if self.skip_threshold is not None and self.skip_threshold < 0:
             raise ValueError(f"{where}: skip_threshold is {self.skip_threshold}, but it is a ratio of routing weights")
         return self

@@ -30,6 +30,7 @@ class Calibrate(_Step):
     overlong: Literal["refuse", "truncate", "drop"] = "refuse"
     batch_tokens: int = Field(8192, ge=1)
     output_sum: bool = False
+    all_outputs: bool = False
     sample_tokens: int = Field(0, ge=0)
 
     @field_validator("data")
@@ -39,14 +40,20 @@ class Calibrate(_Step):
 
 
 class PlanStep(_Step):
-    """Options of `expertsmith plan`. `stats` defaults to what `calibrate` of the same recipe makes."""
+    """Options of `expertsmith plan`. `stats` defaults to what `calibrate` of the same recipe makes; `data` is for methods that run the
+    model themselves."""
 
     method: str
-    keep: float | int | str
+    keep: float | int | str | None = None
     out: str
     stats: str | None = None
+    data: list[str] = Field(default_factory=list)
+    samples: int = Field(128, ge=1)
+    seq_len: int | None = Field(None, ge=2)
+    seed: int = 42
     domains: list[str] = Field(default_factory=list)
-    budget: Literal["uniform", "global"] = "uniform"
+    budget: Literal["uniform", "global", "threshold"] | None = None
+    uniform: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
     router_groups: Literal["keep", "flatten"] = "keep"
 
@@ -60,11 +67,17 @@ class PlanStep(_Step):
 
     @field_validator("keep")
     @classmethod
-    def _sensible_keep(cls, value: float | int | str) -> float | int | str:
+    def _sensible_keep(cls, value: float | int | str | None) -> float | int | str | None:
         from expertsmith.selection import parse_keep
 
-        _all_faults([partial(parse_keep, value)])
+        if value is not None:
+            _all_faults([partial(parse_keep, value)])
         return value
+
+    @field_validator("data")
+    @classmethod
+    def _data_specs(cls, value: list[str]) -> list[str]:
+        return _specs(value)
 
     @field_validator("options")
     @classmethod
@@ -81,6 +94,7 @@ class Apply(_Step):
     """Options of `expertsmith apply`."""
 
     out: str
+    pad: bool = False
     overwrite: bool = False
 
 
@@ -129,8 +143,15 @@ def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
     faults = []
     plan = there["plan"] if isinstance(there.get("plan"), Mapping) else {}
     method = methods().get(str(plan.get("method")))
-    if method and not method.data_free and not plan.get("stats") and "calibrate" not in there:
+    if method and method.reads == "statistics" and not plan.get("stats") and "calibrate" not in there:
         faults.append(f"plan: method {method.name} needs statistics: add a calibrate section or plan.stats")
+    if method and method.reads == "model" and not plan.get("data"):
+        faults.append(f"plan: method {method.name} runs the model on text: add plan.data")
+    calibrate = there["calibrate"] if isinstance(there.get("calibrate"), Mapping) else None
+    if method and method.all_outputs and calibrate is not None and not plan.get("stats") and not calibrate.get("all_outputs"):
+        faults.append(f"plan: method {method.name} needs every expert's output on all tokens: set calibrate.all_outputs to true")
+    if method and plan.get("keep") is None and plan.get("budget") in (None, "threshold") and "threshold" not in method.budgets:
+        faults.append(f"plan: method {method.name} has to be told how many experts stay: add plan.keep")
     if "apply" in there and "plan" not in there:
         faults.append("apply: there is no plan section")
     if "verify" in there and "apply" not in there:
@@ -192,7 +213,7 @@ def _check_sources(recipe: Recipe) -> None:
     """Data files that are not there, all at once, before hours of calibration."""
     from expertsmith.calibration.spec import SUFFIXES, parse_spec
 
-    specs = [spec for section in (recipe.calibrate, recipe.verify, recipe.evaluate) if section for spec in section.data]
+    specs = [spec for section in (recipe.calibrate, recipe.plan, recipe.verify, recipe.evaluate) if section for spec in section.data]
     sources = [Path(parse_spec(spec).source) for spec in specs]
     missing = [str(path) for path in sources if path.suffix in SUFFIXES and not path.exists()]
     if missing:
@@ -211,7 +232,7 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
     if recipe.plan:
         options = recipe.plan.model_dump()
         options["stats"] = options["stats"] or (recipe.calibrate.out if recipe.calibrate else None)
-        results["plan"] = api.plan(recipe.model, **options, progress=progress)
+        results["plan"] = api.plan(recipe.model, **options, dtype=recipe.dtype, **where)
     if recipe.apply:
         results["apply"] = api.apply(recipe.model, results["plan"], **recipe.apply.model_dump(), progress=progress)
     if recipe.verify and recipe.apply:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -218,6 +219,12 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def _from_to(numbers: Iterable[int]) -> str:
+    """ "8", or "6 to 12"."""
+    held = sorted(set(numbers))
+    return str(held[0]) if len(held) == 1 else f"{held[0]} to {held[-1]}"
+
+
 def show_inspection(facts: dict[str, Any]) -> None:
     """What a checkpoint is, and what each keep ratio would leave."""
     groups = facts["router"]["expert_groups"]
@@ -228,7 +235,7 @@ def show_inspection(facts: dict[str, Any]) -> None:
     for name, value in (
         ("family", f"{facts['family']}  ({facts['model_type']})"),
         ("layers", f"{facts['layers']}, of which {len(moe)} with experts ({moe[0]}–{moe[-1]})"),
-        ("routed experts", f"{facts['num_experts']} a layer, a token uses {facts['top_k']}"),
+        ("routed experts", f"{_from_to(facts['experts_by_layer'].values())} a layer, a token uses {facts['top_k']}"),
         ("shared experts", str(facts["shared_experts"])),
         ("router", router),
         (
@@ -245,7 +252,7 @@ def show_inspection(facts: dict[str, Any]) -> None:
     for row in facts["keep_ratios"]:
         ratios.add_row(
             f"{row['keep']:g}",
-            str(row["experts"]),
+            _from_to((row["fewest_experts"], row["experts"])),
             count(row["parameters"]),
             byte_count(row["bytes"]),
             f"{100 * row['bytes_ratio']:.0f} %",

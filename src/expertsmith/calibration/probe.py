@@ -7,7 +7,7 @@ G_t = F_t F_t^T. Dropping the experts D re-routes the token from routing weights
 
 a'(D) is what the family's own router makes of its own logits with those of D masked out (as `surgery.mask` defines it): the router's
 forward is played again on kept logits, with everything that precedes them on the meta device, where it costs nothing. Shared experts
-cancel. Padding never counts. (Lu et al., "Not All Experts are Equal", arXiv 2402.14800, section 3.2; the authors run the block anew for
+cancel. Padding never counts. (Lu et al., "Not All Experts are Equal", arXiv 2402.14800; the authors run the block anew for
 every subset.)
 """
 
@@ -218,13 +218,19 @@ class _Tables:
         move = weights.new_zeros(len(rows), self.columns)
         move.scatter_add_(1, selected, weights).scatter_add_(1, self.goal[rows], -self.share[rows])
         slots = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        once = (
-            torch.zeros_like(move, dtype=torch.int64).scatter_(1, ids, slots).gather(1, ids) == slots
-        )  # an expert is in two slots
+        last = torch.zeros_like(move, dtype=torch.int64).scatter_(1, ids, slots)
+        once = last.gather(1, ids) == slots  # an expert in two slots counts in one of them
+        width = int(once.sum(1).max())
+        if width < ids.shape[1]:
+            order = once.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
+            ids, once = ids.gather(1, order), once.gather(1, order)
         move = move.gather(1, ids) * once
-        pairs = self.place[ids[:, :, None], ids[:, None, :]]
-        products = self.products.view(-1)[rows[:, None, None] * self.first.numel() + pairs].double()
-        return torch.einsum("ti,tij,tj->t", move, products, move).clamp_min(0)
+        first, second = torch.triu_indices(width, width, device=ids.device)
+        at = ids.index_select(1, first).mul_(self.columns).add_(ids.index_select(1, second))
+        at = self.place.view(-1)[at.view(-1)].view_as(at).add_(rows[:, None] * self.products.shape[1])
+        products = self.products.view(-1).index_select(0, at.view(-1)).view_as(at).double()
+        both = move.index_select(1, first).mul_(move.index_select(1, second)).mul_(2 - (first == second).double())
+        return torch.linalg.vecdot(both, products).clamp_min(0)
 
 
 @dataclass

@@ -166,7 +166,7 @@ def outputs_of_all(experts: Any, x: torch.Tensor, count: int, architecture: Arch
     total: Any = 0.0
     width = experts.down_proj.numel() // experts.down_proj.shape[0] // x.shape[-1] * 2 if linear else x.shape[-1]
     rows = max(1, AT_ONCE // (count * max(width, x.shape[-1])))
-    for chunk in x.split(rows):
+    for chunk in torch.split(x, rows):
         size = chunk.shape[0]
         if not linear:
             total = total + run_all(experts, chunk, count, architecture, dims).double().sum(1)

@@ -185,8 +185,8 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 
 
 def causal_lm(config: Any) -> tuple[Any, Any]:
-    """(what has `from_pretrained` and `from_config`, the config to give them): transformers' Auto class where one config serves all layers, else
-    `uneven_class` and the language model's part of the config."""
+    """(what has `from_pretrained` and `from_config`, the config to give them): transformers' Auto class where one config serves all
+    layers, else `uneven_class` and the language model's part of the config."""
     from transformers import AutoModelForCausalLM
 
     if not is_uneven(config):

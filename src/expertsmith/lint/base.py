@@ -215,9 +215,7 @@ def padded(s: Subject) -> str | None:
     dead = {layer: s.num_experts - count for layer, count in alive.items() if count < s.num_experts}
     if not dead:
         return None
-    return (
-        f"{len(dead)} decoder layers hold {sum(dead.values())} dead experts, which a bias of -inf (or -1e30) keeps unselected"
-    )
+    return f"{sum(dead.values())} dead experts in {len(dead)} decoder layers are kept unselected by a bias of -inf (or -1e30)"
 
 
 def thresholds(s: Subject) -> str | None:

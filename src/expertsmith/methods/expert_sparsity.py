@@ -63,7 +63,7 @@ def expert_sparsity(
     dropped for one kept expert, the best first, while one lowers the loss, at most `passes`. They have no guarantee.
 
     loss: "global" as in the paper, or "authors": the sum of norms over groups of `batch_size` sequences, as in their code.
-    progressive: layer inputs come from the layers pruned so far (section 4.1), targets stay those of the original model.
+    progressive: layer inputs come from the layers pruned so far, targets stay those of the original model.
     tokens: look at a seeded sample of so many tokens a domain; 0 is all.
 
     Deviations from the authors' code: the loss does not depend on the calibration batch, outputs are not rounded to bfloat16, and experts

@@ -239,8 +239,9 @@ def k_means(features: Array, count: int, seed: int) -> list[int]:
     its centre among the clusters of two or more."""
     random = np.random.default_rng(seed)
     chosen = [int(random.integers(len(features)))]
+    squares = np.full(len(features), np.inf)  # to the nearest chosen point
     while len(chosen) < count:
-        squares = (cdist(features, features[chosen]) ** 2).min(1)
+        squares = np.minimum(squares, cdist(features, features[chosen[-1:]])[:, 0] ** 2)
         total = squares.sum()
         left = [point for point in range(len(features)) if point not in chosen]
         chosen.append(int(random.choice(len(features), p=squares / total)) if total > 0 else left[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -92,7 +92,7 @@ def _shuffled(binned: list[Codes]) -> Array:
     values = []
     for i in sorted({round(step * (pairs - 1) / (NULLS - 1)) for step in range(NULLS)} if pairs else ()):
         other = binned[i + 1]
-        values.append(nmi(binned[i], Codes(draw.permutation(other.codes), other.k, other.entropy, other.constant, other.value)))
+        values.append(nmi(binned[i], replace(other, codes=draw.permutation(other.codes))))
     return np.array(values)
 
 

@@ -8,15 +8,17 @@ from expertsmith.inventory import Inventory
 from expertsmith.plan import Plan
 
 
+def _from_to(counts: Sequence[int]) -> str:
+    """ "8", or "6 to 12"."""
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+
+
 def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), quality: str = "") -> str:
     """Markdown: base model, method, ratio, calibration, sizes, measured quality (or that it was not measured)."""
     before, after = inventory.size(), inventory.size({entry.layer: len(entry.keep) for entry in plan.layers})
-    count = plan.uniform_count
-    share = (
-        f"{count} of {inventory.num_experts}"
-        if count is not None
-        else f"{min(plan.counts)} to {max(plan.counts)} of {inventory.num_experts}"
-    )
+    had = _from_to(list(inventory.counts.values()))
+    has = _from_to(plan.counts)
+    share = f"{has} of {had}"
     options = ", ".join(f"{key}={value}" for key, value in plan.method.options.items())
     if plan.calibration:
         tokens = ", ".join(f"{name} {number:,}" for name, number in plan.calibration.tokens.items())
@@ -34,7 +36,7 @@ def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), qual
         "",
         "| | base | this |",
         "|---|---|---|",
-        f"| routed experts a layer | {inventory.num_experts} | {count if count is not None else share} |",
+        f"| routed experts a layer | {had} | {has} |",
         f"| experts a token uses (top_k) | {inventory.top_k} | {inventory.top_k} |",
         f"| parameters | {before[0]:,} | {after[0]:,} |",
         f"| bytes | {before[1]:,} | {after[1]:,} |",

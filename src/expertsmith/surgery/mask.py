@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from expertsmith.arch import Architecture, config_get
+from expertsmith.calibration.replay import hidden_biases
 from expertsmith.engine import LoadedModel
 from expertsmith.engine.skipping import skipping
 from expertsmith.surgery.skip import skip_of
@@ -64,7 +65,7 @@ def _mask_router(layer: nn.Module, arch: Architecture, dropped: torch.Tensor, ro
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         drop = dropped.to(next(router.parameters()).device)
-        with _hidden(_biases(block, arch), drop), _DropLogits(rows, drop, arch.mask_value) as mode:
+        with hidden_biases(_biases(block, arch), drop), _DropLogits(rows, drop, arch.mask_value) as mode:
             result = original(*args, **kwargs)
         if mode.count != 1:
             raise RuntimeError(f"{type(router).__name__}: {mode.count} products look like router logits, expected 1")
@@ -80,21 +81,6 @@ def _biases(block: nn.Module, arch: Architecture) -> list[torch.Tensor]:
         owner, _, leaf = path.rpartition(".")
         found.append(getattr(block.get_submodule(owner) if owner else block, leaf))
     return found
-
-
-@contextmanager
-def _hidden(biases: list[torch.Tensor], dropped: torch.Tensor) -> Iterator[None]:
-    """-inf at the dropped experts of every selection bias, in place (blocks hand them to routers as arguments), then as before."""
-    saved = [bias.detach().clone() for bias in biases]
-    with torch.no_grad():
-        for bias in biases:
-            bias.view(-1)[: dropped.numel()].masked_fill_(dropped, float("-inf"))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for bias, value in zip(biases, saved, strict=True):
-                bias.copy_(value)
 
 
 class _DropLogits(TorchFunctionMode):

@@ -50,6 +50,7 @@ def write_counts(config: dict[str, Any], counts: Mapping[int, int], inventory: I
     record, most = inventory.architecture, max(counts.values())
     for key in config_present(inner, record.experts_key + record.extra_config_keys):
         _set(inner, key, most)
+    held = "per_layer_config" in inner
     layers = {int(layer): dict(keys) for layer, keys in (inner.pop("per_layer_config", None) or {}).items()}
     for layer in per_layer_counts(inventory.config, record):
         for key in record.experts_key:
@@ -69,7 +70,7 @@ def write_counts(config: dict[str, Any], counts: Mapping[int, int], inventory: I
             _set(layers.setdefault(layer, {}), key, count)
         inner[FLAG] = True
         config["auto_map"] = auto_map(theirs)
-    if any(layers.values()):
+    if any(layers.values()) or (held and not inventory.uneven):  # Gemma 4 takes an empty one for another thing than none
         inner["per_layer_config"] = {str(layer): keys for layer, keys in sorted(layers.items()) if keys}
 
 
