@@ -504,9 +504,10 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     from expertsmith.surgery.skip import skip_of
 
     module = load_module(path, **kwargs)
-    found = skip_of(module.config.to_dict())
+    config = open_checkpoint(path, headers_only=True).config  # the module's own may be the text part only
+    found = skip_of(config)
     if found is not None:
-        install(module, family_of(module.config.to_dict(), str(path)), found[1], found[0])
+        install(module, family_of(config, str(path)), found[1], found[0])
     return module
 
 

@@ -230,7 +230,8 @@ class _Tables:
         at = self.place.view(-1)[at.view(-1)].view_as(at).add_(rows[:, None] * self.products.shape[1])
         products = self.products.view(-1).index_select(0, at.view(-1)).view_as(at).double()
         both = move.index_select(1, first).mul_(move.index_select(1, second)).mul_(2 - (first == second).double())
-        return torch.linalg.vecdot(both, products).clamp_min(0)
+        errors: torch.Tensor = torch.linalg.vecdot(both, products).clamp_min(0)
+        return errors
 
 
 @dataclass

@@ -103,6 +103,7 @@ def expert_sparsity(
         "evaluated": len(seen),
         "subset_losses": [{"drop": list(drop), "loss": found} for drop, found in ranked[:REPORTED]],
         "tokens": probe.tokens,
+        "selections": [int(number) for number in probe.selections],
         "unreached": [e for e in range(probe.num_experts) if not probe.selections[e]],
         **why,
     }
