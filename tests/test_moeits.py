@@ -164,7 +164,7 @@ def test_edges_that_rounding_has_moved_far_decide_themselves():
 
 
 def test_numpy1_has_no_cap():
-    # counts and first inner edges that numpy 1.26.4 gives for these arrays
+    # worked by hand from the rule of numpy 1.26
     ramp = np.concatenate([np.arange(1000) / 1000, [50.0]]).astype(np.float32)  # IQR 0.5, n 1001: FD width 0.09997
     assert [len(edges(ramp, rule)) - 1 for rule in ("numpy1", "numpy2")] == [501, 64]  # 2 sqrt(1001) = 63.3
     zeros = np.array([0.0] * 12 + [1.0, 2.0, 3.0])  # IQR 0: Sturges, ceil(log2 15 + 1) = 5, against ceil(2 sqrt 15) = 8

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from expertsmith.plan import CalibrationData, LayerPlan, Merge, Plan, Source, Su
 from expertsmith.plan import Method as MethodEntry
 from expertsmith.progress import Progress
 from expertsmith.selection import Rules, keep_count, most_salient, over_layers, refuse_groups
+from expertsmith.show import ranges
 
 if TYPE_CHECKING:
     from expertsmith.calibration.data import TokenData
@@ -234,18 +235,18 @@ def _by_order(job: Job) -> dict[int, LayerPlan]:
         total = sum(job.rules[layer].num_experts - job.count(layer) for layer in orders)
         removed = _by_height(orders, total, {layer: job.rules[layer] for layer in orders})
     entries = {}
+    said: list[tuple[str, int]] = []
     for layer, order in orders.items():
         n = job.rules[layer].num_experts
         gone = set(order.experts[: removed[layer]])
         if len(order.experts) < removed[layer]:
             raise UserError(f"decoder layer {layer}: the method can remove {len(order.experts)} of {n} experts at most")
         why = {**order.why, "order": order.experts, "height": order.height}
-        if job.budget == "threshold" and why.get("guard"):
-            job.notes.append(
-                f"decoder layer {layer}: the threshold would leave fewer than the {job.rules[layer].least} experts that the router needs; they stay"
-            )
-        job.notes += [f"decoder layer {layer}: {text}" for text in why.get("warnings", ())]
+        said += [(text, layer) for text in why.get("warnings", ())]
         entries[layer] = LayerPlan(layer=layer, num_experts=n, keep=[e for e in range(n) if e not in gone], why=why)
+    for text in dict.fromkeys(text for text, _ in said):
+        where = [layer for other, layer in said if other == text]
+        job.notes.append(f"{'all layers' if len(where) == len(orders) else f'layers {ranges(where)}'}: {text}")
     return entries
 
 
@@ -278,12 +279,13 @@ def _measured(job: Job) -> Iterator[tuple[int, dict[str, Array]]]:
         for layer in job.inventory.layers:
             if folder is not None and storage.layer_path(folder, layer).exists():
                 arrays = dict(storage.load_layer(folder, layer).domains["weights"])
+                advance(1)
             else:
-                arrays = job.method.measure(Projections(job.inventory, layer), job.facts(layer), **options)
+                facts = replace(job.facts(layer), advance=advance)
+                arrays = job.method.measure(Projections(job.inventory, layer), facts, **options)
                 if folder is not None:
                     storage.save_layer(folder, layer, {"weights": arrays})
             yield layer, arrays
-            advance(1)
 
 
 def _prepare(folder: Path, job: Job, made_with: Mapping[str, Any]) -> None:

@@ -58,6 +58,7 @@ class Facts:
     sequence_lengths: Mapping[str, list[int]] = field(default_factory=dict)  # tokens of every calibration sequence, by domain
     model_type: str = ""
     rules: Rules = field(default_factory=lambda: Rules(1, 1))
+    advance: Callable[[float], object] = lambda _: None  # told the share of the layer that has been measured
 
 
 @dataclass(frozen=True)
