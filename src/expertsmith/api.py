@@ -200,10 +200,11 @@ def plan(
     chosen, values, share, chosen_budget, rules = _request(inventory, method, keep, budget, options, router_groups)
     place = None if work is None and out is None else Path(work) if work is not None else beside(out or "", "measured")
     job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress, work=place)
+    job.batch_tokens = calibration.get("batch_tokens", job.batch_tokens)
     if chosen.reads == "model":
         if not data:
             raise UserError(f"method {method} runs the model on text", "pass --data FILE")
-        job.open = partial(_model_and_tokens, inventory, data, progress, calibration)
+        job.open = partial(_model_and_tokens, inventory, data, progress, calibration, router_groups)
     elif not chosen.data_free:
         if stats is None:
             if not data:
@@ -250,13 +251,19 @@ def _request(
     return chosen, values, share, chosen_budget, rules
 
 
-def _model_and_tokens(inventory: Inventory, data: Sequence[str], progress: Progress, options: Mapping[str, Any]) -> Any:
+def _model_and_tokens(
+    inventory: Inventory, data: Sequence[str], progress: Progress, options: Mapping[str, Any], router_groups: str
+) -> Any:
     """(model, token data) for a method that runs the model; `options` are those of `calibrate`."""
     where = {key: options[key] for key in ("device", "dtype", "memory") if key in options}
-    rest = {key: value for key, value in options.items() if key not in (*where, "resume", "output_sum", "sample_tokens")}
+    rest = {
+        key: value
+        for key, value in options.items()
+        if key not in (*where, "resume", "output_sum", "all_outputs", "sample_tokens")
+    }
     source = inventory.checkpoint
     tokens = token_data(source.path, source.config, data, progress, **rest)
-    return open_model(inventory, progress, **where), tokens
+    return open_model(inventory, progress, router_groups=router_groups, **where), tokens
 
 
 def apply(

@@ -56,15 +56,23 @@ def token_data(
 
 
 def open_model(
-    inventory: Inventory, progress: Progress, *, device: str = "auto", dtype: str = "auto", memory: str = "auto"
+    inventory: Inventory,
+    progress: Progress,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: str = "auto",
+    router_groups: str = "keep",
 ) -> LoadedModel:
-    """The model of a checkpoint, resident or streamed."""
+    """The model of a checkpoint, resident or streamed; with `router_groups` "flatten" its router does without expert_groups."""
     from expertsmith.engine.loading import choose_device, choose_memory, load_model
 
     where = choose_device(device)
     mode = choose_memory(memory, [inventory.checkpoint], where, dtype)
     progress.note(f"{inventory.architecture.title}: {mode} on {where}")
-    return load_model(inventory.checkpoint, inventory.architecture, memory=mode, device=where, dtype=dtype)
+    record = inventory.architecture
+    overrides = record.one_group if router_groups == "flatten" else {}
+    return load_model(inventory.checkpoint, record, memory=mode, device=where, dtype=dtype, config_overrides=overrides)
 
 
 def beside(path: str | Path, suffix: str) -> Path:

@@ -44,6 +44,7 @@ class Job:
     statistics: Statistics | None = None
     work: Path | None = None
     open: Callable[[], tuple[LoadedModel, TokenData]] | None = None
+    batch_tokens: int = 8192
     notes: list[str] = field(default_factory=list)
     tokens: CalibrationData | None = None
 
@@ -360,7 +361,15 @@ def _by_search(job: Job) -> dict[int, LayerPlan]:
 
     named = {name: job.values[name] for name in ("loss", "batch_size", "progressive") if name in job.values}
     found = search_layers(
-        model, data, choose, rules=job.rules, done=done, max_tokens=job.values.get("tokens", 0), progress=job.progress, **named
+        model,
+        data,
+        choose,
+        rules=job.rules,
+        done=done,
+        batch_tokens=job.batch_tokens,
+        max_tokens=job.values.get("tokens", 0),
+        progress=job.progress,
+        **named,
     )
     return {layer: _entry(job, layer, choice, None) for layer, choice in found}
 

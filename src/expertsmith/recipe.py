@@ -149,7 +149,9 @@ def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
         faults.append(f"plan: method {method.name} runs the model on text: add plan.data")
     calibrate = there["calibrate"] if isinstance(there.get("calibrate"), Mapping) else None
     if method and method.all_outputs and calibrate is not None and not plan.get("stats") and not calibrate.get("all_outputs"):
-        faults.append(f"plan: method {method.name} needs every expert's output on all tokens: set calibrate.all_outputs to true")
+        faults.append(
+            f"plan: method {method.name} needs every expert's output on all tokens: set calibrate.all_outputs to true"
+        )
     if method and plan.get("keep") is None and plan.get("budget") in (None, "threshold") and "threshold" not in method.budgets:
         faults.append(f"plan: method {method.name} has to be told how many experts stay: add plan.keep")
     if "apply" in there and "plan" not in there:
@@ -213,7 +215,9 @@ def _check_sources(recipe: Recipe) -> None:
     """Data files that are not there, all at once, before hours of calibration."""
     from expertsmith.calibration.spec import SUFFIXES, parse_spec
 
-    specs = [spec for section in (recipe.calibrate, recipe.plan, recipe.verify, recipe.evaluate) if section for spec in section.data]
+    specs = [
+        spec for section in (recipe.calibrate, recipe.plan, recipe.verify, recipe.evaluate) if section for spec in section.data
+    ]
     sources = [Path(parse_spec(spec).source) for spec in specs]
     missing = [str(path) for path in sources if path.suffix in SUFFIXES and not path.exists()]
     if missing:

@@ -119,6 +119,11 @@ class Architecture:
         """Whether checkpoints of this family are worked on at all."""
         return self.status != "refused"
 
+    @property
+    def one_group(self) -> dict[str, int]:
+        """Config keys and values with which the router does without expert_groups."""
+        return {key: 1 for key in (self.group_key, self.top_group_key) if key}
+
     def locate(self, name: str) -> tuple[int, str] | None:
         """(decoder layer, name below it) of a checkpoint tensor, or None for tensors outside the decoder layers."""
         match = LAYER_PATTERN.match(name)

@@ -27,6 +27,7 @@ from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.observers import choose_sample
 from expertsmith.calibration.replay import RoutedBlock, Seen
 from expertsmith.engine import Batch, LoadedModel, Walk
+from expertsmith.engine.loading import free_memory
 from expertsmith.errors import UserError
 from expertsmith.progress import Progress, Silent
 from expertsmith.selection import Rules
@@ -36,6 +37,7 @@ EXACT_COLUMNS = 32  # inner products are kept in float64 up to this many experts
 AT_ONCE = 2**25  # elements of expert outputs in memory at once
 PAIRS_AT_ONCE = 2**22  # inner products gathered at once
 SAME = 1e-6  # relative difference up to which two routings are the same
+ROOM = 0.5  # share of free memory that the tables of a layer may take
 STATES = 8  # routings of dropped sets that are remembered
 
 
@@ -373,6 +375,16 @@ class _Search:
             raise RuntimeError(f"{type(self.block.router).__name__}: the replayed routing differs from the model's")
 
 
+def _refuse_what_does_not_fit(model: LoadedModel, tokens: int, columns: int) -> None:
+    need, free = probe_bytes(tokens, columns), free_memory(model.device)
+    if need > ROOM * free:
+        fitting = int(ROOM * free / probe_bytes(1, columns))
+        raise UserError(
+            f"the inner products of {columns} experts' outputs on {tokens:,} tokens take {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free",
+            f"look at a sample of the tokens: -O tokens={max(1, fitting // 1000) * 1000} or fewer in all domains together",
+        )
+
+
 def search_layers(
     model: LoadedModel,
     data: TokenData,
@@ -401,7 +413,7 @@ def search_layers(
         max_tokens: look at a seeded sample of so many tokens a domain (0: at all).
 
     Raises:
-        UserError: no layer with routed experts, or outputs that are not finite.
+        UserError: no layer with routed experts, outputs that are not finite, or more tokens than memory has room for.
     """
     assert model.architecture is not None
     arch, progress = model.architecture, progress or Silent()
@@ -417,6 +429,7 @@ def search_layers(
         for entry in arch.stacked
         if entry.role == "router"
     )
+    _refuse_what_does_not_fit(model, places.count, max(entry.num_experts for entry in rules.values()) + progressive)
     carried = [*batches, *batches] if progressive else batches
     groups = places.sequence // batch_size if loss == "authors" else None
     found: dict[int, Result] = {}

@@ -276,13 +276,20 @@ def choose_memory(memory: str, checkpoints: Sequence[Checkpoint], device: torch.
         return "stream"
     if any(checkpoint.config.get("quantization_config") for checkpoint in checkpoints):
         return "resident"  # streaming has no quantiser
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    free = free_memory(device)
     need = sum(entry.numel * torch.empty(0, dtype=_dtype(dtype, entry)).element_size() for entry in checkpoints)
     return "resident" if need < 0.7 * free else "stream"
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device may still give to this process."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return _free_memory()
+
+
 def _free_memory() -> int:
-    """Bytes that this process may still take: what the machine has free, less what a control group or a process limit leaves of it."""
+    """Bytes of main memory that this process may still take: what the machine has free, less what a control group or a process limit leaves of it."""
     import psutil
 
     free = psutil.virtual_memory().available

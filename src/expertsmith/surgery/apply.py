@@ -185,8 +185,7 @@ def output_config(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[s
     write_padding(config, counts if pad else None)
     write_counts(config, dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory)
     if plan.router_groups == "flatten":
-        for key in filter(None, (record.group_key, record.top_group_key)):
-            inner[key] = 1  # also where it is missing: the default may be more
+        inner.update(record.one_group)  # also where they are missing: the default may be more
         if record.group_alias is not None and record.group_alias in inner:
             inner[record.group_alias] = 1
     if changes(plan, inventory) and any(claim.kind == "unused" for claim in inventory.claims):

@@ -125,9 +125,7 @@ def verify(
     if wrong or differs:
         return verdict
     record = inventory.architecture
-    overrides = {}
-    if plan.router_groups == "flatten":
-        overrides = {key: 1 for key in (record.group_key, record.top_group_key) if key}
+    overrides = record.one_group if plan.router_groups == "flatten" else {}
     source = load_model(inventory.checkpoint, record, memory=memory, device=device, dtype=dtype, config_overrides=overrides)
     pruned = load_model(output, record, memory=memory, device=device, dtype=dtype)
     masks = masked(source, plan.kept, inventory.counts)
