@@ -35,6 +35,7 @@ METHODS = {
     "expert_sparsity": ("expert_sparsity", {"tokens": 2048, "limit": 1000}),
     "expert_sparsity progressive": ("expert_sparsity", {"tokens": 2048, "limit": 1000, "progressive": True}),
     "hc_smoe": ("hc_smoe", {}),
+    "hc_smoe aligned": ("hc_smoe", {"align": True}),
     "m_smoe": ("m_smoe", {}),
     "moeits": ("moeits", {}),
     "aimer": ("aimer", {}),
@@ -49,7 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["mixtral", "qwen2_moe", "deepseek_v2"])
     parser.add_argument("--keep", nargs="+", default=["0.75", "0.5"])
-    parser.add_argument("--factors", nargs="+", type=float, default=[3.0, 1.5, 0.5], help="of MoEITS' own threshold")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="LABEL")
+    parser.add_argument("--factors", nargs="*", type=float, default=[3.0, 1.5, 0.5], help="of MoEITS' own threshold")
     parser.add_argument("--calibration", type=int, default=40, help="sequences of 256 tokens a domain")
     parser.add_argument("--windows", type=int, default=30, help="held-out windows of 256 tokens a domain")
     parser.add_argument("-o", "--out", type=Path, default=Path("methods_table.json"))
@@ -80,7 +82,7 @@ def tables(model: Path, corpus: Path, domains: list[str], args: argparse.Namespa
     for keep in args.keep:
         loss: dict[str, dict[str, float]] = {"(all experts)": base}
         worst, runs, seconds = 0.0, 0, {}
-        for label, (method, options) in METHODS.items():
+        for label, (method, options) in ((label, METHODS[label]) for label in args.methods):
             loss[label] = {}
             begin = time.perf_counter()
             for chosen_for in [domains] if find(method).data_free else [[d] for d in domains]:

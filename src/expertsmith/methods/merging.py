@@ -43,6 +43,7 @@ def hc_smoe(
     *,
     linkage: Linkage = "average",
     clustering: Literal["hierarchical", "kmeans"] = "hierarchical",
+    align: bool = False,
     weights: Weights = "frequency",
     router: Router = "dominant",
     log_count: bool = False,
@@ -53,7 +54,8 @@ def hc_smoe(
 
     linkage: "average" (the paper's), "single", "complete" or "ward". weights: "frequency" f_i / sum f, "authors" f_i / (sum f + 1e-7),
     "average" 1 / |c|; a cluster that no token used takes the plain mean. clustering "kmeans" starts from k-means++ with `seed`.
-    router: the centre's row, or the members' rows averaged with the same weights; log_count adds ln |c| to a router's logit bias.
+    align puts the neurons of every member into the centre's order first, as in m_smoe: our extension, without which experts that do not come
+    from one origin do not survive averaging. router: the centre's row, or the members' rows averaged with the same weights; log_count adds ln |c| to a router's logit bias.
 
     Deviations from the authors' code: complete and ward linkage are the standard ones (theirs join the farthest clusters first, and ward
     does not square); usage counts the model's own top_k (theirs is always 2); clusters of no use are not zeroed; their run scripts
@@ -77,7 +79,7 @@ def hc_smoe(
         return labels, [_centre(features, labels, label) for label in range(count)]
 
     why = {"clustering": linkage if clustering == "hierarchical" else clustering, "heights": heights}
-    return _choice(facts, keep_count, use, cluster, weights, why, align="none", router=router, log_count=log_count)
+    return _choice(facts, keep_count, use, cluster, weights, why, align=align, router=router, log_count=log_count)
 
 
 def m_smoe_allot(statistics: Mapping[int, LayerStatistics], average: float) -> dict[int, int]:
@@ -130,8 +132,7 @@ def m_smoe(
         ids = list(members)
         return join_dominants(use[ids], similarity[np.ix_(ids, ids)], count, capacity)
 
-    how: Literal["none", "weights"] = "weights" if align else "none"
-    return _choice(facts, keep_count, use, cluster, weights, {}, align=how, router=router, log_count=log_count)
+    return _choice(facts, keep_count, use, cluster, weights, {}, align=align, router=router, log_count=log_count)
 
 
 def m_smoe_budget(usages: Mapping[int, Array], average: float) -> dict[int, int]:
@@ -285,7 +286,7 @@ def _choice(
     weights: Weights,
     why: Mapping[str, object],
     *,
-    align: Literal["none", "weights"],
+    align: bool,
     router: Router,
     log_count: bool,
 ) -> Choice:
@@ -314,7 +315,7 @@ def _choice(
             sources = [members[place] for place, mine in enumerate(own) if mine == label]
             if len(sources) > 1:
                 entry = {"into": into, "from": sources, "weights": shares(use[sources], weights)}
-                merge.append({**entry, "align": align, "router": router, "log_count": log_count})
+                merge.append({**entry, "align": "weights" if align else "none", "router": router, "log_count": log_count})
     return Choice(
         sorted(keep), sorted(merge, key=lambda entry: entry["into"]), {"labels": labels, "usage": use.tolist(), **why}
     )

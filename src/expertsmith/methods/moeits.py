@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -79,13 +80,16 @@ def measure(
                 raise UserError(
                     f"decoder layer {facts.layer}, expert {expert}, {role}: {error.message}", error.remedy
                 ) from None
-        pairs = max(1, len(binned) * (len(binned) - 1) // 2)
-        found[role] = nmi_matrix(binned, advance=lambda number, share=1 / pairs / len(roles): facts.advance(number * share))
+        found[role] = nmi_matrix(binned, advance=partial(_tell, facts, len(roles), len(binned)))
         found[f"entropy_{role}"] = np.array([entry.entropy for entry in binned])
         found[f"bins_{role}"] = np.array([entry.k for entry in binned])
         found[f"constant_{role}"] = np.array([entry.constant for entry in binned])
         found[f"baseline_{role}"] = _shuffled(binned)
     return found
+
+
+def _tell(facts: Facts, roles: int, experts: int, pairs: int) -> None:
+    facts.advance(2 * pairs / (experts * (experts - 1) * roles))
 
 
 def _shuffled(binned: list[Codes]) -> Array:
