@@ -338,8 +338,11 @@ def load_tokenizer(path: Path) -> Any | None:
         return None
     from transformers import AutoTokenizer
 
+    from expertsmith.engine.loading import quietly
+
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with quietly():
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # tokenizer back ends raise bare Exceptions
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the tokenizer in {path} cannot be loaded: {first}") from None

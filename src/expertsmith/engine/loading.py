@@ -100,7 +100,7 @@ class LoadedModel:
         options = LoadStateDictConfig(
             weight_mapping=deepcopy(self._mapping), dtype=self.dtype, dtype_plan=self._dtype_plan, device_map={"": self.device}
         )
-        with _quiet(), _one_by_one(), _own_pages():
+        with quietly(), _one_by_one(), _own_pages():
             info, _ = convert_and_load_state_dict_in_model(self.module, state, options)
         _refuse_mismatched(info.mismatched_keys)
         if info.conversion_errors:
@@ -150,7 +150,8 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        with quietly():  # transformers warns of layers with numbers of their own, which is what they are for
+            return transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise UserError(
             f"{checkpoint.path}/config.json is not understood by transformers {transformers.__version__}: {_first_line(error)}"
@@ -201,7 +202,7 @@ def load_model(
         if memory == "resident":
             if checkpoint.converted:
                 raise UserError("a pickle checkpoint is run with --memory stream only")
-            with _quiet():
+            with quietly():
                 module, info = auto.from_pretrained(
                     checkpoint.path,
                     config=config,
@@ -458,8 +459,8 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back transformers' progress bars and loading reports while a layer loads."""
+def quietly() -> Iterator[None]:
+    """Hold back transformers' progress bars, loading reports and warnings of layers with numbers of their own."""
     from transformers.utils import logging
 
     bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
