@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from scipy.sparse import _sparsetools
 
 from expertsmith.errors import UserError
 
@@ -33,7 +34,7 @@ Array = np.ndarray[Any, Any]
 BinRule = Literal["numpy2", "numpy1"]
 Precision = Literal["float32", "float64"]
 
-CHUNK = 1 << 18  # entries at a time: their indices (2 MB) stay in the cache beside the table of counts
+CHUNK = 1 << 17  # entries at a time: their codes (1 MB) stay in the cache beside the table of counts
 ALONE = 1 << 27  # entry pairs (about half a second) below which starting processes costs more than it saves
 
 MOST_BINS = 1 << 26  # half a GB of edges
@@ -168,17 +169,16 @@ def joint_counts(a: Codes, b: Codes) -> Array:
         index.sort()
         starts = np.flatnonzero(index[1:] != index[:-1]) + 1
         return np.diff(np.concatenate(([0], starts, [n])))
-    # bincount takes no other integers without a copy; every call makes a table, so a chunk is no smaller than that
-    chunk = min(n, max(CHUNK, cells))
-    buffer = np.empty(chunk, np.intp)
-    counts: Array | None = None
+    # scipy's conversion of coordinates to a dense table counts in place, in one pass and without an index of 8 bytes an entry: twice as fast
+    # as numpy.bincount, which also makes a table for each call. Its public form clears the table first.
+    counts = np.zeros(cells, np.int32 if n < 2**31 else np.int64)
+    chunk = min(n, CHUNK)
+    rows, columns, ones = np.empty(chunk, np.int32), np.empty(chunk, np.int32), np.ones(chunk, counts.dtype)
     for start in range(0, n, chunk):
-        stop = min(start + chunk, n)
-        index = np.multiply(a.codes[start:stop], b.used, out=buffer[: stop - start], dtype=np.intp)
-        np.add(index, b.codes[start:stop], out=index)
-        part = np.bincount(index, minlength=cells)
-        counts = part if counts is None else np.add(counts, part, out=counts)
-    assert counts is not None
+        size = min(chunk, n - start)
+        rows[:size] = a.codes[start : start + size]
+        columns[:size] = b.codes[start : start + size]
+        _sparsetools.coo_todense(a.used, b.used, size, rows, columns, ones, counts, 0)
     return counts
 
 
@@ -227,7 +227,7 @@ def nmi_matrix(arrays: Sequence[Codes], workers: int | None = None, advance: Cal
 
     `workers`: processes, by default one for each core that this process may use; the result does not depend on it. Threads would not
     do, numpy counts under the interpreter lock. Workers are new interpreters that read the codes from one file of E * n * 2 bytes in the
-    temporary folder and import numpy only: nothing is forked under a caller's threads, and no caller's script is run again.
+    temporary folder and import numpy and scipy only: nothing is forked under a caller's threads, and no caller's script is run again.
     `advance` is called with 1 after each pair, from one thread at a time.
 
     Raises:

@@ -33,6 +33,7 @@ from expertsmith.progress import Progress, Silent
 from expertsmith.selection import Rules
 
 Loss = Literal["global", "authors"]
+FEW_COLUMNS = 16
 EXACT_COLUMNS = 32  # inner products are kept in float64 up to this many experts, in float32 beyond
 AT_ONCE = 2**25  # elements of expert outputs in memory at once
 PAIRS_AT_ONCE = 2**22  # inner products gathered at once
@@ -195,6 +196,7 @@ class _Tables:
         self.tokens, self.columns = tokens, columns + vectors
         dtype = torch.float64 if columns <= EXACT_COLUMNS else torch.float32
         self.first, self.second = torch.triu_indices(self.columns, self.columns, device=device)
+        self.twice = 2 - (self.first == self.second).double()
         self.place = torch.zeros(self.columns, self.columns, dtype=torch.int64, device=device)
         count = torch.arange(self.first.numel(), device=device)
         self.place[self.first, self.second] = count
@@ -219,6 +221,10 @@ class _Tables:
         ids = torch.cat((selected, self.goal[rows]), 1)
         move = weights.new_zeros(len(rows), self.columns)
         move.scatter_add_(1, selected, weights).scatter_add_(1, self.goal[rows], -self.share[rows])
+        if self.columns <= FEW_COLUMNS:  # all products are fewer than finding the right ones costs
+            both = move.index_select(1, self.first).mul_(move.index_select(1, self.second)).mul_(self.twice)
+            dense: torch.Tensor = torch.linalg.vecdot(both, self.products[rows].double()).clamp_min(0)
+            return dense
         slots = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         last = torch.zeros_like(move, dtype=torch.int64).scatter_(1, ids, slots)
         once = last.gather(1, ids) == slots  # an expert in two slots counts in one of them
