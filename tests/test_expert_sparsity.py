@@ -414,7 +414,7 @@ def test_faults_are_named(checkpoints):
         with pytest.raises(UserError, match="1 of 8 experts, but its router needs top_k=2"):
             probe.loss(range(7))
         with pytest.raises(UserError, match="option limit of expert_sparsity is 0"):
-            expert_sparsity(probe, 4, limit=0)
+            expert_sparsity.parse_options({"limit": 0})
         with pytest.raises(UserError, match="top_k=2"):
             expert_sparsity(probe, 1)
 

@@ -7,6 +7,8 @@ Importing this module is quick: torch and transformers are imported by the funct
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -198,9 +200,12 @@ def plan(
     progress = progress or Silent()
     inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     chosen, values, share, chosen_budget, rules = _request(inventory, method, keep, budget, options, router_groups)
+    if domains and (chosen.reads == "model" or chosen.data_free):
+        raise UserError(f"method {method} reads no statistics, of which --domain could choose", "leave --domain out")
     place = None if work is None and out is None else Path(work) if work is not None else beside(out or "", "measured")
     job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress, work=place)
     job.batch_tokens = calibration.get("batch_tokens", job.batch_tokens)
+    job.resume = calibration.get("resume", True)
     if chosen.reads == "model":
         if not data:
             raise UserError(f"method {method} runs the model on text", "pass --data FILE")
@@ -238,10 +243,12 @@ def _request(
     """Everything that was asked for, checked before anything is computed."""
     from expertsmith import methods as registered
     from expertsmith import planning
+    from expertsmith.surgery.uneven import refuse_padded
 
     chosen = registered.find(method)
     values = chosen.parse_options(options or {})
     share = None if keep is None else parse_keep(keep)
+    refuse_padded(inventory)
     chosen_budget = planning.choose_budget(chosen, budget, share)
     rules = planning.rules_of(inventory, router_groups)
     if share is not None:
@@ -446,7 +453,8 @@ def skip(
         UserError: a model with one expert a token, or whose router scales the experts' inputs; see also `apply`.
     """
     from expertsmith.calibration.ratios import collect_ratios, thresholds
-    from expertsmith.checkpoint.writer import prepare_target
+    from expertsmith.checkpoint.writer import prepare_target, swap
+    from expertsmith.engine.loading import transformers_config
     from expertsmith.engine.skipping import check_rule
     from expertsmith.evaluation.skipping import with_and_without
     from expertsmith.surgery import skip as surgery
@@ -455,43 +463,49 @@ def skip(
     progress = progress or Silent()
     target = Path(out)
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
-    prepare_target(target, inventory.checkpoint.path, overwrite)
+    source = inventory.checkpoint
+    prepare_target(target, source.path, overwrite)
     run: dict[str, Any] = {"device": device, "dtype": dtype, "memory": memory}
+    rule = surgery.rule_for(inventory)
+    check_rule(transformers_config(source), inventory.architecture, rule)
     made = surgery.keep_all(inventory) if plan is None else plan if isinstance(plan, Plan) else load_plan(plan)
-    if plan is not None:
-        apply(inventory, made, target, overwrite=overwrite, progress=progress)
-    subject = inventory if plan is None else take_inventory(open_checkpoint(target))
-    loaded = open_model(subject, progress, **run)
-    rule = surgery.rule_for(subject)
-    check_rule(loaded.config, subject.architecture, rule)
-    tokens = token_data(subject.checkpoint.path, subject.checkpoint.config, data, progress, **calibration)
-    found = thresholds(
-        collect_ratios(loaded, tokens, batch_tokens=calibration.get("batch_tokens", 8192), progress=progress),
-        rule,
-        statistic=statistic,
-        quantile=quantile,
-        active=active,
-    )
-    word = (
-        f"{active:g} active experts"
-        if active is not None
-        else f"quantile {quantile:g}"
-        if statistic == "quantile"
-        else statistic
-    )
-    made = surgery.with_thresholds(made, found, rule, word, tokens)
-    if plan is None:
-        apply(inventory, made, target, overwrite=overwrite, progress=progress)
-    else:
-        surgery.refresh(target, made, inventory)
-    result: dict[str, Any] = {"out": str(target), "plan": made, "rule": rule, "quality": None, "speed": None}
+    tokens = token_data(source.path, source.config, data, progress, **calibration)
+    texts = list(eval_data) or list(data)
+    shape: dict[str, Any] = {key: calibration[key] for key in ("samples", "seq_len", "seed") if key in calibration}
+    held_out = None
     if measure:
-        texts = list(eval_data) or list(data)
-        shape = {key: calibration[key] for key in ("samples", "seq_len", "seed") if key in calibration}
-        written = take_inventory(open_checkpoint(target))
         held_out = token_data(
-            target, written.checkpoint.config, texts, progress, overlap=1, pack=True, overlong="truncate", **shape
+            source.path, source.config, texts, progress, overlap=1, pack=True, overlong="truncate", **shape
         )
+    pruned = target.with_name(f".{target.name}.pruned-{os.getpid()}")
+    with ExitStack() as stack:
+        if plan is not None:  # nothing stands under the name of the output before its thresholds are known
+            stack.callback(shutil.rmtree, pruned, ignore_errors=True)
+            notes = apply(inventory, made, pruned, progress=progress)
+        loaded = open_model(inventory if plan is None else take_inventory(open_checkpoint(pruned)), progress, **run)
+        found = thresholds(
+            collect_ratios(loaded, tokens, batch_tokens=calibration.get("batch_tokens", 8192), progress=progress),
+            rule,
+            statistic=statistic,
+            quantile=quantile,
+            active=active,
+        )
+        word = (
+            f"{active:g} active experts"
+            if active is not None
+            else f"quantile {quantile:g}"
+            if statistic == "quantile"
+            else statistic
+        )
+        made = surgery.with_thresholds(made, found, rule, word, tokens)
+        if plan is None:
+            apply(inventory, made, target, overwrite=overwrite, progress=progress)
+        else:
+            surgery.refresh(pruned, made, inventory, notes)
+            swap(pruned, target)
+    result: dict[str, Any] = {"out": str(target), "plan": made, "rule": rule, "quality": None, "speed": None}
+    if held_out is not None:
+        written = take_inventory(open_checkpoint(target))
         models = [open_model(written, progress, **run) for _ in range(2)]
         result |= with_and_without(models[0], models[1], in_force, held_out.batches(4096), progress)
         result["quality"]["held_out"] = bool(eval_data)
@@ -550,6 +564,7 @@ def compress(
         eval_data: held-out text to measure quality on; without it, the calibration text is used (which flatters the result).
         measure: False leaves the quality measurement out.
     """
+    from expertsmith.calibration.spec import refuse_missing
     from expertsmith.checkpoint.writer import prepare_target
     from expertsmith.surgery.card import model_card
 
@@ -559,6 +574,7 @@ def compress(
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     prepare_target(target, inventory.checkpoint.path, overwrite)
     chosen = _request(inventory, method, keep, budget, options, router_groups)[0]
+    refuse_missing([*data, *(eval_data if measure else ())])
     run: dict[str, Any] = {"device": device, "memory": memory}
     if stats is None and data and chosen.reads == "statistics":
         with _timed(seconds, "calibrate"):

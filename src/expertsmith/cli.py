@@ -201,7 +201,7 @@ def compress(
         )
     else:
         show.show_plan(result["plan"])
-        for note in result["notes"]:
+        for note in result["notes"][len(result["plan"].notes) :]:
             show.line(f"[yellow]note[/yellow] {show.escape(note)}")
         show.show_verdict(verdict)
         if result["quality"]:
@@ -323,13 +323,15 @@ def plan(
     device: Device = "auto",
     dtype: Dtype = "auto",
     memory: Memory = "auto",
+    resume: Resume = True,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Choose which experts stay → plan.json, small enough to read and to review.
 
-    Seconds from statistics; with --data instead of --stats the calibration runs first.
+    Seconds from statistics; with --data instead of --stats the calibration runs first. What is costly (measured weights, searches) is kept
+    in OUT.measured, and an interrupted run goes on from there.
     """
     from expertsmith import api
 
@@ -355,6 +357,7 @@ def plan(
         device=device,
         dtype=dtype,
         memory=memory,
+        resume=resume,
         progress=_progress(quiet),
     )
     if as_json:
@@ -426,7 +429,10 @@ def skip(
     statistic: Annotated[
         str, typer.Option(help="The threshold is the median (the paper), mean or quantile of the calibration tokens' values.")
     ] = "median",
-    quantile: Annotated[float, typer.Option(help="With --statistic quantile: which one. Higher skips more.")] = 0.5,
+    quantile: Annotated[
+        float | None,
+        typer.Option(help="With --statistic quantile: which one, 0 to 1. Higher skips more.", show_default=False),
+    ] = None,
     active: Annotated[
         float | None,
         typer.Option(help="Instead: the wanted mean number of experts a token runs (top_k > 2).", show_default=False),
@@ -455,13 +461,18 @@ def skip(
     """
     from expertsmith import api
 
+    if (quantile is not None) != (statistic == "quantile"):
+        raise UserError(
+            f"--statistic is {statistic}" + (f", but --quantile {quantile:g} was given" if quantile is not None else ""),
+            "pass both --statistic quantile and --quantile 0.7, or neither",
+        )
     result = api.skip(
         model,
         data or (),
         out,
         plan=plan_file,
         statistic=_word(statistic, "statistic", "median", "mean", "quantile"),
-        quantile=quantile,
+        quantile=0.5 if quantile is None else quantile,
         active=active,
         eval_data=eval_data or (),
         measure=measure,

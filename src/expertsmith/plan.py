@@ -154,6 +154,8 @@ class Plan(_Strict):
         without = next((entry.layer for entry in self.layers if entry.skip_threshold is not None), None)
         if without is not None and self.skip is None:
             raise ValueError(f"layer {without} has a skip_threshold, but the plan has no skip rule")
+        if self.skip is not None and without is None:
+            raise ValueError(f"the plan has the skip rule {self.skip.rule}, but no layer has a skip_threshold")
         return self
 
     @property

@@ -31,7 +31,7 @@ MEASURED = "expertsmith.measured"
 
 @dataclass
 class Job:
-    """What a plan is made from. `work` is a folder for what is costly to compute again; `open` loads model and tokens when a method runs
+    """What a plan is made from. `work` is a folder for what is costly to compute again, taken over with `resume`; `open` loads model and tokens when a method runs
     the model."""
 
     inventory: Inventory
@@ -43,6 +43,7 @@ class Job:
     progress: Progress
     statistics: Statistics | None = None
     work: Path | None = None
+    resume: bool = True
     open: Callable[[], tuple[LoadedModel, TokenData]] | None = None
     batch_tokens: int = 8192
     notes: list[str] = field(default_factory=list)
@@ -134,7 +135,8 @@ def _even_out(job: Job, uneven: Mapping[int, LayerPlan], counts: Mapping[int, in
     least = max(rules.least for rules in job.rules.values())
     count = max(least, round(total / len(counts) / groups) * groups)
     found = f"{job.budget} kept {min(counts.values())} to {max(counts.values())} experts a layer, {total} in all"
-    job.keep, job.budget = count, "uniform"
+    job.keep, job.budget, job.resume = count, "uniform", True  # what was measured a moment ago stands
+    job.notes.clear()  # of the plan that is not made
     entries = _entries(job)
     note = f"{found}; uniform keeps {count} in each of {len(counts)}, {count * len(counts)} in all"
     before, after = (_kept_share(plan, job) for plan in (uneven, entries))
@@ -244,11 +246,21 @@ def _by_order(job: Job) -> dict[int, LayerPlan]:
             raise UserError(f"decoder layer {layer}: the method can remove {len(order.experts)} of {n} experts at most")
         why = {**order.why, "order": order.experts, "height": order.height}
         said += [(text, layer) for text in why.get("warnings", ())]
+        if job.budget == "threshold" and why.get("guard"):
+            least = job.rules[layer].least
+            said.append((f"the threshold would leave fewer experts than the router needs: {least} stay", layer))
         entries[layer] = LayerPlan(layer=layer, num_experts=n, keep=[e for e in range(n) if e not in gone], why=why)
     for text in dict.fromkeys(text for text, _ in said):
         where = [layer for other, layer in said if other == text]
-        job.notes.append(f"{'all layers' if len(where) == len(orders) else f'layers {ranges(where)}'}: {text}")
+        job.notes.append(f"{_place(where, len(orders))}: {text}")
     return entries
+
+
+def _place(layers: list[int], count: int) -> str:
+    """ "all layers", "layer 3" or "layers 0–2 5"."""
+    if len(layers) == count:
+        return "all layers"
+    return f"layer{'s' if len(layers) > 1 else ''} {ranges(layers)}"
 
 
 def _by_height(orders: Mapping[int, Order], total: int, rules: Mapping[int, Rules]) -> dict[int, int]:
@@ -299,10 +311,11 @@ def _prepare(folder: Path, job: Job, made_with: Mapping[str, Any]) -> None:
             old = json.loads(mark.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             raise UserError(f"{folder} holds other files than measured weights", "choose another output name") from None
-        if old == header:
+        if old == header and job.resume:
             job.progress.note(f"using what was measured before in {folder}")
             return
-        job.progress.note(f"{folder} was made with another model or other options: measured again")
+        if old != header:
+            job.progress.note(f"{folder} was made with another model or other options: measured again")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
@@ -391,12 +404,12 @@ def _warn(entries: Mapping[int, LayerPlan], job: Job) -> None:
     unreached = [(layer, e) for layer, counts in used.items() for e in entries[layer].keep if counts[e] == 0]
     if unreached:
         layers = sorted({layer for layer, _ in unreached})
-        job.progress.note(
+        job.notes.append(
             f"{len(unreached)} kept experts (layers {', '.join(map(str, layers))}) were reached by no calibration token: the calibration is too small for this ratio"
         )
     few = [e for layer, counts in used.items() for e in entries[layer].keep if 0 < counts[e] < FEW_TOKENS]
     if few and job.method.averages:
-        job.progress.note(
+        job.notes.append(
             f"{len(few)} kept experts were reached by fewer than {FEW_TOKENS} tokens: their mean is noise; more calibration text helps"
         )
 

@@ -211,24 +211,13 @@ def load_recipe(path: str | Path) -> Recipe:
     return recipe
 
 
-def _check_sources(recipe: Recipe) -> None:
-    """Data files that are not there, all at once, before hours of calibration."""
-    from expertsmith.calibration.spec import SUFFIXES, parse_spec
-
-    specs = [
-        spec for section in (recipe.calibrate, recipe.plan, recipe.verify, recipe.evaluate) if section for spec in section.data
-    ]
-    sources = [Path(parse_spec(spec).source) for spec in specs]
-    missing = [str(path) for path in sources if path.suffix in SUFFIXES and not path.exists()]
-    if missing:
-        raise UserError(f"there is no data file {', '.join(dict.fromkeys(missing))}")
-
-
 def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
     """Run the sections in order; returns what each made, by section."""
     from expertsmith import api
+    from expertsmith.calibration.spec import refuse_missing
 
-    _check_sources(recipe)
+    sections = (recipe.calibrate, recipe.plan, recipe.verify, recipe.evaluate)
+    refuse_missing([spec for section in sections if section for spec in section.data])
     results: dict[str, Any] = {}
     where: dict[str, Any] = {"device": recipe.device, "memory": recipe.memory, "progress": progress}
     if recipe.calibrate:

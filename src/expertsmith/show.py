@@ -100,7 +100,11 @@ def show_methods(methods: list[Method]) -> None:
     for m in methods:
         first = " ".join(m.doc.split("\n\n")[0].split())
         line(f"[bold]{m.name}[/bold]  {escape(m.title)} [dim]({escape(m.paper)})[/dim]: {escape(first)}")
-        parts = [f"needs {needs[m.reads]}", f"cost: {m.cost}", f"budget {' or '.join(m.budgets)}"]
+        parts = [
+            f"needs {needs[m.reads]}" + (" with --all-outputs" if m.all_outputs else ""),
+            f"cost: {m.cost}",
+            f"budget {' or '.join(m.budgets)}",
+        ]
         line("    " + escape("; ".join(parts)) + (f". {escape(m.limits)}" if m.limits else ""))
         if m.options:
             line("    [dim]-O " + escape("  ".join(f"{name}={value}" for name, value in m.options.items())) + "[/dim]")

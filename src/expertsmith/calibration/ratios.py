@@ -128,7 +128,10 @@ def thresholds(
     if not 0 <= quantile <= 1:
         raise UserError(f"the quantile for thresholds is {quantile}", "it has to be between 0 and 1")
     if active is not None and rule == "ratio":
-        raise UserError("a mean number of active experts is a target for the rule tail", "use the rule tail")
+        raise UserError(
+            "a mean number of active experts is a target for the rule tail, which is for more than two experts a token",
+            "choose a quantile instead: the share of tokens that skip",
+        )
     return {
         layer: _threshold(layer, weights, rule, quantile if statistic == "quantile" else None, statistic, active)
         for layer, weights in weights_by_layer.items()

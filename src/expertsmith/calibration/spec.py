@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from expertsmith.errors import UserError
 
@@ -40,3 +42,15 @@ def parse_spec(text: str) -> Spec:
     if not source:
         raise UserError(f"--data {text!r} names no source", "write [DOMAIN=]SOURCE[:N], for example math=calib.jsonl:64")
     return Spec(domain or DEFAULT_DOMAIN, source, limit)
+
+
+def refuse_missing(specs: Sequence[str]) -> None:
+    """Name all data files that are not there, before hours of calibration.
+
+    Raises:
+        UserError: a file is missing, or a spec cannot be read.
+    """
+    paths = [Path(parse_spec(spec).source) for spec in specs]
+    missing = [str(path) for path in paths if path.suffix in SUFFIXES and not path.exists()]
+    if missing:
+        raise UserError(f"there is no data file {', '.join(dict.fromkeys(missing))}")

@@ -105,7 +105,7 @@ def write_checkpoint(
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text, encoding="utf-8")
         (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _swap(partial, out)
+        swap(partial, out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
@@ -217,7 +217,8 @@ def chunks(piece: Piece | Made, buffer: memoryview) -> Iterator[memoryview]:
             left -= count
 
 
-def _swap(partial: Path, out: Path) -> None:
+def swap(partial: Path, out: Path) -> None:
+    """Give a finished folder its name; what had it before goes."""
     if not out.exists():
         partial.rename(out)
         return

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -28,6 +28,16 @@ Array = np.ndarray[Any, Any]
 Reads = Literal["statistics", "weights", "arrays", "model", "nothing"]
 Gives = Literal["saliency", "order", "choice"]
 Budget = Literal["uniform", "global", "threshold"]
+
+
+class AtLeast(NamedTuple):
+    """The smallest value of an option."""
+
+    bound: int
+
+
+Natural = Annotated[int, AtLeast(0)]
+Positive = Annotated[int, AtLeast(1)]
 
 
 @dataclass(frozen=True)
@@ -132,9 +142,11 @@ class Method:
         """All options with their values: defaults, overridden by `given`, converted by the signatures' types.
 
         Raises:
-            UserError: an unknown option or a value of the wrong type.
+            UserError: an unknown option, a value of the wrong type, or one below its bound.
         """
-        hints = {name: kind for function in self._functions for name, kind in get_type_hints(function).items()}
+        hints = {
+            name: kind for function in self._functions for name, kind in get_type_hints(function, include_extras=True).items()
+        }
         values = dict(self.options)
         for name, value in given.items():
             if name not in values:
@@ -180,6 +192,12 @@ def _convert(owner: str, name: str, value: Any, kind: Any) -> Any:
         if value not in get_args(kind):
             raise UserError(f"{where} is {value!r}", f"choose one of {', '.join(map(str, get_args(kind)))}")
         return value
+    if get_origin(kind) is Annotated:
+        plain, limit = get_args(kind)
+        converted = _convert(owner, name, value, plain)
+        if converted < limit.bound:
+            raise UserError(f"{where} is {value}", f"give {limit.bound} or more")
+        return converted
     try:
         if kind is bool:
             if isinstance(value, str):

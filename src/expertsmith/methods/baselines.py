@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from expertsmith.calibration.stats import LayerStatistics
-from expertsmith.methods.base import Array, Facts, mean, method
+from expertsmith.methods.base import Array, Facts, Natural, mean, method
 
 
 @method(
@@ -20,7 +20,7 @@ from expertsmith.methods.base import Array, Facts, mean, method
     reads="nothing",
     limits="Knows nothing of the model: take the mean of several seeds.",
 )
-def random(facts: Facts, *, seed: int = 0) -> Array:
+def random(facts: Facts, *, seed: Natural = 0) -> Array:
     """Uniform random saliency, drawn per layer from (seed, layer). Data-free."""
     return np.random.default_rng([seed, facts.layer]).random(facts.num_experts)
 

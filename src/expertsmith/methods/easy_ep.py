@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from expertsmith.calibration.stats import LayerStatistics
-from expertsmith.methods.base import Array, Facts, method
+from expertsmith.methods.base import Array, Facts, Natural, Positive, method
 
 
 @method(
@@ -24,8 +24,8 @@ def easy_ep(
     facts: Facts,
     *,
     demonstrations: Literal["all", "random", "longest"] = "all",
-    count: int = 25,
-    seed: int = 42,
+    count: Positive = 25,
+    seed: Natural = 42,
 ) -> Array:
     """S_j = sum over tokens of g_j ||f_j|| s, with s = max(0, 1 - cos(x, x + r)): the token's residual stream x against x plus the routed
     output r, shared experts excluded. The lower id stays on a tie.

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 from typing import Any, Literal, Protocol
 
-from expertsmith.errors import UserError
-from expertsmith.methods.base import Array, Choice, method
+from expertsmith.methods.base import Array, Choice, Natural, Positive, method
 from expertsmith.selection import Rules, keep_count
 
 REPORTED = 1000  # subsets that a layer's report lists
@@ -46,13 +45,13 @@ def expert_sparsity(
     keep: int,
     *,
     loss: Literal["global", "authors"] = "global",
-    batch_size: int = 8,
+    batch_size: Positive = 8,
     progressive: bool = False,
-    limit: int = 20000,
+    limit: Positive = 20000,
     search: Literal["auto", "greedy", "beam"] = "auto",
-    beam: int = 4,
-    passes: int = 10,
-    tokens: int = 0,
+    beam: Positive = 4,
+    passes: Natural = 10,
+    tokens: Natural = 0,
 ) -> Choice:
     """The experts D to drop, |D| = n - `keep`, of least || Z - Z'(D) ||_F: Z the layer's routed output over the calibration tokens, Z'(D)
     the same with D dropped and every token re-routed over the rest.
@@ -72,15 +71,6 @@ def expert_sparsity(
     Raises:
         UserError: fewer experts than the router needs, or a count that does not divide into the expert_groups.
     """
-    for option, given, least in (
-        ("limit", limit, 1),
-        ("beam", beam, 1),
-        ("batch_size", batch_size, 1),
-        ("passes", passes, 0),
-        ("tokens", tokens, 0),
-    ):
-        if given < least:
-            raise UserError(f"option {option} of expert_sparsity is {given}", f"give {least} or more")
     count = probe.num_experts - keep_count(keep, probe.rules, f"decoder layer {probe.layer}")
     seen: dict[Drop, float] = {}
     why: dict[str, Any] = {}

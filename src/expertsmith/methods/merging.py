@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist, pdist, squareform
 
 from expertsmith.calibration.stats import LayerStatistics
 from expertsmith.errors import UserError
-from expertsmith.methods.base import Array, Choice, Facts, method
+from expertsmith.methods.base import Array, Choice, Facts, Natural, method
 from expertsmith.selection import groups_of
 
 Linkage = Literal["average", "single", "complete", "ward"]
@@ -32,7 +32,7 @@ LLOYD_STEPS = 300
     "arXiv 2410.08589 (ICML 2025)",
     gives="choice",
     cost="one calibration pass that runs every expert on every token",
-    limits="float weights only; the same number of clusters in every layer",
+    limits="Float weights only; the same number of clusters in every layer",
     budgets=("uniform",),
     all_outputs=True,
 )
@@ -47,7 +47,7 @@ def hc_smoe(
     weights: Weights = "frequency",
     router: Router = "dominant",
     log_count: bool = False,
-    seed: int = 0,
+    seed: Natural = 0,
 ) -> Choice:
     """Clusters of o_i = mean over ALL tokens x of E_i(x) (raw outputs, routed or not), by Euclidean distance; `keep_count` clusters remain.
     The centre, whose place and router row the merged expert takes, is the member nearest to the mean of the cluster's o_i.
@@ -93,7 +93,7 @@ def m_smoe_allot(statistics: Mapping[int, LayerStatistics], average: float) -> d
     "arXiv 2310.01334 (ICLR 2024)",
     gives="choice",
     cost="one calibration pass; an assignment of neurons for every expert that goes",
-    limits="float weights only; near chance at half the experts without training afterwards",
+    limits="Float weights only; near chance at half the experts without training afterwards",
     budgets=("uniform", "global"),
     allot=m_smoe_allot,
 )
@@ -106,7 +106,7 @@ def m_smoe(
     weights: Weights = "frequency",
     router: Router = "dominant",
     log_count: bool = False,
-    capacity: int = 0,
+    capacity: Natural = 0,
 ) -> Choice:
     """The `keep_count` most used experts are dominant. Every other one, in descending usage, joins the dominant expert d with the largest
     s_id = (cos(R[:, i], R[:, d]) + 1) / 2, R the raw router logits [tokens, experts]; the most used dominant wins a tie, as does the

@@ -21,8 +21,8 @@ from expertsmith.plan import Plan
 from expertsmith.progress import Progress, Silent
 from expertsmith.selection import Rules, groups_of
 from expertsmith.surgery.card import model_card
-from expertsmith.surgery.skip import write_padding, write_skip
-from expertsmith.surgery.uneven import check_padding, check_uneven, code_for, routing_biases, write_counts
+from expertsmith.surgery.skip import SKIPS, write_padding, write_skip
+from expertsmith.surgery.uneven import check_padding, check_uneven, code_for, refuse_padded, routing_biases, write_counts
 from expertsmith.surgery.uneven import pad as fill_up
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def check_plan(plan: Plan, inventory: Inventory, pad: bool = False) -> None:
                 f"layer {entry.layer} keeps {per_group} experts of the {rules.groups} expert_groups, but they have to stay equal in size",
                 "plan with the default --router-groups keep, or with flatten",
             )
+    if plan.merges or changes(plan, inventory):
+        refuse_padded(inventory)
     if plan.merges:
         from expertsmith.surgery.merge import check_merges
 
@@ -248,7 +250,7 @@ def apply_plan(
             f"layers keep {min(plan.counts)} to {max(plan.counts)} experts: load with expertsmith.load(…), or with transformers and trust_remote_code=True"
         )
     if plan.skip is not None:
-        notes.append("skip thresholds are in config.json: expertsmith.load(…) skips experts by them, other engines run all")
+        notes.append(SKIPS)
     code = {} if pad else code_for(counts_of(plan), inventory)
     files = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps(), **code, **(texts or {})}
     with progress.task("apply", sum(tensor.nbytes for tensor in tensors), "B") as advance:

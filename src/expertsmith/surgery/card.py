@@ -25,6 +25,9 @@ def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), qual
         calibration = f"{sum(plan.calibration.tokens.values()):,} tokens ({tokens}), data fingerprint `{plan.calibration.fingerprint[:23]}…`"
     else:
         calibration = "none (the method needs no data)"
+    kept = "The weights that stayed are byte for byte those of the base model."
+    if plan.merges:
+        kept = "Merged experts are weighted means of the base model's; all other weights that stayed are byte for byte its own."
     lines = [
         "---",
         "tags: [expertsmith, mixture-of-experts, pruned]",
@@ -32,7 +35,7 @@ def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), qual
         "",
         f"# {inventory.checkpoint.path.name} with {share} experts",
         "",
-        f"Made by [expertsmith] from `{inventory.checkpoint.source}` ({inventory.architecture.title}). The weights that stayed are byte for byte those of the base model.",
+        f"Made by [expertsmith] from `{inventory.checkpoint.source}` ({inventory.architecture.title}). {kept}",
         "",
         "| | base | this |",
         "|---|---|---|",

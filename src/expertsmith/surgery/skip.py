@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from expertsmith.calibration.ratios import LayerThreshold
     from expertsmith.engine.skipping import Rule
 
+SKIPS = "skip thresholds are in config.json: expertsmith.load(…) skips experts by them, other engines run all"
 KEY = "expertsmith"  # of config.json: what only `expertsmith.load` puts in force
 
 
@@ -86,12 +87,12 @@ def with_thresholds(plan: Plan, found: Mapping[int, LayerThreshold], rule: Rule,
     return plan.model_copy(update={"layers": layers, "skip": Skip(rule=rule, statistic=statistic, calibration=calibration)})
 
 
-def refresh(out: Path, plan: Plan, inventory: Inventory) -> None:
+def refresh(out: Path, plan: Plan, inventory: Inventory, notes: Sequence[str] = ()) -> None:
     """Write a plan's thresholds into a checkpoint that holds the plan's experts already: config.json, plan and model card change."""
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     write_skip(config, plan)
     for name, text in (
-        ("README.md", model_card(plan, inventory)),
+        ("README.md", model_card(plan, inventory, [*notes, SKIPS])),
         ("expertsmith/plan.json", plan.dumps()),
         ("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n"),
     ):

@@ -17,6 +17,7 @@ from expertsmith.arch import config_present
 from expertsmith.checkpoint.writer import Made, OutputTensor, Piece
 from expertsmith.errors import UserError
 from expertsmith.inventory import Claim, Inventory, per_layer_counts
+from expertsmith.surgery.skip import is_padded
 
 NEVER = -1e30  # a logit that no softmax sees; largest finite magnitude where the dtype has less
 FLAG = "allow_global_per_layer_attribute_access"  # transformers: the number in config.json may be read, though layers differ
@@ -34,6 +35,19 @@ def check_uneven(inventory: Inventory) -> None:
         raise UserError(
             f"the layers of a {record.model_type} model cannot hold different numbers of experts: {record.uneven}",
             "keep the same number in every layer: --uniform",
+        )
+
+
+def refuse_padded(inventory: Inventory) -> None:
+    """Refuse to choose among experts of which some are dead: they would count as experts that can serve.
+
+    Raises:
+        UserError: a checkpoint that was filled up with `pad`.
+    """
+    if is_padded(inventory.checkpoint.config):
+        raise UserError(
+            f"layers of {inventory.checkpoint.source} are filled up with dead experts, which must not be chosen among",
+            "use the checkpoint that it was made from, or one written without --pad",
         )
 
 
