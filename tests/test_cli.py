@@ -311,7 +311,12 @@ def test_methods_and_architectures_list_every_record(capsys):
     found = strict(passed(capsys, "methods", "--json"))
     assert [row["name"] for row in found] == list(methods())
     assert all(
-        row["title"] and row["paper"] and row["doc"] and row["cost"] and row["budgets"] and row["gives"] in ("saliency", "order", "choice")
+        row["title"]
+        and row["paper"]
+        and row["doc"]
+        and row["cost"]
+        and row["budgets"]
+        and row["gives"] in ("saliency", "order", "choice")
         for row in found
     )
     table = passed(capsys, "methods")

@@ -176,7 +176,9 @@ def test_reap_golden_example():
 
     layer = LayerStatistics(0, {"d": {name: value.numpy() for name, value in sums.items()}})
     facts = Facts(0, 2, {"d": [2]})
-    score = {name: m.function(layer, facts) for name, m in methods().items() if m.reads == "statistics" and m.gives == "saliency"}
+    score = {
+        name: m.function(layer, facts) for name, m in methods().items() if m.reads == "statistics" and m.gives == "saliency"
+    }
     assert score["frequency"].tolist() == [2, 0]
     assert score["ean"].tolist() == [18, 0]
     assert score["man"].tolist() == [9, 0]
@@ -480,26 +482,21 @@ def test_calibration_in_bfloat16_matches_float32_roughly(tmp_path, data):
 def test_the_table_of_statistics_is_what_a_calibration_writes(checkpoints, data, tmp_path):
     from expertsmith.calibration.observers import STATISTICS
 
-    stats = api.calibrate(checkpoints("mixtral"), data, tmp_path / "s", output_sum=True, all_outputs=True, sample_tokens=3, **CALIBRATION)
+    stats = api.calibrate(
+        checkpoints("mixtral"), data, tmp_path / "s", output_sum=True, all_outputs=True, sample_tokens=3, **CALIBRATION
+    )
     assert all(set(entry.domains[domain]) == set(STATISTICS) for entry in stats.layers.values() for domain in "ab")
 
 
 def test_methods_that_average_warn_of_few_tokens(checkpoints, data, tmp_path):
     from expertsmith.methods import methods
-    from expertsmith.progress import Silent
 
     stats = api.calibrate(checkpoints("mixtral"), data, tmp_path / "s", **CALIBRATION)
     for name, method in methods().items():
         if method.gives != "saliency":
             continue
-        found: list[str] = []
-
-        class Notes(Silent):
-            def note(self, message, found=found):
-                found.append(message)
-
-        api.plan(checkpoints("mixtral"), name, 8, stats=stats.select(["a"]), progress=Notes())
-        assert any("noise" in message for message in found) == (name in ("man", "msan", "reap")), name
+        made = api.plan(checkpoints("mixtral"), name, 8, stats=stats.select(["a"]))
+        assert any("noise" in note for note in made.notes) == (name in ("man", "msan", "reap")), name
         assert method.averages == (name in ("man", "msan", "reap"))
 
 

@@ -166,7 +166,9 @@ def test_none_inside_free_tables_survives():
 def test_merged_experts_are_called_from_in_the_file_and_sources_in_python():
     merge = parse_plan(example(), "here").layers[0].merge[0]
     assert merge.sources == [0, 1]
-    assert '"merge": [{"into": 0, "from": [0, 1], "weights": [0.6, 0.4], "align": "none"' in parse_plan(example(), "here").dumps()
+    assert (
+        '"merge": [{"into": 0, "from": [0, 1], "weights": [0.6, 0.4], "align": "none"' in parse_plan(example(), "here").dumps()
+    )
     assert '"sources"' not in parse_plan(example(), "here").dumps()
 
 
@@ -292,7 +294,10 @@ def test_an_expert_is_merged_once_and_does_not_stay_besides():
     first(raw)["merge"] = [{"into": 0, "from": [0, 2], "weights": [0.5, 0.5]}]
     with pytest.raises(UserError, match="expert 2 is merged into 0, so it cannot be kept as well"):
         parse_plan(raw, "here")
-    first(raw)["merge"] = [{"into": 0, "from": [0, 1], "weights": [0.5, 0.5]}, {"into": 2, "from": [1, 2], "weights": [0.5, 0.5]}]
+    first(raw)["merge"] = [
+        {"into": 0, "from": [0, 1], "weights": [0.5, 0.5]},
+        {"into": 2, "from": [1, 2], "weights": [0.5, 0.5]},
+    ]
     with pytest.raises(UserError, match="expert 1 is merged twice"):
         parse_plan(raw, "here")
 

@@ -229,7 +229,11 @@ def test_all_faults_are_reported_at_once(good, tmp_path):
 
 
 def test_what_a_method_needs_besides_is_told_before_anything_runs(tmp_path):
-    recipe = {"model": "m", "calibrate": {"data": ["a.jsonl"], "out": "s"}, "plan": {"method": "hc_smoe", "keep": 4, "out": "p"}}
+    recipe = {
+        "model": "m",
+        "calibrate": {"data": ["a.jsonl"], "out": "s"},
+        "plan": {"method": "hc_smoe", "keep": 4, "out": "p"},
+    }
     assert "set calibrate.all_outputs to true" in refusal(tmp_path, recipe)
     recipe["calibrate"]["all_outputs"] = True
     assert load_recipe(written(tmp_path, recipe)).plan.method == "hc_smoe"

@@ -474,9 +474,7 @@ def skip(
     shape: dict[str, Any] = {key: calibration[key] for key in ("samples", "seq_len", "seed") if key in calibration}
     held_out = None
     if measure:
-        held_out = token_data(
-            source.path, source.config, texts, progress, overlap=1, pack=True, overlong="truncate", **shape
-        )
+        held_out = token_data(source.path, source.config, texts, progress, overlap=1, pack=True, overlong="truncate", **shape)
     pruned = target.with_name(f".{target.name}.pruned-{os.getpid()}")
     with ExitStack() as stack:
         if plan is not None:  # nothing stands under the name of the output before its thresholds are known
