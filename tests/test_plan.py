@@ -54,17 +54,19 @@ def layer_plans(draw, layer: int) -> LayerPlan:
 @st.composite
 def plans(draw) -> Plan:
     numbers = sorted(draw(st.sets(st.integers(0, 200), min_size=1, max_size=4)))
+    layers = [draw(layer_plans(number)) for number in numbers]
+    skip = Skip(
+        rule=draw(st.sampled_from(["ratio", "tail"])),
+        statistic=draw(TEXT),
+        calibration=draw(st.builds(CalibrationData, fingerprint=TEXT, tokens=TOKENS)),
+    )
     return Plan(
         method=Method(name=draw(TEXT), options=draw(TABLES)),
         model=Source(model_type=draw(TEXT), fingerprint=draw(TEXT)),
         calibration=draw(st.none() | st.builds(CalibrationData, fingerprint=TEXT, tokens=TOKENS)),
         router_groups=draw(st.sampled_from(["keep", "flatten"])),
-        skip=Skip(
-            rule=draw(st.sampled_from(["ratio", "tail"])),
-            statistic=draw(TEXT),
-            calibration=draw(st.builds(CalibrationData, fingerprint=TEXT, tokens=TOKENS)),
-        ),
-        layers=[draw(layer_plans(number)) for number in numbers],
+        skip=skip if any(entry.skip_threshold is not None for entry in layers) else None,
+        layers=layers,
         notes=draw(st.lists(TEXT, max_size=2)),
         summary=draw(st.none() | st.builds(Summary, experts=COUNTS, parameters=COUNTS, bytes=COUNTS)),
     )
