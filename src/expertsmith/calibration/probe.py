@@ -95,7 +95,8 @@ class Probe:
         """
         key = self._key(dropped)
         value = self._total(self._state(key).errors)
-        if abs(value - self._promised.get(key, value)) > SAME * value:
+        rounding = max(SAME, 4 * torch.finfo(self._tables.logits.dtype).eps)  # equal logits in half precision: see _found_local
+        if abs(value - self._promised.get(key, value)) > rounding * value:
             self._local = False  # dropping an expert moved tokens that do not use it
         return value
 
@@ -108,22 +109,37 @@ class Probe:
         """
         key = self._key(dropped)
         state = self._state(key)
-        found, moved = {}, False
+        if self._local is None:
+            self._local = self._found_local(key)
+        found = {}
         for expert in self._allowed(key):
-            uses = (state.selected == expert).any(1)
-            rows = uses.nonzero().squeeze(1) if self._local else torch.arange(self.tokens, device=uses.device)
+            rows = torch.arange(self.tokens, device=state.errors.device)
+            if self._local:
+                rows = rows[(state.selected == expert).any(1)]
             errors = state.errors.clone()
             if len(rows):
-                selected, weights = self._routes(rows, (*key, expert))
+                selected, weights = self._routes(self._tables.logits[rows], (*key, expert))
                 errors[rows] = self._errors(rows, selected, weights)
             found[expert] = self._total(errors)
-            if self._local is None:
-                moved |= bool((self._moved(state, selected, weights) & ~uses).any())
-            elif self._local:
+            if self._local:
                 self._promised[self._key((*key, expert))] = found[expert]
-        if self._local is None and found:
-            self._local = not moved
         return found
+
+    def _found_local(self, key: tuple[int, ...]) -> bool:
+        """Whether no expert's going moves a token that does not use it. Judged on float32 logits without ties: where a router works in
+        bfloat16, the last bit of the softmax's sum, or which of two equal logits comes first, moves tokens that have nothing to do with
+        the expert."""
+        logits = self._tables.logits.float()
+        apart = torch.finfo(self._tables.logits.dtype).eps * torch.rand(
+            logits.shape, generator=torch.Generator().manual_seed(0)
+        )
+        logits = logits + apart.to(logits.device) * logits.abs().amax(1, keepdim=True)
+        before, weights = self._routes(logits, key)
+        for expert in self._allowed(key):
+            after = self._routes(logits, (*key, expert))
+            if bool((self._moved(before, weights, *after) & ~(before == expert).any(1)).any()):
+                return False
+        return True
 
     def _key(self, dropped: Sequence[int]) -> tuple[int, ...]:
         key = tuple(sorted(set(dropped)))
@@ -145,7 +161,7 @@ class Probe:
     def _state(self, key: tuple[int, ...]) -> _Routing:
         if key not in self._states:
             if key:
-                selected, weights = self._routes(slice(None), key)
+                selected, weights = self._routes(self._tables.logits, key)
             else:
                 selected, weights = self._tables.selected, self._tables.weights
             while len(self._states) >= STATES:
@@ -154,17 +170,17 @@ class Probe:
             self._states[key] = _Routing(selected, weights, self._errors(rows, selected, weights))
         return self._states[key]
 
-    def _routes(self, rows: Any, dropped: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        gone = torch.zeros(self.num_experts, dtype=torch.bool, device=self._tables.logits.device)
+    def _routes(self, logits: torch.Tensor, dropped: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        gone = torch.zeros(self.num_experts, dtype=torch.bool, device=logits.device)
         gone[list(dropped)] = True
-        selected, weights = self._route(self._tables.logits[rows], gone)
+        selected, weights = self._route(logits, gone)
         return selected, weights.double()
 
-    def _moved(self, state: _Routing, selected: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """[tokens] whether the routing weights differ from those of `state`, whatever the order of the slots."""
+    def _moved(self, selected: torch.Tensor, weights: torch.Tensor, *then: torch.Tensor) -> torch.Tensor:
+        """[tokens] whether the routing weights are others `then`, whatever the order of the slots."""
         columns = self._tables.columns
-        before = weights.new_zeros(self.tokens, columns).scatter_add_(1, state.selected, state.weights)
-        after = weights.new_zeros(self.tokens, columns).scatter_add_(1, selected, weights)
+        before = weights.new_zeros(self.tokens, columns).scatter_add_(1, selected, weights)
+        after = weights.new_zeros(self.tokens, columns).scatter_add_(1, *then)
         return (after - before).abs().amax(1) > SAME * before.abs().amax(1)
 
     def _errors(self, rows: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
