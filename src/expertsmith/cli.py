@@ -482,6 +482,12 @@ def convert(
             help="tomoe: equal, or per_layer: layers share the budget, and narrower ones are padded in a stock checkpoint."
         ),
     ] = "equal",
+    attention: Annotated[
+        str,
+        typer.Option(
+            help="tomoe: static prunes query-key dimensions, dynamic also masks value dimensions for every token (saves no arithmetic). Such a result runs in transformers only."
+        ),
+    ] = "none",
     data: Data = None,
     eval_data: EvalData = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure quality and speed at the end.")] = True,
@@ -530,6 +536,7 @@ def convert(
         router_lr=router_lr,
         start=_word(start, "start", "grouped", "dense"),
         widths=_word(widths, "widths", "equal", "per_layer"),
+        attention=_word(attention, "attention", "none", "static", "dynamic"),
         data=data or (),
         eval_data=eval_data or (),
         measure=measure,

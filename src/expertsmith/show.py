@@ -208,6 +208,8 @@ def show_conversion(result: dict[str, Any]) -> None:
         f"of these: {count(active['experts'])} in {sizes['top_k']} of {sizes['experts']} routed experts, {count(active['shared'])} always on, {count(active['router'])} "
         f"in routers, {count(active['padding'])} padding; in all {count(sizes['total'])} parameters, {sizes['total_ratio']:.2f} × dense"
     )
+    if "note" in sizes["attention"]:
+        line(escape("attention: " + sizes["attention"]["note"]))
     same = result["export"]
     line(
         f"written checkpoint against the dense model with the same neurons masked: logits differ by {same['logits_difference']:.2g} (logits up to "

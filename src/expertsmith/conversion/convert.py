@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from expertsmith.calibration.data import TokenData
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.checkpoint.writer import prepare_target
 from expertsmith.conversion import export, flow
-from expertsmith.conversion.settings import Asked, Request, ask
+from expertsmith.conversion.settings import Asked, Request, ask, block_parameters
 from expertsmith.conversion.split import Split
 from expertsmith.conversion.training import Recipe
 from expertsmith.engine import Batch, LoadedModel
@@ -57,6 +57,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
         active_of=request.active_of,
         router=request.router,
         target=request.target,
+        attention=request.attention,
     )
     prepare_target(request.out, source.path, request.overwrite)
     export.check_source(source, int(source.config["num_hidden_layers"]))
@@ -69,8 +70,8 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
         converted, method = _decide(request, asked, source, model, tokens, progress)
     flow.overlaps(converted, int(source.config["intermediate_size"]))
     target = asked.target
-    numbers = export.sizes(source, converted.splits, target)
-    progress.note(_size_line(source, converted.splits, asked, numbers))
+    numbers = export.sizes(source, converted.splits, target, converted.heads)
+    progress.note(_size_line(source, converted, asked, numbers))
     flow.check_growth(
         numbers, request.max_growth, "use fewer --experts" + ("" if request.export == "core" else ", or --export core")
     )
@@ -86,11 +87,12 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
             converted.splits,
             converted.logit_std,
             texts,
+            heads=converted.heads,
             overwrite=request.overwrite,
             progress=advance,
         )
     with _timed(seconds, "check"):
-        result["export"] = flow.export_difference(model, converted.splits, request.out, _brief(tokens, model))
+        result["export"] = flow.export_difference(model, converted.splits, converted.heads, request.out, _brief(tokens, model))
     if request.measure:
         with _timed(seconds, "measure"):
             result["speed"] = flow.forward_times(model, request.out, min(request.seq_len, 512))
@@ -154,8 +156,10 @@ def _decide(
             "give more text, or a smaller --seq-len",
         )
     grouped = request.start == "grouped"
+    attention, mlp = block_parameters(source.config)
+    share = 0.0 if request.attention == "none" else attention / (attention + mlp)
     recipe = Recipe(
-        ratio=asked.active,
+        ratio=asked.active if request.attention == "none" else request.active or 0.5,
         steps=request.steps,
         experts=asked.experts,
         batch=request.batch,
@@ -163,7 +167,9 @@ def _decide(
         lr=request.lr,
         router_lr=request.router_lr,
         equal=request.widths == "equal",
-        first_ratio=asked.active if grouped else 1.0,
+        first_ratio=share + (1 - share) * asked.active if grouped else 1.0,
+        attention=request.attention,
+        attention_share=share,
         warmup=min(20, max(1, request.steps // 10)),
     )
     from accelerate import Accelerator
@@ -171,13 +177,16 @@ def _decide(
     accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
     folder = beside(request.out, "training")
     identity = hashlib.sha256(f"{source.fingerprint} {tokens.fingerprint} {request.start} {model.dtype}".encode()).hexdigest()
-    splits = flow.learned(model, asked, recipe, rest, watch, folder, grouped, identity, accelerator, progress, request.resume)
+    splits, heads = flow.learned(
+        model, asked, recipe, rest, watch, folder, grouped, identity, accelerator, progress, request.resume
+    )
     if request.export == "core":
         splits = [split.core() for split in splits]
-    made = flow.measured(model, splits, flow.as_batches(watch), request.seed, progress)
+    made = flow.measured(model, splits, heads, flow.as_batches(watch), request.seed, progress)
     return made, options | {
         "start": request.start,
         "export": request.export,
+        "attention": request.attention,
         "recipe": asdict(recipe),
         "training_log": _log(folder),
     }
@@ -205,7 +214,7 @@ def _brief(tokens: TokenData | None, model: LoadedModel) -> list[Batch]:
     return kept
 
 
-def _size_line(source: Checkpoint, splits: Sequence[Split], asked: Asked, numbers: dict[str, Any]) -> str:
+def _size_line(source: Checkpoint, converted: flow.Converted, asked: Asked, numbers: dict[str, Any]) -> str:
     """Both ways to write overlapping experts, side by side."""
 
     def one(name: str, sizes: dict[str, Any]) -> str:
@@ -216,8 +225,8 @@ def _size_line(source: Checkpoint, splits: Sequence[Split], asked: Asked, number
 
     if asked.way.name != "tomoe":
         return one("to be written:", numbers)
-    ways = {"plain": [s for s in splits if not len(s.shared)] or None, "core": [s.core() for s in splits]}
-    parts = [one(name, export.sizes(source, made, asked.target)) for name, made in ways.items() if made]
+    ways = {"plain": [s.whole() for s in converted.splits], "core": [s.core() for s in converted.splits]}
+    parts = [one(name, export.sizes(source, made, asked.target, converted.heads)) for name, made in ways.items()]
     return "; ".join(parts)
 
 

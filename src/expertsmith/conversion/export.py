@@ -26,7 +26,9 @@ import torch
 from expertsmith.arch.dense import DROPS, Target
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.writer import Made, OutputTensor, Piece, write_checkpoint
+from expertsmith.conversion.attention import Heads
 from expertsmith.conversion.split import Split
+from expertsmith.engine.heads import KEY
 from expertsmith.errors import UserError
 
 # epsilon times the standard deviation of the logits. Weights differ from 1/k by about that much. Where the top_k is taken of probabilities, those near
@@ -103,8 +105,7 @@ def output_config(source: Mapping[str, Any], target: Target, shape: Shape, renor
         config[target.shared_key] = shape.shared
     if target.renormalise_key:
         config[target.renormalise_key] = renormalise
-    heads = int(source["num_attention_heads"])
-    head = int(source.get("head_dim") or source["hidden_size"] // heads)
+    heads, head = int(source["num_attention_heads"]), head_width(source)
     if target.model_type == "granitemoeshared":
         config["attention_multiplier"] = head**-0.5
     if target.model_type != "qwen2_moe":
@@ -123,12 +124,18 @@ Make = Callable[[], torch.Tensor]
 
 
 class Writer:
-    """Makes the tensors of converted MLPs, one at a time, from the dense checkpoint."""
+    """Makes the tensors of converted MLPs and pruned attentions, one at a time, from the dense checkpoint."""
 
     def __init__(
-        self, source: Checkpoint, target: Target, splits: Sequence[Split], logit_std: Sequence[float], shape: Shape
+        self,
+        source: Checkpoint,
+        target: Target,
+        splits: Sequence[Split],
+        logit_std: Sequence[float],
+        shape: Shape,
+        heads: Sequence[Heads] = (),
     ) -> None:
-        self.source, self.target, self.splits, self.shape = source, target, splits, shape
+        self.source, self.target, self.splits, self.shape, self.heads = source, target, splits, shape, heads
         self.scales = [scales_of(target, shape, std) for std in logit_std]
 
     def tensors(self) -> list[OutputTensor]:
@@ -137,14 +144,38 @@ class Writer:
         done: set[int] = set()
         for name, info in self.source.tensors.items():
             layer = _mlp_layer(name)
-            if layer is None:
+            if layer is None and self.heads and _query_key(name) is not None:
+                made.append(self._fewer_rows(name))
+            elif layer is None:
                 made.append(OutputTensor(name, info.dtype, info.shape, (Piece(info.file, info.start, info.nbytes),)))
             elif layer not in done:
                 done.add(layer)
                 made += self._layer(layer)
+        for layer, heads in enumerate(self.heads):
+            dtype = self.source.tensors[_name(layer, "gate")].dtype
+            for name, tensor in (heads.parts or {}).items():
+                size = tensor.numel() * _bytes(dtype)
+                encode = partial(_encoded, tensor, dtype)
+                made.append(
+                    OutputTensor(f"model.layers.{layer}.self_attn.{name}", dtype, tuple(tensor.shape), (Made(size, encode),))
+                )
         if len(done) != len(self.splits):
             raise UserError(f"{self.source.source} has MLPs in {len(done)} layers, but {len(self.splits)} were converted")
         return made
+
+    def _fewer_rows(self, name: str) -> OutputTensor:
+        """A query or key tensor (weight, bias, norm) with the rows of the dimensions that stay, head by head."""
+        info, layer = self.source.tensors[name], _query_key(name)
+        assert layer is not None
+        if info.dtype not in TORCH:
+            raise UserError(f"{name} is {info.dtype}: quantised attention cannot be cut", "use an unquantised checkpoint")
+        width = head_width(self.source.config)
+        kept = self.heads[layer].kept
+        heads = info.shape[0] // width
+        rows = (torch.arange(heads)[:, None] * width + kept).flatten()
+        shape = (len(rows), *info.shape[1:])
+        made = Made(math.prod(shape) * _bytes(info.dtype), lambda: _encoded(self.source.read(name)[rows], info.dtype))
+        return OutputTensor(name, info.dtype, shape, (made,))
 
     def _layer(self, layer: int) -> list[OutputTensor]:
         split, shape, scales = self.splits[layer], self.shape, self.scales[layer]
@@ -231,6 +262,24 @@ def _name(layer: int, role: str) -> str:
     return f"model.layers.{layer}.mlp.{role}_proj.weight"
 
 
+def _query_key(name: str) -> int | None:
+    """The layer of a tensor that has a row for every query or key dimension."""
+    parts = name.split(".")
+    if (
+        len(parts) == 6
+        and parts[:2] == ["model", "layers"]
+        and parts[3] == "self_attn"
+        and parts[4] in ("q_proj", "k_proj", "q_norm", "k_norm")
+    ):
+        return int(parts[2])
+    return None
+
+
+def head_width(config: Mapping[str, Any]) -> int:
+    """Width of an attention head."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
 def _mlp_layer(name: str) -> int | None:
     parts = name.split(".")
     if (
@@ -276,28 +325,61 @@ def check_source(source: Checkpoint, layers: int) -> None:
                 )
 
 
-def sizes(source: Checkpoint, splits: Sequence[Split], target: Target) -> dict[str, Any]:
+def attention_sizes(source: Checkpoint, heads: Sequence[Heads], layers: int) -> dict[str, Any]:
+    """What pruning attention saves, and what it does not: parameters written, those that are counted as active in the paper's way (a value mask
+    counts with its width), and the share of the multiplications that is really left out."""
+    width = head_width(source.config)
+    before = sum(info.numel for name, info in source.tensors.items() if ".self_attn." in name)
+    if not heads:
+        return {"before": before, "written": before, "counted_active": before}
+    counts = [
+        int(source.tensors[f"model.layers.{i}.self_attn.{n}_proj.weight"].shape[0]) // width
+        for n in "qk"
+        for i in range(layers)
+    ]
+    hidden = int(source.config["hidden_size"])
+    both = [
+        counts[i] + counts[layers + i] for i in range(layers)
+    ]  # query and key heads, as many rows as value and output columns
+    gone = sum(hidden * n * (width - len(entry.kept)) for n, entry in zip(both, heads, strict=True))
+    masked = sum(hidden * n * (width - (entry.value_width or width)) for n, entry in zip(both, heads, strict=True))
+    added = sum(tensor.numel() for entry in heads for tensor in (entry.parts or {}).values())
+    return {
+        "before": before,
+        "written": before - gone + added,
+        "counted_active": before - gone - masked,
+        "query_key_width": [len(entry.kept) for entry in heads],
+        "value_width": [entry.value_width for entry in heads],
+        "note": f"queries and keys are {100 * gone / before:.1f} % smaller in parameters and arithmetic"
+        + (
+            f"; value masks count {100 * masked / before:.1f} % as inactive, but save neither parameters nor arithmetic (values and outputs are computed in "
+            f"full and multiplied by 0 or 1), and add {100 * added / before:.1f} %"
+            if masked or added
+            else ""
+        ),
+    }
+
+
+def sizes(source: Checkpoint, splits: Sequence[Split], target: Target, heads: Sequence[Heads] = ()) -> dict[str, Any]:
     """Parameters of what would be written, exactly: by part, per token and in all.
 
     active: what a token's forward reads, padding included; padding: zeros among it; `mlp_ratio` and `block_ratio` (attention and MLP) are of the
-    dense model's, routers and padding counted; `*_useful` count neurons only.
+    dense model's, routers and padding counted; `*_useful` count neurons, and value dimensions that a token keeps, only.
     """
     shape = shape_of(splits, target)
-    gate = source.tensors[_name(0, "gate")]
-    neurons, hidden = gate.shape
+    neurons, hidden = source.tensors[_name(0, "gate")].shape
     layers = len(splits)
+    attention = attention_sizes(source, heads, layers)
     dense_mlp = 3 * neurons * hidden * layers
-    attention = sum(info.numel for name, info in source.tensors.items() if ".self_attn." in name)
-    router = shape.experts * hidden * layers
-    shared_gate = hidden * layers if target.shared_gate else 0
+    other = source.numel - dense_mlp - attention["before"]
+    router = (shape.experts + (1 if target.shared_gate else 0)) * hidden * layers
     routed, shared = 3 * hidden * shape.width * layers, 3 * hidden * shape.shared * layers
     useful = [shape.top_k * max(len(ids) for ids in split.experts) + len(split.shared) for split in splits]
-    if shape.folded:  # a copy in each chosen expert
-        read = [u + (shape.top_k - 1) * len(split.shared) for u, split in zip(useful, splits, strict=True)]
-    else:
-        read = useful
+    copies = (shape.top_k - 1) if shape.folded else 0  # of the always-on part, one in each chosen expert
+    read = [count + copies * len(split.shared) for count, split in zip(useful, splits, strict=True)]
     active_mlp = shape.top_k * routed + shared
-    rest = source.numel - dense_mlp
+    rest, block = other + attention["written"], attention["before"] + dense_mlp
+    total = rest + shape.experts * routed + shared + router
     return {
         "experts": shape.experts,
         "top_k": shape.top_k,
@@ -305,20 +387,21 @@ def sizes(source: Checkpoint, splits: Sequence[Split], target: Target) -> dict[s
         "shared_width": shape.shared,
         "shared_copied_into_experts": shape.folded,
         "neurons": neurons,
-        "dense": {"total": source.numel, "mlp": dense_mlp, "attention": attention, "other": rest - attention},
-        "total": rest + shape.experts * routed + shared + router + shared_gate,
+        "dense": {"total": source.numel, "mlp": dense_mlp, "attention": attention["before"], "other": other},
+        "attention": attention,
+        "total": total,
         "active": {
-            "total": rest + active_mlp + router + shared_gate,
+            "total": rest + active_mlp + router,
             "experts": shape.top_k * routed,
             "shared": shared,
-            "router": router + shared_gate,
+            "router": router,
             "padding": active_mlp - 3 * hidden * sum(read),
         },
-        "mlp_ratio": (active_mlp + router + shared_gate) / dense_mlp,
+        "mlp_ratio": (active_mlp + router) / dense_mlp,
         "mlp_ratio_useful": sum(useful) / (neurons * layers),
-        "block_ratio": (attention + active_mlp + router + shared_gate) / (attention + dense_mlp),
-        "block_ratio_useful": (attention + 3 * hidden * sum(useful)) / (attention + dense_mlp),
-        "total_ratio": (rest + shape.experts * routed + shared + router + shared_gate) / source.numel,
+        "block_ratio": (attention["written"] + active_mlp + router) / block,
+        "block_ratio_useful": (attention["counted_active"] + 3 * hidden * sum(useful)) / block,
+        "total_ratio": total / source.numel,
     }
 
 
@@ -330,14 +413,26 @@ def write(
     logit_std: Sequence[float],
     texts: Mapping[str, str],
     *,
+    heads: Sequence[Heads] = (),
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write the checkpoint; returns its config."""
+    """Write the checkpoint; returns its config. With `heads` it also carries the module that plain transformers needs for pruned attention."""
     shape = shape_of(splits, target)
-    writer = Writer(source, target, splits, logit_std, shape)
+    writer = Writer(source, target, splits, logit_std, shape, heads)
     config = output_config(source.config, target, shape, all(scales.renormalise for scales in writer.scales))
-    write_checkpoint(out, writer.tensors(), config, source=source, texts=texts, overwrite=overwrite, progress=progress)
+    files = dict(texts)
+    if heads:
+        import transformers
+
+        from expertsmith.engine.uneven import SHIM, auto_map, shim_of
+
+        kept = [entry.kept.tolist() for entry in heads]
+        config[KEY] = {"query_key": kept, "value_width": [entry.value_width for entry in heads]}
+        theirs = transformers.CONFIG_MAPPING[target.model_type](**config)
+        config["auto_map"] = auto_map(theirs)
+        files[SHIM] = shim_of(theirs, False)
+    write_checkpoint(out, writer.tensors(), config, source=source, texts=files, overwrite=overwrite, progress=progress)
     return config
 
 

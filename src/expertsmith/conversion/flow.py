@@ -15,11 +15,12 @@ import torch
 from expertsmith.arch import families
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.conversion import export, groups, routers, tomoe
+from expertsmith.conversion.attention import Heads, attentions_of, pruned_heads
 from expertsmith.conversion.passes import decide_layers
 from expertsmith.conversion.settings import WAYS, Asked, step_of
 from expertsmith.conversion.split import Split, chosen, mlps_of, sparse_forward
 from expertsmith.conversion.start import Start, start_layer
-from expertsmith.conversion.training import Recipe, padded, train
+from expertsmith.conversion.training import Recipe, outcome, padded, train
 from expertsmith.engine import Batch, LoadedModel
 from expertsmith.engine.experts import experts_of, routing_of
 from expertsmith.engine.loading import load_model
@@ -33,11 +34,12 @@ BRIEF = 1024  # tokens on which the written checkpoint is compared with the mask
 
 @dataclass
 class Converted:
-    """What a conversion decided and measured, layer by layer."""
+    """What a conversion decided and measured, layer by layer. `heads`: what stays of attention, where it was pruned."""
 
     splits: list[Split]
     logit_std: list[float]
     layers: list[dict[str, Any]] = field(default_factory=list)
+    heads: list[Heads] = field(default_factory=list)
 
 
 def training_free(
@@ -90,14 +92,18 @@ def learned(
     accelerator: Any,
     progress: Progress,
     resume: bool,
-) -> list[Split]:
+) -> tuple[list[Split], list[Heads]]:
     """Train ToMoE's masks and routers."""
     config = model.config
-    net = tomoe.MaskNet(len(model.layers), asked.experts, config.hidden_size, config.intermediate_size, recipe.seed)
+    width = attentions_of(model.layers)[0].head_dim
+    net = tomoe.MaskNet(
+        len(model.layers), asked.experts, config.hidden_size, config.intermediate_size, recipe.seed, recipe.attention, width
+    )
     net.to(model.device)
     if start and not (resume and (folder / "state.pt").exists()):
         net.start_from(*start_of(model, asked, sequences, recipe.seed, progress))
-    return train(
+    align = step_of(asked.active, config.intermediate_size)
+    train(
         model.module,
         model.layers,
         net,
@@ -105,12 +111,13 @@ def learned(
         sequences,
         [padded(watch)] if watch else [],
         folder,
-        align=step_of(asked.active, config.intermediate_size),
+        align=align,
         fingerprint=fingerprint,
         accelerator=accelerator,
         progress=progress,
         resume=resume,
     )
+    return outcome(net, recipe, align)
 
 
 def start_of(
@@ -132,9 +139,11 @@ def as_batches(sequences: Sequence[Sequence[int]]) -> list[Batch]:
     return [Batch(*padded([row]), "default", [i]) for i, row in enumerate(sequences)]
 
 
-def measured(model: LoadedModel, splits: Sequence[Split], batches: Sequence[Batch], seed: int, progress: Progress) -> Converted:
+def measured(
+    model: LoadedModel, splits: Sequence[Split], heads: Sequence[Heads], batches: Sequence[Batch], seed: int, progress: Progress
+) -> Converted:
     """Captured energy, shares and spread of logits of splits that are there already, on the outputs of the converted layers before each."""
-    made = Converted(list(splits), [])
+    made = Converted(list(splits), [], heads=list(heads))
 
     def decide(layer: int, mlp: Any, x: torch.Tensor, _: torch.Tensor) -> Split:
         found = routers.measure(mlp, x, splits[layer], seed)
@@ -142,7 +151,8 @@ def measured(model: LoadedModel, splits: Sequence[Split], batches: Sequence[Batc
         made.layers.append({"layer": layer, **found})
         return splits[layer]
 
-    decide_layers(model, batches, decide, progress, "measure")
+    with pruned_heads(model.layers, heads):
+        decide_layers(model, batches, decide, progress, "measure")
     return made
 
 
@@ -193,8 +203,10 @@ def check_growth(numbers: Mapping[str, Any], max_growth: float, remedy: str) -> 
 
 
 @torch.no_grad()
-def export_difference(model: LoadedModel, splits: Sequence[Split], out: Path, batches: Sequence[Batch]) -> dict[str, float]:
-    """The written checkpoint, loaded by transformers without remote code, against the dense model with the same neurons masked, in float32.
+def export_difference(
+    model: LoadedModel, splits: Sequence[Split], heads: Sequence[Heads], out: Path, batches: Sequence[Batch]
+) -> dict[str, float]:
+    """The written checkpoint, loaded by transformers without running code of the checkpoint, against the dense model with the same neurons masked, in float32.
 
     The reference runs the experts that the written model chose, so the difference is that of the arithmetic; `same_choice` is the share of
     (token, layer) at which the split's own router chooses the same experts on the same inputs.
@@ -229,7 +241,8 @@ def export_difference(model: LoadedModel, splits: Sequence[Split], out: Path, ba
             mlp.forward = partial(replay, i, mlp)  # type: ignore[method-assign]
         for batch in batches:
             his = other.module(**batch.inputs(other.device), use_cache=False).logits[batch.mask]
-            mine = dense.module(**batch.inputs(dense.device), use_cache=False).logits[batch.mask]
+            with pruned_heads(dense.layers, heads):
+                mine = dense.module(**batch.inputs(dense.device), use_cache=False).logits[batch.mask]
             largest, scale = max(largest, float((mine - his).abs().max())), max(scale, float(mine.abs().max()))
             same, count = same + int((mine.argmax(-1) == his.argmax(-1)).sum()), count + len(mine)
     finally:

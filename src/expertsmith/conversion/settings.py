@@ -110,6 +110,7 @@ class Request:
     router_lr: float = 1e-3
     start: Literal["grouped", "dense"] = "grouped"
     widths: Literal["equal", "per_layer"] = "equal"
+    attention: Literal["none", "static", "dynamic"] = "none"
     data: Sequence[str] = ()
     eval_data: Sequence[str] = ()
     measure: bool = True
@@ -154,6 +155,7 @@ def ask(
     active_of: Literal["mlp", "block"] = "mlp",
     router: str | None = None,
     target: str | None = None,
+    attention: str = "none",
 ) -> Asked:
     """Everything that was asked for, checked.
 
@@ -173,6 +175,14 @@ def ask(
     goal = _target(family, config, where, target, shared > 0)
     if count < 1 or shared < 0:
         raise UserError(f"--experts is {count} and --shared {shared}; there is at least one routed expert")
+    if attention != "none":
+        if way.name != "tomoe":
+            raise UserError(f"--attention {attention} is learned, which {method} is not", "use --method tomoe, or leave it out")
+        if active_of != "block":
+            raise UserError(
+                f"with --attention {attention} the budget is that of attention and MLPs together", "pass --active-of block"
+            )
+        active_of = "mlp"  # the training divides it between the two: an MLP starts with the same share as the whole
     ratio = _mlp_ratio(config, active, active_of)
     kind = router or way.router
     if way.name == "tomoe":

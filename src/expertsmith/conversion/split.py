@@ -49,6 +49,11 @@ class Split:
         shared = torch.cat([self.shared, everywhere.nonzero().flatten()]).sort().values
         return Split(experts, shared, self.router, self.top_k)
 
+    def whole(self) -> Split:
+        """The same function with the shared part in every expert, which needs top_k = 1."""
+        experts = [torch.cat([self.shared, ids]).sort().values for ids in self.experts]
+        return Split(experts, self.shared[:0], self.router, self.top_k)
+
 
 def mlps_of(layers: Sequence[nn.Module]) -> list[nn.Module]:
     """The dense MLPs (gate_proj, up_proj, down_proj, act_fn) of decoder layers."""

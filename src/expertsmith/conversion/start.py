@@ -17,7 +17,7 @@ import torch
 
 from expertsmith.conversion.groups import importance
 from expertsmith.conversion.routers import fit_linear
-from expertsmith.conversion.tomoe import EVEN
+from expertsmith.conversion.sampling import EVEN
 
 ROUNDS = 8
 SPREAD = 1.0  # standard deviation of the mask logits that the start gives

@@ -15,7 +15,6 @@ no gradient); the noise factor eta is annealed to 0; conversion by ranking inste
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,35 +23,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from expertsmith.conversion.attention import AttentionNet, Mode
+from expertsmith.conversion.sampling import EMBEDDING, HALF, NOISE, TAU, seeded, straight_through
 from expertsmith.conversion.split import Split
 
-NOISE, HALF = 32, 64  # hypernetwork: input width, hidden width of either direction
-EMBEDDING = 2 * HALF
-TAU, BIAS = 0.4, 3.0
-EVEN = math.log(math.log(2)) - BIAS  # the mask logit at which P(m = 1) = 1/2
 FLOOR = 1e-3  # keeps the logarithms of the losses finite
-
-
-def gumbel(shape: Sequence[int], generator: torch.Generator, device: torch.device) -> torch.Tensor:
-    """Standard Gumbel noise, drawn on the CPU so that every device and rank sees the same numbers."""
-    draw = torch.empty(tuple(shape)).exponential_(generator=generator)
-    return -draw.clamp_min_(1e-30).log_().to(device)
-
-
-def straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
-    """`hard` forward, the gradient of `soft` backward."""
-    return hard + soft - soft.detach()
-
-
-def sample_mask(q: torch.Tensor, noise: torch.Tensor, eta: float) -> torch.Tensor:
-    """m = round(sigmoid((q + eta G + b) / tau)), straight-through. `noise`: G, in the shape of q."""
-    soft = torch.sigmoid((q + eta * noise + BIAS) / TAU)
-    return straight_through((soft > 0.5).to(soft.dtype), soft)
-
-
-def keep_probability(q: torch.Tensor) -> torch.Tensor:
-    """P(m = 1) under the full noise: 1 - exp(-exp(q + b)); at q = 0 1 - 2e-9, so training without a start begins dense."""
-    return -torch.expm1(-torch.exp(q + BIAS))
 
 
 def route(logits: torch.Tensor, noise: torch.Tensor | None, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,13 +44,16 @@ class MaskNet(nn.Module):
         layers: MLPs of the model.
         experts: E; with 1 there is no router, and the mask is static.
         hidden, neurons: width of the residual stream, of the MLPs.
-        attention: head width, where attention is pruned too: its modules stand before the MLPs in the GRU's sequence. None: it is not.
+        attention: where attention is pruned too, its modules stand before the MLPs' in the GRU's sequence.
+        head: width of a head.
     """
 
-    def __init__(self, layers: int, experts: int, hidden: int, neurons: int, seed: int, attention: int | None = None) -> None:
+    def __init__(
+        self, layers: int, experts: int, hidden: int, neurons: int, seed: int, attention: Mode = "none", head: int = 0
+    ) -> None:
         super().__init__()
         self.experts, self.hidden, self.neurons = experts, hidden, neurons
-        self.per_layer = 1 if attention is None else 2
+        self.per_layer = 1 if attention == "none" else 2
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(layers * self.per_layer, experts, NOISE, generator=generator)
         self.register_buffer("z", z)  # fixed noise: no gradient
@@ -83,21 +61,32 @@ class MaskNet(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(EMBEDDING) for _ in range(layers))
         self.decoders = nn.ModuleList(nn.Linear(EMBEDDING, neurons, bias=False) for _ in range(layers))
         self.routers = nn.ModuleList(nn.Linear(hidden, experts, bias=False) for _ in range(layers if experts > 1 else 0))
-        _seeded(self, generator)
+        seeded(self, generator)
+        self.attention: AttentionNet | None = None
+        if attention != "none":
+            self.attention = AttentionNet(layers, hidden, head, attention == "dynamic", generator)
+            self.register_buffer(
+                "value_widths", torch.full((layers,), float(head))
+            )  # running mean over steps of the tokens' mean
 
     def embeddings(self) -> torch.Tensor:
         """s [M, E, 128]."""
         made: torch.Tensor = self.gru(self.z)[0]
         return made
 
-    def features(self) -> list[torch.Tensor]:
+    def features(self, s: torch.Tensor | None = None) -> list[torch.Tensor]:
         """GELU(LayerNorm(s)) of every MLP, [E, 128]."""
-        s = self.embeddings()[self.per_layer - 1 :: self.per_layer]
-        return [F.gelu(norm(row)) for norm, row in zip(self.norms, s, strict=True)]
+        rows = (self.embeddings() if s is None else s)[self.per_layer - 1 :: self.per_layer]
+        return [F.gelu(norm(row)) for norm, row in zip(self.norms, rows, strict=True)]
 
-    def logits(self) -> list[torch.Tensor]:
+    def logits(self, s: torch.Tensor | None = None) -> list[torch.Tensor]:
         """q of every MLP, [E, neurons]."""
-        return [decoder(row) for decoder, row in zip(self.decoders, self.features(), strict=True)]
+        return [decoder(row) for decoder, row in zip(self.decoders, self.features(s), strict=True)]
+
+    def summaries(self, s: torch.Tensor | None = None) -> torch.Tensor:
+        """r of every attention, [layers, 128]: the mean of its s over experts."""
+        made: torch.Tensor = (self.embeddings() if s is None else s)[:: self.per_layer].mean(1)
+        return made
 
     @torch.no_grad()
     def start_from(self, targets: Sequence[torch.Tensor], routers: Sequence[torch.Tensor]) -> None:
@@ -107,18 +96,6 @@ class MaskNet(nn.Module):
             decoder.weight.copy_(solved.T)  # type: ignore[operator]
         for module, rows in zip(self.routers, routers, strict=False):
             module.weight.copy_(rows)  # type: ignore[operator]
-
-
-def _seeded(module: nn.Module, generator: torch.Generator) -> None:
-    """torch's usual initialisation, drawn from `generator`: the same on every rank, whatever was drawn before."""
-    with torch.no_grad():
-        for part in module.modules():
-            if isinstance(part, nn.GRU):
-                for weight in part.parameters():
-                    weight.uniform_(-(HALF**-0.5), HALF**-0.5, generator=generator)
-            elif isinstance(part, nn.Linear):
-                bound = part.in_features**-0.5
-                part.weight.uniform_(-bound, bound, generator=generator)
 
 
 @dataclass(frozen=True)

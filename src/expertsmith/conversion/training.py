@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 from torch import nn
 
 from expertsmith.conversion import tomoe
+from expertsmith.conversion.attention import Heads, Mode, masked_heads, pruned_heads, sampled
+from expertsmith.conversion.sampling import BIAS, gumbel, keep_probability, sample_mask
 from expertsmith.conversion.split import Split, activations, mlps_of, sparse
 from expertsmith.conversion.tomoe import Losses, MaskNet
 from expertsmith.errors import UserError
@@ -33,7 +36,7 @@ class Recipe:
     """How the masks are trained. Learning rates fall by a cosine to 10 % after a linear warm-up; the noise factor eta is 1 up to 60 % of the
     steps, falls linearly to 0 at 90 %, and stays 0; the budget falls linearly from `first_ratio` to `ratio` over the first 30 %."""
 
-    ratio: float  # wanted share of the MLPs' neurons that a token runs
+    ratio: float  # wanted share of the MLPs' neurons that a token runs; with attention, of the parameters of attention and MLPs
     steps: int = 300
     experts: int = 8
     batch: int = 1  # sequences a step, over all processes
@@ -46,6 +49,8 @@ class Recipe:
     equal: bool = True  # every layer the same width
     first_ratio: float = 1.0  # 1: from the dense model; `ratio`: from a start that has it
     noise: float = 1.0  # eta of the first steps
+    attention: Mode = "none"
+    attention_share: float = 0.0  # of the parameters of attention and MLPs, where attention is pruned
     losses: Losses = field(default_factory=Losses)
     save_every: int = 50
     watch_every: int = 25
@@ -64,8 +69,10 @@ class Student(nn.Module):
     def __init__(self, llm: Any, layers: Sequence[nn.Module], net: MaskNet) -> None:
         super().__init__()
         self.net = net
-        self._llm = [llm]  # in a list: no submodule, so its frozen weights are neither trained, saved nor broadcast
-        self._mlps = mlps_of(layers)
+        self._llm = [
+            llm
+        ]  # in a list, as the layers: no submodules, so their frozen weights are neither trained, saved nor broadcast
+        self._layers, self._mlps = list(layers), mlps_of(layers)
 
     def forward(
         self, ids: torch.Tensor, mask: torch.Tensor, recipe: Recipe, step: int, rank: int
@@ -77,15 +84,20 @@ class Student(nn.Module):
             teacher = llm.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0][mask]
         shared = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)  # masks: the same on every rank
         own = torch.Generator().manual_seed((recipe.seed * 1_000_003 + step) * 1009 + 1 + rank)
+        embeddings = self.net.embeddings()
         masks = [
-            tomoe.sample_mask(q, tomoe.gumbel(q.shape, shared, q.device) if eta else torch.zeros_like(q), eta)
-            for q in self.net.logits()
+            sample_mask(q, gumbel(q.shape, shared, q.device) if eta else torch.zeros_like(q), eta)
+            for q in self.net.logits(embeddings)
         ]
+        heads = None
+        if self.net.attention is not None:
+            heads = sampled(self.net.attention, self.net.summaries(embeddings), eta, shared, own, mask)
         balance: list[torch.Tensor] = []
         try:
             for layer, mlp in enumerate(self._mlps):
                 mlp.forward = self._masked(layer, mlp, masks[layer], mask, eta, own, balance)
-            hidden = llm.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0][mask]
+            with masked_heads(self._layers, heads.query_key, heads.values) if heads else nullcontext():
+                hidden = llm.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0][mask]
         finally:
             for mlp in self._mlps:
                 mlp.__dict__.pop("forward", None)
@@ -93,6 +105,11 @@ class Student(nn.Module):
         counted = torch.stack([m.mean() for m in masks])
         union, coverage = tomoe.union_loss(masks)
         even = torch.stack(balance).mean() if balance else kl.new_zeros(())
+        if heads and self.net.attention is not None:
+            counted = counted.mean()[None] * (1 - recipe.attention_share)
+            counted = counted + recipe.attention_share * heads.counted(self.net.attention.width)
+            if heads.widths:
+                self.net.value_widths.mul_(0.9).add_(0.1 * torch.stack(heads.widths).detach())  # type: ignore[operator]
         weights = recipe.losses
         budget = tomoe.budget_loss(counted if recipe.equal else counted.mean()[None], wanted)
         total = weights.kd * kl + weights.budget * budget + weights.union * union + weights.balance * even
@@ -122,7 +139,7 @@ class Student(nn.Module):
                 made: torch.Tensor = mlp.down_proj(a * masks[0].to(a.dtype))
                 return made
             logits = self.net.routers[layer](x.float())
-            noise = tomoe.gumbel(logits.shape, generator, logits.device) if eta else None
+            noise = gumbel(logits.shape, generator, logits.device) if eta else None
             y, probabilities = tomoe.route(logits, noise, eta)
             balance.append(tomoe.balance_loss(y[counts], probabilities[counts]))
             routed: torch.Tensor = mlp.down_proj(a * (y @ masks).to(a.dtype))
@@ -133,29 +150,47 @@ class Student(nn.Module):
 
 @torch.no_grad()
 def measured_kl(
-    llm: Any, layers: Sequence[nn.Module], splits: Sequence[Split], batches: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    llm: Any,
+    layers: Sequence[nn.Module],
+    splits: Sequence[Split],
+    heads: Sequence[Heads],
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
 ) -> float:
     """Mean KL to the dense model, in nats a position, of the noise-free model that would be written."""
     total, count = 0.0, 0
     weight = llm.get_output_embeddings().weight
     for ids, mask in batches:
-        teacher = llm.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0][mask]
-        with sparse(layers, dict(enumerate(splits))):
-            student = llm.model(input_ids=ids, attention_mask=mask.long(), use_cache=False)[0][mask]
+        inputs = {"input_ids": ids.to(weight.device), "attention_mask": mask.long().to(weight.device), "use_cache": False}
+        teacher = llm.model(**inputs)[0][mask]
+        with sparse(layers, dict(enumerate(splits))), pruned_heads(layers, heads):
+            student = llm.model(**inputs)[0][mask]
         total += float(tomoe.ChunkedKL.apply(student, teacher, weight, ROWS))  # type: ignore[no-untyped-call]
         count += len(teacher)
     return total / max(1, count)
 
 
-def widths_of(net: MaskNet, recipe: Recipe, align: int) -> list[int]:
-    """Neurons an expert of every layer gets, from the masks' expected widths."""
-    with torch.no_grad():
-        eta = recipe.at(recipe.steps)[1]
-        expected = [
-            float((tomoe.keep_probability(q) if eta else (q + tomoe.BIAS > 0).float()).sum(-1).mean()) for q in net.logits()
-        ]
-    neurons = net.neurons
-    return tomoe.layer_widths(expected, neurons, recipe.ratio, recipe.equal, align)
+@torch.no_grad()
+def outcome(net: MaskNet, recipe: Recipe, align: int) -> tuple[list[Split], list[Heads]]:
+    """What the masks decide as they are now: deterministic, by ranking, with widths that meet the budget as closely as `align` allows."""
+    noisy = recipe.at(recipe.steps)[1] > 0
+
+    def expected(q: torch.Tensor) -> float:
+        kept = keep_probability(q) if noisy else (q + BIAS > 0).float()
+        return float(kept.sum(-1).mean())
+
+    ratio, heads = recipe.ratio, []
+    if net.attention is not None:
+        width, r = net.attention.width, net.summaries()
+        step = max(1, width // 16)  # of pairs: rows stay multiples of 16 bytes
+        pairs = [min(width // 2, max(step, round(expected(q) / step) * step)) for q in net.attention.query_key_logits(r)]
+        values = [min(width, max(1, round(float(value)))) for value in net.value_widths]  # type: ignore[union-attr]
+        heads = net.attention.heads(r, pairs, values)
+        taken = [2 * pair + (value if net.attention.dynamic else width) for pair, value in zip(pairs, values, strict=True)]
+        attention = sum(taken) / (2 * width * len(taken))
+        ratio = (recipe.ratio - recipe.attention_share * attention) / (1 - recipe.attention_share)
+        ratio = min(1.0, max(align / net.neurons, ratio))
+    widths = tomoe.layer_widths([expected(q) for q in net.logits()], net.neurons, ratio, recipe.equal, align)
+    return tomoe.splits_of(net, widths), heads
 
 
 def train(
@@ -172,8 +207,8 @@ def train(
     accelerator: Any,
     progress: Progress,
     resume: bool = True,
-) -> list[Split]:
-    """Train `net` on token sequences and return the splits of the result; state and log are in `folder`.
+) -> None:
+    """Train `net` on token sequences; state and log are in `folder`. `outcome` says what it has learned.
 
     Args:
         watch: held-back (ids, mask) on which the noise-free model is measured every `watch_every` steps.
@@ -184,8 +219,8 @@ def train(
     """
     student = Student(llm, layers, net)
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in net.named_parameters() if not name.startswith("routers")], "lr": recipe.lr},
-        {"params": [p for name, p in net.named_parameters() if name.startswith("routers")], "lr": recipe.router_lr},
+        {"params": [p for name, p in net.named_parameters() if "routers." not in name], "lr": recipe.lr},
+        {"params": [p for name, p in net.named_parameters() if "routers." in name], "lr": recipe.router_lr},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=recipe.weight_decay)
     wrapped, optimizer = accelerator.prepare(student, optimizer)
@@ -225,7 +260,6 @@ def train(
                     log.write(json.dumps(row) + "\n")
                 if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
                     _save(folder, identity, net, optimizer, step + 1)
-    return tomoe.splits_of(net, widths_of(net, recipe, align))
 
 
 def batch_of(
@@ -259,9 +293,9 @@ def _watch(
     watch: Sequence[tuple[torch.Tensor, torch.Tensor]],
     align: int,
 ) -> dict[str, float]:
-    splits = tomoe.splits_of(net, widths_of(net, recipe, align))
+    splits, heads = outcome(net, recipe, align)
     overlap = sum(tomoe.mean_jaccard(split.experts) for split in splits) / len(splits)
-    return {"kl_written": round(measured_kl(llm, layers, splits, watch), 6), "overlap": round(overlap, 4)}
+    return {"kl_written": round(measured_kl(llm, layers, splits, heads, watch), 6), "overlap": round(overlap, 4)}
 
 
 def _sentence(row: dict[str, Any], recipe: Recipe) -> str:
