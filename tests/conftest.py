@@ -55,6 +55,52 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory):
+    """(model_type, dtype) → directory of a tiny dense model, with noise on norms and biases."""
+    import transformers
+
+    from expertsmith.arch.dense import DENSE
+
+    transformers.logging.disable_progress_bar()
+    root = tmp_path_factory.mktemp("dense")
+
+    @cache
+    def build(model_type: str, dtype: torch.dtype = torch.float32) -> Path:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(transformers.CONFIG_MAPPING[model_type](**DENSE[model_type].tiny))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if "norm" in name or "bias" in name:
+                    value.add_(0.1 * torch.randn(value.shape, generator=generator))
+        folder = root / f"{model_type}-{dtype}"
+        model.to(dtype).save_pretrained(folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """`--data` arguments of two domains, 16 records of 40 tokens each."""
+    folder = tmp_path_factory.mktemp("texts")
+    generator = torch.Generator().manual_seed(3)
+    for domain, low, high in (("a", 3, 60), ("b", 60, 120)):
+        rows = [torch.randint(low, high, (40,), generator=generator).tolist() for _ in range(16)]
+        (folder / f"{domain}.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return [f"a={folder / 'a.jsonl'}", f"b={folder / 'b.jsonl'}"]
+
+
+def logits(path: Path, **kwargs: object) -> torch.Tensor:
+    """What plain transformers computes for some ids, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs)(ids).logits.float()
+
+
+@pytest.fixture(scope="session")
 def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two domains of records with input_ids, of different lengths (so batches are padded), over different ids."""
     folder = tmp_path_factory.mktemp("tokens")

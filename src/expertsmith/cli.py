@@ -510,46 +510,52 @@ def convert(
 
     Llama, Mistral, Qwen2/2.5 and Qwen3 become Mixtral, GraniteMoeShared, Qwen2-MoE and Qwen3-MoE. Neurons of the MLPs become experts; attention stays.
 
+    ToMoE's training goes on where it was interrupted. Data-parallel: torchrun --nproc-per-node N -m expertsmith convert …
+
     [dim]expertsmith convert HuggingFaceTB/SmolLM2-135M -m cmoe --experts 6 --shared 2 -a 0.5 -d text.jsonl -e heldout.jsonl -o smol-moe[/dim]
 
     [dim]expertsmith convert HuggingFaceTB/SmolLM2-135M -m tomoe -a 0.5 -d text.jsonl --steps 300 -o smol-tomoe[/dim]
     """
     from expertsmith import api
+    from expertsmith.calibration.distributed import ranks
 
-    result = api.convert(
-        dense,
-        method,
-        out,
-        experts=experts,
-        top_k=top_k,
-        shared=shared,
-        active=active,
-        active_of=_word(active_of, "active-of", "mlp", "block"),
-        router=router,
-        target=target,
-        export=_word(export, "export", "plain", "core"),
-        max_growth=max_growth,
-        markers=markers,
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        router_lr=router_lr,
-        start=_word(start, "start", "grouped", "dense"),
-        widths=_word(widths, "widths", "equal", "per_layer"),
-        attention=_word(attention, "attention", "none", "static", "dynamic"),
-        data=data or (),
-        eval_data=eval_data or (),
-        measure=measure,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        gguf_file=gguf_file,
-        device=device,
-        dtype=dtype,
-        resume=resume,
-        overwrite=overwrite,
-        progress=_progress(quiet),
-    )
+    with ranks(device) as (rank, where):
+        result = api.convert(
+            dense,
+            method,
+            out,
+            experts=experts,
+            top_k=top_k,
+            shared=shared,
+            active=active,
+            active_of=_word(active_of, "active-of", "mlp", "block"),
+            router=router,
+            target=target,
+            export=_word(export, "export", "plain", "core"),
+            max_growth=max_growth,
+            markers=markers,
+            steps=steps,
+            batch=batch,
+            lr=lr,
+            router_lr=router_lr,
+            start=_word(start, "start", "grouped", "dense"),
+            widths=_word(widths, "widths", "equal", "per_layer"),
+            attention=_word(attention, "attention", "none", "static", "dynamic"),
+            data=data or (),
+            eval_data=eval_data or (),
+            measure=measure,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            gguf_file=gguf_file,
+            device=where,
+            dtype=dtype,
+            resume=resume,
+            overwrite=overwrite,
+            progress=_progress(quiet or rank > 0),
+        )
+    if rank > 0:
+        return
     if as_json:
         show.as_json(result)
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from expertsmith.arch import families
 from expertsmith.calibration.data import TokenData
@@ -68,6 +69,8 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     model = load_model(source, None, device=choose_device(request.device), dtype=request.dtype)
     with _timed(seconds, "train" if asked.way.name == "tomoe" else "convert"):
         converted, method = _decide(request, asked, source, model, tokens, progress)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return {}  # the training is done; the first rank writes
     flow.overlaps(converted, int(source.config["intermediate_size"]))
     target = asked.target
     numbers = export.sizes(source, converted.splits, target, converted.heads)

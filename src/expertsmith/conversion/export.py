@@ -332,17 +332,14 @@ def attention_sizes(source: Checkpoint, heads: Sequence[Heads], layers: int) -> 
     before = sum(info.numel for name, info in source.tensors.items() if ".self_attn." in name)
     if not heads:
         return {"before": before, "written": before, "counted_active": before}
-    counts = [
-        int(source.tensors[f"model.layers.{i}.self_attn.{n}_proj.weight"].shape[0]) // width
-        for n in "qk"
-        for i in range(layers)
-    ]
-    hidden = int(source.config["hidden_size"])
-    both = [
-        counts[i] + counts[layers + i] for i in range(layers)
-    ]  # query and key heads, as many rows as value and output columns
-    gone = sum(hidden * n * (width - len(entry.kept)) for n, entry in zip(both, heads, strict=True))
-    masked = sum(hidden * n * (width - (entry.value_width or width)) for n, entry in zip(both, heads, strict=True))
+    gone = masked = 0
+    for name, info in source.tensors.items():
+        layer = _query_key(name)
+        if layer is not None:
+            gone += info.numel * (width - len(heads[layer].kept)) // width
+    for layer, entry in enumerate(heads):
+        values = (source.tensors[f"model.layers.{layer}.self_attn.{part}_proj.weight"].numel for part in "vo")
+        masked += sum(values) * (width - (entry.value_width or width)) // width
     added = sum(tensor.numel() for entry in heads for tensor in (entry.parts or {}).values())
     return {
         "before": before,

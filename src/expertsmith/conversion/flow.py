@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import struct
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -357,8 +358,12 @@ def from_gguf(source: str | Path, file: str, target: Path, progress: Progress) -
     folder = Path(source)
     if not (folder / file).is_file():
         raise UserError(f"there is no GGUF file {folder / file}", "give the folder as DENSE and the file's name as --gguf-file")
-    if (target / "config.json").exists():
-        return target
+    origin = {"file": file, "bytes": (folder / file).stat().st_size, "ends": _ends(folder / file)}
+    note = target / ".gguf.json"
+    if target.exists():
+        if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == origin:
+            return target
+        raise UserError(f"{target} exists, and is not the dequantised {file}", "choose another output, or remove that folder")
     try:
         import gguf  # noqa: F401
     except ModuleNotFoundError:
@@ -372,19 +377,32 @@ def from_gguf(source: str | Path, file: str, target: Path, progress: Progress) -
     try:
         with quietly():
             settings = transformers.GgufConfig(dequantize=True)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            module, info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=file, dtype=torch.float32, quantization_config=settings, output_loading_info=True
             )
-            module, info = model
             if info["missing_keys"]:
                 raise UserError(f"{file} lacks the tensors of {sorted(info['missing_keys'])[0]}", "download it again")
             module.save_pretrained(part)
             transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(part)
-    except (ValueError, KeyError, OSError, RuntimeError, TypeError, IndexError, struct.error) as error:
+        (part / note.name).write_text(json.dumps(origin), encoding="utf-8")
+        part.rename(target)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything, from header parsing to tokenizer back ends
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"transformers cannot make a model of {folder / file}: {first}",
             "is it a complete GGUF file of a dense Llama, Mistral or Qwen model?",
         ) from None
-    part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def _ends(file: Path) -> str:
+    """sha256 of the first and the last MiB of a file."""
+    with open(file, "rb") as stream:
+        digest = hashlib.sha256(stream.read(2**20))
+        stream.seek(max(0, file.stat().st_size - 2**20))
+        digest.update(stream.read(2**20))
+    return digest.hexdigest()

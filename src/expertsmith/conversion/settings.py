@@ -240,7 +240,8 @@ def _groups(neurons: int, experts: int, shared: int) -> tuple[int, int]:
     width -= width % step
     rest = neurons - experts * width
     if not shared and rest:
-        close = [n for n in range(max(2, experts - 8), experts + 9) if neurons % n == 0]
+        divisors = [n for n in range(2, neurons + 1) if neurons % n == 0]
+        close = [*[n for n in divisors if n < experts][-1:], *[n for n in divisors if n > experts][:1]]
         raise UserError(
             f"{neurons} neurons do not divide into {experts} experts ({rest} would be left)",
             (f"give --experts {' or '.join(map(str, close))}, or " if close else "")
