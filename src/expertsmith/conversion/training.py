@@ -52,7 +52,7 @@ class Recipe:
     attention: Mode = "none"
     attention_share: float = 0.0  # of the parameters of attention and MLPs, where attention is pruned
     losses: Losses = field(default_factory=Losses)
-    save_every: int = 50
+    save_every: int = 20
     watch_every: int = 25
 
     def at(self, step: int) -> tuple[float, float, float]:
