@@ -57,6 +57,7 @@ USAGE = {
     "usage": (SHARE, "[E] of the routed slots that went to the expert"),
     "mass": (SHARE, "[E] of the routing mass, sum g"),
     "energy": (SHARE, "[E] of the output energy, sum (g ||f||)²"),
+    "saliency": (SHARE, "[E] of the EASY-EP saliency, sum g ||f|| s (arXiv 2504.06792)"),
     "score": ("router score", "[E] mean full router score, routed or not"),
     "mean_norm": ("activation units", "[E] mean ||f|| over the tokens routed to the expert"),
     "max_norm": ("activation units", "[E] largest ||f||"),
@@ -125,7 +126,7 @@ SAMPLE = {
 }
 MODEL = {
     "observations": ("see each", f"the three observations of {PAPER} as tests: statistic, chance level, the paper's numbers, verdict"),
-    "super_experts": ("activation units", "experts whose largest output norm is above the 99.5th percentile and a tenth of the largest (arXiv 2507.23279)"),
+    "super_experts": ("activation units", "experts whose largest output norm is above the 99.5th percentile, a tenth of the largest (arXiv 2507.23279), and five times the median"),
     "before_cut": (SHARE, "[methods, ratios, domains, layers] of routing mass and output energy that the dropped experts carry; _own: experts chosen for that domain alone"),
     "redundant_layers": ("1 - cosine", "layers that turn the residual stream by less than half of what the median layer does"),
     "suggested_budget": ("experts", "fewest experts by EASY-EP that lose at most the tolerance of output energy in every domain, before tokens are routed anew"),

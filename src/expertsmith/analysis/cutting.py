@@ -53,7 +53,7 @@ def before_cut(statistics: Statistics, rules: Mapping[int, Rules], model_type: s
     """Lost shares by method, keep ratio, domain and layer, every layer keeping the same ratio; experts chosen for all domains together, and
     for each domain alone ("own").
 
-    Arrays are [methods, ratios, domains, layers].
+    Arrays are [methods, ratios, domains, layers]; `kept`: by EASY-EP, "all" or "for DOMAIN" → [ratios][layers] ids.
     """
     layers, domains = list(statistics.layers), statistics.domains
     ratios = []
@@ -64,6 +64,9 @@ def before_cut(statistics: Statistics, rules: Mapping[int, Rules], model_type: s
                 ratios.append((ratio, counts))
     chosen = judged_methods()
     shape = (len(chosen), len(ratios), len(domains), len(layers))
+    kept_by: dict[str, list[list[list[int]]]] = {
+        name: [[[] for _ in layers] for _ in ratios] for name in ("all", *(f"for {domain}" for domain in domains))
+    }
     lost = {f"{part}{own}": np.zeros(shape) for part in PARTS for own in ("", "_own")}
     for m, method in enumerate(chosen):
         for column, layer in enumerate(layers):
@@ -75,8 +78,12 @@ def before_cut(statistics: Statistics, rules: Mapping[int, Rules], model_type: s
             ]
             for r, (_, counts) in enumerate(ratios):
                 kept = most_salient(together, counts[column], rule, method.ties)
+                if method.name == SUGGESTED_BY:
+                    kept_by["all"][r][column] = kept
                 for d, name in enumerate(domains):
                     own = most_salient(alone[d], counts[column], rule, method.ties)
+                    if method.name == SUGGESTED_BY:
+                        kept_by[f"for {name}"][r][column] = own
                     for part in PARTS:
                         lost[part][m, r, d, column] = lost_share(entry.domains[name], kept, part)
                         lost[f"{part}_own"][m, r, d, column] = lost_share(entry.domains[name], own, part)
@@ -86,6 +93,7 @@ def before_cut(statistics: Statistics, rules: Mapping[int, Rules], model_type: s
         "counts": [counts for _, counts in ratios],
         "domains": domains,
         "layers": layers,
+        "kept": kept_by,
         **lost,
     }
 
@@ -110,8 +118,16 @@ def redundant_layers(statistics: Statistics) -> dict[str, Any]:
 
 
 def suggest_budget(statistics: Statistics, rules: Mapping[int, Rules], model_type: str) -> dict[str, Any]:
-    """The fewest experts of each layer, ranked by EASY-EP over all domains, that lose at most 5 % of output energy in every domain; uniform: the
-    largest of these numbers. It looks at shares before tokens are routed anew: a start for `plan` and `evaluate`, no promise."""
+    """The fewest experts of each layer, ranked by EASY-EP, that lose at most 5 % of output energy in every domain; uniform: the largest of these
+    numbers. `for_domain`: the same for each domain alone. It looks at shares before tokens are routed anew: a start for `plan` and
+    `evaluate`, no promise."""
+    found: dict[str, Any] = {"method": SUGGESTED_BY, "tolerance": TOLERANCE, **_fewest(statistics, rules, model_type)}
+    if len(statistics.domains) > 1:
+        found["for_domain"] = {name: _fewest(statistics.select([name]), rules, model_type) for name in statistics.domains}
+    return found
+
+
+def _fewest(statistics: Statistics, rules: Mapping[int, Rules], model_type: str) -> dict[str, Any]:
     method = methods()[SUGGESTED_BY]
     rows = []
     for layer, entry in statistics.layers.items():
@@ -124,13 +140,7 @@ def suggest_budget(statistics: Statistics, rules: Mapping[int, Rules], model_typ
                 rows.append({"layer": layer, "keep": count, "of": rule.num_experts, "worst_lost_energy": worst})
                 break
     total, held = sum(row["of"] for row in rows), sum(row["keep"] for row in rows)
-    return {
-        "method": SUGGESTED_BY,
-        "tolerance": TOLERANCE,
-        "by_layer": rows,
-        "uniform": max(row["keep"] for row in rows),
-        "share_by_layer": held / total,
-    }
+    return {"by_layer": rows, "uniform": max(row["keep"] for row in rows), "share_by_layer": held / total}
 
 
 def check_plan(plan: Plan, reference: str, counts: Mapping[int, int], left: Mapping[int, int], output: str) -> None:

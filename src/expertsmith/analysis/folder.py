@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from expertsmith.analysis.page import write_page
 from expertsmith.analysis.study import write_json
 from expertsmith.errors import UserError
 
@@ -27,6 +28,7 @@ def prepare(folder: Path) -> None:
 
 
 def write(folder: Path, measures: Mapping[str, Any]) -> None:
-    """Complete or not at all."""
+    """Both files, each complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MEASURES, measures)
+    write_page(folder / PAGE, measures)

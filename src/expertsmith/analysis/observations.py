@@ -21,8 +21,6 @@ PAPER_R2 = [
     {"model": "DeepSeekMoE-16B", "up": 0.00, "gate": 0.40, "down": 0.00},
     {"model": "Grok-1", "up": 0.04, "gate": 0.15, "down": 0.04},
 ]
-PAPER_TOP = {"model": "Mixtral 8x7B", "largest_norm_top_scored": 0.69, "chance": 0.125}
-PAPER_DEPTH = "Mixtral 8x7B, one short text: output cosines of about 0.6 to 0.8 in layer 6, 0.3 to 0.5 in layer 27, 0.9 to 1.0 in the last"
 
 
 def observations(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -30,8 +28,24 @@ def observations(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [neurons_like_experts(layers), router_likes_norms(layers), diversity_grows(layers)]
 
 
+RULES = {
+    1: "Supported: the R² of gate has p < 0.01 in more than half of the layers (999 permutations of labels), its r is positive, and its mean is at least twice that of "
+    "up and of down. Not supported: p ≥ 0.05 over all layers, r not positive, or gate not above both others. Else partly.",
+    2: "Supported: the 95 % interval of the rank correlation is above 0 in more than half of the layers, and the largest-norm expert is top-scored more than 1.5 times as often "
+    "as by chance. Not supported: mean correlation not above 0, or not more often than by chance. Else partly.",
+    3: "Supported: similarity falls with depth before the last layer (rank correlation with p < 0.05), and the last layer lies above the quarter of layers before it. Not "
+    "supported: neither. Else partly.",
+}
+PAPER = {
+    1: "Mean R² of gate in the paper: Mixtral 8x7B 0.33, DeepSeekMoE-16B 0.40, Grok-1 0.15; of up and down 0.00 to 0.07.",
+    2: "In the paper, for Mixtral 8x7B: about 69 % (by chance 12.5 %), read off its figure.",
+    3: "In the paper, for Mixtral 8x7B on one short text: output cosines of about 0.6 to 0.8 in layer 6, 0.3 to 0.5 in layer 27, 0.9 to 1.0 in the last, read off its figure.",
+}
+
+
 def _result(number: int, title: str, verdict: str, text: str, **more: Any) -> dict[str, Any]:
-    return {"observation": number, "title": title, "verdict": verdict, "text": text, **more}
+    found = {"observation": number, "title": title, "verdict": verdict, "text": text}
+    return found | {"rule": RULES[number], "paper": PAPER[number], **more}
 
 
 def neurons_like_experts(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -72,7 +86,7 @@ def neurons_like_experts(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     )
     return _result(
         1, title, verdict, text, r2=r2, r_gate=r, chance_r2=float(null.mean()), p=p, significant_layers=significant,
-        layers_used=len(used), paper=PAPER_R2,
+        layers_used=len(used), paper_r2=PAPER_R2,
         by_layer=[{"layer": layer, **{role: value["r2"] for role, value in found.items()}, "r_gate": found["gate"]["r"], "p_gate": found["gate"]["p"]} for layer, found in used],
     )  # fmt: skip
 
@@ -106,12 +120,12 @@ def router_likes_norms(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         verdict = "partly"
     text = (
         f"Rank correlation of output norm and router score is {rho:+.2f} (by chance 0), above 0 in {above} of {len(used)} layers; the expert with the "
-        f"largest output is the top-scored one for {100 * top:.0f} % of tokens ({100 * chance:.0f} % by chance, {lift:.1f} times); chosen experts stand "
-        f"at the {100 * percentile:.0f}th percentile of norms (50th by chance)."
+        f"largest output is the top-scored one for {100 * top:.0f} % of tokens ({100 * chance:.0f} % by chance, {lift:.1f} times); chosen experts "
+        f"stand at percentile {100 * percentile:.0f} of the norms (50 by chance)."
     )
     return _result(
         2, title, verdict, text, rho=rho, lift=lift, top_scored=top, chance_top_scored=chance, chosen_percentile=percentile,
-        layers_above=above, layers_used=len(used), paper=[PAPER_TOP],
+        layers_above=above, layers_used=len(used),
         by_layer=[{"layer": layer, "rho": found["norm_score_rho"]["mean"], "rho_low": found["norm_score_rho"]["low"], "rho_high": found["norm_score_rho"]["high"], "lift": found["largest_norm_top_scored"]["mean"] * n} for layer, n, found in used],
     )  # fmt: skip
 
@@ -188,6 +202,6 @@ def diversity_grows(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         f"growing diversity); the last layer is {'more alike than' if main['last_above'] else 'not more alike than'} those before it{z}."
     )
     return _result(
-        3, title, verdict, text, judged_on=name, **{key: main[key] for key in ("rho", "p", "last_z", "last_above")}, paper=[PAPER_DEPTH],
+        3, title, verdict, text, judged_on=name, **{key: main[key] for key in ("rho", "p", "last_z", "last_above")},
         trends=whole, layers=[entry["layer"] for entry in layers],
     )  # fmt: skip

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import squareform
 from scipy.stats import kendalltau
 
 Array = np.ndarray[Any, Any]
@@ -48,17 +46,6 @@ def mean_of_pairs(matrix: Array, copies: Array | None = None) -> float | None:
     values = pairs_of(matrix)
     use = np.isfinite(values) if copies is None else np.isfinite(values) & ~pairs_of(copies)
     return float(values[use].mean()) if use.any() else None
-
-
-def clustered(similarity: Array) -> list[int]:
-    """An order of the n items in which similar ones stand together: the leaves of average-linkage clustering of 1 - similarity."""
-    if len(similarity) < 3:
-        return list(range(len(similarity)))
-    distance = 1 - np.nan_to_num(similarity, nan=-1.0)
-    distance = np.maximum((distance + distance.T) / 2, 0)
-    np.fill_diagonal(distance, 0)
-    order = leaves_list(linkage(squareform(distance, checks=False), "average", optimal_ordering=len(distance) <= 256))
-    return [int(place) for place in order]
 
 
 @dataclass(frozen=True)

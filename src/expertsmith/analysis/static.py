@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import kendalltau
 
 from expertsmith.analysis import similarity as sim
 from expertsmith.analysis.sources import LayerWeights
@@ -75,7 +77,7 @@ def measure_layer(
         found["projections"][role] = measured
         neuron_cosines[role] = measured["neuron_cosine"][: held.experts, : held.experts]
     if len(weights.roles) > 1:
-        taus = [sim.kendalltau(*_joint_order(products)).statistic for products in joint.values()]
+        taus = [kendalltau(*_joint_order(products)).statistic for products in joint.values()]
         means = [float(_joint_mean(products)) / len(weights.roles) for products in joint.values()]
         found["joint_match"] = {"mean": _mean(means), "error": _error(means), "tau": _mean(taus)}
     found["router_expert"] = _router_expert(row_cosine, neuron_cosines, sampling.seed)
@@ -186,7 +188,7 @@ def _matching(held: _Role, sampling: Sampling, joint: dict[tuple[int, int], Arra
 
 
 def _joint_order(products: Array) -> tuple[Array, Array]:
-    rows, columns = sim.linear_sum_assignment(products, maximize=True)
+    rows, columns = linear_sum_assignment(products, maximize=True)
     return rows, columns
 
 
@@ -210,7 +212,7 @@ def _dense_match(held: _Role, dense: torch.Tensor | None, sampling: Sampling) ->
 
 def _router_expert(row_cosine: Array, neuron_cosines: dict[str, Array], seed: int) -> dict[str, Any]:
     """r, R^2, p and the null of R^2 between router-row similarity and mean-neuron similarity, for every projection."""
-    made = {}
+    made: dict[str, Any] = {}
     for role, found in zip(
         neuron_cosines, sim.correlate(row_cosine, list(neuron_cosines.values()), seed) if neuron_cosines else [], strict=True
     ):

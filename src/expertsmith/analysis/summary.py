@@ -109,10 +109,16 @@ def _cut(m: dict[str, Any]) -> list[str]:
     if not budget:
         return []
     of = max(row["of"] for row in budget["by_layer"])
-    said = [
-        f"Before a cut: keeping {budget['uniform']} of {of} experts in every layer ({budget['method']}) loses at most {100 * budget['tolerance']:.0f} % of the "
-        f"experts' output energy in every layer and domain; layer by layer, {100 * budget['share_by_layer']:.0f} % of the experts would do."
-    ]
+    enough = f"at most {100 * budget['tolerance']:.0f} % of the experts' output energy in any layer"
+    if budget["uniform"] < of:
+        text = f"Before a cut: {budget['uniform']} of {of} experts in every layer, chosen by {budget['method']}, lose {enough} and domain"
+    else:
+        text = f"Before a cut: no smaller number of experts in every layer loses {enough} and domain"
+    uneven = budget["share_by_layer"] < budget["uniform"] / of - 0.005
+    said = [text + (f"; layer by layer, {100 * budget['share_by_layer']:.0f} % of the experts would do." if uneven else ".")]
+    own = {name: found["uniform"] for name, found in budget.get("for_domain", {}).items() if found["uniform"] < of}
+    if own:
+        said.append(f"For one domain alone fewer do: {', '.join(f'{count} for {name}' for name, count in own.items())}.")
     little = m["redundant_layers"]["redundant"]
     if little:
         said.append(f"Layers whose experts turn the residual stream least: {', '.join(map(str, little[:6]))}.")

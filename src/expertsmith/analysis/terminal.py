@@ -11,14 +11,13 @@ from expertsmith.show import escape, line, table_of
 
 COLOURS = {"supported": "green", "partly": "yellow", "not supported": "red", "not testable": "dim"}
 COLUMNS = {
-    "gate cosine": ("static", "projections", "gate", "neuron_similarity"),
-    "up cosine": ("static", "projections", "up", "neuron_similarity"),
-    "outputs alike": ("sample", "output_similarity"),
-    "norm–score ρ": ("sample", "norm_score_rho", "mean"),
-    "router entropy": ("usage", "all", "routing_entropy_share"),
-    "load entropy": ("usage", "all", "load_entropy_share"),
-    "unused": ("usage", "all", "unused"),
-    "domain info": ("usage", "specialisation", "information_share"),
+    "gate\ncosine": ("static", "projections", "gate", "neuron_similarity"),
+    "out-\nputs": ("sample", "output_similarity"),
+    "norm\nρ": ("sample", "norm_score_rho", "mean"),
+    "scores\nentr.": ("usage", "all", "routing_entropy_share"),
+    "load\nentr.": ("usage", "all", "load_entropy_share"),
+    "un-\nused": ("usage", "all", "unused"),
+    "domain\ninfo": ("usage", "specialisation", "information_share"),
     "turn": ("usage", "all", "turn"),
 }
 
@@ -50,4 +49,4 @@ def _at(row: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 
 
 def _cell(value: Any) -> str:
-    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"

@@ -13,7 +13,7 @@ Array = np.ndarray[Any, Any]
 PERMUTATIONS = 199
 SHARE_KEPT = 0.5  # experts that few-shot localisation chooses
 DRAWS = 20  # random sets of demonstrations for every size
-SUPER_QUANTILE, SUPER_SHARE = 0.995, 0.1
+SUPER_QUANTILE, SUPER_SHARE, SUPER_TIMES = 0.995, 0.1, 5.0
 
 
 def share(values: Array) -> Array:
@@ -41,6 +41,7 @@ def domain_usage(sums: Mapping[str, Array]) -> dict[str, Any]:
         "usage": load,
         "mass": share(sums["weight_sum"].astype(np.float64)),
         "energy": share(sums["weighted_norm_sq_sum"].astype(np.float64)),
+        "saliency": share(sums["easy_ep"].astype(np.float64)),
         "score": sums["score_sum"] / max(1, tokens),
         "mean_norm": np.divide(sums["norm_sum"], selections, out=np.full(n, np.nan), where=reached),
         "max_norm": sums["norm_max"],
@@ -148,9 +149,19 @@ def _top(values: Array, k: int) -> list[int]:
 
 def measure_usage(entry: LayerStatistics, seed: int = 0) -> dict[str, Any]:
     """All measures of one layer from its statistics."""
-    names = ("tokens", "selections", "weight_sum", "weighted_norm_sq_sum", "score_sum", "norm_sum", "norm_max", "entropy_sum")
+    names = (
+        "tokens",
+        "selections",
+        "weight_sum",
+        "weighted_norm_sq_sum",
+        "easy_ep",
+        "score_sum",
+        "norm_sum",
+        "norm_max",
+        "entropy_sum",
+    )
     total = {name: entry.total(name) for name in (*names, "turn_sum")}
-    found = {
+    found: dict[str, Any] = {
         "all": domain_usage(total),
         "domains": {name: domain_usage(sums) for name, sums in entry.domains.items()},
         "coselection_lift": coselection_lift(entry.total("coselections")),
@@ -168,14 +179,15 @@ def super_experts(layers: Sequence[LayerStatistics]) -> list[dict[str, Any]]:
     """Experts with extreme outputs ("Unveiling Super Experts in Mixture-of-Experts Large Language Models", arXiv 2507.23279).
 
     An expert is one where its largest output norm is above the 99.5th percentile over all experts of the model and above a tenth of the
-    largest of all. Deviation: the paper takes the largest single entry of a down projection's output, here it is the norm.
+    largest of all. Deviations: the paper takes the largest single entry of a down projection's output, here it is the norm; and it has
+    to be five times the median expert's, because a percentile alone finds somebody in every model.
     """
     rows = [(entry.layer, expert, float(value)) for entry in layers for expert, value in enumerate(entry.total("norm_max"))]
     values = np.array([row[2] for row in rows])
     if not len(values) or values.max() <= 0:
         return []
-    bar = max(float(np.quantile(values, SUPER_QUANTILE)), SUPER_SHARE * float(values.max()))
     median = float(np.median(values))
+    bar = max(float(np.quantile(values, SUPER_QUANTILE)), SUPER_SHARE * float(values.max()), SUPER_TIMES * median)
     found = [
         {"layer": layer, "expert": expert, "max_norm": value, "of_median": value / median if median else None}
         for layer, expert, value in rows

@@ -243,7 +243,7 @@ def _neurons(experts: Any) -> int:
 def _cosines(values: torch.Tensor) -> torch.Tensor:
     """[t, M, M] cosines between the M vectors of every token, from [M, t, width]; 0 where a vector is zero, 1 on the diagonal."""
     unit = torch.nn.functional.normalize(values, dim=-1).transpose(0, 1)
-    found = torch.bmm(unit, unit.transpose(1, 2)).clamp(-1, 1)
+    found: torch.Tensor = torch.bmm(unit, unit.transpose(1, 2)).clamp(-1, 1)
     found.diagonal(dim1=1, dim2=2).fill_(1.0)
     return found
 
@@ -253,7 +253,8 @@ def _pair_mean(values: torch.Tensor) -> Array:
     n = values.shape[1]
     if n < 2:
         return np.full(len(values), np.nan)
-    return ((values.sum((1, 2)) - values.diagonal(dim1=1, dim2=2).sum(1)) / (n * (n - 1))).cpu().numpy()
+    found: Array = ((values.sum((1, 2)) - values.diagonal(dim1=1, dim2=2).sum(1)) / (n * (n - 1))).cpu().numpy()
+    return found
 
 
 def _recombined(every: torch.Tensor, seen: Seen, routed: torch.Tensor) -> float:
