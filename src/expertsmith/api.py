@@ -590,12 +590,12 @@ def analyze(
         material.statistics = calibrate(model, data, target / "stats", **options)
     if data and base is not None and reference_stats is None:
         material.reference = calibrate(base.checkpoint.source, data, target / "reference.stats", **options)
-    if material.reference is not None and material.statistics is not None:
-        if material.reference.header["data"]["fingerprint"] != material.statistics.header["data"]["fingerprint"]:
-            raise UserError(
-                "the statistics of the reference are of other text, so that routing cannot be compared",
-                "calibrate both on the same data with the same options, or pass --data and neither --stats nor --reference-stats",
-            )
+    texts = {part.header["data"]["fingerprint"] for part in (material.statistics, material.reference) if part is not None}
+    if len(texts) > 1:
+        raise UserError(
+            "the statistics of the reference are of other text, so that routing cannot be compared",
+            "calibrate both on the same data with the same options, or pass --data and neither --stats nor --reference-stats",
+        )
     if all_experts:
         tokens_of = {key: value for key, value in calibration.items() if key != "resume"}
         loaded, tokens = _model_and_tokens(inventory, data, progress, {**run, **tokens_of}, "keep")

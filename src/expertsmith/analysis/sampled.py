@@ -64,9 +64,9 @@ def measure_sample(sample: LayerSample, decode: Callable[[int], str] | None = No
     top_norm, top_score = norms.argmax(1), scores.argmax(1)
     selected = np.where(sample.selected < n, sample.selected, -1)
     percentile = (rankdata(norms, axis=1) - 1) / (n - 1) if n > 1 else np.full(norms.shape, np.nan)
-    chosen = np.where(selected >= 0, percentile[rows[:, None], np.maximum(selected, 0)], np.nan)
-    with np.errstate(invalid="ignore"):
-        per_token = np.nanmean(chosen, axis=1) if n > 1 else np.full(len(norms), np.nan)
+    real = selected >= 0
+    chosen = np.where(real, percentile[rows[:, None], np.maximum(selected, 0)], 0.0).sum(1)
+    per_token = np.divide(chosen, real.sum(1), out=np.full(len(norms), np.nan), where=real.any(1))
     similarity = sample.output_angular[:n, :n]
     return {
         "tokens": len(norms),

@@ -134,9 +134,8 @@ def _after(m: dict[str, Any]) -> list[str]:
     text = f"The plan ({after['method']}) took {gone} of {of} experts"
     lost = {name: [row["lost"][name]["energy"] for row in after["layers"]] for name in after["layers"][0].get("lost", {})}
     if lost:
-        text += ", which carried " + ", ".join(
-            f"{100 * np.mean(values):.0f} % of the output energy on {name}" for name, values in lost.items()
-        )
+        shares = ", ".join(f"{100 * np.mean(values):.0f} % on {name}" for name, values in lost.items())
+        text += f", which carried part of the output energy: {shares}"
     moved = [found["moved"] for row in after["layers"] for found in row.get("routing", {}).values()]
     if moved:
         text += f"; {100 * np.mean(moved):.0f} % of the routed slots of what stays went elsewhere than before"

@@ -273,8 +273,9 @@ def _hidden(experts: Any, x: torch.Tensor, count: int, block: RoutedBlock, dims:
     if block.arch.call == "dense_inputs":
         with _Products() as products:
             run_all(experts, x, count, block.arch, dims)
-        return products.last.reshape(count, len(x), -1)
-    found = []
+        every: torch.Tensor = products.last.reshape(count, len(x), -1)
+        return every
+    found: list[torch.Tensor] = []
     token = torch.arange(len(x), device=x.device)
     for expert in range(count):
         with _Products() as products:
