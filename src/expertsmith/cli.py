@@ -793,6 +793,7 @@ def demo(
     show.line(table)
     show.line(show.escape(result["summary"]))
     show.line(f"[bold]{show.escape(result['report'])}[/bold]")
+    show.line(f"[bold]{show.escape(result['analysis'])}[/bold]  (what the experts do)")
 
 
 @app.command(rich_help_panel=MORE)

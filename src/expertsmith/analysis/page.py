@@ -28,7 +28,7 @@ def write_page(path: Path, measures: Mapping[str, Any]) -> None:
 def page(measures: Mapping[str, Any]) -> str:
     """The whole page as text."""
     name = str(measures["model"]["source"]).rstrip("/").rpartition("/")[2]
-    data = json.dumps(compact(measures), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    data = json.dumps(compact(measures), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {
         "TITLE": escape(f"{name}: what the experts do"),
         "NAME": escape(name),
@@ -53,15 +53,15 @@ def page(measures: Mapping[str, Any]) -> str:
 
 def compact(value: Any, key: str = "") -> Any:
     """The measures as the page needs them."""
-    if isinstance(value, Mapping):
-        return {name: compact(entry, name) for name, entry in value.items() if name not in UNSHOWN}
+    if isinstance(value, float):
+        short = round(value, 3) if abs(value) >= 0.1 else float(f"{value:.3g}")
+        return int(short) if short == int(short) else short
     if isinstance(value, list):
         if key in SYMMETRIC:
             return [compact(entry) for row, line in enumerate(value) for entry in line[: row + 1]]
         return [compact(entry) for entry in value]
-    if isinstance(value, float):
-        short = round(value, 3) if abs(value) >= 0.1 else float(f"{value:.3g}")
-        return int(short) if short == int(short) else short
+    if isinstance(value, dict):
+        return {name: compact(entry, name) for name, entry in value.items() if name not in UNSHOWN}
     return value
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +158,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): plain(entry) for key, entry in value.items() if key != "null_values"}
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return _rounded(value) if value.dtype.kind == "f" else value.tolist()
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     if isinstance(value, (bool, np.bool_)):
@@ -167,8 +166,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, (int, np.integer)):
         return int(value)
     if isinstance(value, (float, np.floating)):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+        return _rounded(np.asarray(value))
     return value
+
+
+def _rounded(values: np.ndarray[Any, Any]) -> Any:
+    """Floats with six significant digits, None for what is not finite."""
+    real = values.astype(np.float64)
+    finite = np.isfinite(real)
+    size = np.abs(np.where(finite & (real != 0), real, 1.0))
+    scale = 10.0 ** np.clip(DIGITS - 1 - np.floor(np.log10(size)), -300, 22)  # beyond 22, powers of ten are not exact
+    made = np.round(np.where(finite, real, 0.0) * scale) / scale
+    return np.where(finite, made, None).tolist()
 
 
 def write_json(path: Path, measures: Mapping[str, Any]) -> None:
