@@ -14,7 +14,7 @@ FIGURES.push({
     const z = L.map((e) => padded(used(e, s.domain).saliency.map((v) => v * e.num_experts))), x = [], y = [];
     kept.forEach((ids, i) => ids.forEach((e) => { x.push(e); y.push(String(B.layers[i])); }));
     const staying = (i, e) => (kept[column(LAYERS[i])].includes(e) ? 1 : 0);
-    return { traces: [heat(z, experts, labels, { colorscale: sequential(), hovertemplate: "layer %{y}, expert %{x}: %{z:.2f} × even share<extra></extra>" }), { type: "scatter", mode: "markers", x, y, name: "stays", hoverinfo: "skip", marker: { size: Math.max(4, Math.min(9, 300 / most)), color: series(1), line: { width: 1, color: css("--card") } } }], layout: { height: mapHeight(), showlegend: false, xaxis: { title: "expert" }, yaxis: { title: "layer", autorange: "reversed", type: "category" } }, csv: table(["layer", "expert", "saliency", "stays"], z.flatMap((row, i) => row.map((v, e) => [LAYERS[i], e, v, v == null ? "" : staying(i, e)]))) };
+    return { traces: [heat(z, experts, labels, { colorscale: sequential(), hovertemplate: "layer %{y}, expert %{x}: %{z:.2f} × even share<extra></extra>" }), { type: "scatter", mode: "markers", x, y, name: "stays", hoverinfo: "skip", marker: { size: Math.max(4, Math.min(9, 300 / most)), color: series(1), line: { width: 1, color: css("--card") } } }], layout: { height: mapHeight(), showlegend: false, xaxis: { title: "expert", range: [-0.5, most - 0.5] }, yaxis: { title: "layer", autorange: "reversed", type: "category" } }, csv: table(["layer", "expert", "saliency", "stays"], z.flatMap((row, i) => row.map((v, e) => [LAYERS[i], e, v, v == null ? "" : staying(i, e)]))) };
   },
 });
 const PARTS = { energy: "output energy", mass: "routing mass" };
@@ -29,7 +29,7 @@ FIGURES.push({
 });
 FIGURES.push({
   id: "lostmap", section: "before", title: "Where it would be lost", uses: ["domain", "part"], when: cuttable,
-  read: "EASY-EP by layer and ratio: dark rows are layers that need their experts, pale ones could give up more than others.",
+  read: "EASY-EP by layer and ratio: strong rows are layers that need their experts, faint ones could give up more than others.",
   draw: (s) => {
     const m = Math.max(0, B.methods.indexOf("easy_ep")), rows = B.ratios.map((_, r) => lost(s.part, m, r, s.domain)), z = B.layers.map((_, i) => rows.map((row) => row[i]));
     return { traces: [heat(z, B.ratios.map((r) => 100 * r + " %"), B.layers.map(String), { colorscale: losing(), zmin: 0, hovertemplate: "layer %{y}, keep %{x}: %{z:.1%} lost<extra></extra>" })], layout: { height: Math.max(400, mapHeight()), xaxis: { title: "experts kept", type: "category" }, yaxis: { title: "layer", type: "category", autorange: "reversed" } }, csv: table(["layer", ...B.ratios], z.map((row, i) => [B.layers[i], ...row])) };

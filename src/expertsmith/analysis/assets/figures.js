@@ -14,7 +14,7 @@ const SECTIONS = {
   use: ["Who is used for what", "How text of each domain spreads over layers and experts."],
   alike: ["How alike the experts are", "Similar experts can be merged or dropped with less loss; different ones carry different things."],
   router: ["What the router goes by", "Whether it looks for large outputs, how sure it is, and how evenly it spreads the load."],
-  before: ["Before you cut", "Shares that the dropped experts carry, before tokens are routed anew: a bound to start from, not the loss itself."],
+  before: ["Before you cut", "Shares that the dropped experts carry, before tokens are routed anew: a first guess, not the loss itself (`evaluate` measures that)."],
   after: ["After the cut", "What the plan took away, and where the tokens go now."],
 };
 
@@ -102,8 +102,8 @@ FIGURES.push({
     const [find, members, span] = MATRICES[s.matrix], full = square(find(L[s.layer])), names = members ? members(L[s.layer]) : full.map((_, i) => String(i));
     const order = clustered(full), z = order.map((i) => order.map((j) => (i === j ? null : full[i][j]))), who = order.map((i) => names[i]);
     const flat = z.flat().filter((v) => v != null), top = Math.max(...flat.map(Math.abs), 0.05);
-    const limits = span[0] === -1 ? [-top, top] : span[1] === 2 ? [Math.max(0, 2 - Math.max(2, Math.min(4, top))), Math.max(2, Math.min(4, top))] : [Math.min(0.4, ...flat), Math.max(0.6, ...flat)];
-    const colours = span[0] === 0 && span[1] === 1 ? sequential() : diverging();
+    const high = Math.max(2, Math.min(4, top)), limits = span[0] === -1 ? [-top, top] : span[1] === 2 ? [0, high] : [Math.min(0.4, ...flat), Math.max(0.6, ...flat)];
+    const colours = span[0] === -1 ? diverging() : span[1] === 2 ? around(high) : sequential();
     return { traces: [heat(z, who, who, { colorscale: colours, zmin: limits[0], zmax: limits[1], hovertemplate: "expert %{y} and %{x}: %{z:.3f}<extra></extra>" })], layout: { height: 420, xaxis: { type: "category", title: "expert, clustered" }, yaxis: { type: "category", autorange: "reversed" } }, csv: table(["expert", "expert", s.matrix], full.flatMap((row, i) => row.slice(0, i).map((v, j) => [names[i], names[j], v]))) };
   },
 });
@@ -166,7 +166,7 @@ FIGURES.push({
   draw: (s) => {
     const counts = L[s.layer].sample.rank_counts, n = counts.length, sum = counts.flat().reduce((a, b) => a + b, 0), z = counts.map((row) => row.map((v) => (v * n * n) / sum));
     const at = range(n).map((i) => i + 1), top = Math.max(2, ...z.flat());
-    return { traces: [heat(z, at, at, { colorscale: diverging(), zmin: 2 - top, zmax: top, customdata: counts, hovertemplate: "score rank %{y}, norm rank %{x}: %{z:.2f} × chance (%{customdata})<extra></extra>" })], layout: { height: 360, xaxis: { title: "norm rank, largest right" }, yaxis: { title: "score rank, highest up" } }, csv: table(["score rank", "norm rank", "tokens"], counts.flatMap((row, i) => row.map((v, j) => [i + 1, j + 1, v]))) };
+    return { traces: [heat(z, at, at, { colorscale: around(top), zmin: 0, zmax: top, customdata: counts, hovertemplate: "score rank %{y}, norm rank %{x}: %{z:.2f} × chance (%{customdata})<extra></extra>" })], layout: { height: 360, xaxis: { title: "norm rank, largest right" }, yaxis: { title: "score rank, highest up" } }, csv: table(["score rank", "norm rank", "tokens"], counts.flatMap((row, i) => row.map((v, j) => [i + 1, j + 1, v]))) };
   },
 });
 FIGURES.push({

@@ -8,6 +8,8 @@ const SERIES = { light: ["#3457c9", "#d9731a", "#2b8a5c", "#a04bc4", "#c2384a", 
 const series = (i) => { const held = SERIES[dark() ? "dark" : "light"]; return held[i % held.length]; };
 const sequential = () => dark() ? [[0, "#181e2a"], [0.35, "#27457f"], [0.7, "#5b8df5"], [1, "#dbe7ff"]] : [[0, "#f7f9fd"], [0.35, "#b9cbf3"], [0.7, "#4f76d9"], [1, "#16296b"]];
 const diverging = () => dark() ? [[0, "#ff9c4a"], [0.5, "#202838"], [1, "#7fa6ff"]] : [[0, "#c8640f"], [0.5, "#f6f7f9"], [1, "#2546ad"]];
+// diverging around 1 (times chance) on a scale from 0 to `top`
+const around = (top) => diverging().map(([at, colour]) => [at <= 0.5 ? (2 * at) / top : 1 / top + (2 * at - 1) * (1 - 1 / top), colour]);
 const losing = () => dark() ? [[0, "#181e2a"], [0.5, "#8a3b46"], [1, "#ff9aa2"]] : [[0, "#fdf7f7"], [0.5, "#e69aa1"], [1, "#8f1f2d"]];
 
 function layout(more) {
