@@ -176,8 +176,10 @@ def _rounded(values: np.ndarray[Any, Any]) -> Any:
     finite = np.isfinite(real)
     size = np.abs(np.where(finite & (real != 0), real, 1.0))
     scale = 10.0 ** np.clip(DIGITS - 1 - np.floor(np.log10(size)), -300, 22)  # beyond 22, powers of ten are not exact
-    made = np.round(np.where(finite, real, 0.0) * scale) / scale
-    return np.where(finite, made, None).tolist()
+    made = np.asarray(np.round(np.where(finite, real, 0.0) * scale) / scale)
+    kept: Any = made.astype(object)
+    kept[~finite] = None
+    return kept.tolist() if kept.ndim else kept.item()
 
 
 def write_json(path: Path, measures: Mapping[str, Any]) -> None:
