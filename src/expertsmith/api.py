@@ -22,6 +22,7 @@ from expertsmith.inventory import Inventory, take_inventory
 from expertsmith.opening import beside, open_model, token_data, window_of
 from expertsmith.plan import Plan, load_plan
 from expertsmith.progress import Progress, Silent
+from expertsmith.registry import unknown
 from expertsmith.selection import Rules, keep_count, parse_keep
 
 if TYPE_CHECKING:
@@ -755,3 +756,27 @@ def _timed(into: dict[str, float], name: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     into[name] = round(time.perf_counter() - begin, 3)
+
+
+def convert(
+    dense: str | Path, method: str, out: str | Path, *, progress: Progress | None = None, **options: Any
+) -> dict[str, Any]:
+    """A dense model as a Mixture of Experts, in a stock architecture and without weight updates; measured and proved.
+
+    Args:
+        dense: directory or hub id of a Llama, Mistral, Qwen2/2.5 or Qwen3 model; with `gguf_file` the folder of that file.
+        method: "random", "moefication", "cmoe", "expertweaver" (training-free) or "tomoe" (learned masks).
+        options: the fields of `conversion.settings.Request`, which are the options of `expertsmith convert`.
+
+    Raises:
+        UserError: a model that cannot be converted, numbers that do not go together, no data, an interrupted training of other settings.
+    """
+    from expertsmith.conversion.convert import run as run_conversion
+    from expertsmith.conversion.settings import Request
+
+    known = Request.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise unknown("option of convert", name, known)
+    request = Request(dense=str(dense), method=method, out=Path(out), **options)
+    return run_conversion(request, progress or Silent())

@@ -180,6 +180,56 @@ def show_skipping(result: dict[str, Any]) -> None:
     line(f"[bold]{escape(result['out'])}[/bold]")
 
 
+def show_conversion(result: dict[str, Any]) -> None:
+    """What a conversion made of every layer, its sizes, and what was measured."""
+    table = table_of(
+        "layer",
+        "neurons: expert, always on",
+        "captured energy: oracle / router / centroid / random",
+        "expert share of tokens",
+        "overlap",
+        title=f"{result['method']['name']} → {result['target']}",
+    )
+    for row in result["layers"]:
+        captured, widths = row["captured"], row["widths"]
+        energy = " / ".join(f"{captured[name]:.3f}" for name in ("oracle", "router", "centroid", "random"))
+        share = f"{100 * min(row['share']):.1f} to {100 * max(row['share']):.1f} %"
+        table.add_row(str(row["layer"]), f"{_from_to(widths)}, {row['shared_width']}", energy, share, f"{row['overlap']:.2f}")
+    line(table)
+    for note in result["notes"]:
+        line(f"[yellow]note[/yellow] {escape(note)}")
+    sizes = result["sizes"]
+    active, dense = sizes["active"], sizes["dense"]
+    line(
+        f"a token uses {count(active['total'])} of {count(dense['total'])} parameters: {100 * sizes['mlp_ratio_useful']:.1f} % of the MLPs' neurons, "
+        f"{100 * sizes['mlp_ratio']:.1f} % of the MLPs with router and padding, {100 * sizes['block_ratio']:.1f} % of attention and MLPs"
+    )
+    line(
+        f"of these: {count(active['experts'])} in {sizes['top_k']} of {sizes['experts']} routed experts, {count(active['shared'])} always on, {count(active['router'])} "
+        f"in routers, {count(active['padding'])} padding; in all {count(sizes['total'])} parameters, {sizes['total_ratio']:.2f} × dense"
+    )
+    if "note" in sizes["attention"]:
+        line(escape("attention: " + sizes["attention"]["note"]))
+    same = result["export"]
+    line(
+        f"written checkpoint against the dense model with the same neurons masked: logits differ by {same['logits_difference']:.2g} (logits up to "
+        f"{same['logits_scale']:.3g}), same token at {100 * same['same_token']:.2f} % of {same['tokens']} positions; "
+        f"its router chooses as the split's does for {100 * same['same_choice']:.3f} % of tokens and layers"
+    )
+    if result.get("quality"):
+        show_quality(
+            result["quality"],
+            "held-out text" if result["quality"]["held_out"] else "the calibration text itself (flattering; pass --eval-data)",
+        )
+    if result.get("speed"):
+        speed = result["speed"]
+        line(
+            f"forward of {speed['tokens']} tokens: {speed['dense_seconds']:.3f} s dense, {speed['converted_seconds']:.3f} s converted, [bold]{speed['ratio']:.2f} ×[/bold] the time"
+        )
+    line("seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
+    line(f"[bold]{escape(result['out'])}[/bold]")
+
+
 def show_quality(quality: dict[str, Any], title: str) -> None:
     """Quality by domain."""
     rows = quality["domains"]

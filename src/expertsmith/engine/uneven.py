@@ -1,4 +1,4 @@
-"""Models whose decoder layers hold different numbers of experts: config.json's `per_layer_config`, and classes that build by it.
+"""Models that no stock class holds. Decoder layers with different numbers of experts: config.json's `per_layer_config`, and classes that build by it.
 
 transformers 5.23 reads `per_layer_config` into the config, but its models build every layer from the one config. `PerLayerExperts` makes
 them build each layer from its own. The same class, as source text, is what a written checkpoint carries (`shim_of`), so that plain
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from expertsmith.arch import families
+from expertsmith.engine.heads import KEY, PrunedAttention, PrunedHeads
 from expertsmith.errors import UserError
 
 SHIM = "modeling_expertsmith.py"
@@ -94,18 +95,24 @@ def stock_class(config: Any) -> Any:
         raise UserError(f"transformers has no causal LM for {type(config).__name__}") from None
 
 
-def uneven_class(config: Any) -> Any:
-    """`stock_class`, with every decoder layer built from its own config. `save_pretrained` also writes what `trust_remote_code` needs.
+def has_pruned_attention(config: Any) -> bool:
+    """Whether a transformers config says that attention was pruned (`engine.heads`)."""
+    return getattr(config.get_text_config(), KEY, None) is not None
+
+
+def custom_class(config: Any) -> Any:
+    """`stock_class`, with every decoder layer built from its own config, and with pruned attention, as far as the config says so.
+    `save_pretrained` also writes what `trust_remote_code` needs.
 
     Raises:
         UserError: transformers has no causal LM for the config.
     """
-    stock = stock_class(config)
+    stock, uneven = stock_class(config), is_uneven(config)
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         self.config.auto_map = auto_map(self.config)
         super(made, self).save_pretrained(save_directory, *args, **kwargs)
-        (Path(save_directory) / SHIM).write_text(shim_of(self.config), encoding="utf-8")
+        (Path(save_directory) / SHIM).write_text(shim_of(self.config, uneven), encoding="utf-8")
 
     def from_config(cls: Any, config: Any, /, trust_remote_code: bool = False, **kwargs: Any) -> Any:
         return cls._from_config(config, **kwargs)
@@ -116,8 +123,12 @@ def uneven_class(config: Any) -> Any:
         "from_config": classmethod(from_config),  # as the Auto classes have it
         "save_pretrained": save_pretrained,
     }
-    made: Any = type(stock.__name__, (PerLayerExperts, stock), body)
+    made: Any = type(stock.__name__, (*_mixins(config, uneven), stock), body)
     return made
+
+
+def _mixins(config: Any, uneven: bool) -> tuple[Any, ...]:
+    return (*((PrunedAttention,) if has_pruned_attention(config) else ()), *((PerLayerExperts,) if uneven else ()))
 
 
 def layer_classes(stock: Any) -> tuple[Any, ...]:
@@ -136,26 +147,39 @@ def auto_map(config: Any) -> dict[str, str]:
     return {"AutoModelForCausalLM": f"{SHIM.removesuffix('.py')}.{stock_class(config).__name__}"}
 
 
-def shim_of(config: Any) -> str:
-    """Source text of a module that holds the model's class under its stock name and needs nothing but transformers."""
-    stock = stock_class(config)
+def shim_of(config: Any, uneven: bool) -> str:
+    """Source text of a module that holds the model's class under its stock name and needs nothing but transformers.
+
+    Args:
+        uneven: whether decoder layers hold different numbers of experts, which `config` need not say yet.
+    """
+    stock, mixins = stock_class(config), _mixins(config, uneven)
     layers = sorted(layer.__name__ for layer in layer_classes(stock))
-    return f'''"""{stock.__name__} with a different number of experts in each decoder layer, as per_layer_config in config.json says.
+    what: dict[Any, str] = {
+        PerLayerExperts: "a different number of experts in each decoder layer, as per_layer_config in config.json says",
+        PrunedAttention: f"pruned attention, as {KEY} in config.json says",
+    }
+    sources = [*((PrunedHeads,) if PrunedAttention in mixins else ()), *mixins]
+    text = "\n\n".join(inspect.getsource(source) for source in sources)
+    return f'''"""{stock.__name__} with {" and with ".join(what[mixin] for mixin in mixins)}.
 
 Written by expertsmith. AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) uses it.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import torch
+from torch import nn
 from {stock.__module__} import {", ".join(layers)}
 from {stock.__module__} import {stock.__name__} as Stock
 
 
-{inspect.getsource(PerLayerExperts)}
+{text}
 
-class {stock.__name__}(PerLayerExperts, Stock):
+class {stock.__name__}({", ".join(mixin.__name__ for mixin in mixins)}, Stock):
     """The stock model."""
 
     layer_classes = ({", ".join(layers)},)
@@ -185,13 +209,13 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 
 
 def causal_lm(config: Any) -> tuple[Any, Any]:
-    """(what has `from_pretrained` and `from_config`, the config to give them): transformers' Auto class where one config serves all
-    layers, else `uneven_class` and the language model's part of the config."""
+    """(what has `from_pretrained` and `from_config`, the config to give them): transformers' Auto class where one stock config serves all
+    layers, else `custom_class` and the language model's part of the config."""
     from transformers import AutoModelForCausalLM
 
-    if not is_uneven(config):
+    if not is_uneven(config) and not has_pruned_attention(config):
         return AutoModelForCausalLM, config
     inner, whole = config.get_text_config(), getattr(config, "quantization_config", None)
     if whole is not None:
         inner.quantization_config = whole
-    return uneven_class(config), inner
+    return custom_class(config), inner

@@ -57,6 +57,10 @@ class Walk:
         before: called as before(layer, batch_number, batch) right before a batch enters a decoder layer.
         after: called as after(layer, batch_number, output) with what the layer returned.
         skip: decoder layers at the start that are not run: each returns `restore(batch_number)`, what the last of them had returned.
+        doors: stop at these modules, one in every decoder layer, instead of at the layers themselves.
+        arrive: called as arrive(index, batch_number, *args) with what a door was called with, before the forward stops there: so all batches
+            have arrived at a door before one of them passes it.
+        instead: called as instead(index, forward, *args, **kwargs) in place of a door's own forward.
     """
 
     def __init__(
@@ -67,8 +71,15 @@ class Walk:
         after: Callable[[int, int, Any], None] | None = None,
         skip: int = 0,
         restore: Callable[[int], Any] | None = None,
+        doors: Sequence[Any] | None = None,
+        arrive: Callable[..., None] | None = None,
+        instead: Callable[..., Any] | None = None,
     ) -> None:
         self.model = model
+        self.doors: Sequence[Any] = model.layers if doors is None else doors
+        self._ahead = doors is not None  # what stands between two doors needs the weights of both layers
+        self.arrive = arrive
+        self.instead = instead
         self.batches = batches
         self.before = before
         self.after = after
@@ -84,8 +95,8 @@ class Walk:
     def __enter__(self) -> Walk:
         self._driver = getcurrent()
         self._guard.__enter__()
-        for index, layer in enumerate(self.model.layers):
-            layer.forward = partial(self._enter_layer, index, type(layer).forward.__get__(layer))  # type: ignore[method-assign]
+        for index, layer in enumerate(self.doors):
+            layer.forward = partial(self._enter_layer, index, type(layer).forward.__get__(layer))
         self._runs = [greenlet(partial(self._forward, number), self._driver) for number in range(len(self.batches))]
         return self
 
@@ -93,7 +104,7 @@ class Walk:
         for run in self._runs:
             if not run.dead:
                 run.throw()
-        for index, layer in enumerate(self.model.layers):
+        for index, layer in enumerate(self.doors):
             layer.__dict__.pop("forward", None)
             self.model.release(index)
         self._runs.clear()
@@ -102,11 +113,16 @@ class Walk:
 
     def layers(self, until: int | None = None) -> Iterator[int]:
         """Advance all batches layer by layer, up to and including decoder layer `until` (default: the last)."""
+        if self._ahead:
+            self.model.bring(0)
         for number, run in enumerate(self._runs):
             self._resume(number, run)  # up to the door of the first layer that runs
         last = len(self.model.layers) - 1 if until is None else until
         for index in range(self.skip, last + 1):
-            self.model.bring(index)
+            if not self._ahead:
+                self.model.bring(index)
+            elif index + 1 < len(self.doors):
+                self.model.bring(index + 1)
             for number, run in enumerate(self._runs):
                 self._resume(number, run)
             self.model.release(index)
@@ -135,13 +151,15 @@ class Walk:
         if index < self.skip:
             assert self.restore is not None
             return self.restore(self._current)
+        if self.arrive:
+            self.arrive(index, self._current, *args)
         self._door()
         number = self._current
         if self.before:
             self.before(index, number, self.batches[number])
         shared = [value for value in kwargs.values() if isinstance(value, MutableMapping)]
         sizes = [len(value) for value in shared]
-        out = forward(*args, **kwargs)
+        out = self.instead(index, forward, *args, **kwargs) if self.instead else forward(*args, **kwargs)
         self.side_state |= sizes != [len(value) for value in shared]
         if self.after:
             self.after(index, number, out)

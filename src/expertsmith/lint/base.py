@@ -209,6 +209,11 @@ def uneven(s: Subject) -> str | None:
     return f"decoder layers have {min(counts)} to {max(counts)} experts" if len(counts) > 1 else None
 
 
+def pruned_attention(s: Subject) -> str | None:
+    """Attention was pruned by `convert`: fewer query-key than value dimensions, or value dimensions chosen for every token."""
+    return "attention was pruned (expertsmith_attention in config.json)" if "expertsmith_attention" in s.config else None
+
+
 def padded(s: Subject) -> str | None:
     """Layers are filled up with dead experts."""
     alive: Mapping[str, int] = s.extras.get("alive") or {}

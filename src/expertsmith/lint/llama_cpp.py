@@ -21,6 +21,7 @@ from expertsmith.lint.base import (
     nameless,
     names,
     padded,
+    pruned_attention,
     thresholds,
     too_few,
     uneven,
@@ -129,6 +130,14 @@ RULES: tuple[Rule, ...] = (
         "error",
         _limit,
         "keep 1024 experts or fewer",
+    ),
+    rule(
+        "llama.cpp-attention",
+        "All layers of these architectures have one key length and one value length, and no value dimension is chosen by token.",
+        "src/llama-model.cpp, load_tensors (LLM_ARCH_LLAMA, LLM_ARCH_QWEN2MOE, LLM_ARCH_QWEN3MOE)",
+        "error",
+        pruned_attention,
+        "convert with --attention none",
     ),
     rule(
         "llama.cpp-uneven",

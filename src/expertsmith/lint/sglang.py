@@ -21,6 +21,7 @@ from expertsmith.lint.base import (
     nameless,
     names,
     padded,
+    pruned_attention,
     small_tp,
     thresholds,
     too_few,
@@ -102,6 +103,14 @@ RULES: tuple[Rule, ...] = (
         "error",
         missing("sglang", NO_BACKEND),
         "use another engine",
+    ),
+    rule(
+        "sglang-attention",
+        "Queries, keys and values have one head_dim, from config.json.",
+        "srt/models/mixtral.py, MixtralAttention.__init__ (and the other families' attention)",
+        "error",
+        pruned_attention,
+        "convert with --attention none",
     ),
     rule(
         "sglang-uneven",

@@ -13,6 +13,7 @@ from expertsmith.lint.base import (
     indivisible,
     make_rule,
     out_of_reach,
+    pruned_attention,
     sparsemixer,
     thresholds,
     too_few,
@@ -57,6 +58,14 @@ RULES: tuple[Rule, ...] = (
         "error",
         _surplus,
         "config.json and weights do not belong together",
+    ),
+    rule(
+        "transformers-attention",
+        "The stock attention has one head_dim for queries, keys and values; only the class that auto_map names, or expertsmith.load, goes by expertsmith_attention.",
+        "models/mixtral/modeling_mixtral.py, MixtralAttention.__init__ (and the other families' attention)",
+        "warning",
+        pruned_attention,
+        "load it with expertsmith.load, or with trust_remote_code=True",
     ),
     rule(
         "transformers-uneven",

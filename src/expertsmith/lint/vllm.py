@@ -23,6 +23,7 @@ from expertsmith.lint.base import (
     names,
     out_of_reach,
     padded,
+    pruned_attention,
     small_tp,
     sparsemixer,
     thresholds,
@@ -152,6 +153,14 @@ RULES: tuple[Rule, ...] = (
         "warning",
         missing("vllm", UNREGISTERED),
         "try it before you rely on it: vLLM falls back to its transformers backend",
+    ),
+    rule(
+        "vllm-attention",
+        "Queries, keys and values have one head_dim, from config.json.",
+        "model_executor/models/mixtral.py, MixtralAttention.__init__ (and the other families' attention)",
+        "error",
+        pruned_attention,
+        "convert with --attention none",
     ),
     rule(
         "vllm-uneven",

@@ -251,7 +251,8 @@ def apply_plan(
         )
     if plan.skip is not None:
         notes.append(SKIPS)
-    code = {} if pad else code_for(counts_of(plan), inventory)
+    counts = counts_of(plan)
+    code = code_for(dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory)
     files = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps(), **code, **(texts or {})}
     with progress.task("apply", sum(tensor.nbytes for tensor in tensors), "B") as advance:
         write_checkpoint(

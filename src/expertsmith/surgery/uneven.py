@@ -19,6 +19,7 @@ from expertsmith.errors import UserError
 from expertsmith.inventory import Claim, Inventory, per_layer_counts
 from expertsmith.surgery.skip import is_padded
 
+ATTENTION_KEY = "expertsmith_attention"  # as in engine.heads, which needs torch
 NEVER = -1e30  # a logit that no softmax sees; largest finite magnitude where the dtype has less
 FLAG = "allow_global_per_layer_attribute_access"  # transformers: the number in config.json may be read, though layers differ
 FLOATS = {"F64": ("<d", 8, 1.7e308), "F32": ("<f", 4, 3.4e38), "F16": ("<e", 2, 65504.0), "BF16": ("<f", 2, 3.3e38)}
@@ -71,7 +72,8 @@ def write_counts(config: dict[str, Any], counts: Mapping[int, int], inventory: I
             layers[layer].pop(key.partition(".")[0], None)
     if inventory.uneven:
         inner.pop(FLAG, None)
-        config.pop("auto_map", None)
+        if ATTENTION_KEY not in inner:
+            config.pop("auto_map", None)
     if len(set(counts.values())) > 1:
         from expertsmith.engine.loading import transformers_config  # torch and transformers: for this only
         from expertsmith.engine.uneven import auto_map
@@ -96,13 +98,14 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
 
 
 def code_for(counts: Mapping[int, int], inventory: Inventory) -> dict[str, str]:
-    """File name → text of the module that plain transformers needs where layers differ; nothing where they do not."""
-    if len(set(counts.values())) == 1:
+    """File name → text of the module that plain transformers needs where layers differ or attention was pruned; nothing where a stock class does."""
+    uneven = len(set(counts.values())) > 1
+    if not uneven and ATTENTION_KEY not in inventory.config:
         return {}
     from expertsmith.engine.loading import transformers_config
     from expertsmith.engine.uneven import SHIM, shim_of
 
-    return {SHIM: shim_of(transformers_config(inventory.checkpoint))}
+    return {SHIM: shim_of(transformers_config(inventory.checkpoint), uneven)}
 
 
 def check_padding(inventory: Inventory, counts: Mapping[int, int], groups: int) -> None:

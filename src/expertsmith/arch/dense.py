@@ -1,0 +1,176 @@
+"""Dense families that `convert` turns into Mixtures of Experts, and the stock architectures that hold the result.
+
+A family's attention, norms and embeddings keep their tensor names in its targets, so that only the MLPs are written anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Layout = Literal["mixtral", "granite", "qwen"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A stock MoE architecture with bias-free experts.
+
+    The keys hold: number of experts, width of an expert, width of the always-on part (None: the family has none).
+    """
+
+    model_type: str
+    architecture: str
+    layout: Layout  # names of the tensors, see `conversion.export`
+    experts_key: str
+    width_key: str
+    shared_key: str | None = None
+    shared_always: bool = False  # the always-on part cannot be left out
+    shared_gate: bool = False  # it is multiplied by sigmoid(w x)
+    renormalise_key: str | None = None  # config flag of the renormalisation of routing weights; None: it always happens
+    selects_on: Literal["probabilities", "logits"] = "probabilities"  # what the router takes the top_k of
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    drops: tuple[str, ...] = ()  # keys of the source's config that mean nothing here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """A dense family. `targets`: the first holds conversions without an always-on part, and with it if it can; else the second does."""
+
+    model_type: str
+    title: str
+    targets: tuple[str, ...]
+    refusal: Callable[[Mapping[str, Any], str], str | None] = lambda config, target: None  # (config, target) → why not
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+
+
+DROPS = ("_name_or_path", "auto_map", "pretraining_tp", "mlp_bias", "transformers_version")
+
+TARGETS = {
+    target.model_type: target
+    for target in (
+        Target(
+            model_type="mixtral",
+            architecture="MixtralForCausalLM",
+            layout="mixtral",
+            experts_key="num_local_experts",
+            width_key="intermediate_size",
+            drops=("attention_bias",),
+        ),
+        Target(
+            model_type="granitemoeshared",
+            architecture="GraniteMoeSharedForCausalLM",
+            layout="granite",
+            experts_key="num_local_experts",
+            width_key="intermediate_size",
+            shared_key="shared_intermediate_size",
+            selects_on="logits",
+            constants={"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0},
+            drops=("sliding_window",),
+        ),
+        Target(
+            model_type="qwen2_moe",
+            architecture="Qwen2MoeForCausalLM",
+            layout="qwen",
+            experts_key="num_experts",
+            width_key="moe_intermediate_size",
+            shared_key="shared_expert_intermediate_size",
+            shared_always=True,
+            shared_gate=True,
+            renormalise_key="norm_topk_prob",
+            constants={"decoder_sparse_step": 1, "mlp_only_layers": [], "qkv_bias": True},
+        ),
+        Target(
+            model_type="qwen3_moe",
+            architecture="Qwen3MoeForCausalLM",
+            layout="qwen",
+            experts_key="num_experts",
+            width_key="moe_intermediate_size",
+            renormalise_key="norm_topk_prob",
+            constants={"decoder_sparse_step": 1, "mlp_only_layers": []},
+            drops=("layer_types", "max_window_layers"),
+        ),
+    )
+}
+
+BASE = {
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _llama(config: Mapping[str, Any], target: str) -> str | None:
+    if config.get("mlp_bias"):
+        return "its MLPs have biases (mlp_bias), and no target architecture has experts with biases"
+    if config.get("attention_bias") and target == "mixtral":
+        return "its attention has biases (attention_bias), which Mixtral has not: use --target granitemoeshared"
+    return None
+
+
+def _mistral(config: Mapping[str, Any], target: str) -> str | None:
+    if target == "granitemoeshared" and config.get("sliding_window"):
+        return (
+            f"its attention slides over {config['sliding_window']} tokens, which GraniteMoeShared has not: use --target mixtral"
+        )
+    return None
+
+
+def _qwen3(config: Mapping[str, Any], target: str) -> str | None:
+    if config.get("use_sliding_window"):
+        return "some of its layers have sliding-window attention, which Qwen3-MoE has for all layers or none"
+    return None
+
+
+DENSE = {
+    family.model_type: family
+    for family in (
+        Dense(
+            model_type="llama",
+            title="Llama (Llama-3.2-1B, SmolLM2-135M)",
+            targets=("mixtral", "granitemoeshared"),
+            refusal=_llama,
+            tiny=dict(BASE, head_dim=8, tie_word_embeddings=True),
+        ),
+        Dense(
+            model_type="mistral",
+            title="Mistral (Mistral-7B-v0.3)",
+            targets=("mixtral", "granitemoeshared"),
+            refusal=_mistral,
+            tiny=dict(BASE, head_dim=8, sliding_window=None),
+        ),
+        Dense(
+            model_type="qwen2",
+            title="Qwen2 and Qwen2.5 (Qwen2.5-0.5B)",
+            targets=("qwen2_moe",),
+            tiny=BASE,
+        ),
+        Dense(
+            model_type="qwen3",
+            title="Qwen3 dense (Qwen3-0.6B)",
+            targets=("qwen3_moe",),
+            refusal=_qwen3,
+            tiny=dict(BASE, head_dim=8),
+        ),
+    )
+}
+
+BLOCKED = {  # dense families that people will try, and what stands in the way
+    "phi": "attention and MLP run in parallel on one LayerNorm with biases, and its two-matrix GELU MLP has biases of its own; no stock MoE "
+    "architecture has such a block, and a checkpoint that only custom code loads is what `convert` is there to avoid",
+    "phi3": "gate and up projections are one fused tensor and query, key and value another; no stock MoE architecture reads that layout",
+    "gemma": "its norms scale by 1 + weight and its embeddings by sqrt(hidden); no stock MoE architecture does",
+    "gemma2": "it has norms after attention and MLP and soft-capped logits; no stock MoE architecture does",
+    "gemma3_text": "it has norms after attention and MLP; no stock MoE architecture does",
+    "gpt2": "its MLP has two matrices with biases and GELU; no stock MoE architecture has such experts",
+    "gpt_neox": "attention and MLP run in parallel, with biases and GELU; no stock MoE architecture has such a block",
+    "opt": "its MLP has two matrices with biases and ReLU; no stock MoE architecture has such experts",
+}

@@ -1,0 +1,55 @@
+"""One passage of calibration text through a dense model, in which every MLP is decided on the inputs that the layers converted so far give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from expertsmith.conversion.split import Split, mlps_of, sparse_forward
+from expertsmith.engine import Batch, LoadedModel, Walk
+from expertsmith.progress import Progress
+
+Decide = Callable[[int, Any, torch.Tensor, torch.Tensor], Split | None]
+
+
+@torch.no_grad()
+def decide_layers(
+    model: LoadedModel, batches: Sequence[Batch], decide: Decide, progress: Progress, label: str = "convert"
+) -> list[Split | None]:
+    """`decide(layer, mlp, x, sequences)` for one layer after another, and each one's answer.
+
+    x [tokens, hidden] are the inputs of the layer's MLP for all tokens that count, sequences [tokens] says which sequence each is from. The
+    split that is returned is in force for the layers that follow; None leaves the MLP dense.
+    """
+    mlps = mlps_of(model.layers)
+    waiting: dict[int, torch.Tensor] = {}
+    made: list[Split | None] = []
+    starts = [sum(len(batch.input_ids) for batch in batches[:i]) for i in range(len(batches))]
+    masks = [batch.mask.to(model.device) for batch in batches]
+    rows = [
+        torch.arange(start, start + len(mask), device=model.device)[:, None].expand_as(mask)[mask]
+        for start, mask in zip(starts, masks, strict=True)
+    ]
+    sequences = torch.cat(rows)
+
+    def arrive(index: int, number: int, x: torch.Tensor) -> None:
+        waiting[number] = x[masks[number]]
+
+    def instead(index: int, forward: Any, x: torch.Tensor) -> torch.Tensor:
+        if len(made) == index:  # all batches stand at this door, and none has passed it
+            inputs = torch.cat([waiting[number] for number in range(len(batches))])
+            made.append(decide(index, mlps[index], inputs, sequences))
+        split = made[index]
+        result: torch.Tensor = forward(x) if split is None else sparse_forward(mlps[index], split, x)
+        return result
+
+    tokens = sum(batch.tokens for batch in batches)
+    with (
+        progress.task(label, tokens * len(mlps), "layer tokens") as advance,
+        Walk(model, batches, doors=mlps, arrive=arrive, instead=instead) as walk,
+    ):
+        for _ in walk.layers():
+            advance(tokens)
+    return made

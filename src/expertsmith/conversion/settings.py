@@ -1,0 +1,308 @@
+"""What a conversion was asked for, checked against the dense model before anything runs. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from expertsmith.arch import config_get, families
+from expertsmith.arch.dense import BLOCKED, DENSE, TARGETS, Dense, Target
+from expertsmith.errors import UserError
+from expertsmith.registry import unknown
+
+STEP = 64  # neurons; narrower experts come in steps of 8
+LEAST_STEP = 8
+
+
+@dataclass(frozen=True)
+class Way:
+    """A method of conversion."""
+
+    name: str
+    title: str
+    paper: str
+    doc: str
+    router: str  # its usual router
+    experts: int  # its usual number
+    needs_data: bool = True
+
+
+WAYS = {
+    way.name: way
+    for way in (
+        Way(
+            "random", "random groups", "-", "a seeded split of the neurons and a random router: the control", "random", 8, False
+        ),
+        Way(
+            "moefication",
+            "MoEfication",
+            "arXiv 2110.01786",
+            "balanced k-means on the gate rows; a linear router fitted to the experts' energy",
+            "ridge",
+            8,
+        ),
+        Way(
+            "cmoe",
+            "CMoE",
+            "arXiv 2502.04416",
+            "the neurons that are active most often always run, the others are grouped by when they are active",
+            "ridge",
+            8,
+        ),
+        Way(
+            "expertweaver",
+            "ExpertWeaver",
+            "arXiv 2602.15521",
+            "neurons of large gate activation always run, the others are grouped by their profile over texts; router: mean gate rows",
+            "gate_mean",
+            8,
+        ),
+        Way(
+            "tomoe",
+            "ToMoE",
+            "arXiv 2501.15316",
+            "overlapping experts and a top-1 router, learned by distillation with all weights of the model frozen",
+            "learned",
+            4,
+        ),
+    )
+}
+ROUTERS = ("ridge", "centroid", "gate_mean", "random")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A conversion that fits the model: numbers of neurons are those of every layer."""
+
+    way: Way
+    family: Dense
+    target: Target
+    experts: int
+    top_k: int
+    width: int  # neurons of a routed expert
+    shared: int  # neurons that always run
+    router: str
+    active: float  # share of the MLP's neurons that a token runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """All options of `expertsmith convert`, under the names that the command line gives them."""
+
+    dense: str
+    out: Path
+    method: str
+    experts: int | None = None
+    top_k: int | None = None
+    shared: int = 0
+    active: float | None = None
+    active_of: Literal["mlp", "block"] = "mlp"
+    router: str | None = None
+    target: str | None = None
+    export: Literal["plain", "core"] = "plain"
+    max_growth: float = 2.0
+    markers: int | None = None
+    steps: int = 300
+    batch: int = 1
+    lr: float = 2e-3
+    router_lr: float = 1e-3
+    start: Literal["grouped", "dense"] = "grouped"
+    widths: Literal["equal", "per_layer"] = "equal"
+    attention: Literal["none", "static", "dynamic"] = "none"
+    data: Sequence[str] = ()
+    eval_data: Sequence[str] = ()
+    measure: bool = True
+    samples: int | None = None
+    seq_len: int = 512
+    seed: int = 42
+    gguf_file: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    resume: bool = True
+    overwrite: bool = False
+
+
+def dense_family(config: Mapping[str, Any], where: str) -> Dense:
+    """The record of a dense model.
+
+    Raises:
+        UserError: a Mixture of Experts already, a family with something that no target has (with the reason), an unknown one.
+    """
+    model_type = str(config_get(config, "model_type") or "")
+    if model_type in families():
+        raise UserError(
+            f"{where} is a Mixture of Experts already ({families()[model_type].title})",
+            "prune or merge its experts with `expertsmith compress`",
+        )
+    if model_type in BLOCKED:
+        raise UserError(f"{where} is a {model_type} model, which cannot be converted: {BLOCKED[model_type]}")
+    if model_type not in DENSE:
+        raise unknown("dense family that can be converted", model_type, DENSE)
+    return DENSE[model_type]
+
+
+def ask(
+    config: Mapping[str, Any],
+    where: str,
+    method: str,
+    *,
+    experts: int | None = None,
+    top_k: int | None = None,
+    shared: int = 0,
+    active: float | None = None,
+    active_of: Literal["mlp", "block"] = "mlp",
+    router: str | None = None,
+    target: str | None = None,
+    attention: str = "none",
+) -> Asked:
+    """Everything that was asked for, checked.
+
+    Args:
+        experts: routed experts; None: the method's usual.
+        shared: always-on experts, of the routed experts' width (training-free methods).
+        active: wanted share of the parameters a token uses, of the MLPs or (`active_of` "block") of attention and MLPs together.
+
+    Raises:
+        UserError: whatever does not go together, with the numbers and what would.
+    """
+    if method not in WAYS:
+        raise unknown("method of conversion", method, WAYS)
+    way, family = WAYS[method], dense_family(config, where)
+    count = way.experts if experts is None else experts
+    neurons = int(config["intermediate_size"])
+    goal = _target(family, config, where, target, shared > 0)
+    if count < 1 or shared < 0:
+        raise UserError(f"--experts is {count} and --shared {shared}; there is at least one routed expert")
+    if attention != "none":
+        if way.name != "tomoe":
+            raise UserError(f"--attention {attention} is learned, which {method} is not", "use --method tomoe, or leave it out")
+        if active_of != "block":
+            raise UserError(
+                f"with --attention {attention} the budget is that of attention and MLPs together", "pass --active-of block"
+            )
+        active_of = "mlp"  # the training divides it between the two: an MLP starts with the same share as the whole
+    ratio = _mlp_ratio(config, active, active_of)
+    kind = router or way.router
+    if way.name == "tomoe":
+        return _tomoe(way, family, goal, count, top_k, shared, router, ratio, neurons)
+    if kind not in ROUTERS:
+        raise unknown("router", kind, ROUTERS)
+    if count < 2:
+        raise UserError("one routed expert leaves nothing to choose", "give --experts 2 or more")
+    width, rest = _groups(neurons, count, shared)
+    chosen = _top_k(ratio, top_k, count, width, rest, neurons, active)
+    return Asked(way, family, goal, count, chosen, width, rest, kind, (rest + chosen * width) / neurons)
+
+
+def _target(family: Dense, config: Mapping[str, Any], where: str, name: str | None, shared: bool) -> Target:
+    if name is not None and name not in family.targets:
+        raise UserError(f"a {family.model_type} model cannot become a {name}", f"choose {' or '.join(family.targets)}")
+    first = TARGETS[family.targets[0]]
+    fits = first if not shared or first.shared_key else TARGETS[family.targets[-1]]
+    goal = TARGETS[name] if name is not None else fits
+    reason = family.refusal(config, goal.model_type)
+    if reason:
+        raise UserError(f"{where} cannot be converted: {reason}")
+    return goal
+
+
+def _mlp_ratio(config: Mapping[str, Any], active: float | None, active_of: str) -> float | None:
+    if active is None:
+        return None
+    if not 0 < active <= 1:
+        raise UserError(f"--active is {active:g}", "give a share between 0 and 1")
+    if active_of == "mlp":
+        return active
+    attention, mlp = block_parameters(config)
+    ratio = (active * (attention + mlp) - attention) / mlp
+    if ratio <= 0:
+        least = attention / (attention + mlp)
+        raise UserError(
+            f"--active {active:g} of attention and MLPs is impossible with attention kept, which is {least:.3f} of them by itself",
+            f"give more than {least + 0.02:.2f}, or prune attention too (--method tomoe --attention static)",
+        )
+    return ratio
+
+
+def block_parameters(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(attention, MLP) weights of one layer, biases and norms left out."""
+    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    head = int(config.get("head_dim") or hidden // heads)
+    kv = int(config.get("num_key_value_heads") or heads)
+    return 2 * hidden * head * (heads + kv), 3 * hidden * int(config["intermediate_size"])
+
+
+def _groups(neurons: int, experts: int, shared: int) -> tuple[int, int]:
+    width = neurons // (experts + shared)
+    step = STEP if width >= STEP and shared else LEAST_STEP if width >= LEAST_STEP and shared else 1
+    width -= width % step
+    rest = neurons - experts * width
+    if not shared and rest:
+        close = [n for n in range(max(2, experts - 8), experts + 9) if neurons % n == 0]
+        raise UserError(
+            f"{neurons} neurons do not divide into {experts} experts ({rest} would be left)",
+            (f"give --experts {' or '.join(map(str, close))}, or " if close else "")
+            + "--shared 1, whose expert takes what is left",
+        )
+    if width < 1:
+        raise UserError(f"{neurons} neurons are too few for {experts + shared} experts", "give fewer --experts")
+    return width, rest
+
+
+def _top_k(
+    ratio: float | None, top_k: int | None, experts: int, width: int, shared: int, neurons: int, active: float | None
+) -> int:
+    shares = [(shared + k * width) / neurons for k in range(1, experts + 1)]
+    if ratio is not None and ratio < shares[0] - 0.5 * width / neurons:
+        raise UserError(
+            f"--active {active:g} means {ratio:.3f} of the MLP, but the always-on part and one expert are {shares[0]:.3f} of it",
+            f"give --active {shares[0]:.2f} or more, more --experts, or fewer --shared",
+        )
+    if top_k is None:
+        if ratio is None:
+            ratio = 0.5
+        return 1 + min(range(experts), key=lambda i: abs(shares[i] - ratio))
+    if not 1 <= top_k <= experts:
+        raise UserError(f"--top-k is {top_k}, but there are {experts} routed experts")
+    if ratio is not None and abs(shares[top_k - 1] - ratio) > 0.5 * width / neurons:
+        raise UserError(
+            f"--top-k {top_k} of {experts} runs {shares[top_k - 1]:.3f} of the MLP, but --active asks for {ratio:.3f} of it",
+            "leave one of the two out",
+        )
+    return top_k
+
+
+def _tomoe(
+    way: Way,
+    family: Dense,
+    target: Target,
+    experts: int,
+    top_k: int | None,
+    shared: int,
+    router: str | None,
+    ratio: float | None,
+    neurons: int,
+) -> Asked:
+    if top_k not in (None, 1):
+        raise UserError(f"--top-k is {top_k}, but ToMoE's router picks one expert", "leave --top-k out")
+    if shared or router:
+        raise UserError(
+            f"--{'shared' if shared else 'router'} means nothing to ToMoE, which learns its experts and router",
+            "use --export core for an always-on part" if shared else "leave it out",
+        )
+    wanted = 0.5 if ratio is None else ratio
+    width = tomoe_width(wanted, neurons)
+    return Asked(way, family, target, experts, 1, width, 0, "learned", width / neurons)
+
+
+def tomoe_width(ratio: float, neurons: int) -> int:
+    """Neurons of an expert at a share of all neurons, in steps of 64 (8 where that is too coarse)."""
+    step = step_of(ratio, neurons)
+    return min(neurons, max(step, round(ratio * neurons / step) * step))
+
+
+def step_of(ratio: float, neurons: int) -> int:
+    """64 where that is at most an eighth of the wanted width; else 8, which grouped matrix products need in bfloat16."""
+    return STEP if ratio * neurons >= 8 * STEP else LEAST_STEP
