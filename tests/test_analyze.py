@@ -250,6 +250,34 @@ def test_experts_that_were_cut_out_of_the_dense_model_are_recognised(llama, chec
     assert any("at a cosine of 1.000" in sentence for sentence in found["summary"])
 
 
+@pytest.mark.parametrize(("experts", "shared"), [(4, 0), (4, 1)])
+def test_a_converted_model_is_its_dense_model_cut_up(experts, shared, tmp_path):
+    """`convert`, then `analyze --dense`: every neuron of every routed expert is one of the dense FFN's."""
+    import transformers
+
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=16 * (experts + shared), num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=128)  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"input_ids": list(range(i, i + 24))}) + "\n" for i in range(20)))
+    data = [f"a={tmp_path / 'd.jsonl'}"]
+    api.convert(
+        tmp_path / "dense",
+        "random",
+        tmp_path / "moe",
+        experts=experts,
+        shared=shared,
+        top_k=1,
+        measure=False,
+        seq_len=24,
+        device="cpu",
+    )
+    found = api.analyze(tmp_path / "moe", tmp_path / "o", dense=tmp_path / "dense", data=data, all_experts=8, **OPTIONS)
+    for entry in found["layers"]:
+        for role in ("gate", "up"):
+            assert entry["static"]["projections"][role]["dense_match"] == pytest.approx([1.0] * experts, abs=1e-4)
+    assert any("(1: taken over unchanged)" in sentence for sentence in found["summary"])
+
+
 @pytest.fixture(scope="module")
 def cut(checkpoints, data, tmp_path_factory):
     """(original, half of it) of the tiny Qwen2-MoE."""
