@@ -35,6 +35,8 @@ class Weights:
         self._router, self._shared, self._dense = router, shared or {}, dense or {}
         self.roles = tuple(role for role, held in self.held.items() if held is not None)
 
+    dtype = torch.float32
+
     def experts(self, role):
         for matrix in self.held[role]:
             value = torch.from_numpy(matrix.astype(np.float32))

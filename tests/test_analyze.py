@@ -203,6 +203,23 @@ def test_statistics_are_enough_without_text(checkpoints, data, tmp_path):
     assert found["layers"][0]["usage"]["specialisation"]["domains"] == ["a", "b"]
 
 
+def test_weights_stay_in_the_dtype_they_are_stored_in(checkpoints, tmp_path):
+    """A bfloat16 checkpoint is measured in bfloat16's values, exactly."""
+    from expertsmith.analysis.sources import LayerWeights
+
+    model = tmp_path / "half"
+    shutil.copytree(checkpoints("mixtral"), model)
+    tensors = {name: value.bfloat16() for name, value in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    inventory = take_inventory(open_checkpoint(model))
+    assert LayerWeights(inventory, 0).dtype == torch.bfloat16
+    assert LayerWeights(take_inventory(open_checkpoint(checkpoints("mixtral"))), 0).dtype == torch.float32
+    found = api.analyze(model, tmp_path / "o")["layers"][1]["static"]["projections"]["up"]
+    held = list(Projections(inventory, 1).of("up"))
+    for i, j in ((1, 0), (7, 4)):
+        assert found["matrix_cosine"][i][j] == pytest.approx(cos(held[i], held[j]), abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
     """A tiny random dense Llama of the tiny models' hidden size."""

@@ -14,7 +14,7 @@ import torch
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory
-from expertsmith.weights import FLOATS, Projections, split
+from expertsmith.weights import FLOATS, Projections, is_matrix, split
 
 SHARED = re.compile(r"(?:^|\.)(?:shared_experts?|shared_mlp)\.(?P<leaf>\w+)(?:\.weight)?$")
 DENSE = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<layer>\d+)\.(?:mlp|feed_forward|ffn)\.(?P<leaf>\w+)\.weight$")
@@ -36,6 +36,12 @@ class LayerWeights:
     def roles(self) -> tuple[str, ...]:
         """Of "gate", "up" and "down" those that the experts have."""
         return Projections(self.inventory, self.layer).roles
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds the experts' matrices without loss."""
+        stored = {claim.info.dtype for claim in self.inventory.expert_claims(self.layer)[0] if is_matrix(claim)}
+        return torch.bfloat16 if stored == {"BF16"} else torch.float16 if stored == {"F16"} else torch.float32
 
     def experts(self, role: str) -> Iterator[torch.Tensor]:
         """The routed experts' matrices [neurons, width] in ascending order, float32.

@@ -33,13 +33,12 @@ class Sampling:
 
 
 class _Role:
-    """All experts' matrices of one projection, in the narrowest dtype that holds them without loss."""
+    """All experts' matrices of one projection, in the dtype in which they are stored."""
 
     def __init__(self, weights: LayerWeights, role: str, advance: Callable[[float], object]) -> None:
         self.held: list[torch.Tensor] = []
         for matrix in weights.experts(role):
-            narrow = matrix.to(torch.bfloat16)
-            self.held.append((narrow if torch.equal(narrow.float(), matrix) else matrix).contiguous())
+            self.held.append(matrix.to(weights.dtype).contiguous())
             advance(1)
         self.experts, (self.neurons, self.width) = len(self.held), self.held[0].shape
 
@@ -69,19 +68,29 @@ def measure_layer(
     joint: dict[tuple[int, int], Array] = {}
     neuron_cosines = {}
     for role in weights.roles:
-        held = _Role(weights, role, advance)
-        measured = _projection(held, shared.get(role), dense.get(role))
-        measured |= _ranks(held, sampling)
-        measured |= _matching(held, sampling, joint)
-        measured |= _dense_match(held, dense.get(role), sampling)
+        measured = _measure_role(_Role(weights, role, advance), shared.get(role), dense.get(role), sampling, joint)
         found["projections"][role] = measured
-        neuron_cosines[role] = measured["neuron_cosine"][: held.experts, : held.experts]
+        count = len(measured["norm"])
+        neuron_cosines[role] = measured["neuron_cosine"][:count, :count]
     if len(weights.roles) > 1:
         taus = [kendalltau(*_joint_order(products)).statistic for products in joint.values()]
         means = [float(_joint_mean(products)) / len(weights.roles) for products in joint.values()]
         found["joint_match"] = {"mean": _mean(means), "error": _error(means), "tau": _mean(taus)}
     found["router_expert"] = _router_expert(row_cosine, neuron_cosines, sampling.seed)
     return found
+
+
+def _measure_role(
+    held: _Role,
+    shared: torch.Tensor | None,
+    dense: torch.Tensor | None,
+    sampling: Sampling,
+    joint: dict[tuple[int, int], Array],
+) -> dict[str, Any]:
+    measured = _projection(held, shared, dense)
+    measured |= _ranks(held, sampling)
+    measured |= _matching(held, sampling, joint)
+    return measured | _dense_match(held, dense, sampling)
 
 
 def _projection(held: _Role, shared: torch.Tensor | None, dense: torch.Tensor | None) -> dict[str, Any]:
