@@ -163,6 +163,7 @@ class Child:
     peak: int  # bytes, resident set at its highest
     report: dict[str, Any]  # what the child printed as its last line, if that was JSON
     tail: str  # last lines of its stderr
+    cpu: float = 0.0  # seconds of processor time, which other load on the machine does not change much
 
     @property
     def died(self) -> str:
@@ -198,7 +199,8 @@ def run_child(command: Sequence[str], env: Mapping[str, str] | None = None, thre
     last = texts[0].rsplit("\n", 1)[-1]
     if last.startswith("{"):
         report = json.loads(last)
-    return Child(process.returncode, seconds, usage.ru_maxrss * 1024, report, " | ".join(texts[1].splitlines()[-3:])[-600:])
+    tail = " | ".join(texts[1].splitlines()[-3:])[-600:]
+    return Child(process.returncode, seconds, usage.ru_maxrss * 1024, report, tail, usage.ru_utime + usage.ru_stime)
 
 
 def peak_now() -> int:

@@ -37,6 +37,9 @@ OPTIONS = {
     "apply": {"--out", "--check-values", "--overwrite", "--allow-pickle"},
     "verify": RUNNING | {"--plan", "--data", "--tokens", "--seq-len", "--tolerance", "--allow-pickle"},
     "evaluate": RUNNING | {"--data", "--reference", "--samples", "--seq-len", "--seed", "--batch-tokens"},
+    "analyze": CALIBRATING
+    | RUNNING
+    | {"--out", "--stats", "--all-experts", "--dense", "--reference", "--plan", "--reference-stats", "--neurons", "--pairs"},
     "inspect": {"--allow-pickle"},
     "lint": {"--engine", "--tp", "--ep"},
     "methods": set(),
@@ -44,7 +47,7 @@ OPTIONS = {
     "demo": {"--out"},
     "run": set(),
 }
-LONG = {"compress", "calibrate", "plan", "apply", "verify", "evaluate", "demo", "run"}
+LONG = {"analyze", "compress", "calibrate", "plan", "apply", "verify", "evaluate", "demo", "run"}
 
 
 @pytest.fixture(autouse=True)

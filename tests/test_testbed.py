@@ -41,3 +41,13 @@ def test_half_of_the_experts_chosen_for_a_domain(name, testbed, tmp_path):
     random = [rise("random", seed=seed)["spanish"] for seed in (0, 1)]
     assert ours["spanish"] < 0.5 * sum(random) / len(random)
     assert ours["story"] > ours["spanish"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v2"])
+def test_router_rows_follow_gate_neurons_in_trained_models(name, testbed, tmp_path):
+    """The paper's first observation holds in models that were really trained, and only for gate."""
+    found = api.analyze(testbed / "models" / name, tmp_path / "look")
+    first = found["observations"][0]
+    assert first["verdict"] == "supported"
+    assert first["r2"]["gate"] > 3 * first["chance_r2"]
+    assert max(first["r2"]["up"], first["r2"]["down"]) < first["r2"]["gate"] / 2

@@ -9,7 +9,21 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_API = ("inspect", "lint", "calibrate", "plan", "apply", "verify", "skip", "load", "convert", "compress", "evaluate", "run")
+_API = (
+    "inspect",
+    "lint",
+    "calibrate",
+    "plan",
+    "apply",
+    "verify",
+    "skip",
+    "load",
+    "convert",
+    "compress",
+    "evaluate",
+    "run",
+    "analyze",
+)
 __all__ = [*_API, "__version__"]
 
 

@@ -511,6 +511,111 @@ def skip(
     return result
 
 
+def analyze(
+    model: str | Path,
+    out: str | Path,
+    *,
+    data: Sequence[str] = (),
+    stats: str | Path | Statistics | None = None,
+    all_experts: int = 0,
+    dense: str | Path | None = None,
+    reference: str | Path | None = None,
+    plan: str | Path | Plan | None = None,
+    reference_stats: str | Path | Statistics | None = None,
+    neurons: int = 128,
+    pairs: int = 32,
+    allow_pickle: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: str = "auto",
+    progress: Progress | None = None,
+    **calibration: Any,
+) -> dict[str, Any]:
+    """What the experts do: `out/measures.json` with every number, and `out/report.html`, one page that needs no network. Returns the measures.
+
+    The weights are always measured. With `data` (calibrated into `out/stats`) or `stats` also how experts are used, and what a cut would lose.
+
+    Args:
+        all_experts: also run every expert on this many sampled tokens a domain of `data`: compares outputs, tests observation 2.
+        dense: a dense model of the same hidden size, whose FFNs the experts are compared with.
+        reference: `model` was made of this one: also what went, and how routing moved (with `data`, both are calibrated).
+        plan: the plan that did it; None: the one inside `model`.
+        reference_stats: statistics of `reference` on the same text, instead of calibrating it.
+        neurons, pairs: neurons an expert, and expert pairs a layer, that neuron matching samples.
+        calibration: options of `calibrate`, used with `data`.
+
+    Raises:
+        UserError: a dense model, experts that cannot be compared, statistics or a plan of other models, NaN in a weight. Nothing is written then.
+    """
+    from expertsmith.analysis import folder, study
+    from expertsmith.analysis.cutting import check_plan
+    from expertsmith.analysis.sources import dense_model
+    from expertsmith.analysis.static import Sampling
+    from expertsmith.calibration.all_experts import sample_layers
+    from expertsmith.calibration.data import load_tokenizer
+    from expertsmith.calibration.spec import refuse_missing
+    from expertsmith.planning import matching_statistics
+
+    progress, target = progress or Silent(), Path(out)
+    folder.prepare(target)
+    refuse_missing(data)
+    inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
+    study.refuse_single(inventory)
+    material = study.Material(inventory, Sampling(neurons, pairs, calibration.get("seed", 42)), progress=progress)
+    if all_experts and not data:
+        raise UserError("--all-experts runs the model on text", "pass --data FILE")
+    if reference is None and (plan is not None or reference_stats is not None):
+        raise UserError("a plan or statistics of a reference were given, but no reference", "pass --reference MODEL")
+    if dense is not None:
+        hidden = int(inventory.config.get("hidden_size") or inventory.config.get("d_model") or 0)
+        material.dense = dense_model(open_checkpoint(dense, allow_pickle=allow_pickle), hidden)
+    run: dict[str, Any] = {"device": device, "dtype": dtype, "memory": memory}
+    base = None
+    if reference is not None:
+        base = take_inventory(open_checkpoint(reference, allow_pickle=allow_pickle))
+        made = (
+            plan
+            if isinstance(plan, Plan)
+            else load_plan(plan if plan is not None else Path(model) / "expertsmith" / "plan.json")
+        )
+        if made.model.fingerprint != base.checkpoint.fingerprint:
+            raise UserError(f"the plan was not made for {reference}", "give the original model of this plan as --reference")
+        check_plan(made, str(reference), base.counts, inventory.counts, str(model))
+        material.plan, material.reference_name = made, str(reference)
+        if reference_stats is not None:
+            material.reference = matching_statistics(base, reference_stats)
+    if stats is not None:
+        material.statistics = matching_statistics(inventory, stats)
+    options: dict[str, Any] = {**run, **calibration, "allow_pickle": allow_pickle, "progress": progress}
+    if data and stats is None:
+        material.statistics = calibrate(model, data, target / "stats", **options)
+    if data and base is not None and reference_stats is None:
+        material.reference = calibrate(base.checkpoint.source, data, target / "reference.stats", **options)
+    texts = {part.header["data"]["fingerprint"] for part in (material.statistics, material.reference) if part is not None}
+    if len(texts) > 1:
+        raise UserError(
+            "the statistics of the reference are of other text, so that routing cannot be compared",
+            "calibrate both on the same data with the same options, or pass --data and neither --stats nor --reference-stats",
+        )
+    if all_experts:
+        tokens_of = {key: value for key, value in calibration.items() if key != "resume"}
+        loaded, tokens = _model_and_tokens(inventory, data, progress, {**run, **tokens_of}, "keep")
+        tokenizer = load_tokenizer(inventory.checkpoint.path)
+        material.decode = None if tokenizer is None else lambda token: str(tokenizer.decode([token]))
+        material.samples = sample_layers(
+            loaded,
+            tokens,
+            rules={layer: inventory.rules_of(layer) for layer in inventory.layers},
+            max_tokens=all_experts,
+            batch_tokens=calibration.get("batch_tokens", 8192),
+            seed=calibration.get("seed", 42),
+            progress=progress,
+        )
+    measures: dict[str, Any] = study.plain(study.study(material))
+    folder.write(target, measures)
+    return measures
+
+
 def load(path: str | Path, **kwargs: Any) -> Any:
     """A transformers model of any checkpoint that expertsmith writes, ready to run: layers with different numbers of experts are built,
     and skip thresholds of its config.json are put in force. No code from the checkpoint is run.

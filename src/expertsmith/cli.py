@@ -725,6 +725,92 @@ def evaluate(
 
 
 @app.command(rich_help_panel=LOOK)
+def analyze(
+    model: Model,
+    out: Out,
+    data: Data = None,
+    stats: Stats = None,
+    all_experts: Annotated[
+        int,
+        typer.Option(
+            "--all-experts",
+            min=0,
+            metavar="TOKENS",
+            help="Also run every expert on so many sampled tokens a domain: compares outputs and tests whether the router prefers large ones.",
+        ),
+    ] = 0,
+    dense: Annotated[
+        str | None,
+        typer.Option(help="A dense model of the same hidden size to compare the experts with.", show_default=False),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", "-r", help="MODEL was made of this one: also what went and how routing moved."),
+    ] = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="With --reference: the plan that was applied; default: the one inside MODEL.")
+    ] = None,
+    reference_stats: Annotated[
+        Path | None, typer.Option(help="With --reference: its statistics on the same text, instead of calibrating it.")
+    ] = None,
+    neurons: Annotated[int, typer.Option(min=2, help="Neurons an expert that neuron matching samples.")] = 128,
+    pairs: Annotated[int, typer.Option(min=1, help="Expert pairs a layer that neuron matching samples.")] = 32,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 42,
+    pack: Pack = None,
+    overlong: Overlong = "refuse",
+    batch_tokens: BatchTokens = 8192,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    memory: Memory = "auto",
+    resume: Resume = True,
+    allow_pickle: Pickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """What the experts do, as numbers (OUT/measures.json) and as one page to look at (OUT/report.html).
+
+    From the weights alone; with --data also who is used for what and what a cut would lose.
+
+    [dim]expertsmith analyze Qwen/Qwen1.5-MoE-A2.7B -d code=code.jsonl -d math=math.jsonl --all-experts 512 -o look[/dim]
+    """
+    from expertsmith import api
+
+    measures = api.analyze(
+        model,
+        out,
+        data=data or (),
+        stats=stats,
+        all_experts=all_experts,
+        dense=dense,
+        reference=reference,
+        plan=plan_file,
+        reference_stats=reference_stats,
+        neurons=neurons,
+        pairs=pairs,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        pack=pack,
+        overlong=_word(overlong, "overlong", "refuse", "truncate", "drop"),
+        batch_tokens=batch_tokens,
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        resume=resume,
+        allow_pickle=allow_pickle,
+        progress=_progress(quiet),
+    )
+    if as_json:
+        show.as_json(measures)
+        return
+    from expertsmith.analysis.terminal import show_measures
+
+    show_measures(measures, out)
+
+
+@app.command(rich_help_panel=LOOK)
 def inspect(model: Model, allow_pickle: Pickle = False, as_json: AsJson = False) -> None:
     """What a checkpoint is, from config and headers only, and what each keep ratio would leave."""
     from expertsmith import api
@@ -851,6 +937,7 @@ def demo(
     show.line(table)
     show.line(show.escape(result["summary"]))
     show.line(f"[bold]{show.escape(result['report'])}[/bold]")
+    show.line(f"[bold]{show.escape(result['analysis'])}[/bold]  (what the experts do)")
 
 
 @app.command(rich_help_panel=MORE)

@@ -38,11 +38,7 @@ class Claim:
     entry: Stacked | None = None
     rows: int = 0
     extra: int = 0
-
-    @property
-    def row_axis(self) -> int:
-        """The axis that runs over experts."""
-        return 1 if len(self.info.shape) > 1 and self.info.shape[0] == 1 else 0
+    row_axis: int = 0  # the axis that runs over experts: 1 after a leading axis of length 1
 
     @property
     def routed(self) -> bool:
@@ -266,7 +262,7 @@ def _claim(info: TensorInfo, record: Architecture, config: Any, scalar: int, own
             )
         return Claim(info, "other", layer, rest)
     extra = entry.extra if isinstance(entry.extra, int) else int(config_get(config, entry.extra) or 0)
-    axis = 1 if len(info.shape) > 1 and info.shape[0] == 1 else 0
+    axis = 1 if len(info.shape) > 1 and info.shape[0] == 1 and experts + extra > 1 else 0
     rows = info.shape[axis] if info.shape else 0
     per_expert, left = divmod(rows - extra, experts)
     if left or per_expert < 1 or (entry.role == "router" and per_expert != 1):
@@ -275,7 +271,7 @@ def _claim(info: TensorInfo, record: Architecture, config: Any, scalar: int, own
             f"{info.name} has shape {list(info.shape)}, which does not fit {wanted} of config.json",
             "config.json and weights do not belong together, or the tensor is damaged",
         )
-    return Claim(info, "stacked", layer, rest, entry=entry, rows=per_expert, extra=extra)
+    return Claim(info, "stacked", layer, rest, entry=entry, rows=per_expert, extra=extra, row_axis=axis)
 
 
 def _check_layer(inventory: Inventory, layer: int) -> None:

@@ -420,15 +420,25 @@ def statistics_for(inventory: Inventory, method: Method, given: Statistics | str
     Raises:
         UserError: of another model or other layers, or without what the method needs.
     """
-    statistics = (given if isinstance(given, Statistics) else load_statistics(given)).select(domains)
-    if statistics.header["model"]["fingerprint"] != inventory.checkpoint.fingerprint:
-        raise UserError(f"the statistics are of another model than {inventory.checkpoint.source}", "calibrate this one")
-    if list(statistics.layers) != inventory.layers:
-        raise UserError("the statistics do not cover the same layers as the checkpoint", "calibrate again")
+    statistics = matching_statistics(inventory, given, domains)
     entry = next(iter(statistics.layers.values()))
     if method.all_outputs and not all("all_output_sum" in held for held in entry.domains.values()):
         raise UserError(
             f"method {method.name} needs every expert's output on all tokens, which these statistics do not hold",
             "calibrate again with --all-outputs",
         )
+    return statistics
+
+
+def matching_statistics(inventory: Inventory, given: Statistics | str | Path, domains: Sequence[str] = ()) -> Statistics:
+    """Statistics of this checkpoint, of these domains (none: all).
+
+    Raises:
+        UserError: of another model or other layers.
+    """
+    statistics = (given if isinstance(given, Statistics) else load_statistics(given)).select(domains)
+    if statistics.header["model"]["fingerprint"] != inventory.checkpoint.fingerprint:
+        raise UserError(f"the statistics are of another model than {inventory.checkpoint.source}", "calibrate this one")
+    if list(statistics.layers) != inventory.layers:
+        raise UserError("the statistics do not cover the same layers as the checkpoint", "calibrate again")
     return statistics

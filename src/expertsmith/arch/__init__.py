@@ -64,7 +64,7 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Architec
         if not expert_keys:
             raise UserError(
                 f"{where}: model_type {model_type!r} is a dense model, it has no routed experts",
-                "give a Mixture-of-Experts checkpoint (`expertsmith architectures` lists the families)",
+                "give a Mixture-of-Experts checkpoint (`expertsmith architectures` lists the families), or make one with `expertsmith convert`",
             )
         raise unknown("supported model family", model_type, (name for name, entry in families().items() if entry.supported))
     if not record.supported:

@@ -309,7 +309,11 @@ def full_scores(router_output: Any, architecture: Architecture) -> torch.Tensor:
     """Scores over all experts [tokens, num_experts + extra classes] from what the router returned."""
     if architecture.router_output == "probabilities":
         return router_output[0].reshape(-1, router_output[0].shape[-1]).float()  # type: ignore[no-any-return]
-    logits = raw_logits(router_output, architecture)
+    return scores_of(raw_logits(router_output, architecture), architecture)
+
+
+def scores_of(logits: torch.Tensor, architecture: Architecture) -> torch.Tensor:
+    """Full router scores from raw logits, before any bias that acts on the selection."""
     if architecture.score == "sigmoid":
         return logits.sigmoid()
     if architecture.score == "sqrtsoftplus":

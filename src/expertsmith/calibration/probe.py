@@ -22,10 +22,9 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 import torch
 
-from expertsmith.arch import config_get
 from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.observers import choose_sample
-from expertsmith.calibration.replay import RoutedBlock, Seen
+from expertsmith.calibration.replay import RoutedBlock, Seen, router_extras
 from expertsmith.engine import Batch, LoadedModel, Walk
 from expertsmith.engine.loading import free_memory
 from expertsmith.errors import UserError
@@ -259,7 +258,7 @@ class _Tables:
 
 
 @dataclass
-class _Places:
+class Places:
     """Which tokens of the batches are looked at, and where each stands in the order of (domain, sequence, position)."""
 
     rows: list[torch.Tensor]  # of every batch: index into its flattened tokens
@@ -271,7 +270,8 @@ class _Places:
         self.count = self.sequence.numel()
 
 
-def _places(data: TokenData, batches: Sequence[Batch], max_tokens: int, seed: int, device: torch.device) -> _Places:
+def sample_places(data: TokenData, batches: Sequence[Batch], max_tokens: int, seed: int, device: torch.device) -> Places:
+    """A seeded sample of `max_tokens` tokens a domain (0: all), as places in the batches."""
     wanted: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
     sequence: list[int] = []
     start = 0
@@ -293,7 +293,7 @@ def _places(data: TokenData, batches: Sequence[Batch], max_tokens: int, seed: in
         index = (flat >= 0).nonzero().squeeze(1)
         rows.append(index.to(device))
         places.append(flat[index].to(device))
-    return _Places(rows, places, torch.tensor(sequence, dtype=torch.int64, device=device))
+    return Places(rows, places, torch.tensor(sequence, dtype=torch.int64, device=device))
 
 
 class _Lockstep(Walk):
@@ -329,7 +329,7 @@ class _Search:
     """
 
     def __init__(
-        self, block: RoutedBlock, places: _Places, walk: _Lockstep, progressive: bool, vectors: bool, decide: Callable[[_Tables], list[int]]
+        self, block: RoutedBlock, places: Places, walk: _Lockstep, progressive: bool, vectors: bool, decide: Callable[[_Tables], list[int]]
     ) -> None:  # fmt: skip
         self.block, self.places, self.walk, self.decide = block, places, walk, decide
         self.progressive, self.vectors = progressive, vectors
@@ -444,13 +444,9 @@ def search_layers(
         raise UserError(f"{model.checkpoint.source} has no layer with routed experts")
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     batches = data.batches(batch_tokens, pad_id=pad if isinstance(pad, int) and pad >= 0 else 0)
-    places = _places(data, batches, max_tokens, seed, model.device)
+    places = sample_places(data, batches, max_tokens, seed, model.device)
     config = model.config.get_text_config().to_dict()
-    extras = frozenset(
-        entry.extra if isinstance(entry.extra, int) else int(config_get(config, entry.extra) or 0)
-        for entry in arch.stacked
-        if entry.role == "router"
-    )
+    extras = router_extras(arch, config)
     _refuse_what_does_not_fit(model, places.count, max(entry.num_experts for entry in rules.values()) + progressive)
     carried = [*batches, *batches] if progressive else batches
     groups = places.sequence // batch_size if loss == "authors" else None

@@ -6,7 +6,7 @@ from the logits is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from expertsmith.arch import Architecture
+from expertsmith.arch import Architecture, config_get
 from expertsmith.engine.experts import routing_of, run_all, submodule
 from expertsmith.selection import Rules
 
@@ -34,6 +34,15 @@ class Seen:
 
 # given what a batch brought, and what runs the experts on it (its routed output [T, hidden]): the experts [E] that the batch does without
 Visit = Callable[[Seen, Callable[[], torch.Tensor]], torch.Tensor | None]
+
+
+def router_extras(arch: Architecture, config: Mapping[str, Any]) -> frozenset[int]:
+    """How many classes a router of the family may have besides the routed experts (zero experts, skip classes, shared experts)."""
+    return frozenset(
+        entry.extra if isinstance(entry.extra, int) else int(config_get(config, entry.extra) or 0)
+        for entry in arch.stacked
+        if entry.role == "router"
+    )
 
 
 class _Reached(Exception):  # noqa: N818  (a signal)

@@ -23,14 +23,15 @@ RANDOM_SEEDS = (0, 1, 2)
 SETTINGS: dict[str, Any] = {"seq_len": 256, "device": "cpu", "dtype": "float32", "memory": "resident"}
 CALIBRATION_SEQUENCES = 24
 EVALUATION_SEQUENCES = 24
+PROBED = 256  # tokens a domain on which all experts run
 MARK = "expertsmith-demo.json"
 
 
 def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Calibrate on three domains, keep half of the experts for one of them by several methods, verify and measure each.
 
-    Leaves text, statistics, plans, checkpoints, `results.json` and `report.html` in `out`; a folder that an earlier demo left is
-    replaced.
+    Ends with a look at what the experts do. Leaves text, statistics, plans, checkpoints, `results.json`, `report.html` and `analysis/` in `out`;
+    a folder that an earlier demo left is replaced.
 
     Raises:
         UserError: `out` exists and is not of a demo.
@@ -68,6 +69,10 @@ def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:
         mark = f"{'passed' if verdict.passed else 'FAILED'}, Δ {verdict.logits_difference:.1g}"
         rows.append(_row(label, domain, folder, made, heldout, mark, progress))
         rows[-1]["routed"] = _routed(made, statistics)
+    analysis = out / "analysis"
+    api.analyze(
+        MODEL, analysis, data=calib, stats=statistics, all_experts=PROBED, progress=progress, batch_tokens=2048, **SETTINGS
+    )
     result: dict[str, Any] = {
         "target": TARGET,
         "keep": KEEP,
@@ -76,6 +81,7 @@ def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:
         "bytes": list(made.summary.bytes) if made.summary else [],
         "seconds": 0.0,
         "report": str(out / "report.html"),
+        "analysis": str(analysis / "report.html"),
     }
     result["seconds"] = round(time.perf_counter() - begin, 1)
     result["summary"] = _summary(result)

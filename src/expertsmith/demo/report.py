@@ -42,6 +42,7 @@ def write_report(path: Path, result: dict[str, Any], statistics: Statistics, row
         _table(result),
         "<h2>Who is used for what</h2><p>Share of each domain's tokens that a layer sends to each expert: the stronger the colour, the more. Framed experts "
         "are the half that <i>easy_ep</i> keeps for that domain. Point at a cell for its number.</p>",
+        '<p>More of what the experts do, with every number: <a href="analysis/report.html">the analysis of this model</a>.</p>',
         '<div class="maps">' + "".join(_map(name, statistics, plans.get(name)) for name in result["domains"]) + "</div>",
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>expertsmith demo</title><style>{STYLE}</style>'

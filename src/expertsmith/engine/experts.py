@@ -160,25 +160,15 @@ def outputs_of_all(experts: Any, x: torch.Tensor, count: int, architecture: Arch
     The down projection is linear, so where the experts' layout is known it is applied once, to the sum of hidden activations, in
     float32: one third fewer products, equal up to rounding.
     """
-    from transformers.integrations.moe import _grouped_linear
-
     linear = is_grouped(experts) and not getattr(experts, "has_post_expert_norm", False)
     total: Any = 0.0
     width = experts.down_proj.numel() // experts.down_proj.shape[0] // x.shape[-1] * 2 if linear else x.shape[-1]
     rows = max(1, AT_ONCE // (count * max(width, x.shape[-1])))
     for chunk in torch.split(x, rows):
-        size = chunk.shape[0]
         if not linear:
             total = total + run_all(experts, chunk, count, architecture, dims).double().sum(1)
             continue
-        inputs = chunk.repeat(count, 1)
-        expert = torch.arange(count, device=x.device).repeat_interleave(size)
-        offsets = torch.arange(size, size * count + 1, size, device=x.device, dtype=torch.int32)
-        name = "gate_up_proj" if experts.has_gate else "up_proj"
-        bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
-        product = _grouped_linear(inputs, getattr(experts, name), offsets, bias=bias, is_transposed=experts.is_transposed)
-        hidden = experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
-        total = total + hidden.reshape(count, size, -1).sum(1, dtype=torch.float64)
+        total = total + hidden_of_all(experts, chunk, count).sum(1, dtype=torch.float64)
     if linear:
         down = experts.down_proj if experts.is_transposed else experts.down_proj.transpose(1, 2)  # [E, neurons, hidden]
         total = torch.stack([(total[e].float() @ down[e].float()).double() for e in range(count)])
@@ -186,6 +176,22 @@ def outputs_of_all(experts: Any, x: torch.Tensor, count: int, architecture: Arch
             total = total + x.shape[0] * experts.down_proj_bias.double()
     result: torch.Tensor = total
     return result
+
+
+def hidden_of_all(experts: Any, x: torch.Tensor, count: int) -> torch.Tensor:
+    """[count, T, neurons]: what enters the down projection of every expert for every token, where the experts' layout is known
+    (`is_grouped`)."""
+    from transformers.integrations.moe import _grouped_linear
+
+    size = x.shape[0]
+    inputs = x.repeat(count, 1)
+    expert = torch.arange(count, device=x.device).repeat_interleave(size)
+    offsets = torch.arange(size, size * count + 1, size, device=x.device, dtype=torch.int32)
+    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    product = _grouped_linear(inputs, getattr(experts, name), offsets, bias=bias, is_transposed=experts.is_transposed)
+    hidden: torch.Tensor = experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
+    return hidden.reshape(count, size, -1)
 
 
 def run_all(experts: Any, x: torch.Tensor, count: int, architecture: Architecture, dims: int = 2) -> torch.Tensor:

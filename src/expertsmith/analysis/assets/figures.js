@@ -1,0 +1,187 @@
+// Figures on what experts do. Each: where it stands, how to read it, which selectors it follows, when it is there, and what it draws.
+const L = M.layers, LAYERS = L.map((entry) => entry.layer), labels = LAYERS.map(String);
+const DOMAINS = M.data ? Object.keys(M.data.tokens) : [];
+const has = (...path) => L.some((entry) => path.reduce((held, key) => (held == null ? held : held[key]), entry) != null);
+const used = (entry, domain) => (domain === "all" ? entry.usage.all : entry.usage.domains[domain]);
+const most = Math.max(...L.map((entry) => entry.num_experts)), experts = range(most);
+const padded = (values) => experts.map((e) => (e < values.length ? values[e] : null));
+const roles = L[0].static ? Object.keys(L[0].static.projections) : [];
+const byLayer = (find) => L.map((entry) => { try { return find(entry) ?? null; } catch { return null; } });
+const mapHeight = () => Math.max(230, 60 + 20 * L.length);
+const FIGURES = [];
+
+const SECTIONS = {
+  use: ["Who is used for what", "How text of each domain spreads over layers and experts."],
+  alike: ["How alike the experts are", "Similar experts can be merged or dropped with less loss; different ones carry different things."],
+  router: ["What the router goes by", "Whether it looks for large outputs, how sure it is, and how evenly it spreads the load."],
+  before: ["Before you cut", "Shares that the dropped experts carry, before tokens are routed anew: a first guess, not the loss itself (`evaluate` measures that)."],
+  after: ["After the cut", "What the plan took away, and where the tokens go now."],
+};
+
+const USES = { usage: "share of routed slots × experts (1: even)", energy: "share of output energy × experts", mean_norm: "mean output norm", score: "mean router score × experts" };
+FIGURES.push({
+  id: "usage", section: "use", full: true, title: "Layer × expert", uses: ["domain", "shown"], when: () => has("usage"),
+  read: "Each row is a layer, each cell an expert: the stronger the colour, the more of the domain's text it handles; 1 is an even share.",
+  draw: (s) => {
+    const scale = (values, n) => values.map((v) => (v == null || s.shown === "mean_norm" ? v : v * n));
+    const z = L.map((entry) => padded(scale(used(entry, s.domain)[s.shown], entry.num_experts)));
+    return { traces: [heat(z, experts, labels, { colorscale: sequential(), hovertemplate: "layer %{y}, expert %{x}<br>" + USES[s.shown] + ": %{z:.3g}<extra></extra>" })], layout: { height: mapHeight(), xaxis: { title: "expert" }, yaxis: { title: "layer", autorange: "reversed", type: "category" } }, csv: table(["layer", "expert", s.shown], z.flatMap((row, i) => row.map((v, e) => [LAYERS[i], e, v]))) };
+  },
+});
+FIGURES.push({
+  id: "flows", section: "use", title: "From domains to experts", uses: ["layer"], when: () => DOMAINS.length > 1,
+  read: "Left the domains, right the experts of this layer: a ribbon is as thick as the share of the domain's slots that goes there.",
+  draw: (s) => {
+    const entry = L[s.layer], rows = DOMAINS.map((d) => used(entry, d).usage), n = entry.num_experts;
+    const total = range(n).map((e) => rows.reduce((sum, row) => sum + row[e], 0));
+    let order = range(n).sort((a, b) => total[b] - total[a]);
+    const shown = n > 24 ? order.slice(0, 20) : order, rest = n > 24 ? order.slice(20) : [];
+    const peak = (e) => rows.map((row) => row[e]).indexOf(Math.max(...rows.map((row) => row[e])));
+    const nodes = shown.sort((a, b) => peak(a) - peak(b) || total[b] - total[a]).map((e) => ({ name: String(e), of: [e] }));
+    if (rest.length) nodes.push({ name: rest.length + " others", of: rest });
+    const D = DOMAINS.length, gap = 0.012, size = nodes.map((node) => node.of.reduce((sum, e) => sum + total[e], 0) / D);
+    const unit = (1 - gap * (nodes.length - 1)), left = DOMAINS.map((_, d) => d * (1 / D) + 0.01), right = [];
+    let at = 0;
+    size.forEach((h, i) => { right.push(at); at += h * unit + gap; });
+    const traces = [], notes = [], filled = right.slice(), here = (x, y) => ({ x, y: (y + 0.02) / 1.04, xref: "paper", yref: "paper" });
+    DOMAINS.forEach((name, d) => {
+      let from = left[d];
+      const scale = 1 / D - 0.02;
+      nodes.forEach((node, i) => {
+        const share = node.of.reduce((sum, e) => sum + rows[d][e], 0), a = share * scale, b = (share / D) * unit;
+        const x = [], up = [], low = [];
+        for (let k = 0; k <= 12; k++) { const t = k / 12, w = t * t * (3 - 2 * t); x.push(t); up.push(1 - (from + w * (filled[i] - from))); low.push(1 - (from + a + w * (filled[i] + b - from - a))); }
+        if (share > 0.002) traces.push({ type: "scatter", mode: "lines", x: x.concat(x.slice().reverse()), y: up.concat(low.slice().reverse()), fill: "toself", fillcolor: series(d) + "88", line: { width: 0.5, color: series(d) }, hoveron: "fills", hoverinfo: "text", text: `${name} → expert ${node.name}: ${percent(share)}`, showlegend: false });
+        from += a; filled[i] += b;
+      });
+      notes.push({ ...here(-0.02, 1 - (left[d] + 0.5 / D - 0.01)), text: name, showarrow: false, xanchor: "right", font: { color: series(d), size: 12 } });
+    });
+    nodes.forEach((node, i) => notes.push({ ...here(1.01, 1 - (right[i] + (size[i] * unit) / 2)), text: node.name, showarrow: false, xanchor: "left", font: { size: 11, color: css("--soft") } }));
+    return { traces, layout: { height: Math.max(320, 18 * nodes.length), annotations: notes, hovermode: "closest", margin: { l: 70, r: 60, t: 8, b: 8 }, xaxis: { visible: false, range: [0, 1], fixedrange: true }, yaxis: { visible: false, range: [-0.02, 1.02], fixedrange: true } }, csv: table(["domain", "expert", "share"], DOMAINS.flatMap((d, i) => rows[i].map((v, e) => [d, e, v]))) };
+  },
+});
+FIGURES.push({
+  id: "special", section: "use", title: "How specialised the layers are", uses: [], when: () => has("usage", "specialisation", "information_share"),
+  read: "How much of the domain one learns from knowing the expert: 0 is no specialisation, 1 is one domain an expert; grey is what unlike sequences give by chance (of saliency).",
+  draw: () => {
+    const most = Math.log(Math.min(DOMAINS.length, M.model.num_experts)), info = byLayer((e) => e.usage.specialisation.information_share), chance = byLayer((e) => e.usage.specialisation.saliency_information_null / most), mass = byLayer((e) => e.usage.specialisation.saliency_information / most);
+    return { traces: [line("usage", labels, info, 0), line("saliency (EASY-EP)", labels, mass, 1), line("chance for saliency", labels, chance, 5, { line: { dash: "dot", color: series(5) } })], layout: { height: 320, xaxis: { title: "layer", type: "category" }, yaxis: { title: "share of the greatest information", rangemode: "tozero" } }, csv: table(["layer", "usage", "saliency", "chance"], LAYERS.map((l, i) => [l, info[i], mass[i], chance[i]])) };
+  },
+});
+FIGURES.push({
+  id: "stability", section: "use", title: "How few demonstrations are enough", uses: ["layer"], when: () => L.some((e) => e.usage && Object.keys(e.usage.stability).length),
+  read: "Half of the experts chosen from n sequences against the half that all the others choose: high lines need few demonstrations; dotted is chance.",
+  draw: (s) => {
+    const found = L[s.layer].usage.stability, names = Object.keys(found), traces = names.map((d, i) => line(d, found[d].map((r) => r.demonstrations), found[d].map((r) => r.overlap), i, { error_y: { type: "data", array: found[d].map((r) => r.deviation), thickness: 1, width: 2, color: series(i) } }));
+    if (names.length) traces.push(line("chance", found[names[0]].map((r) => r.demonstrations), found[names[0]].map((r) => r.chance), 5, { mode: "lines", line: { dash: "dot", color: series(5) } }));
+    return { traces, layout: { height: 320, xaxis: { title: "sequences", type: "log", tickvals: [1, 2, 4, 8, 16, 32, 64, 128] }, yaxis: { title: "overlap", range: [0, 1.05] } }, csv: table(["domain", "demonstrations", "overlap", "deviation", "chance"], names.flatMap((d) => found[d].map((r) => [d, r.demonstrations, r.overlap, r.deviation, r.chance]))) };
+  },
+});
+FIGURES.push({
+  id: "tokens", section: "use", title: "Tokens that an expert loves", uses: ["layer"], when: () => has("sample"), html: true,
+  read: "Tokens that go to the expert most above its usual rate, of those seen five times or more; the number is how many times above.",
+  draw: (s) => {
+    const rows = (L[s.layer].sample || { loved_tokens: [] }).loved_tokens;
+    const clean = (t) => (t.text === undefined ? "#" + t.token : t.text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ /, "␣") || "∅");
+    const body = rows.map((list, e) => `<tr><td>${e}</td><td>${list.map((t) => `<span class="token" title="seen ${t.seen}, here ${percent(t.routed)}">${esc(clean(t))} ${t.lift.toFixed(1)}×</span>`).join("") || "–"}</td></tr>`).join("");
+    return { html: `<div class="wide" style="max-height:26rem;overflow-y:auto"><table><tr><th>expert</th><th>tokens</th></tr>${body}</table></div>`, csv: table(["expert", "token", "text", "seen", "routed", "lift"], rows.flatMap((list, e) => list.map((t) => [e, t.token, t.text ?? "", t.seen, t.routed, t.lift]))) };
+  },
+});
+
+const MATRICES = {};
+if (has("sample", "output_angular")) MATRICES["outputs, angular"] = [(e) => e.sample.output_angular, (e) => e.sample.output_members, [0, 1]];
+if (has("sample", "activation_cosine")) MATRICES["activations, cosine"] = [(e) => e.sample.activation_cosine, null, [-1, 1]];
+if (L[0].static) MATRICES["router rows, cosine"] = [(e) => e.static.router_cosine, null, [-1, 1]];
+for (const role of roles) MATRICES[`mean ${role} neurons, cosine`] = [(e) => e.static.projections[role].neuron_cosine, (e) => e.static.projections[role].neuron_members, [-1, 1]];
+for (const role of roles) MATRICES[`${role} matrices, cosine`] = [(e) => e.static.projections[role].matrix_cosine, (e) => e.static.projections[role].matrix_members, [-1, 1]];
+if (has("usage", "coselection_lift")) MATRICES["chosen together, times chance"] = [(e) => e.usage.coselection_lift, null, [0, 2]];
+FIGURES.push({
+  id: "matrix", section: "alike", title: "Expert × expert", uses: ["layer", "matrix"], when: () => Object.keys(MATRICES).length > 0,
+  read: "How alike two experts of the layer are, like ones next to each other; strong blocks off the diagonal are groups of similar experts.",
+  draw: (s) => {
+    const [find, members, span] = MATRICES[s.matrix], full = square(find(L[s.layer])), names = members ? members(L[s.layer]) : full.map((_, i) => String(i));
+    const order = clustered(full), z = order.map((i) => order.map((j) => (i === j ? null : full[i][j]))), who = order.map((i) => names[i]);
+    const flat = z.flat().filter((v) => v != null), top = Math.max(...flat.map(Math.abs), 0.05);
+    const high = Math.max(2, Math.min(4, top)), limits = span[0] === -1 ? [-top, top] : span[1] === 2 ? [0, high] : [Math.min(0.4, ...flat), Math.max(0.6, ...flat)];
+    const colours = span[0] === -1 ? diverging() : span[1] === 2 ? around(high) : sequential();
+    return { traces: [heat(z, who, who, { colorscale: colours, zmin: limits[0], zmax: limits[1], hovertemplate: "expert %{y} and %{x}: %{z:.3f}<extra></extra>" })], layout: { height: 420, xaxis: { type: "category", title: "expert, clustered" }, yaxis: { type: "category", autorange: "reversed" } }, csv: table(["expert", "expert", s.matrix], full.flatMap((row, i) => row.slice(0, i).map((v, j) => [names[i], names[j], v]))) };
+  },
+});
+FIGURES.push({
+  id: "depth", section: "alike", title: "Similarity by depth", uses: [], when: () => L.length > 1,
+  read: "Mean similarity over expert pairs in every layer: falling lines mean experts that differ more with depth, a jump at the end an outlier.",
+  draw: () => {
+    const found = [["outputs (angular)", byLayer((e) => e.sample.output_similarity)], ["router rows", byLayer((e) => e.static.router_similarity)]];
+    for (const role of roles) found.push([`mean ${role} neurons`, byLayer((e) => e.static.projections[role].neuron_similarity)]);
+    for (const role of roles) found.push([`${role} matrices`, byLayer((e) => e.static.projections[role].matrix_similarity)]);
+    const kept = found.filter(([, values]) => values.some((v) => v != null));
+    return { traces: kept.map(([name, values], i) => line(name, labels, values, i, name.endsWith("matrices") ? { line: { dash: "dot", color: series(i) } } : {})), layout: { height: 420, xaxis: { title: "layer", type: "category" }, yaxis: { title: "similarity" } }, csv: table(["layer", ...kept.map(([name]) => name)], LAYERS.map((l, i) => [l, ...kept.map(([, values]) => values[i])])) };
+  },
+});
+FIGURES.push({
+  id: "pca", section: "alike", title: "Experts on a plane", uses: ["layer", "role"], when: () => roles.length > 0,
+  read: "The two directions in which the experts' whole matrices differ most; a lone point is an odd expert, a close pair a similar one.",
+  draw: (s) => {
+    const found = L[s.layer].static.projections[s.role], p = found.pca;
+    return { traces: [{ type: "scatter", mode: "markers+text", x: p.map((v) => v[0]), y: p.map((v) => v[1]), text: p.map((_, e) => String(e)), textposition: "top center", textfont: { size: 10, color: css("--soft") }, marker: { size: 9, color: series(0) }, customdata: found.effective_rank, hovertemplate: "expert %{text}<br>effective rank %{customdata:.1f} of " + found.effective_rank_of + "<extra></extra>" }], layout: { height: 340, xaxis: { title: `component 1 (${percent(found.pca_explained[0])})` }, yaxis: { title: `component 2 (${percent(found.pca_explained[1])})` } }, csv: table(["expert", "component 1", "component 2", "norm", "effective rank"], p.map((v, e) => [e, v[0], v[1], found.norm[e], found.effective_rank[e]])) };
+  },
+});
+FIGURES.push({
+  id: "match", section: "alike", title: "Neurons after matching", uses: ["role"], when: () => roles.length > 0 && L.some((e) => e.static.projections[roles[0]].match),
+  read: "Mean cosine of best-matched neurons of two experts (error bars: over pairs) against what matching finds in shuffled neurons: above it, experts share neurons in another order.",
+  draw: (s) => {
+    const of = (key) => byLayer((e) => e.static.projections[s.role].match[key]), found = of("similarity"), error = of("error"), none = of("null"), plain = byLayer((e) => { const v = e.static.projections[s.role].match.cosine_unordered; return v.reduce((a, b) => a + b, 0) / v.length; });
+    return { traces: [line("matched", labels, found, 0, { error_y: { type: "data", array: error, color: series(0), thickness: 1 } }), line("matched, shuffled (null)", labels, none, 5, { line: { dash: "dot", color: series(5) } }), line("as they stand", labels, plain, 1)], layout: { height: 340, xaxis: { title: "layer", type: "category" }, yaxis: { title: "cosine" } }, csv: table(["layer", "matched", "error", "null", "as they stand"], LAYERS.map((l, i) => [l, found[i], error[i], none[i], plain[i]])) };
+  },
+});
+FIGURES.push({
+  id: "dense", section: "alike", title: "Nearest neuron of the dense model", uses: ["role"], when: () => roles.length > 0 && L.some((e) => e.static.projections[roles[0]].dense_match),
+  read: "For each expert the mean cosine of its neurons to their nearest neuron in the dense FFN of the same layer: 1 where they were taken over unchanged.",
+  draw: (s) => {
+    const z = L.map((e) => padded(e.static.projections[s.role].dense_match || []));
+    return { traces: [heat(z, experts, labels, { colorscale: sequential(), zmin: 0, zmax: 1, hovertemplate: "layer %{y}, expert %{x}: %{z:.3f}<extra></extra>" })], layout: { height: mapHeight(), xaxis: { title: "expert" }, yaxis: { title: "layer", autorange: "reversed", type: "category" } }, csv: table(["layer", "expert", "cosine"], z.flatMap((row, i) => row.map((v, e) => [LAYERS[i], e, v]))) };
+  },
+});
+FIGURES.push({
+  id: "r2", section: "alike", title: "Do router rows follow neurons?", uses: [], when: () => roles.length > 0 && L.some((e) => e.static.router_expert[roles[0]]),
+  read: "R² between the similarity of router rows and of mean neurons: high bars of gate alone are observation 1; the dotted line is chance.",
+  draw: () => {
+    const of = (role, key) => byLayer((e) => e.static.router_expert[role][key]), rows = roles.map((role) => of(role, "r2")), chance = of(roles[0], "null");
+    return { traces: [...roles.map((role, i) => bars(role, labels, rows[i], i, { customdata: of(role, "p"), hovertemplate: `${role}, layer %{x}: R² %{y:.3f}, p %{customdata:.3g}<extra></extra>` })), line("chance", labels, chance, 5, { mode: "lines", line: { dash: "dot", color: series(5) } })], layout: { height: 340, barmode: "group", xaxis: { title: "layer", type: "category" }, yaxis: { title: "R²" } }, csv: table(["layer", ...roles, "chance"], LAYERS.map((l, i) => [l, ...rows.map((row) => row[i]), chance[i]])) };
+  },
+});
+
+FIGURES.push({
+  id: "scatter", section: "router", title: "Output norm and router score", uses: ["layer"], when: () => has("sample"),
+  read: "Each point is an expert on a token: right of 1 its output is larger than the token's average, higher up the router scores it more.",
+  draw: (s) => {
+    const p = L[s.layer].sample.points, pick = (flag) => range(p.score.length).filter((i) => p.selected[i] === flag);
+    const part = (name, flag, i) => { const at = pick(flag); return { type: "scatter", mode: "markers", name, x: at.map((k) => p.relative_norm[k]), y: at.map((k) => p.score[k]), text: at.map((k) => "expert " + p.expert[k]), marker: { size: 5, color: series(i), opacity: 0.65 }, hovertemplate: "%{text}<br>norm %{x:.2f} × mean, score %{y:.3f}<extra></extra>" }; };
+    return { traces: [part("not selected", 0, 5), part("selected", 1, 0)], layout: { height: 360, hovermode: "closest", xaxis: { title: "output norm / the token's mean" }, yaxis: { title: "router score" } }, csv: table(["expert", "relative norm", "score", "selected"], p.score.map((v, i) => [p.expert[i], p.relative_norm[i], v, p.selected[i]])) };
+  },
+});
+FIGURES.push({
+  id: "ranks", section: "router", title: "Norm rank and score rank", uses: ["layer"], when: () => has("sample"),
+  read: "How often the expert of this norm rank has that score rank, times chance: a strong diagonal means that the router orders experts by output size.",
+  draw: (s) => {
+    const counts = L[s.layer].sample.rank_counts, n = counts.length, sum = counts.flat().reduce((a, b) => a + b, 0), z = counts.map((row) => row.map((v) => (v * n * n) / sum));
+    const at = range(n).map((i) => i + 1), top = Math.max(2, ...z.flat());
+    return { traces: [heat(z, at, at, { colorscale: around(top), zmin: 0, zmax: top, customdata: counts, hovertemplate: "score rank %{y}, norm rank %{x}: %{z:.2f} × chance (%{customdata})<extra></extra>" })], layout: { height: 360, xaxis: { title: "norm rank, largest right" }, yaxis: { title: "score rank, highest up" } }, csv: table(["score rank", "norm rank", "tokens"], counts.flatMap((row, i) => row.map((v, j) => [i + 1, j + 1, v]))) };
+  },
+});
+FIGURES.push({
+  id: "rho", section: "router", title: "Does the router prefer large outputs?", uses: [], when: () => has("sample"),
+  read: "Rank correlation of output norm and router score in every layer with 95 % intervals over texts: above 0 supports observation 2.",
+  draw: () => {
+    const r = byLayer((e) => e.sample.norm_score_rho), mean = r.map((v) => v && v.mean), up = r.map((v) => (v && v.high != null ? v.high - v.mean : 0)), down = r.map((v) => (v && v.low != null ? v.mean - v.low : 0)), lift = byLayer((e) => e.sample.largest_norm_top_scored.mean * e.num_experts);
+    return { traces: [line("rank correlation", labels, mean, 0, { customdata: lift, error_y: { type: "data", symmetric: false, array: up, arrayminus: down, color: series(0), thickness: 1 }, hovertemplate: "layer %{x}: ρ %{y:.3f}<br>largest output top-scored %{customdata:.2f} × chance<extra></extra>" })], layout: { height: 320, showlegend: false, xaxis: { title: "layer", type: "category" }, yaxis: { title: "ρ of norm and score", zeroline: true, zerolinewidth: 2 } }, csv: table(["layer", "rho", "low", "high", "lift of the largest norm"], LAYERS.map((l, i) => [l, mean[i], r[i] && r[i].low, r[i] && r[i].high, lift[i]])) };
+  },
+});
+FIGURES.push({
+  id: "health", section: "router", title: "How sure and how even", uses: ["domain"], when: () => has("usage"),
+  read: "Load near 1 is an even use of all experts; scores near 1 are a router that hardly prefers any, near 0 one that is sure.",
+  draw: (s) => {
+    const of = (key) => byLayer((e) => used(e, s.domain)[key]), load = of("load_entropy_share"), sure = of("routing_entropy_share"), unused = of("unused"), cv = of("load_cv");
+    return { traces: [line("load (entropy of use)", labels, load, 0, { customdata: unused, hovertemplate: "layer %{x}: %{y:.3f}, %{customdata} unused<extra></extra>" }), line("router scores (mean entropy)", labels, sure, 1)], layout: { height: 320, xaxis: { title: "layer", type: "category" }, yaxis: { title: "share of the greatest entropy", range: [0, 1.05] } }, csv: table(["layer", "load", "scores", "unused", "load cv"], LAYERS.map((l, i) => [l, load[i], sure[i], unused[i], cv[i]])) };
+  },
+});

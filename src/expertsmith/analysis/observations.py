@@ -1,0 +1,208 @@
+"""The paper's three observations as tests on the model at hand (arXiv 2406.18219): statistic, chance level, the paper's numbers, verdict.
+
+Verdicts: "supported", "partly", "not supported", or "not testable" with the reason. The rules are ours; the paper judges by eye.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+Array = np.ndarray[Any, Any]
+LEAST_EXPERTS = 5  # with fewer, no permutation of labels can reach p < 0.01
+LEAST_LAYERS = 5  # four before the last: a line through them has two degrees of freedom left
+ALPHA = 0.01
+RATIO, LIFT = 2.0, 1.5
+DRAWS = 2000
+PAPER_R2 = [
+    {"model": "Mixtral 8x7B", "up": 0.06, "gate": 0.33, "down": 0.07},
+    {"model": "DeepSeekMoE-16B", "up": 0.00, "gate": 0.40, "down": 0.00},
+    {"model": "Grok-1", "up": 0.04, "gate": 0.15, "down": 0.04},
+]
+
+
+def observations(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All three, from the layers' measures."""
+    return [neurons_like_experts(layers), router_likes_norms(layers), diversity_grows(layers)]
+
+
+RULES = {
+    1: "Supported: the R² of gate has p < 0.01 in more than half of the layers (999 permutations of labels), its r is positive, and its mean is at least twice that of "
+    "up and of down. Not supported: p ≥ 0.05 over all layers, r not positive, or gate not above both others. Else partly.",
+    2: "Supported: the 95 % interval of the rank correlation is above 0 in more than half of the layers, and the largest-norm expert is top-scored more than 1.5 times as often "
+    "as by chance. Not supported: mean correlation not above 0, or not more often than by chance. Else partly.",
+    3: "Supported: similarity falls with depth before the last layer (rank correlation with p < 0.05), and the last layer lies above the quarter of layers before it. Not "
+    "supported: neither. Else partly.",
+}
+PAPER = {
+    1: "Mean R² of gate in the paper: Mixtral 8x7B 0.33, DeepSeekMoE-16B 0.40, Grok-1 0.15; of up and down 0.00 to 0.07.",
+    2: "In the paper, for Mixtral 8x7B: about 69 % (by chance 12.5 %), read off its figure.",
+    3: "In the paper, for Mixtral 8x7B on one short text: output cosines of about 0.6 to 0.8 in layer 6, 0.3 to 0.5 in layer 27, 0.9 to 1.0 in the last, read off its figure.",
+}
+
+
+def _result(number: int, title: str, verdict: str, text: str, **more: Any) -> dict[str, Any]:
+    found = {"observation": number, "title": title, "verdict": verdict, "text": text}
+    return found | {"rule": RULES[number], "paper": PAPER[number], **more}
+
+
+def neurons_like_experts(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Observation 1: similarity between router rows follows the similarity of mean gate neurons, and only those.
+
+    Supported: R^2 of gate has p < 0.01 in more than half of the layers, r is positive on average, and the mean R^2 is at least twice that of
+    up and of down. Not supported: the mean over layers has p >= 0.05 or r is not positive, or gate is not above both others. Else partly.
+    """
+    title = "Neurons act like fine-grained experts"
+    rows = [(entry["layer"], entry["static"]["router_expert"]) for entry in layers if "static" in entry]
+    if not rows:
+        return _result(1, title, "not testable", "The weights were not measured.")
+    if "gate" not in rows[0][1]:
+        return _result(1, title, "not testable", "The experts of this family have no gate projection.")
+    if max(entry["num_experts"] for entry in layers) < LEAST_EXPERTS:
+        return _result(
+            1, title, "not testable", f"Fewer than {LEAST_EXPERTS} experts a layer: too few pairs to tell from chance."
+        )
+    used = [(layer, found) for layer, found in rows if all(found[role] for role in found)]
+    if not used:
+        return _result(1, title, "not testable", "Router rows or mean neurons do not differ between experts.")
+    r2 = {role: float(np.mean([found[role]["r2"] for _, found in used])) for role in used[0][1]}
+    r = float(np.mean([found["gate"]["r"] for _, found in used]))
+    null = np.mean([found["gate"]["null_values"] for _, found in used], axis=0)
+    p = float((1 + (null >= r2["gate"] - 1e-12).sum()) / (1 + len(null)))
+    significant = sum(found["gate"]["p"] < ALPHA for _, found in used)
+    rest = max((value for role, value in r2.items() if role != "gate"), default=0.0)
+    if p >= 0.05 or r <= 0 or r2["gate"] <= rest:
+        verdict = "not supported"
+    elif significant > len(used) / 2 and r2["gate"] >= RATIO * rest:
+        verdict = "supported"
+    else:
+        verdict = "partly"
+    others = ", ".join(f"{role} {value:.2f}" for role, value in r2.items() if role != "gate")
+    text = (
+        f"R² between the similarity of router rows and of mean gate neurons is {r2['gate']:.2f} ({others}; by chance {null.mean():.2f}), "
+        f"r {r:+.2f}, p {p:.2g}; significant in {significant} of {len(used)} layers."
+    )
+    return _result(
+        1, title, verdict, text, r2=r2, r_gate=r, chance_r2=float(null.mean()), p=p, significant_layers=significant,
+        layers_used=len(used), paper_r2=PAPER_R2,
+        by_layer=[{"layer": layer, **{role: value["r2"] for role, value in found.items()}, "r_gate": found["gate"]["r"], "p_gate": found["gate"]["p"]} for layer, found in used],
+    )  # fmt: skip
+
+
+def router_likes_norms(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Observation 2: the router usually selects experts with larger outputs.
+
+    rho: Spearman correlation of output norms and router scores over a token's experts (0 by chance); lift: how often the largest-norm expert is the
+    top-scored one, over 1/E. Supported: rho's interval is above 0 in more than half of the layers and the mean lift is above 1.5. Not supported:
+    mean rho <= 0, or the mean lift is at most 1. Else partly. Intervals resample whole sequences.
+    """
+    title = "The router prefers experts with larger outputs"
+    rows = [(entry["layer"], entry["num_experts"], entry["sample"]) for entry in layers if "sample" in entry]
+    if not rows:
+        return _result(2, title, "not testable", "Needs the outputs of all experts: run with data and --all-experts 512.")
+    used = [(layer, n, found) for layer, n, found in rows if n > 1 and found["norm_score_rho"]["mean"] is not None]
+    if not used:
+        return _result(2, title, "not testable", "Norms or scores do not differ between experts.")
+    rho = float(np.mean([found["norm_score_rho"]["mean"] for _, _, found in used]))
+    top = float(np.mean([found["largest_norm_top_scored"]["mean"] for _, _, found in used]))
+    chance = float(np.mean([1 / n for _, n, _ in used]))
+    lifts = [found["largest_norm_top_scored"]["mean"] * n for _, n, found in used]
+    lift = float(np.mean(lifts))
+    above = sum((found["norm_score_rho"]["low"] or -1.0) > 0 for _, _, found in used)
+    percentile = float(np.mean([found["chosen_norm_percentile"]["mean"] for _, _, found in used]))
+    if rho <= 0 or lift <= 1:
+        verdict = "not supported"
+    elif above > len(used) / 2 and lift > LIFT:
+        verdict = "supported"
+    else:
+        verdict = "partly"
+    text = (
+        f"Rank correlation of output norm and router score is {rho:+.2f} (by chance 0), above 0 in {above} of {len(used)} layers; the expert with the "
+        f"largest output is the top-scored one for {100 * top:.0f} % of tokens ({100 * chance:.0f} % by chance, {lift:.1f} times); chosen experts "
+        f"stand at percentile {100 * percentile:.0f} of the norms (50 by chance)."
+    )
+    return _result(
+        2, title, verdict, text, rho=rho, lift=lift, top_scored=top, chance_top_scored=chance, chosen_percentile=percentile,
+        layers_above=above, layers_used=len(used),
+        by_layer=[{"layer": layer, "rho": found["norm_score_rho"]["mean"], "rho_low": found["norm_score_rho"]["low"], "rho_high": found["norm_score_rho"]["high"], "lift": found["largest_norm_top_scored"]["mean"] * n} for layer, n, found in used],
+    )  # fmt: skip
+
+
+def depth_trend(values: Array, seed: int = 0) -> dict[str, Any]:
+    """Trend of a similarity over layers and the place of the last one.
+
+    rho: Spearman correlation of depth and value over all layers but the last; p: share of orders of these layers with a rho as low (2000
+    draws); z: the last value's distance to the line through the others in units of that prediction's standard error;
+    `last_above`: above the mean of the quarter of layers before it.
+    """
+    before, last = values[:-1], float(values[-1])
+    depth = np.arange(len(before))
+    rho = float(spearmanr(depth, before).statistic) if np.ptp(before) > 0 else 0.0
+    random = np.random.default_rng(seed)
+    straight = depth - depth.mean()
+    null = random.permuted(np.tile(straight, (DRAWS, 1)), axis=1) @ straight / (straight @ straight)
+    p = (1 + int((null <= rho + 1e-12).sum())) / (1 + DRAWS)
+    slope, intercept = np.polyfit(depth, before, 1)
+    residual = before - (slope * depth + intercept)
+    n = len(before)
+    sigma = float(np.sqrt((residual**2).sum() / (n - 2)))
+    spread = sigma * float(np.sqrt(1 + 1 / n + (n - depth.mean()) ** 2 / ((depth - depth.mean()) ** 2).sum()))
+    z = (last - (slope * n + intercept)) / spread if spread > 0 else None
+    near = before[-max(1, n // 4) :]
+    return {
+        "rho": rho, "p": p, "slope": float(slope), "last": last, "last_z": None if z is None else float(z),
+        "last_above": bool(last > near.mean()), "values": values,
+    }  # fmt: skip
+
+
+def diversity_grows(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Observation 3: experts differ more with depth, and the last layer is an outlier (alike again).
+
+    Judged on the similarity of outputs where these were measured, else of mean gate neurons (up where there is no gate); the trends of the
+    others stand beside. Supported: rho < 0 with p < 0.05 and the last layer lies above the layers before it. Not supported: rho >= 0 (or p
+    >= 0.5) and the last layer does not. Else partly.
+    """
+    title = "Diversity grows with depth, and the last layer is an outlier"
+    if len(layers) < LEAST_LAYERS:
+        return _result(
+            3,
+            title,
+            "not testable",
+            f"Needs {LEAST_LAYERS} layers with experts or more to see a trend; this model has {len(layers)}.",
+        )
+    series: dict[str, list[Any]] = {}
+    for entry in layers:
+        if "sample" in entry:
+            series.setdefault("expert outputs (angular)", []).append(entry["sample"]["output_similarity"])
+        for role, found in entry.get("static", {}).get("projections", {}).items():
+            series.setdefault(f"mean {role} neurons", []).append(found["neuron_similarity"])
+            series.setdefault(f"{role} matrices", []).append(found["matrix_similarity"])
+    whole = {
+        name: depth_trend(np.array(values, dtype=float))
+        for name, values in series.items()
+        if len(values) == len(layers) and all(value is not None for value in values)
+    }
+    order = ("expert outputs (angular)", "mean gate neurons", "mean up neurons")
+    name = next((candidate for candidate in order if candidate in whole), None)
+    if name is None:
+        return _result(3, title, "not testable", "No similarity between experts has a value in every layer.")
+    main = whole[name]
+    grows, none = main["rho"] < 0 and main["p"] < 0.05, main["rho"] >= 0 or main["p"] >= 0.5
+    if grows and main["last_above"]:
+        verdict = "supported"
+    elif none and not main["last_above"]:
+        verdict = "not supported"
+    else:
+        verdict = "partly"
+    z = "" if main["last_z"] is None else f" (z {main['last_z']:+.1f} against the trend)"
+    text = (
+        f"Similarity of {name}: rank correlation with depth {main['rho']:+.2f} before the last layer (p {main['p']:.2g}, {len(layers)} layers; negative is "
+        f"growing diversity); the last layer is {'more alike than' if main['last_above'] else 'not more alike than'} those before it{z}."
+    )
+    return _result(
+        3, title, verdict, text, judged_on=name, **{key: main[key] for key in ("rho", "p", "last_z", "last_above")},
+        trends=whole, layers=[entry["layer"] for entry in layers],
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""The page: one HTML file with the measures, the figures' code and plotly.js in it, so that it needs no network.
+
+The script reads the same object that `measures.json` holds, shortened to what a picture can show: three decimals, similarity matrices as
+their lower triangles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+SYMMETRIC = {"router_cosine", "matrix_cosine", "neuron_cosine", "output_angular", "activation_cosine", "coselection_lift"}
+UNSHOWN = {"output_cosine", "definitions", "effective_rank_error", "fingerprint", "trends"}
+SCRIPTS = ("theme.js", "figures.js", "cuts.js", "page.js")
+
+
+def write_page(path: Path, measures: Mapping[str, Any]) -> None:
+    """Write under a temporary name, then rename. `measures` are plain data, as `measures.json` has them."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(page(measures), encoding="utf-8")
+    partial.replace(path)
+
+
+def page(measures: Mapping[str, Any]) -> str:
+    """The whole page as text."""
+    name = str(measures["model"]["source"]).rstrip("/").rpartition("/")[2]
+    data = json.dumps(compact(measures), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {
+        "TITLE": escape(f"{name}: what the experts do"),
+        "NAME": escape(name),
+        "STYLE": _asset("page.css"),
+        "SUMMARY": "".join(f"<p>{escape(sentence)}</p>" for sentence in measures["summary"]),
+        "VERDICTS": "".join(_verdict(found) for found in measures["observations"]),
+        "NOTES": "".join(f"<li>{escape(note)}</li>" for note in measures["notes"]),
+        "DEFINITIONS": _definitions(measures["definitions"]),
+        "MADE_BY": escape(measures["made_by"]),
+        "DATA": data,
+        "PLOTLY": _asset("plotly-cartesian.min.js").replace("</script", "<\\/script"),
+        "SCRIPT": "\n".join(_asset(script) for script in SCRIPTS),
+    }
+    text = _asset("page.html")
+    head, *rest = text.split("{{")
+    made = [head]
+    for piece in rest:  # one pass, so that nothing inside the data is taken for a placeholder
+        key, _, tail = piece.partition("}}")
+        made += [parts[key], tail]
+    return "".join(made)
+
+
+def compact(value: Any, key: str = "") -> Any:
+    """The measures as the page needs them."""
+    if isinstance(value, float):
+        short = round(value, 3) if abs(value) >= 0.1 else float(f"{value:.3g}")
+        return int(short) if short == int(short) else short
+    if isinstance(value, list):
+        if key in SYMMETRIC:
+            return [compact(entry) for row, line in enumerate(value) for entry in line[: row + 1]]
+        return [compact(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: compact(entry, name) for name, entry in value.items() if name not in UNSHOWN}
+    return value
+
+
+def _asset(name: str) -> str:
+    return files("expertsmith.analysis").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    kind = found["verdict"].replace(" ", "-")
+    return (
+        f'<article class="verdict {kind}"><span class="badge">{escape(found["verdict"])}</span><h3>{found["observation"]}. {escape(found["title"])}</h3>'
+        f"<p>{escape(found['text'])}</p><p>{escape(found['paper'])}</p><details><summary>How it is judged</summary><p>{escape(found['rule'])}</p></details></article>"
+    )
+
+
+def _definitions(sections: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
+    rows = [
+        f"<tr><td><code>{escape(section)}.{escape(name)}</code></td><td>{escape(entry['unit'])}</td><td>{escape(entry['definition'])}</td></tr>"
+        for section, entries in sections.items()
+        for name, entry in entries.items()
+    ]
+    return "".join(rows)

@@ -1,0 +1,142 @@
+"""What the static measures read of a layer: the experts' matrices, the router's rows, the shared experts and a dense model's FFN.
+
+Every matrix is handed out with a row a neuron: gate and up [neurons, inputs] as they are, down transposed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from expertsmith.checkpoint import Checkpoint
+from expertsmith.errors import UserError
+from expertsmith.inventory import Inventory
+from expertsmith.weights import FLOATS, Projections, is_matrix, split
+
+SHARED = re.compile(r"(?:^|\.)(?:shared_experts?|shared_mlp)\.(?P<leaf>\w+)(?:\.weight)?$")
+DENSE = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<layer>\d+)\.(?:mlp|feed_forward|ffn)\.(?P<leaf>\w+)\.weight$")
+ROLES = {
+    "gate_proj": "gate", "linear_gate": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down",
+    "output_linear": "down", "gate_up_proj": "gate_up", "input_linear": "gate_up",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The weights of one MoE layer."""
+
+    inventory: Inventory
+    layer: int
+    dense: DenseModel | None = None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of "gate", "up" and "down" those that the experts have."""
+        return Projections(self.inventory, self.layer).roles
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds the experts' matrices without loss."""
+        stored = {claim.info.dtype for claim in self.inventory.expert_claims(self.layer)[0] if is_matrix(claim)}
+        return torch.bfloat16 if stored == {"BF16"} else torch.float16 if stored == {"F16"} else torch.float32
+
+    def experts(self, role: str) -> Iterator[torch.Tensor]:
+        """The routed experts' matrices [neurons, width] in ascending order, float32.
+
+        Raises:
+            UserError: NaN or inf, or a packed format.
+        """
+        for matrix in Projections(self.inventory, self.layer).of(role):
+            value = torch.from_numpy(matrix)
+            yield value.T if role == "down" else value
+
+    def router(self) -> torch.Tensor:
+        """The routed experts' rows of the router [experts, hidden], float32; a router of several layers shows its last one.
+
+        Raises:
+            UserError: NaN or inf, or no such matrix.
+        """
+        count = self.inventory.experts_in(self.layer)
+        for claim in self.inventory.by_layer[self.layer]:
+            if claim.entry is not None and claim.entry.role == "router" and len(claim.info.shape) == 2 and claim.row_axis == 0:
+                return _finite(self.inventory.checkpoint, claim.info.name)[:count]
+        raise UserError(f"decoder layer {self.layer} has no router matrix")
+
+    def shared(self) -> dict[str, torch.Tensor]:
+        """The shared experts' matrices by role, several of them one after the other; empty where the family has none."""
+        names = {}
+        for claim in self.inventory.by_layer[self.layer]:
+            found = SHARED.search(claim.rest) if claim.kind == "other" else None
+            if found and found["leaf"] in ROLES and claim.info.dtype in FLOATS:
+                names[found["leaf"]] = claim.info.name
+        return _by_role(self.inventory.checkpoint, names)
+
+    def dense_ffn(self) -> dict[str, torch.Tensor]:
+        """The matrices of the dense model's FFN at the same depth by role; empty without a dense model or where it has no such layer."""
+        return self.dense.ffn(self.layer) if self.dense else {}
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A dense checkpoint whose FFNs the experts are compared with."""
+
+    checkpoint: Checkpoint
+
+    def layers(self) -> dict[int, dict[str, str]]:
+        """Decoder layer → leaf → tensor name."""
+        found: dict[int, dict[str, str]] = {}
+        for name, info in self.checkpoint.tensors.items():
+            place = DENSE.search(name)
+            if place and place["leaf"] in ROLES and info.dtype in FLOATS:
+                found.setdefault(int(place["layer"]), {})[place["leaf"]] = name
+        return found
+
+    def ffn(self, layer: int) -> dict[str, torch.Tensor]:
+        """Matrices of one layer by role, [neurons, width], float32."""
+        return _by_role(self.checkpoint, self.layers().get(layer, {}))
+
+
+def dense_model(checkpoint: Checkpoint, hidden: int) -> DenseModel:
+    """A dense model to compare with.
+
+    Raises:
+        UserError: no FFN in it that we know, or another hidden size.
+    """
+    made = DenseModel(checkpoint)
+    layers = made.layers()
+    if not layers:
+        raise UserError(
+            f"{checkpoint.source} has no dense FFN (layers.N.mlp.{{gate,up,down}}_proj) to compare with",
+            "--dense takes a dense model such as a Llama, Mistral or Qwen checkpoint",
+        )
+    name = next(iter(next(iter(layers.values())).values()))
+    if hidden not in checkpoint.tensors[name].shape:
+        raise UserError(
+            f"{checkpoint.source} has another hidden size: {name} is {list(checkpoint.tensors[name].shape)}, the experts work on {hidden}",
+            "compare with a dense model of the same hidden size",
+        )
+    return made
+
+
+def _by_role(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for leaf, name in names.items():
+        matrix = _finite(checkpoint, name)
+        role = ROLES[leaf]
+        if matrix.dim() == 3:  # several shared experts, one after the other
+            matrix = matrix.transpose(1, 2).reshape(-1, matrix.shape[1]).T if role == "down" else matrix.flatten(0, 1)
+        if role == "gate_up":
+            found.update(split("gate_up", matrix))
+        else:
+            found[role] = matrix.T if role == "down" else matrix
+    return found
+
+
+def _finite(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    value = checkpoint.read(name).float()
+    if not bool(value.isfinite().all()):
+        raise UserError(f"{name} has NaN or inf", "the checkpoint is damaged: download it again")
+    return value

@@ -1,0 +1,243 @@
+"""Static measures of one layer: what the weights alone say. One read of the weights, one projection of one layer in memory at a time.
+
+Whole matrices are compared exactly. What would grow with neurons squared times pairs (matching neurons) or neurons cubed (ranks) is done on a
+seeded sample of neurons and pairs, and its error stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import kendalltau
+
+from expertsmith.analysis import similarity as sim
+from expertsmith.analysis.sources import LayerWeights
+
+Array = np.ndarray[Any, Any]
+STRIPE = 2**20  # elements of all experts together that are looked at at once: they stay in the cache
+NULL_PAIRS = 4
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How much is sampled: neurons of an expert, and expert pairs for matching; with as many or fewer there are, everything is used."""
+
+    neurons: int = 128
+    pairs: int = 32
+    seed: int = 0
+
+
+class _Role:
+    """All experts' matrices of one projection, in the dtype in which they are stored."""
+
+    def __init__(self, weights: LayerWeights, role: str, advance: Callable[[float], object]) -> None:
+        self.held: list[torch.Tensor] = []
+        for matrix in weights.experts(role):
+            self.held.append(matrix.to(weights.dtype).contiguous())
+            advance(1)
+        self.experts, (self.neurons, self.width) = len(self.held), self.held[0].shape
+
+    def rows(self, expert: int, places: Array | None = None) -> Array:
+        value = self.held[expert]
+        return (value if places is None else value[torch.from_numpy(places)]).float().numpy()
+
+
+def measure_layer(
+    weights: LayerWeights, sampling: Sampling | None = None, advance: Callable[[float], object] = lambda _: None
+) -> dict[str, Any]:
+    """The static measures of a layer (names: `catalogue.STATIC`). `advance` is told 1 for every expert matrix that was read.
+
+    Raises:
+        UserError: NaN or inf in a weight, or packed weights.
+    """
+    sampling = sampling or Sampling()
+    shared, dense = weights.shared(), weights.dense_ffn()
+    router = weights.router().numpy().astype(np.float64)
+    row_cosine = sim.cosine(router @ router.T)
+    found: dict[str, Any] = {
+        "router_cosine": row_cosine,
+        "router_norm": np.linalg.norm(router, axis=1),
+        "router_similarity": sim.mean_of_pairs(row_cosine),
+        "projections": {},
+    }
+    joint: dict[tuple[int, int], Array] = {}
+    neuron_cosines = {}
+    for role in weights.roles:
+        measured = _measure_role(_Role(weights, role, advance), shared.get(role), dense.get(role), sampling, joint)
+        found["projections"][role] = measured
+        count = len(measured["norm"])
+        neuron_cosines[role] = measured["neuron_cosine"][:count, :count]
+    if len(weights.roles) > 1:
+        taus = [kendalltau(*_joint_order(products)).statistic for products in joint.values()]
+        means = [float(_joint_mean(products)) / len(weights.roles) for products in joint.values()]
+        found["joint_match"] = {"mean": _mean(means), "error": _error(means), "tau": _mean(taus)}
+    found["router_expert"] = _router_expert(row_cosine, neuron_cosines, sampling.seed)
+    return found
+
+
+def _measure_role(
+    held: _Role,
+    shared: torch.Tensor | None,
+    dense: torch.Tensor | None,
+    sampling: Sampling,
+    joint: dict[tuple[int, int], Array],
+) -> dict[str, Any]:
+    measured = _projection(held, shared, dense)
+    measured |= _ranks(held, sampling)
+    measured |= _matching(held, sampling, joint)
+    return measured | _dense_match(held, dense, sampling)
+
+
+def _projection(held: _Role, shared: torch.Tensor | None, dense: torch.Tensor | None) -> dict[str, Any]:
+    """Whole-matrix and mean-neuron cosines, norms, and principal components, in one pass over stripes of neurons."""
+    n = held.experts
+    whole = dense is not None and dense.shape == held.held[0].shape
+    members = [*held.held, *([dense] if whole and dense is not None else [])]
+    gram, spread = np.zeros((len(members), len(members))), np.zeros((n, n))
+    sums = np.zeros((n, held.width))
+    rows = max(1, STRIPE // (len(members) * held.width))
+    for start in range(0, held.neurons, rows):
+        part = torch.stack([member[start : start + rows].float().reshape(-1) for member in members])
+        gram += (part @ part.T).double().numpy()
+        sums += part[:n].reshape(n, -1, held.width).sum(1, dtype=torch.float64).numpy()
+        if n > 1:
+            centred = part[:n] - part[:n].mean(0)
+            scale = centred.square().sum(0).div_(n - 1).sqrt_()
+            centred /= torch.where(scale > 0, scale, 1.0)
+            spread += (centred @ centred.T).double().numpy()
+    means = [sums / held.neurons]
+    others = []
+    for name, extra in (("shared", shared), ("dense", dense)):
+        if extra is not None and extra.shape[1] == held.width:
+            means.append(extra.double().mean(0, keepdim=True).numpy())
+            others.append(name)
+    neurons = np.concatenate(means)
+    cosines = sim.cosine(gram)
+    copies = cosines[:n, :n] > 1 - sim.SAME
+    neuron_cosine = sim.cosine(neurons @ neurons.T)
+    coordinates, explained = sim.principal(spread) if n > 1 else (np.zeros((n, 2)), [0.0, 0.0])
+    return {
+        "neurons": held.neurons,
+        "width": held.width,
+        "norm": np.sqrt(np.diagonal(gram)[:n]),
+        "matrix_cosine": cosines,
+        "matrix_members": [*map(str, range(n)), *(["dense"] if whole else [])],
+        "matrix_similarity": sim.mean_of_pairs(cosines[:n, :n], copies),
+        "neuron_cosine": neuron_cosine,
+        "neuron_members": [*map(str, range(n)), *others],
+        "neuron_similarity": sim.mean_of_pairs(neuron_cosine[:n, :n], copies),
+        "copies": int(np.tril(copies, -1).sum()),
+        "zero_experts": int((np.diagonal(gram)[:n] == 0).sum()),
+        "pca": coordinates,
+        "pca_explained": explained,
+    }
+
+
+def _ranks(held: _Role, sampling: Sampling) -> dict[str, Any]:
+    """Effective rank of the sampled neurons of every expert; where not all are taken, the mean of two disjoint samples and half of their
+    difference as the error."""
+    size = min(sampling.neurons, held.neurons)
+    random = np.random.default_rng(sampling.seed)
+    draws = 1 if size == held.neurons else min(2, held.neurons // size)
+    ranks = np.zeros((held.experts, draws))
+    order = random.permutation(held.neurons)
+    for expert in range(held.experts):
+        for draw in range(draws):
+            rows = held.rows(expert, np.sort(order[draw * size : (draw + 1) * size])).astype(np.float64)
+            ranks[expert, draw] = sim.effective_rank(rows @ rows.T if size <= held.width else rows.T @ rows)
+    error = np.abs(ranks[:, 0] - ranks[:, 1]) / 2 if draws > 1 else np.zeros(held.experts)
+    return {"effective_rank": ranks.mean(1), "effective_rank_error": error, "effective_rank_of": min(size, held.width)}
+
+
+def _matching(held: _Role, sampling: Sampling, joint: dict[tuple[int, int], Array]) -> dict[str, Any]:
+    """Matched neurons of the sampled pairs, and the same for `NULL_PAIRS` of them with the inputs of one side shuffled: what matching finds
+    where nothing is alike. The products of cosines are added to `joint`, for one order for all projections."""
+    pairs = sim.sample_pairs(held.experts, sampling.pairs, sampling.seed)
+    if not pairs:
+        return {"match": None}
+    random = np.random.default_rng(sampling.seed + 1)
+    size = min(sampling.neurons, held.neurons)
+    places = np.sort(random.choice(held.neurons, size, replace=False))
+    shuffle = random.permutation(held.width)
+    rows: list[sim.Matching] = []
+    null: list[float] = []
+    current, other = -1, np.zeros((0, 0), dtype=np.float32)
+    for a, b in pairs:
+        if b != current:
+            current, other = b, held.rows(b)
+        own = held.rows(a, places)
+        norms_a, norms_b = (np.linalg.norm(value, axis=1).astype(np.float64) for value in (own, other))
+        products = (own @ other.T).astype(np.float64)
+        rows.append(sim.match(products, norms_a, norms_b, places))
+        scale = np.outer(norms_a, norms_b)
+        cosines = np.divide(products, scale, out=np.zeros_like(scale), where=scale > 0).astype(np.float32)
+        joint[a, b] = joint[a, b] + cosines if (a, b) in joint else cosines
+        if len(null) < NULL_PAIRS:
+            null.append(sim.match((own[:, shuffle] @ other.T).astype(np.float64), norms_a, norms_b, places).mean)
+    means = [row.mean for row in rows]
+    return {
+        "match": {
+            "pairs": [list(pair) for pair in pairs],
+            "of_pairs": held.experts * (held.experts - 1) // 2,
+            "neurons": size,
+            "cosine": [row.matched for row in rows],
+            "cosine_unordered": [row.unmatched for row in rows],
+            "mean": means,
+            "tau": [row.tau for row in rows],
+            "similarity": _mean(means),
+            "error": _error(means),
+            "null": _mean(null),
+        }
+    }
+
+
+def _joint_order(products: Array) -> tuple[Array, Array]:
+    rows, columns = linear_sum_assignment(products, maximize=True)
+    return rows, columns
+
+
+def _joint_mean(products: Array) -> float:
+    return float(products[_joint_order(products)].mean())
+
+
+def _dense_match(held: _Role, dense: torch.Tensor | None, sampling: Sampling) -> dict[str, Any]:
+    """How near the sampled neurons of every expert have their nearest neuron of the dense FFN: 1 where experts were cut out of it."""
+    if dense is None or dense.shape[1] != held.width:
+        return {}
+    size = min(sampling.neurons, held.neurons)
+    places = np.sort(np.random.default_rng(sampling.seed).choice(held.neurons, size, replace=False))
+    unit = torch.nn.functional.normalize(dense, dim=1)
+    nearest = [
+        float((torch.nn.functional.normalize(torch.from_numpy(held.rows(e, places)), dim=1) @ unit.T).amax(1).mean())
+        for e in range(held.experts)
+    ]
+    return {"dense_match": nearest}
+
+
+def _router_expert(row_cosine: Array, neuron_cosines: dict[str, Array], seed: int) -> dict[str, Any]:
+    """r, R^2, p and the null of R^2 between router-row similarity and mean-neuron similarity, for every projection."""
+    made: dict[str, Any] = {}
+    for role, found in zip(
+        neuron_cosines, sim.correlate(row_cosine, list(neuron_cosines.values()), seed) if neuron_cosines else [], strict=True
+    ):
+        if found is None:
+            made[role] = None
+        else:
+            made[role] = {"r": found.r, "r2": found.r2, "p": found.p, "null": found.null, "null_values": found.null_values}
+    return made
+
+
+def _mean(values: list[float]) -> float | None:
+    held = [value for value in values if np.isfinite(value)]
+    return float(np.mean(held)) if held else None
+
+
+def _error(values: list[float]) -> float | None:
+    """Standard error of the mean over pairs."""
+    held = [value for value in values if np.isfinite(value)]
+    return float(np.std(held, ddof=1) / np.sqrt(len(held))) if len(held) > 1 else None

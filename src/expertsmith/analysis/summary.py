@@ -1,0 +1,153 @@
+"""What the measures say, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+HIGH, LOW = 0.9, 0.5
+
+
+def summarise(measures: dict[str, Any]) -> list[str]:
+    """Sentences for the top of the page: what the model is, how its router and experts do, and what a cut would cost."""
+    parts: list[Callable[[dict[str, Any]], list[str]]] = [_model, _alike, _load, _domains, _cut, _after, _super]
+    return [sentence for part in parts for sentence in part(measures)]
+
+
+def _mean(measures: dict[str, Any], find: Callable[[dict[str, Any]], Any]) -> float | None:
+    values = []
+    for entry in measures["layers"]:
+        try:
+            value = find(entry)
+        except KeyError:
+            continue
+        if value is not None:
+            values.append(value)
+    return float(np.mean(values)) if values else None
+
+
+def _model(m: dict[str, Any]) -> list[str]:
+    counts = sorted({entry["num_experts"] for entry in m["layers"]})
+    experts = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    layers = len(m["layers"])
+    data = m.get("data")
+    text = f"{m['model']['family']}: {layers} layer{'s' * (layers > 1)} of {experts} routed experts, of which a token uses {m['model']['top_k']}"
+    seen = (
+        f", seen on {sum(data['tokens'].values()):,} tokens of {len(data['tokens'])} domain{'s' * (len(data['tokens']) > 1)}."
+        if data
+        else ", from the weights alone."
+    )
+    return [text + seen]
+
+
+def _alike(m: dict[str, Any]) -> list[str]:
+    outputs = _mean(m, lambda entry: entry["sample"]["output_similarity"])
+    copies = sum(
+        max(found["copies"] for found in entry["static"]["projections"].values()) for entry in m["layers"] if "static" in entry
+    )
+    said = []
+    if outputs is not None:
+        word = "nearly the same thing" if outputs > HIGH else "related things" if outputs > 0.6 else "unrelated things"
+        said.append(
+            f"On the same token, different experts answer with {word}: angular similarity {outputs:.2f}, where 0.5 is unrelated and 1 the same."
+        )
+    else:
+        neurons = _mean(m, lambda entry: entry["static"]["projections"]["up"]["matrix_similarity"])
+        if neurons is not None:
+            said.append(
+                f"The experts' up matrices have a mean cosine of {neurons:.3f} to each other (0: unrelated, 1: copies)."
+            )
+    if copies:
+        said.append(f"{copies} pair{'s' * (copies > 1)} of experts are copies of each other.")
+    dense = _mean(m, lambda entry: float(np.mean(entry["static"]["projections"]["up"]["dense_match"])))
+    if dense is not None:
+        said.append(
+            f"Neurons of the experts have their nearest neuron of the dense model at a cosine of {dense:.3f} on average (1: taken over unchanged)."
+        )
+    return said
+
+
+def _load(m: dict[str, Any]) -> list[str]:
+    even = _mean(m, lambda entry: entry["usage"]["all"]["load_entropy_share"])
+    if even is None:
+        return []
+    sure = _mean(m, lambda entry: entry["usage"]["all"]["routing_entropy_share"])
+    unused = sum(entry["usage"]["all"]["unused"] for entry in m["layers"])
+    peak = max(((entry["usage"]["all"]["load_peak"], entry["layer"]) for entry in m["layers"]), default=(0, 0))
+    word = "even" if even > 0.95 else "fairly even" if even > HIGH else "uneven"
+    text = f"The load is {word} ({100 * even:.0f} % of the greatest possible entropy); the busiest expert, in layer {peak[1]}, gets {peak[0]:.1f} times the average."
+    if unused:
+        text += f" {unused} expert{'s' * (unused > 1)} got no token at all."
+    sharp = (
+        ""
+        if sure is None
+        else f" The router is {'sure of its choice' if sure < LOW else 'undecided' if sure > HIGH else 'moderately sure'}: its scores keep {100 * sure:.0f} % of the greatest entropy."
+    )
+    return [text + sharp]
+
+
+def _domains(m: dict[str, Any]) -> list[str]:
+    found = _mean(m, lambda entry: entry["usage"]["specialisation"]["information_share"])
+    if found is None:
+        return []
+    p = [
+        entry["usage"]["specialisation"]["saliency_information_p"]
+        for entry in m["layers"]
+        if entry.get("usage", {}).get("specialisation")
+    ]
+    sure = sum(value < 0.05 for value in p)
+    word = "strongly specialised" if found > 0.3 else "specialised" if found > 0.1 else "hardly specialised"
+    return [
+        f"Experts are {word} by domain: knowing the expert tells {100 * found:.0f} % of the domain (beyond chance in {sure} of {len(p)} layers)."
+    ]
+
+
+def _cut(m: dict[str, Any]) -> list[str]:
+    budget = m.get("suggested_budget")
+    if not budget:
+        return []
+    of = max(row["of"] for row in budget["by_layer"])
+    enough = f"at most {100 * budget['tolerance']:.0f} % of the experts' output energy in any layer"
+    if budget["uniform"] < of:
+        text = f"Before a cut: {budget['uniform']} of {of} experts in every layer, chosen by {budget['method']}, lose {enough} and domain"
+    else:
+        text = f"Before a cut: no smaller number of experts in every layer loses {enough} and domain"
+    uneven = budget["share_by_layer"] < budget["uniform"] / of - 0.005
+    said = [text + (f"; layer by layer, {100 * budget['share_by_layer']:.0f} % of the experts would do." if uneven else ".")]
+    own = {name: found["uniform"] for name, found in budget.get("for_domain", {}).items() if found["uniform"] < of}
+    if own:
+        said.append(f"For one domain alone fewer do: {', '.join(f'{count} for {name}' for name, count in own.items())}.")
+    little = m["redundant_layers"]["redundant"]
+    if little:
+        said.append(f"Layers whose experts turn the residual stream least: {', '.join(map(str, little[:6]))}.")
+    return said
+
+
+def _after(m: dict[str, Any]) -> list[str]:
+    after = m.get("after_cut")
+    if not after:
+        return []
+    gone = sum(len(row["dropped"]) for row in after["layers"])
+    of = gone + sum(len(row["kept"]) for row in after["layers"])
+    text = f"The plan ({after['method']}) took {gone} of {of} experts"
+    lost = {name: [row["lost"][name]["energy"] for row in after["layers"]] for name in after["layers"][0].get("lost", {})}
+    if lost:
+        shares = ", ".join(f"{100 * np.mean(values):.0f} % on {name}" for name, values in lost.items())
+        text += f", which carried part of the output energy: {shares}"
+    moved = [found["moved"] for row in after["layers"] for found in row.get("routing", {}).values()]
+    if moved:
+        text += f"; {100 * np.mean(moved):.0f} % of the routed slots of what stays went elsewhere than before"
+    return [text + "."]
+
+
+def _super(m: dict[str, Any]) -> list[str]:
+    found = m.get("super_experts")
+    if not found:
+        return []
+    first = found[0]
+    return [
+        f"{len(found)} expert{'s' * (len(found) > 1)} with extreme outputs, the largest in layer {first['layer']}, expert {first['expert']} "
+        f"({first['of_median']:.0f} times the median expert's largest output): dropping such experts can break a model."
+    ]

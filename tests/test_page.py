@@ -1,0 +1,252 @@
+"""The page of `expertsmith analyze` in a browser without network: drawn, answering to its selectors, light and dark, wide and narrow.
+
+Needs Chromium (`apt-get install chromium`) and playwright; where they are missing the tests are skipped, but in CI (CI=true) they fail.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from conftest import CALIBRATION, save_tiny
+from expertsmith import api
+from expertsmith.analysis.page import compact, page, write_page
+
+LAYERS, EXPERTS = 5, 16
+MANY_LAYERS, MANY_EXPERTS = 26, 64
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def look(data, tmp_path_factory) -> Path:
+    """The folder of an analysis of 5 layers of 16 experts."""
+    return analysis(tmp_path_factory.mktemp("page"), data, LAYERS, EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def large(data, tmp_path_factory) -> Path:
+    """The page of 26 layers of 64 experts: a layer of such a model, 26 times."""
+    folder = analysis(tmp_path_factory.mktemp("large"), data, 1, MANY_EXPERTS)
+    one = json.loads((folder / "measures.json").read_text())
+    one["layers"] = [{**one["layers"][0], "layer": layer} for layer in range(MANY_LAYERS)]
+    cut, budget = one["before_cut"], one["suggested_budget"]
+    cut["layers"] = list(range(MANY_LAYERS))
+    for name in ("mass", "energy", "mass_own", "energy_own"):
+        cut[name] = [[[by_layer * MANY_LAYERS for by_layer in by_domain] for by_domain in by_ratio] for by_ratio in cut[name]]
+    cut["kept"] = {name: [rows * MANY_LAYERS for rows in held] for name, held in cut["kept"].items()}
+    for rows in (budget["by_layer"], one["redundant_layers"]["turn"]):
+        rows[:] = [{**rows[0], "layer": layer} for layer in range(MANY_LAYERS)]
+    write_page(folder / "large.html", one)
+    return folder / "large.html"
+
+
+def analysis(folder: Path, data: list[str], layers: int, experts: int) -> Path:
+    model = save_tiny("qwen2_moe", folder / "model", num_hidden_layers=layers, num_experts=experts, num_experts_per_tok=4)
+    api.analyze(model, folder / "out", data=data, all_experts=24, memory="resident", dtype="float32", **CALIBRATION)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def measures(look) -> dict:
+    return json.loads((look / "measures.json").read_text())
+
+
+def missing(what: str) -> None:
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{what} is missing, and CI has to look at the page")
+    pytest.skip(f"{what} is missing: the page is not looked at in a browser")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        missing("playwright (pip install playwright)")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        missing("Chromium (apt-get install chromium)")
+    with sync_playwright() as play:
+        found = play.chromium.launch(executable_path=program, args=FLAGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def visit(browser, look):
+    """Open the page; at the end nothing may have been said on the console."""
+    said: list[str] = []
+    contexts = []
+
+    def open_page(width: int = 1280, scheme: str = "light", file: Path = look / "report.html"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on(
+            "request",
+            lambda request: said.append(request.url) if not request.url.startswith(("file:", "data:", "blob:")) else None,
+        )
+        tab.goto(file.as_uri())
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+def scroll(tab) -> None:
+    """Through the whole page, so that every figure comes into sight."""
+    place = 0
+    while place < tab.evaluate("document.documentElement.scrollHeight"):
+        tab.evaluate(f"window.scrollTo(0, {place})")
+        tab.wait_for_timeout(50)
+        place += 800
+    tab.wait_for_function("present.every((figure) => drawn.has(figure.id))")
+
+
+def see(tab, *figures: str) -> None:
+    for figure in figures:
+        tab.locator(f"#figure-{figure}").scroll_into_view_if_needed()
+        tab.wait_for_function(f"drawn.has('{figure}')")
+
+
+def shown(tab, figure: str) -> list:
+    return tab.evaluate(f"document.getElementById('plot-{figure}').data.map((trace) => trace.z ?? trace.y)")
+
+
+def choose(tab, name: str, label: str, inside: str = "#bar") -> None:
+    tab.locator(f"{inside} select[data-choice={name}]").select_option(label=label)
+
+
+def test_size(large):
+    """Under 10 MB for 26 layers of 64 experts, and nothing in it points elsewhere."""
+    text = large.read_text(encoding="utf-8")
+    assert 4e6 < len(text.encode()) < 10e6
+    own = text[: text.index('<script type="application/json"')]
+    assert not re.search(r"(src|href)=[\"'](?!data:)", own)
+
+
+def test_a_large_page_is_drawn_too(large, visit):
+    tab = visit(file=large)
+    tab.locator("#plot-usage .main-svg").first.wait_for()
+    assert len(shown(tab, "usage")[0]) == MANY_LAYERS
+    see(tab, "flows", "matrix", "lostmap")
+    choose(tab, "layer", "17")
+    assert len(shown(tab, "matrix")[0]) == MANY_EXPERTS + 1
+    assert len(shown(tab, "lostmap")[0]) == MANY_LAYERS
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
+def test_every_figure_is_drawn(width, scheme, visit):
+    tab = visit(width, scheme)
+    scroll(tab)
+    figures = tab.evaluate("present.map((figure) => figure.id)")
+    assert {"usage", "flows", "special", "stability", "tokens", "matrix", "depth", "pca", "match", "r2", "scatter", "ranks", "rho", "health", "saliency", "lost", "lostmap", "budget", "turn"} == set(figures)  # fmt: skip
+    for name in figures:
+        if name != "tokens":
+            assert tab.locator(f"#plot-{name} .main-svg").count() > 0
+            assert tab.locator(f"#plot-{name}").bounding_box()["height"] > 150
+    assert tab.locator("#plot-tokens tr").count() == EXPERTS + 1
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 150) == (scheme == "dark")
+    assert tab.evaluate("document.getElementById('plot-usage').layout.paper_bgcolor") == (
+        "#181e2a" if scheme == "dark" else "#ffffff"
+    )
+
+
+def test_layer_and_domain_selectors(visit, measures):
+    tab = visit()
+    see(tab, "usage", "pca", "ranks", "saliency")
+    for label in ("0", "3"):
+        choose(tab, "layer", label)
+        counts = measures["layers"][int(label)]["sample"]["rank_counts"]
+        assert tab.evaluate("document.getElementById('plot-ranks').data[0].customdata") == counts
+        pca = measures["layers"][int(label)]["static"]["projections"]["gate"]["pca"]
+        assert tab.evaluate("document.getElementById('plot-pca').data[0].x") == pytest.approx([row[0] for row in pca], abs=6e-3)
+    tab.locator("#bar button[aria-label=next]").click()
+    assert (
+        tab.evaluate("document.getElementById('plot-ranks').data[0].customdata")
+        == measures["layers"][4]["sample"]["rank_counts"]
+    )
+    for domain, entry in measures["layers"][3]["usage"]["domains"].items():
+        choose(tab, "domain", domain)
+        assert shown(tab, "usage")[0][3] == pytest.approx([EXPERTS * value for value in entry["usage"]], abs=0.05)
+    choose(tab, "keep", "25 %")
+    kept = measures["before_cut"]["kept"]["for b"][measures["before_cut"]["ratios"].index(0.25)]
+    assert tab.evaluate("document.getElementById('plot-saliency').data[1].x.length") == sum(map(len, kept))
+
+
+def test_matrix_selector_and_its_order(visit, measures):
+    tab = visit()
+    see(tab, "matrix")
+    choose(tab, "matrix", "mean gate neurons, cosine", "#figure-matrix")
+    names, z = tab.evaluate("(() => { const t = document.getElementById('plot-matrix').data[0]; return [t.x, t.z]; })()")
+    middle = measures["layers"][(LAYERS - 1) // 2]["static"]["projections"]["gate"]
+    at = [middle["neuron_members"].index(name) for name in names]
+    assert sorted(at) == list(range(EXPERTS + 1))
+    for i, j in ((0, 1), (5, 12), (16, 3)):
+        assert z[i][j] == pytest.approx(middle["neuron_cosine"][at[i]][at[j]], abs=6e-4)
+
+
+def test_hover_shows_values(visit):
+    tab = visit()
+    tab.locator("#plot-usage .main-svg").first.wait_for()
+    tab.locator("#figure-usage").scroll_into_view_if_needed()
+    box = tab.locator("#plot-usage").bounding_box()
+    tab.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.5)
+    tab.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5)
+    text = tab.locator("#plot-usage .hoverlayer .hovertext")
+    text.wait_for()
+    assert re.search(r"layer \d+, expert \d+", text.text_content())
+
+
+def test_theme_button(visit):
+    tab = visit()
+    tab.locator("#plot-usage .main-svg").first.wait_for()
+    tab.locator("#theme").click()
+    assert tab.evaluate("document.documentElement.classList.contains('dark')")
+    assert tab.evaluate("document.getElementById('plot-usage').layout.paper_bgcolor") == "#181e2a"
+
+
+def test_saved_numbers_and_pictures(visit, measures, tmp_path):
+    tab = visit()
+    tab.locator("#plot-usage .main-svg").first.wait_for()
+    files = {}
+    for kind in ("CSV", "SVG", "PNG"):
+        with tab.expect_download() as held:
+            tab.locator("#figure-usage .tools button", has_text=kind).click()
+        files[kind] = tmp_path / held.value.suggested_filename
+        held.value.save_as(files[kind])
+    rows = list(csv.DictReader(files["CSV"].open()))
+    assert len(rows) == LAYERS * EXPERTS
+    first = measures["layers"][0]["usage"]["all"]["usage"]
+    assert [float(row["usage"]) for row in rows[:EXPERTS]] == pytest.approx([EXPERTS * value for value in first], abs=0.05)
+    assert "<svg" in files["SVG"].read_text()[:200]
+    assert files["PNG"].read_bytes()[:4] == b"\x89PNG"
+
+
+def test_text_of_users_cannot_leave_its_place(measures):
+    """Names and tokens with markup stay text."""
+    changed = {**measures, "model": {**measures["model"], "source": "x/<img src=y>"}, "notes": ["</script><b>"]}
+    changed["layers"] = [{**entry} for entry in measures["layers"]]
+    changed["layers"][0] = {**changed["layers"][0], "sample": {**changed["layers"][0]["sample"], "loved_tokens": [[{"token": 1, "text": "</script>{{DATA}}", "seen": 9, "routed": 1, "lift": 2}]]}}  # fmt: skip
+    text = page(changed)
+    assert "<img src=y>" not in text
+    assert text.count("</script>") == 3
+    assert text.count("\\u003c/script>{{DATA}}") == 1
+
+
+def test_what_the_page_holds_is_what_the_file_says():
+    """Rounded to what a picture shows, matrices as lower triangles."""
+    made = compact({"matrix_cosine": [[1.0, 0.12345], [0.12345, 1.0]], "usage": [0.0123456, 3.0], "output_cosine": [[1.0]]})
+    assert made == {"matrix_cosine": [1, 0.123, 1], "usage": [0.0123, 3]}
