@@ -530,6 +530,66 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     return module
 
 
+def heal(
+    model: str | Path,
+    teacher: str | Path,
+    data: Sequence[str],
+    out: str | Path,
+    *,
+    method: str = "least_squares",
+    options: Mapping[str, Any] | None = None,
+    eval_data: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "float32",
+    memory: str = "auto",
+    resume: bool = True,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+    **calibration: Any,
+) -> dict[str, Any]:
+    """Recover a compressed model towards the one that it came from; returns the report that also stands in `OUT/expertsmith/heal.json`.
+
+    Nothing is accepted that is worse on a held-out part of the data. Finished layers stay in `<out>.healing` until the end, so that an
+    interrupted run goes on from there.
+
+    Args:
+        model: a pruned, merged or converted checkpoint.
+        teacher: the original, or the dense model that a converted one was made of.
+        method: "least_squares" (down projections in closed form, layer by layer) or "layer_local" (the same, then router, gate, up and down
+            projections by gradients within each layer).
+        options: of the method, see `healing.options`.
+        eval_data: further held-out text, on which the model is measured before and after.
+
+    Raises:
+        UserError: teacher and student that do not match, a quantised model, too little data, or an unknown method or option.
+    """
+    from expertsmith.healing.options import parse_healer
+    from expertsmith.healing.run import Healing
+    from expertsmith.healing.run import heal as run_healing
+
+    progress = progress or Silent()
+    chosen = parse_healer(method, options or {})
+    inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
+    source, batch_tokens = inventory.checkpoint, calibration.get("batch_tokens", 8192)
+    tokens = token_data(source.path, source.config, data, progress, **calibration)
+    original = open_checkpoint(teacher, allow_pickle=allow_pickle)
+    run: dict[str, Any] = {"device": device, "dtype": dtype, "memory": memory}
+    job = Healing(
+        inventory, original, tokens, method, chosen, Path(out), batch_tokens, resume=resume, overwrite=overwrite, **run
+    )
+    report = run_healing(job, progress)
+    if eval_data:
+        shape = {key: calibration[key] for key in ("samples", "seq_len", "seed") if key in calibration}
+        report["quality"] = {
+            name: evaluate(
+                path, eval_data, reference=teacher, allow_pickle=allow_pickle, progress=progress, **run, **shape
+            ).to_json()
+            for name, path in (("before", model), ("after", out))
+        }
+    return {"out": str(out), **report}
+
+
 def compress(
     model: str | Path,
     method: str,

@@ -497,6 +497,67 @@ def skip(
 
 
 @app.command(rich_help_panel=FLOW)
+def heal(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="The compressed checkpoint.")],
+    teacher: Annotated[str, typer.Option("--teacher", "-t", help="The original model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT2", help="Where the healed checkpoint goes.")],
+    data: Data = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="least_squares or layer_local.")] = "least_squares",
+    option: Options = None,
+    eval_data: EvalData = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 42,
+    pack: Pack = None,
+    overlong: Overlong = "refuse",
+    batch_tokens: BatchTokens = 8192,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    memory: Memory = "auto",
+    resume: Resume = True,
+    overwrite: Overwrite = False,
+    allow_pickle: Pickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Recover a compressed model towards its original; nothing that is worse on held-out tokens is accepted.
+
+    least_squares: down projections in closed form, layer by layer, resident or streamed. layer_local: the same, then router, gate, up and down
+    projections by gradients within each layer.
+
+    [dim]expertsmith heal mixtral-half --teacher mistralai/Mixtral-8x7B-v0.1 -m layer_local -d c4.jsonl -o mixtral-half-healed[/dim]
+    """
+    from expertsmith import api
+
+    report = api.heal(
+        model,
+        teacher,
+        data or (),
+        out,
+        method=method,
+        options=_options(option),
+        eval_data=eval_data or (),
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        resume=resume,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        pack=pack,
+        overlong=_word(overlong, "overlong", "refuse", "truncate", "drop"),
+        batch_tokens=batch_tokens,
+        progress=_progress(quiet),
+    )
+    if as_json:
+        show.as_json(report)
+    else:
+        show.show_healing(report)
+
+
+@app.command(rich_help_panel=FLOW)
 def verify(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint to prove.")],

@@ -107,8 +107,7 @@ class Walk:
         last = len(self.model.layers) - 1 if until is None else until
         for index in range(self.skip, last + 1):
             self.model.bring(index)
-            for number, run in enumerate(self._runs):
-                self._resume(number, run)
+            self._pass(index)
             self.model.release(index)
             yield index
 
@@ -118,6 +117,15 @@ class Walk:
             if not run.dead:
                 self._resume(number, run)
             yield self._results.pop(number)
+
+    def _pass(self, index: int) -> None:
+        """All batches through decoder layer `index`, up to the door of the next."""
+        for number, run in enumerate(self._runs):
+            self._resume(number, run)
+
+    def _run(self, index: int, number: int, call: Callable[[], Any]) -> Any:
+        """One batch through one decoder layer; `call` is the layer's forward with its arguments."""
+        return call()
 
     def _forward(self, number: int) -> None:
         batch = self.batches[number]
@@ -141,7 +149,7 @@ class Walk:
             self.before(index, number, self.batches[number])
         shared = [value for value in kwargs.values() if isinstance(value, MutableMapping)]
         sizes = [len(value) for value in shared]
-        out = forward(*args, **kwargs)
+        out = self._run(index, number, partial(forward, *args, **kwargs))
         self.side_state |= sizes != [len(value) for value in shared]
         if self.after:
             self.after(index, number, out)
