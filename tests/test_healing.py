@@ -55,7 +55,9 @@ def test_half(model_type, checkpoints, texts, tmp_path):
     for row in report["layers"]:
         assert all(b <= a * (1 + 1e-6) for a, b in zip(row["sweeps"], row["sweeps"][1:], strict=False))
     before, after = open_checkpoint(tmp_path / "half"), open_checkpoint(tmp_path / "healed")
-    assert {name: (i.dtype, i.shape) for name, i in before.tensors.items()} == {n: (i.dtype, i.shape) for n, i in after.tensors.items()}
+    assert {name: (i.dtype, i.shape) for name, i in before.tensors.items()} == {
+        n: (i.dtype, i.shape) for n, i in after.tensors.items()
+    }
     changed = [name for name in before.tensors if not torch.equal(before.read(name), after.read(name))]
     assert bool(changed) == report["accepted"]
     record = families()[model_type]
@@ -88,4 +90,8 @@ def test_planted_weights_are_found(model_type, checkpoints, texts, tmp_path):
     """With all experts kept and more tokens than neurons there is an exact solution: the original's down projections."""
     shaken(checkpoints(model_type), tmp_path / "shaken")
     report = api.heal(tmp_path / "shaken", checkpoints(model_type), texts, tmp_path / "healed", options={"sweeps": 8}, **SHAPE)
-    print(model_type, [round(row["error_after"] / row["error_before"], 6) for row in report["layers"]], report["held_out"]["after"]["mean"]["kl"]/report["held_out"]["before"]["mean"]["kl"])
+    print(
+        model_type,
+        [round(row["error_after"] / row["error_before"], 6) for row in report["layers"]],
+        report["held_out"]["after"]["mean"]["kl"] / report["held_out"]["before"]["mean"]["kl"],
+    )

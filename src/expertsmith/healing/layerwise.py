@@ -20,6 +20,7 @@ from expertsmith.evaluation.quality import Quality, add_batch
 from expertsmith.healing.experts import LayerExperts, Routed, Skip, Tapped
 from expertsmith.healing.least_squares import Problem, solve
 from expertsmith.healing.options import LayerLocal, LeastSquares
+from expertsmith.healing.refine import refine
 from expertsmith.healing.streams import Call, HaltingWalk
 from expertsmith.healing.tail import wanted_change
 from expertsmith.healing.work import Work
@@ -128,17 +129,14 @@ class Layerwise:
         }
         outputs, after, tensors = self._settle(halted, DOWN)
         if not after < before:
-            outputs, after, tensors = self._restore(halted)
+            outputs, after, tensors = self._restore(halted, {})
         row["error_least_squares"] = after
         if isinstance(self.options, LayerLocal):
-            from expertsmith.healing.refine import refine
-
+            start, least = tensors, after
             row["refined"] = refine(halted, self.inventory, self.options)
-            best = after
-            tensors = to_checkpoint(experts, self.inventory, index, ALL)
             outputs, after, tensors = self._settle(halted, ALL)
-            if not after < best:
-                raise RuntimeError("refine keeps only what is better")
+            if not after < least:  # rounding undid it
+                outputs, after, tensors = self._restore(halted, start)
         row |= {"error_after": after, "seconds": round(time.perf_counter() - begin, 3)}
         self.work.save(index, tensors, row)
         self.progress.note(f"decoder layer {index}: held-out error {before:.4g} → {after:.4g}")
@@ -151,10 +149,11 @@ class Layerwise:
         outputs = [call() for call in halted.calls]
         return outputs, held_mean(halted, outputs), tensors
 
-    def _restore(self, halted: Halted) -> tuple[list[Any], float, dict[str, torch.Tensor]]:
-        into_memory(halted.experts, self.inventory, halted.index, {}, self.roles)
+    def _restore(self, halted: Halted, tensors: dict[str, torch.Tensor]) -> tuple[list[Any], float, dict[str, torch.Tensor]]:
+        """Go back to the source's weights, but for `tensors`."""
+        into_memory(halted.experts, self.inventory, halted.index, tensors, self.roles)
         outputs = [call() for call in halted.calls]
-        return outputs, held_mean(halted, outputs), {}
+        return outputs, held_mean(halted, outputs), tensors
 
 
 def held_mean(halted: Halted, outputs: Sequence[Any]) -> float:
