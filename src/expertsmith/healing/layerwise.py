@@ -1,8 +1,9 @@
 """Heal layer by layer, in closed form and by gradients within a layer; nothing is propagated back through the model.
 
 Both models carry the same tokens. Before decoder layer l of the student runs, its inputs are those that the healed layers before it make,
-and the target is what the original puts into its residual stream after layer l: so errors made earlier are corrected later. A layer's new
-weights are rounded to the checkpoint's dtype, and kept only if the layer's output on held-out tokens comes closer to the target.
+and the target is what the original puts into its residual stream after layer l: so errors made earlier are corrected later. What is made
+small is the relative error, the mean over tokens of ||target - output||^2 / ||target||^2, because the next norm divides by the stream's
+length. A layer's new weights are rounded to the checkpoint's dtype, and kept only if this error falls on the held-out tokens.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from expertsmith.inventory import Inventory
 from expertsmith.progress import Progress
 
 DOWN = ("down",)
+SMALL = 1e-12
 ALL = ("router", "gate", "up", "down")
 
 
@@ -55,9 +57,14 @@ class Halted:
             )
         return (target.to(hidden.dtype) - hidden) * mask.reshape(*mask.shape, *(1 for _ in hidden.shape[2:])).to(hidden.dtype)
 
+    def share(self, output: Any, number: int, chosen: torch.Tensor) -> torch.Tensor:
+        """Sum over the tokens `chosen` ([rows, length] bool) of ||target - output||^2 / ||target||^2."""
+        wrong, target = (value[chosen].float() for value in (self.error(output, number), self.targets[number]))
+        return (wrong.flatten(1).square().sum(1) / target.flatten(1).square().sum(1).clamp_min(SMALL)).sum()
+
     def held_error(self, output: Any, number: int) -> float:
-        """Squared error of one batch's output on the held-out tokens."""
-        return float(self.error(output, number)[self.held[number]].double().square().sum())
+        """`share` of the held-out tokens."""
+        return float(self.share(output, number, self.held[number]))
 
 
 @dataclass
@@ -157,7 +164,7 @@ class Layerwise:
 
 
 def held_mean(halted: Halted, outputs: Sequence[Any]) -> float:
-    """Mean squared length of the error of a layer's output on held-out tokens."""
+    """Mean relative squared error of a layer's output on held-out tokens."""
     count = sum(int(mask.sum()) for mask in halted.held)
     return sum(halted.held_error(out, number) for number, out in enumerate(outputs)) / count
 
@@ -174,8 +181,10 @@ def look(halted: Halted) -> tuple[Problem, float]:
             raise RuntimeError(f"decoder layer {halted.index}: its experts ran {len(found)} times, expected once")
         hidden, leaf = hidden_of(output), found[0].leaf
         wrong = halted.error(hidden.detach(), number)
-        error += float(wrong[halted.held[number]].double().square().sum())
+        error += halted.held_error(hidden.detach(), number)
         change, strength = wanted_change(hidden, leaf, wrong)
+        size = halted.targets[number].flatten(2).float().square().sum(2).clamp_min(SMALL).sqrt().reshape(-1)
+        strength = strength / size
         rows = halted.masks[number].reshape(-1).nonzero().squeeze(1)
         held = halted.held[number].reshape(-1)[rows]
         parts.append((found[0].routed.at(rows), change[rows], strength[rows], held))

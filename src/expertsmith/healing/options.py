@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from expertsmith.methods.base import AtLeast, convert
 from expertsmith.registry import unknown
@@ -35,9 +35,38 @@ class LayerLocal:
     seed: int = 42
 
 
-HEALERS: Mapping[str, type[Any]] = {"least_squares": LeastSquares, "layer_local": LayerLocal}
+@dataclass(frozen=True)
+class Distilled:
+    """Gradients through the whole model, towards the teacher's next-token distributions.
+
+    `epochs` over the tokens that are not held out, `step_tokens` a step; `learning_rate` at its highest (0: the best of `rates` on the held-out
+    tokens, by short trials); `warmup`: share of the steps; `kl`, `text`: weights of the two losses; `temperature` of the KL.
+    """
+
+    epochs: Annotated[float, AtLeast(0)] = 1.0
+    step_tokens: Annotated[int, AtLeast(1)] = 4096
+    learning_rate: Annotated[float, AtLeast(0)] = 0.0
+    kl: Annotated[float, AtLeast(0)] = 1.0
+    text: Annotated[float, AtLeast(0)] = 0.0
+    temperature: Annotated[float, AtLeast(0)] = 1.0
+    weight_decay: Annotated[float, AtLeast(0)] = 0.0
+    warmup: Annotated[float, AtLeast(0)] = 0.0
+    cosine: bool = False
+    seed: int = 42
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates that are tried where none is given."""
+        return (1e-2, 1e-3, 1e-4)
+
+
+@dataclass(frozen=True)
+class Router(Distilled):
+    """Router rows only."""
+
+
+HEALERS: Mapping[str, type[Any]] = {"least_squares": LeastSquares, "layer_local": LayerLocal, "router": Router}
 LAYERWISE = ("least_squares", "layer_local")
-Healer = Literal["least_squares", "layer_local"]
 
 
 def parse_healer(method: str, given: Mapping[str, Any]) -> Any:

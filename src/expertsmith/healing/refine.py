@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from expertsmith.engine import hidden_of
 from expertsmith.healing.options import LayerLocal
 from expertsmith.healing.written import trainable_router
 from expertsmith.inventory import Inventory
@@ -22,7 +21,7 @@ from expertsmith.surgery.merge import router_tensor
 if TYPE_CHECKING:
     from expertsmith.healing.layerwise import Halted
 
-RATES = (3e-3, 1e-3, 3e-4)
+RATES = (1e-2, 3e-3, 1e-3)
 TRIAL = 5  # a trial of a learning rate has one step for so many of the full run
 LOOKS = 10  # times that a run looks at the held-out tokens
 
@@ -117,8 +116,7 @@ class _Run:
         for number in numbers:
             with torch.enable_grad():
                 output = self.halted.calls[number]()
-                wrong = self.halted.error(hidden_of(output), number)[self.train[number]]
-                loss = wrong.float().square().sum() / count
+                loss = self.halted.share(output, number, self.train[number]) / count
                 torch.autograd.backward(loss, inputs=self.weights)
 
     @torch.no_grad()

@@ -19,18 +19,20 @@ from expertsmith.engine import Batch, LoadedModel, load_model
 from expertsmith.engine.loading import Memory, choose_device, choose_memory
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import Quality, measure
+from expertsmith.healing.distil import Distillation, router_weights
+from expertsmith.healing.experts import LayerExperts
 from expertsmith.healing.layerwise import Layerwise
-from expertsmith.healing.options import LayerLocal, as_options
+from expertsmith.healing.options import LAYERWISE, as_options
 from expertsmith.healing.streams import check_pair, held_batches, held_out
 from expertsmith.healing.work import Work
-from expertsmith.healing.written import check_floats, write_healed
+from expertsmith.healing.written import ROUTER, check_floats, into_memory, to_checkpoint, write_healed
 from expertsmith.inventory import Inventory
 from expertsmith.progress import Progress
 from expertsmith.surgery.mask import in_force
 from expertsmith.surgery.skip import skip_of
 
 REPORT = "expertsmith/heal.json"
-REFINED_BATCH = 512  # tokens: batches are what a step of refinement is put together from
+TRAINED_BATCH = 512  # tokens: small batches are what a step of training is put together from
 
 
 @dataclass
@@ -63,14 +65,20 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     prepare_target(job.target, source.path, job.overwrite)
     prepare_target(job.target, job.teacher.path, job.overwrite)
     check_floats(job.inventory)
-    if isinstance(job.options, LayerLocal) and job.dtype != "float32":
-        raise UserError(f"layer_local trains weights, but --dtype is {job.dtype}", "use --dtype float32")
+    layerwise, trains = job.method in LAYERWISE, job.method != "least_squares"
+    if trains and job.dtype != "float32":
+        raise UserError(f"{job.method} trains weights, but --dtype is {job.dtype}", "use --dtype float32")
+    if not layerwise and job.memory == "stream":
+        raise UserError(
+            f"{job.method} sends gradients through the whole model, which --memory stream does not hold",
+            "use --memory resident, or --method layer_local",
+        )
     where = choose_device(job.device)
-    mode = choose_memory(job.memory, [source, job.teacher], where, job.dtype)
+    mode = choose_memory(job.memory, [source, job.teacher], where, job.dtype) if layerwise else "resident"
     student = load_model(source, job.inventory.architecture, memory=mode, device=where, dtype=job.dtype)
     teacher = _teacher(job.teacher, mode, where, job.dtype)
     check_pair(student, teacher)
-    size = min(job.batch_tokens, REFINED_BATCH) if isinstance(job.options, LayerLocal) else job.batch_tokens
+    size = min(job.batch_tokens, TRAINED_BATCH) if trains else job.batch_tokens
     pad = getattr(student.config.get_text_config(), "pad_token_id", None)
     batches = job.data.batches(size, pad_id=pad if isinstance(pad, int) and pad >= 0 else 0)
     held = held_out(job.data, batches)
@@ -81,10 +89,15 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     skips = {layer: (value, rule) for layer, value in thresholds.items()}
     with in_force(student):
         before = measure(student, held_batches(batches, held), teacher, progress)
-        healing = Layerwise(student, teacher, job.inventory, batches, held, job.options, work, skips, progress)
-        after = healing.run()
+        training: dict[str, Any] = {}
+        if layerwise:
+            healing = Layerwise(student, teacher, job.inventory, batches, held, job.options, work, skips, progress)
+            after = healing.run()
+        else:
+            training = _distil(job, student, teacher, batches, held, work, progress)
+            after = measure(student, held_batches(batches, held), teacher, progress)
     changed = work.names
-    report = _report(job, before, after, held, batches, list(work.rows.values()))
+    report = _report(job, before, after, held, training, [] if training else list(work.rows.values()))
     if not report["accepted"]:
         progress.note(
             "the healed model is further from the teacher on the held-out tokens than before: the weights stay as they were"
@@ -94,6 +107,27 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     _write(job, changed, work, report, progress)
     work.remove()
     return report
+
+
+def _distil(
+    job: Healing,
+    student: LoadedModel,
+    teacher: LoadedModel,
+    batches: Sequence[Batch],
+    held: Sequence[torch.Tensor],
+    work: Work,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Train router rows, and leave the changed tensors in `work`, rounded; the student in memory holds the same."""
+    weights = router_weights(student, job.inventory)
+    distillation = Distillation(student, teacher, batches, held, weights, job.options, work, progress)
+    distillation.run()
+    for layer in student.moe_layers:
+        experts = LayerExperts(student.layers[layer], job.inventory.architecture)
+        tensors = to_checkpoint(experts, job.inventory, layer, (ROUTER,))
+        into_memory(experts, job.inventory, layer, tensors, (ROUTER,))
+        work.save(layer, tensors, {"layer": layer})
+    return distillation.report
 
 
 def _teacher(checkpoint: Checkpoint, memory: Memory, device: torch.device, dtype: str) -> LoadedModel:
@@ -119,7 +153,7 @@ def _report(
     before: Quality,
     after: Quality,
     held: Sequence[torch.Tensor],
-    batches: Sequence[Batch],
+    training: Mapping[str, Any],
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
     was, now = before.to_json(), after.to_json()
@@ -137,6 +171,7 @@ def _report(
         },
         "held_out": {"before": was, "after": now},
         "accepted": _kl(now) <= _kl(was),
+        **({"training": training} if training else {}),
         "layers": sorted(rows, key=lambda row: row["layer"]),
     }
 
@@ -167,6 +202,7 @@ def healed_card(card: str, report: Mapping[str, Any]) -> str:
     what = {
         "least_squares": "the down projections of the routed experts",
         "layer_local": "router rows, gate, up and down projections of the routed experts",
+        "router": "the router rows",
     }[report["method"]]
     card = card.replace(
         "are byte for byte those of the base model.", "were byte for byte those of the base model before it was healed (below)."
