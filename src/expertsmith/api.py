@@ -605,6 +605,7 @@ def compress(
     router_groups: Literal["keep", "flatten"] = "keep",
     eval_data: Sequence[str] = (),
     measure: bool = True,
+    heal: str | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
     device: str = "auto",
@@ -613,7 +614,7 @@ def compress(
     progress: Progress | None = None,
     **calibration: Any,
 ) -> dict[str, Any]:
-    """calibrate + plan + apply + verify + evaluate in one go; returns what was done, found and measured.
+    """calibrate + plan + apply + verify (+ heal) + evaluate in one go; returns what was done, found and measured.
 
     The statistics stay in `<out>.stats` (measured weights and searches in `<out>.measured`), so that an interrupted run resumes and further
     plans need no calibration.
@@ -621,6 +622,7 @@ def compress(
     Args:
         eval_data: held-out text to measure quality on; without it, the calibration text is used (which flatters the result).
         measure: False leaves the quality measurement out.
+        heal: a layer-wise way of healing on the same data, after the unhealed checkpoint was verified.
     """
     from expertsmith.calibration.spec import refuse_missing
     from expertsmith.checkpoint.writer import prepare_target
@@ -633,6 +635,9 @@ def compress(
     prepare_target(target, inventory.checkpoint.path, overwrite)
     chosen = _request(inventory, method, keep, budget, options, router_groups)[0]
     refuse_missing([*data, *(eval_data if measure else ())])
+    if heal is not None:
+        _check_heal(heal, data)
+    written = target if heal is None else beside(out, "unhealed")
     run: dict[str, Any] = {"device": device, "memory": memory}
     if stats is None and data and chosen.reads == "statistics":
         with _timed(seconds, "calibrate"):
@@ -667,9 +672,25 @@ def compress(
             **calibration,
         )
     with _timed(seconds, "apply"):
-        notes = apply(inventory, made, target, overwrite=overwrite, progress=progress)
+        notes = apply(inventory, made, written, overwrite=overwrite or heal is not None, progress=progress)
     with _timed(seconds, "verify"):
-        verdict = verify(inventory, target, plan=made, progress=progress, **run)
+        verdict = verify(inventory, written, plan=made, progress=progress, **run)
+    report = None
+    if heal is not None:
+        with _timed(seconds, "heal"):
+            report = _heal(
+                written,
+                model,
+                data,
+                out,
+                method=heal,
+                overwrite=overwrite,
+                allow_pickle=allow_pickle,
+                progress=progress,
+                **run,
+                **calibration,
+            )
+        shutil.rmtree(written)
     quality = None
     texts = list(eval_data) or list(data)
     if measure and texts:
@@ -686,8 +707,31 @@ def compress(
                 **shape,
             ).to_json()
         quality["held_out"] = bool(eval_data)
-        (target / "README.md").write_text(model_card(made, inventory, notes, _quality_line(quality)), encoding="utf-8")
-    return {"out": str(target), "plan": made, "notes": notes, "verify": verdict, "quality": quality, "seconds": seconds}
+        card = model_card(made, inventory, notes, _quality_line(quality))
+        if report is not None:
+            from expertsmith.healing.run import healed_card
+
+            card = healed_card(card, report, measured_after=True)
+        (target / "README.md").write_text(card, encoding="utf-8")
+    result = {"out": str(target), "plan": made, "notes": notes, "verify": verdict, "quality": quality, "seconds": seconds}
+    return result if report is None else {**result, "heal": report}
+
+
+_heal = heal  # `compress` has a parameter of that name
+
+
+def _check_heal(method: str, data: Sequence[str]) -> None:
+    """What can be known of a healing before anything is computed."""
+    from expertsmith.healing.options import LAYERWISE, parse_healer
+
+    parse_healer(method, {})
+    if method not in LAYERWISE:
+        raise UserError(
+            f"compress heals layer by layer, but --heal is {method}",
+            f"choose {' or '.join(LAYERWISE)}, or run `expertsmith heal`",
+        )
+    if not data:
+        raise UserError("healing needs text", "pass --data FILE")
 
 
 def run(recipe: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:

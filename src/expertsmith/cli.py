@@ -141,6 +141,12 @@ def compress(
     router_groups: Groups = "keep",
     eval_data: EvalData = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure quality at the end.")] = True,
+    heal: Annotated[
+        str | None,
+        typer.Option(
+            help="Then heal on the same text: least_squares or layer_local (see `expertsmith heal`).", show_default=False
+        ),
+    ] = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
     seed: Seed = 42,
@@ -176,6 +182,7 @@ def compress(
         router_groups=_word(router_groups, "router-groups", "keep", "flatten"),
         eval_data=eval_data or (),
         measure=measure,
+        heal=heal,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
         device=device,
@@ -204,6 +211,8 @@ def compress(
         for note in result["notes"][len(result["plan"].notes) :]:
             show.line(f"[yellow]note[/yellow] {show.escape(note)}")
         show.show_verdict(verdict)
+        if heal:
+            show.show_healing({"out": result["out"], **result["heal"]})
         if result["quality"]:
             show.show_quality(
                 result["quality"],
@@ -502,7 +511,9 @@ def heal(
     teacher: Annotated[str, typer.Option("--teacher", "-t", help="The original model.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT2", help="Where the healed checkpoint goes.")],
     data: Data = None,
-    method: Annotated[str, typer.Option("--method", "-m", help="least_squares or layer_local.")] = "least_squares",
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="least_squares, layer_local, router or lora.")
+    ] = "least_squares",
     option: Options = None,
     eval_data: EvalData = None,
     samples: Samples = 128,
@@ -523,7 +534,7 @@ def heal(
     """Recover a compressed model towards its original; nothing that is worse on held-out tokens is accepted.
 
     least_squares: down projections in closed form, layer by layer, resident or streamed. layer_local: the same, then router, gate, up and down
-    projections by gradients within each layer.
+    projections by gradients within each layer. router: router rows by distillation. lora: merged adapters (needs peft).
 
     [dim]expertsmith heal mixtral-half --teacher mistralai/Mixtral-8x7B-v0.1 -m layer_local -d c4.jsonl -o mixtral-half-healed[/dim]
     """

@@ -41,7 +41,7 @@ class Headed:
     def __init__(self, model: LoadedModel) -> None:
         self.module: Any = model.module
         self.device = model.device
-        self.base: Any = getattr(self.module, self.module.base_model_prefix, None)
+        self.base: Any = getattr(self.module, str(self.module.base_model_prefix), None)
         if self.base is None or self.base is self.module:
             raise UserError(f"{type(self.module).__name__} is not a model with a head, so it cannot be distilled")
         self._last: Any = None
@@ -98,35 +98,61 @@ class Distillation:
         self.steps = max(1, math.ceil(self.options.epochs * sum(int(m.sum()) for m in self._train) / self.options.step_tokens))
 
     def run(self) -> None:
-        """Train, and leave the best weights in the student."""
+        """Train, and leave the best weights in the student. An interrupted training goes on from its last look."""
         start = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        first = best = self.held_loss()
-        kept, best_step = start, 0
         rates = (self.options.learning_rate,) if self.options.learning_rate else self.options.rates
         trial = max(1, self.steps // TRIAL) if len(rates) > 1 else 0
+        phases = len(rates) if trial else 0
         tokens = self.options.step_tokens
-        trials: dict[float, float] = {}
-        curve: list[tuple[int, float]] = [(0, first)]
-        with self.progress.task("distil", (trial * len(rates) + self.steps) * tokens, "tokens") as advance:
-            for rate in rates if trial else ():
-                for _, loss in self._descend(rate, trial, 1, advance, start):
-                    trials[rate] = loss
-            chosen = min(trials, key=lambda rate: trials[rate]) if trials else rates[0]
-            for step, loss in self._descend(chosen, self.steps, LOOKS, advance, start):
-                curve.append((step, loss))
-                if loss < best:
-                    best, best_step = loss, step
-                    kept = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        facts: dict[str, Any] = {"phase": 0, "step": 0, "trials": [], "best": None, "best_step": 0, "curve": []}
+        kept, resumed = start, self.work.state()
+        if resumed is not None:
+            facts = resumed[1]
+            kept = {name: resumed[0][f"kept.{name}"].to(start[name].device) for name in start}
+            self.progress.note(f"resuming: step {facts['step']} of training run {facts['phase'] + 1} of {phases + 1}")
+        else:
+            facts["best"] = self.held_loss()
+            facts["curve"].append([0, facts["best"]])
+        with self.progress.task("distil", (trial * phases + self.steps) * tokens, "tokens") as advance:
+            while facts["phase"] <= phases:
+                full = facts["phase"] == phases
+                rate = rates[facts["phase"]] if not full else self._chosen(rates, facts["trials"])
+                run = self._descend(
+                    rate, self.steps if full else trial, LOOKS if full else 1, advance, start, facts["step"], resumed
+                )
+                resumed = None
+                for step, loss, optimizer in run:
+                    if full:
+                        facts["curve"].append([step, loss])
+                        if loss < facts["best"]:
+                            facts |= {"best": loss, "best_step": step}
+                            kept = {name: weight.detach().clone() for name, weight in self.weights.items()}
+                    else:
+                        facts["trials"].append(loss)
+                    ended = step == (self.steps if full else trial)
+                    facts |= {"step": 0, "phase": facts["phase"] + 1} if ended else {"step": step}
+                    self._keep(kept, facts, optimizer)
         self._set(kept)
         self.report = {
-            "learning_rate": chosen,
-            "trials": {f"{rate:g}": loss for rate, loss in trials.items()},
+            "learning_rate": self._chosen(rates, facts["trials"]),
+            "trials": {f"{rate:g}": loss for rate, loss in zip(rates, facts["trials"], strict=False)},
             "steps": self.steps,
-            "tokens_seen": (self.steps + trial * len(trials)) * tokens,
+            "tokens_seen": (self.steps + trial * phases) * tokens,
             "trained_parameters": sum(weight.numel() for weight in self.weights.values()),
-            "best_step": best_step,
-            "held_out_loss": curve,
+            "best_step": facts["best_step"],
+            "held_out_loss": facts["curve"],
         }
+
+    @staticmethod
+    def _chosen(rates: Sequence[float], losses: Sequence[float]) -> float:
+        return min(zip(losses, rates, strict=False))[1] if losses else rates[0]
+
+    def _keep(self, kept: Mapping[str, torch.Tensor], facts: Mapping[str, Any], optimizer: torch.optim.AdamW) -> None:
+        tensors = {f"kept.{name}": value for name, value in kept.items()}
+        for name, weight in self.weights.items():
+            state = optimizer.state[weight]
+            tensors |= {f"now.{name}": weight, f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
+        self.work.save_state(tensors, facts)
 
     @torch.no_grad()
     def _set(self, values: Mapping[str, torch.Tensor]) -> None:
@@ -134,29 +160,44 @@ class Distillation:
             weight.copy_(values[name])
 
     def _descend(
-        self, rate: float, steps: int, looks: int, advance: Any, start: Mapping[str, torch.Tensor]
-    ) -> Iterator[tuple[int, float]]:
-        """One run from the start; yields (step, held-out loss) at every look."""
+        self,
+        rate: float,
+        steps: int,
+        looks: int,
+        advance: Any,
+        start: Mapping[str, torch.Tensor],
+        begin: int,
+        resumed: tuple[dict[str, torch.Tensor], Any] | None,
+    ) -> Iterator[tuple[int, float, torch.optim.AdamW]]:
+        """One run from the start, or from step `begin` of an interrupted one; yields (step, held-out loss, optimiser) at every look."""
         self._set(start)
         for weight in self.weights.values():
             weight.requires_grad_(True)
         options = self.options
         optimizer = torch.optim.AdamW(self.weights.values(), lr=rate, weight_decay=options.weight_decay)
+        if begin and resumed is not None:
+            self._set({name: resumed[0][f"now.{name}"] for name in self.weights})
+            for name, weight in self.weights.items():
+                moments = {"exp_avg": resumed[0][f"first.{name}"], "exp_avg_sq": resumed[0][f"second.{name}"]}
+                held = {key: value.to(weight.device) for key, value in moments.items()}
+                optimizer.state[weight] = {"step": torch.tensor(float(begin)), **held}
         drawn = self._draw()
         every = max(1, -(-steps // looks))
         warm = max(1, round(options.warmup * steps)) if options.warmup else 0
         for step in range(steps):
+            numbers = next(drawn)
+            advance(options.step_tokens)
+            if step < begin:
+                continue
             for group in optimizer.param_groups:
                 group["lr"] = rate * self._schedule(step, steps, warm)
-            numbers = next(drawn)
             count = sum(int(self._train[number].sum()) for number in numbers)
             for number in numbers:
                 self._loss(number, self._train[number], gradients=True, count=count)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            advance(options.step_tokens)
             if (step + 1) % every == 0 or step + 1 == steps:
-                yield step + 1, self.held_loss()
+                yield step + 1, self.held_loss(), optimizer
         for weight in self.weights.values():
             weight.requires_grad_(False)
 

@@ -78,8 +78,10 @@ class LayerExperts:
             leaf = leaf.detach().requires_grad_()
             found.append(Tapped(routed, leaf))
             if self.record.call == "dense_inputs":
-                return torch.cat((leaf, leaf.new_zeros((self.count - 1) * len(leaf), leaf.shape[-1]))).reshape(out.shape)
-            return leaf.reshape(out.shape)
+                others = leaf.new_zeros((self.count - 1) * len(leaf), leaf.shape[-1])
+                return torch.cat((leaf, others)).reshape(out.shape)
+            whole: torch.Tensor = leaf.reshape(out.shape)
+            return whole
 
         self.module.forward = forward
         try:

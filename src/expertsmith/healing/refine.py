@@ -21,7 +21,7 @@ from expertsmith.surgery.merge import router_tensor
 if TYPE_CHECKING:
     from expertsmith.healing.layerwise import Halted
 
-RATES = (1e-2, 3e-3, 1e-3)
+RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # tried from the highest down, until one is worse than the one before it
 TRIAL = 5  # a trial of a learning rate has one step for so many of the full run
 LOOKS = 10  # times that a run looks at the held-out tokens
 
@@ -35,6 +35,8 @@ def refine(halted: Halted, inventory: Inventory, options: LayerLocal) -> dict[st
     if len(rates) > 1:
         for rate in rates:
             trials[rate] = run.descend(rate, max(1, options.steps // TRIAL), looks=1)
+            if trials[rate] > min(trials.values()):
+                break
     chosen = min(trials, key=lambda rate: trials[rate]) if trials else rates[0]
     run.descend(chosen, options.steps, LOOKS)
     run.finish()

@@ -22,7 +22,8 @@ from expertsmith.evaluation.quality import Quality, measure
 from expertsmith.healing.distil import Distillation, router_weights
 from expertsmith.healing.experts import LayerExperts
 from expertsmith.healing.layerwise import Layerwise
-from expertsmith.healing.options import LAYERWISE, as_options
+from expertsmith.healing.lora import Adapted, changed_tensors, noisy_embeddings, peft, rounded
+from expertsmith.healing.options import LAYERWISE, Lora, as_options
 from expertsmith.healing.streams import check_pair, held_batches, held_out
 from expertsmith.healing.work import Work
 from expertsmith.healing.written import ROUTER, check_floats, into_memory, to_checkpoint, write_healed
@@ -68,6 +69,8 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     layerwise, trains = job.method in LAYERWISE, job.method != "least_squares"
     if trains and job.dtype != "float32":
         raise UserError(f"{job.method} trains weights, but --dtype is {job.dtype}", "use --dtype float32")
+    if isinstance(job.options, Lora):
+        peft()
     if not layerwise and job.memory == "stream":
         raise UserError(
             f"{job.method} sends gradients through the whole model, which --memory stream does not hold",
@@ -118,7 +121,16 @@ def _distil(
     work: Work,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Train router rows, and leave the changed tensors in `work`, rounded; the student in memory holds the same."""
+    """Train router rows or adapters, and leave the changed tensors in `work`, rounded; the student in memory holds them merged."""
+    if isinstance(job.options, Lora):
+        adapted = Adapted(student, job.options)
+        distillation = Distillation(student, teacher, batches, held, adapted.weights, job.options, work, progress)
+        with noisy_embeddings(student.module, job.options.neftune, job.options.seed):
+            distillation.run()
+        student.module = adapted.merge()
+        rounded(student.module, job.inventory)
+        work.save(0, changed_tensors(student.module, job.inventory, work.folder / "merged"), {"layer": 0})
+        return distillation.report
     weights = router_weights(student, job.inventory)
     distillation = Distillation(student, teacher, batches, held, weights, job.options, work, progress)
     distillation.run()
@@ -169,7 +181,7 @@ def _report(
             "tokens": job.data.tokens,
             "held_out_tokens": sum(int(mask.sum()) for mask in held),
         },
-        "held_out": {"before": was, "after": now},
+        "held_out": {"before": was, "after": now},  # the held-out part of the calibration
         "accepted": _kl(now) <= _kl(was),
         **({"training": training} if training else {}),
         "layers": sorted(rows, key=lambda row: row["layer"]),
@@ -193,8 +205,8 @@ def _write(job: Healing, changed: Collection[str], work: Work, report: Mapping[s
     write_healed(job.target, job.inventory, set(changed), work.read, texts, overwrite=job.overwrite, progress=progress)
 
 
-def healed_card(card: str, report: Mapping[str, Any]) -> str:
-    """A checkpoint's model card, with what was healed."""
+def healed_card(card: str, report: Mapping[str, Any], measured_after: bool = False) -> str:
+    """A checkpoint's model card, with what was healed; its measured quality is that before healing, unless `measured_after`."""
     was, now = report["held_out"]["before"]["mean"], report["held_out"]["after"]["mean"]
     tokens = report["data"]["tokens"]
     options = ", ".join(f"{key}={value}" for key, value in report["options"].items())
@@ -203,12 +215,14 @@ def healed_card(card: str, report: Mapping[str, Any]) -> str:
         "least_squares": "the down projections of the routed experts",
         "layer_local": "router rows, gate, up and down projections of the routed experts",
         "router": "the router rows",
+        "lora": "weights by merged low-rank adapters",
     }[report["method"]]
     card = card.replace(
         "are byte for byte those of the base model.", "were byte for byte those of the base model before it was healed (below)."
     )
     card = card.replace("are byte for byte its own.", "were byte for byte its own before it was healed (below).")
-    card = card.replace("- **Measured quality**: ", "- **Measured quality** (before healing): ")
+    if not measured_after:
+        card = card.replace("- **Measured quality**: ", "- **Measured quality** (before healing): ")
     done = "" if report["accepted"] else " Nothing was better on the held-out tokens, so no weight was changed."
     return (
         card.rstrip("\n")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from expertsmith.errors import UserError
 
 HEADER = "healing.json"
+STATE = "training.safetensors"
 
 
 class Work:
@@ -78,6 +79,24 @@ class Work:
     def tensors(self, layer: int) -> dict[str, torch.Tensor]:
         """The healed tensors of a layer."""
         return {name: self.read(name) for name, owner in self._owners.items() if owner == layer}
+
+    def save_state(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Keep the state of a training that is under way."""
+        partial = self.folder / "training.partial"
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            partial,
+            {"facts": json.dumps(facts)},
+        )
+        partial.replace(self.folder / STATE)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """What `save_state` kept, or None."""
+        path = self.folder / STATE
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
 
     def remove(self) -> None:
         """The healing is complete."""
