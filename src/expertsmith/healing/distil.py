@@ -41,9 +41,8 @@ class Headed:
     def __init__(self, model: LoadedModel) -> None:
         self.module: Any = model.module
         self.device = model.device
-        self.base: Any = getattr(self.module, str(self.module.base_model_prefix), None)
-        if self.base is None or self.base is self.module:
-            raise UserError(f"{type(self.module).__name__} is not a model with a head, so it cannot be distilled")
+        place = next(name for name, module in self.module.named_modules() if module is model.layers[0])
+        self.base: Any = self.module.get_submodule(place.rsplit(".", 2)[0])  # what holds the list of layers
         self._last: Any = None
 
     def hidden(self, batch: Batch) -> torch.Tensor:
