@@ -232,6 +232,44 @@ def plan(
     return made
 
 
+def plan_from(
+    model: str | Path | Inventory,
+    file: str | Path,
+    keep: Keep | None = None,
+    *,
+    router_groups: Literal["keep", "flatten"] = "keep",
+    out: str | Path | None = None,
+    allow_pickle: bool = False,
+) -> Plan:
+    """A plan from another tool's choice of experts: ordered lists (with `keep`), masks or retained experts; see `interchange`.
+
+    Raises:
+        UserError: a file that fits none of the formats, or not this model.
+    """
+    from expertsmith import interchange
+    from expertsmith.surgery.apply import check_plan
+
+    inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
+    made = interchange.plan_from(file, inventory, keep, router_groups)
+    check_plan(made, inventory)
+    if out is not None:
+        made.save(out)
+    return made
+
+
+def export(plan: str | Path | Plan, format: str, out: str | Path) -> None:
+    """Write a plan's choice in a format of other tools: "ordered" (JSONL), "mask" or "retained" (JSON).
+
+    Raises:
+        UserError: an unknown format, or a plan that says more than the format holds.
+    """
+    from expertsmith.interchange import export as text_of
+
+    text = text_of(plan if isinstance(plan, Plan) else load_plan(plan), format)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(text, encoding="utf-8")
+
+
 def _request(
     inventory: Inventory,
     method: str,

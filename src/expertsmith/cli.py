@@ -13,6 +13,7 @@ from expertsmith import show
 from expertsmith.errors import UserError
 
 if TYPE_CHECKING:
+    from expertsmith.plan import Plan
     from expertsmith.progress import Progress
 
 app = typer.Typer(
@@ -313,7 +314,15 @@ def calibrate(
 @app.command(rich_help_panel=FLOW)
 def plan(
     model: Model,
-    method: Method,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="How experts are scored; see `expertsmith methods`.")
+    ] = None,
+    from_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Instead of a method: ordered lists (JSONL, with --keep), a mask or retained experts (JSON)."
+        ),
+    ] = None,
     keep: Keep = None,
     out: Out = Path("plan.json"),
     stats: Stats = None,
@@ -344,6 +353,14 @@ def plan(
     """
     from expertsmith import api
 
+    if (method is None) == (from_file is None):
+        raise typer.BadParameter("a plan is made by a method or from a file: pass --method NAME or --from FILE")
+    groups = _word(router_groups, "router-groups", "keep", "flatten")
+    if from_file is not None:
+        made = api.plan_from(model, from_file, keep, router_groups=groups, out=out, allow_pickle=allow_pickle)
+        _show_made(made, out, as_json)
+        return
+    assert method is not None
     made = api.plan(
         model,
         method,
@@ -354,7 +371,7 @@ def plan(
         budget=budget,
         uniform=uniform,
         options=_options(option),
-        router_groups=_word(router_groups, "router-groups", "keep", "flatten"),
+        router_groups=groups,
         out=out,
         allow_pickle=allow_pickle,
         samples=samples,
@@ -369,11 +386,28 @@ def plan(
         resume=resume,
         progress=_progress(quiet),
     )
+    _show_made(made, out, as_json)
+
+
+def _show_made(made: Plan, out: Path, as_json: bool) -> None:
     if as_json:
         show.as_json(made.to_json())
     else:
         show.show_plan(made)
         show.line(f"[bold]{show.escape(str(out))}[/bold]")
+
+
+@app.command(rich_help_panel=MORE)
+def export(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
+    format: Annotated[str, typer.Option("--format", "-f", help="ordered (JSONL), mask or retained (JSON).")],
+    out: Out,
+) -> None:
+    """Write a plan's choice of experts in a format that other tools read; `plan --from FILE` reads them."""
+    from expertsmith import api
+
+    api.export(plan_file, format, out)
+    show.line(f"[bold]{show.escape(str(out))}[/bold]")
 
 
 @app.command(rich_help_panel=FLOW)
