@@ -37,6 +37,10 @@ OPTIONS = {
     "apply": {"--out", "--check-values", "--overwrite", "--allow-pickle"},
     "verify": RUNNING | {"--plan", "--data", "--tokens", "--seq-len", "--tolerance", "--allow-pickle"},
     "evaluate": RUNNING | {"--data", "--reference", "--samples", "--seq-len", "--seed", "--batch-tokens"},
+    "heal": CALIBRATING
+    | RUNNING
+    | {"--teacher", "--method", "--option", "--eval-data", "--out", "--resume", "--fresh", "--overwrite"},
+    "export": {"--format", "--out"},
     "inspect": {"--allow-pickle"},
     "lint": {"--engine", "--tp", "--ep"},
     "methods": set(),

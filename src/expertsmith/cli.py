@@ -402,12 +402,16 @@ def export(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
     format: Annotated[str, typer.Option("--format", "-f", help="ordered (JSONL), mask or retained (JSON).")],
     out: Out,
+    as_json: AsJson = False,
 ) -> None:
     """Write a plan's choice of experts in a format that other tools read; `plan --from FILE` reads them."""
     from expertsmith import api
 
     api.export(plan_file, format, out)
-    show.line(f"[bold]{show.escape(str(out))}[/bold]")
+    if as_json:
+        show.as_json({"out": str(out), "format": format})
+    else:
+        show.line(f"[bold]{show.escape(str(out))}[/bold]")
 
 
 @app.command(rich_help_panel=FLOW)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, get_type_hints
 
+from expertsmith.errors import UserError
 from expertsmith.methods.base import AtLeast, convert
 from expertsmith.registry import unknown
 
@@ -118,7 +119,16 @@ def parse_healer(method: str, given: Mapping[str, Any]) -> Any:
         if name not in names:
             raise unknown(f"option of {method}", name, names)
         values[name] = convert(method, name, value, hints[name])
-    return kind(**{**PRESETS.get(str(values.get("preset", "")), {}), **values})
+    chosen = kind(**{**PRESETS.get(str(values.get("preset", "")), {}), **values})
+    if isinstance(chosen, Distilled):
+        for name in ("temperature", "epochs"):
+            if not getattr(chosen, name) > 0:
+                raise UserError(f"option {name} of {method} is {getattr(chosen, name)}", "give more than 0")
+        if not chosen.kl and not chosen.text:
+            raise UserError(
+                f"options kl and text of {method} are both 0, so there is nothing to learn", "give one of them a weight"
+            )
+    return chosen
 
 
 def as_options(chosen: Any) -> dict[str, Any]:

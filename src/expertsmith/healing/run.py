@@ -169,6 +169,8 @@ def _report(
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
     was, now = before.to_json(), after.to_json()
+    measure_of = "loss" if getattr(job.options, "kl", 1.0) == 0 else "kl"  # what was made small
+    accepted = _over_all(now, measure_of) <= _over_all(was, measure_of)
     return {
         "format": "expertsmith.heal",
         "version": 1,
@@ -181,17 +183,17 @@ def _report(
             "tokens": job.data.tokens,
             "held_out_tokens": sum(int(mask.sum()) for mask in held),
         },
-        "held_out": {"before": was, "after": now},  # the held-out part of the calibration
-        "accepted": _kl(now) <= _kl(was),
+        "held_out": {"before": was, "after": now if accepted else was, **({} if accepted else {"rejected": now})},
+        "accepted": accepted,
         **({"training": training} if training else {}),
         "layers": sorted(rows, key=lambda row: row["layer"]),
     }
 
 
-def _kl(quality: Mapping[str, Any]) -> float:
-    """KL divergence from the teacher over all held-out tokens, nats a token."""
+def _over_all(quality: Mapping[str, Any], key: str) -> float:
+    """Mean over all held-out tokens, nats a token."""
     rows = quality["domains"].values()
-    return float(sum(row["kl"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows))
+    return float(sum(row[key] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows))
 
 
 def _write(job: Healing, changed: Collection[str], work: Work, report: Mapping[str, Any], progress: Progress) -> None:
