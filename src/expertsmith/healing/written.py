@@ -16,7 +16,7 @@ from expertsmith.errors import UserError
 from expertsmith.healing.experts import LayerExperts
 from expertsmith.inventory import Claim, Inventory
 from expertsmith.progress import Progress
-from expertsmith.surgery.merge import router_tensor
+from expertsmith.surgery.merge import roles_of, router_tensor
 from expertsmith.surgery.uneven import code_for
 from expertsmith.weights import FLOATS, is_matrix, is_scale, layout_of, split
 
@@ -50,13 +50,23 @@ def trainable_router(claim: Claim, inventory: Inventory) -> bool:
     return claim.kind == "stacked" and not claim.routed and claim.info.dtype in FLOATS and leaf not in selection
 
 
+def _concerned(claim: Claim, inventory: Inventory, roles: Collection[str]) -> bool:
+    """Whether a tensor holds anything of `roles`."""
+    if claim.kind not in ("expert", "stacked"):
+        return False
+    if not claim.routed:
+        return ROUTER in roles and trainable_router(claim, inventory)
+    layout = layout_of(claim, inventory)
+    assert layout is not None
+    return not set(roles_of(layout)).isdisjoint(roles)
+
+
 def _pieces(
     layer: LayerExperts, inventory: Inventory, claim: Claim, tensor: torch.Tensor, roles: Collection[str]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(view into `tensor`, which is shaped as in the checkpoint; view into memory) of all that belongs to `roles`."""
     if not claim.routed:
-        if ROUTER in roles and trainable_router(claim, inventory):
-            yield tensor, router_tensor(layer.block, claim, layer.record)
+        yield tensor, router_tensor(layer.block, claim, layer.record)
         return
     layout = layout_of(claim, inventory)
     assert layout is not None
@@ -79,14 +89,13 @@ def to_checkpoint(layer: LayerExperts, inventory: Inventory, index: int, roles: 
     """The tensors of decoder layer `index` that differ from the checkpoint's, rounded once to its dtypes."""
     changed = {}
     for claim in inventory.by_layer[index]:
-        tensor, old = None, None
-        if claim.kind in ("expert", "stacked"):
+        if _concerned(claim, inventory, roles):
             old = inventory.checkpoint.read(claim.info.name)
             tensor = old.clone()
             for view, memory in _pieces(layer, inventory, claim, tensor, roles):
                 view.copy_(memory)
-        if tensor is not None and old is not None and not torch.equal(tensor, old):
-            changed[claim.info.name] = tensor
+            if not torch.equal(tensor, old):
+                changed[claim.info.name] = tensor
     return changed
 
 
@@ -96,7 +105,7 @@ def into_memory(
 ) -> None:
     """The layer in memory as it is loaded from a checkpoint with `tensors`; what they do not name is the source's."""
     for claim in inventory.by_layer[index]:
-        if claim.kind in ("expert", "stacked"):
+        if _concerned(claim, inventory, roles):
             name = claim.info.name
             tensor = tensors[name] if name in tensors else inventory.checkpoint.read(name)
             for view, memory in _pieces(layer, inventory, claim, tensor, roles):
