@@ -19,10 +19,14 @@ import torch
 from torch import nn
 
 from expertsmith.engine import Batch, LoadedModel
+from expertsmith.engine.experts import submodule
 from expertsmith.errors import UserError
 from expertsmith.healing.options import Distilled
 from expertsmith.healing.work import Work
+from expertsmith.healing.written import trainable_router
+from expertsmith.inventory import Inventory
 from expertsmith.progress import Progress
+from expertsmith.surgery.merge import router_tensor
 
 LOGITS = 2**24  # logits that exist at a time
 TRIAL = 5  # a trial of a learning rate has one step for so many of the full run
@@ -91,9 +95,9 @@ class Distillation:
 
     def __post_init__(self) -> None:
         self._mine, self._theirs = Headed(self.student), Headed(self.teacher)
-        self._predicted = [batch.mask[:, 1:] & batch.mask[:, :-1] for batch in self.batches]
+        predicted = [batch.mask[:, 1:] & batch.mask[:, :-1] for batch in self.batches]
         self._judged = [mask[:, 1:] & mask[:, :-1] for mask in self.held]
-        self._train = [predicted & ~held[:, 1:] for predicted, held in zip(self._predicted, self.held, strict=True)]
+        self._train = [every & ~held[:, 1:] for every, held in zip(predicted, self.held, strict=True)]
         self.steps = max(1, math.ceil(self.options.epochs * sum(int(m.sum()) for m in self._train) / self.options.step_tokens))
 
     def run(self) -> None:
@@ -267,12 +271,8 @@ class Distillation:
         return loss
 
 
-def router_weights(student: LoadedModel, inventory: Any) -> dict[str, nn.Parameter]:
+def router_weights(student: LoadedModel, inventory: Inventory) -> dict[str, nn.Parameter]:
     """Name → router rows of every MoE layer that gradients reach (no biases that act on the selection only)."""
-    from expertsmith.engine.experts import submodule
-    from expertsmith.healing.written import trainable_router
-    from expertsmith.surgery.merge import router_tensor
-
     found: dict[str, nn.Parameter] = {}
     record = inventory.architecture
     for layer in student.moe_layers:
