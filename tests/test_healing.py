@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -401,6 +402,29 @@ def test_same_bytes_again_and_when_interrupted(method, half, checkpoints, texts,
     api.heal(half, model, texts, tmp_path / "two", progress=notes, **job)
     assert any("resuming" in note for note in notes.said)
     assert same_tensors(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("method", ["least_squares", "layer_local"])
+def test_progress_adds_up(method, half, checkpoints, texts, tmp_path):
+    """The bar moves within layers, and ends where it should."""
+    bar = Counted()
+    api.heal(
+        half, checkpoints("mixtral"), texts, tmp_path / "out", method=method, options=METHODS[method], progress=bar, **SHAPE
+    )
+    amounts, total = bar.seen["heal"]
+    assert len(amounts) > 3 * 4
+    assert min(amounts) >= 0
+    assert sum(amounts) == pytest.approx(total)
+
+
+class Counted(Silent):
+    def __init__(self) -> None:
+        self.seen: dict[str, tuple[list[float], float]] = {}
+
+    @contextmanager
+    def task(self, label: str, total: float, unit: str):
+        self.seen[label] = ([], total)
+        yield self.seen[label][0].append
 
 
 class Noted(Silent):

@@ -9,7 +9,7 @@ length. A layer's new weights are rounded to the checkpoint's dtype, and kept on
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from expertsmith.progress import Progress
 
 DOWN = ("down",)
 SMALL = 1e-12
+LOOK, SOLVE, REFINE = 0.1, 0.2, 0.6  # shares of a layer's time, for the bar
 ALL = ("router", "gate", "up", "down")
 
 
@@ -80,6 +81,9 @@ class Layerwise:
     work: Work
     skips: Mapping[int, Skip]
     progress: Progress
+    _advance: Callable[[float], object] = lambda _: None
+    _tokens: int = 0
+    _left: float = 0.0
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -108,9 +112,11 @@ class Layerwise:
         mine = HaltingWalk(self.student, self.batches, self.student.moe_layers, halt)
         quality = Quality(has_reference=True)
         with self.progress.task("heal", tokens * len(self.student.layers), "layer tokens") as advance, theirs, mine:
+            self._advance, self._tokens, self._left = advance, tokens, float(tokens)
             for _ in zip(theirs.layers(), mine.layers(), strict=True):
                 targets.clear()
-                advance(tokens)
+                advance(self._left)
+                self._left = float(tokens)
             outputs = zip(self.batches, self.held, mine.outputs(), theirs.outputs(), strict=True)
             for batch, mask, out, reference in outputs:
                 if bool(mask.any()):
@@ -118,11 +124,17 @@ class Layerwise:
                     add_batch(quality, judged, out.logits, reference.logits)
         return quality
 
+    def _tick(self, share: float) -> None:
+        """Progress within a layer: a share of its work is done, about."""
+        amount = min(share * self._tokens, self._left)
+        self._left -= amount
+        self._advance(amount)
+
     def _heal(self, halted: Halted) -> list[Any]:
         begin = time.perf_counter()
         experts, index = halted.experts, halted.index
-        problem, before = look(halted)
-        solution = solve(experts, problem, self.options.sweeps)
+        problem, before = look(halted, lambda share: self._tick(LOOK * share))
+        solution = solve(experts, problem, self.options.sweeps, lambda share: self._tick(SOLVE * share))
         for expert, down in solution.down.items():
             experts.set_down(expert, down)
         row: dict[str, Any] = {
@@ -140,7 +152,7 @@ class Layerwise:
         row["error_least_squares"] = after
         if isinstance(self.options, LayerLocal):
             start, least = tensors, after
-            row["refined"] = refine(halted, self.inventory, self.options)
+            row["refined"] = refine(halted, self.inventory, self.options, lambda share: self._tick(REFINE * share))
             outputs, after, tensors = self._settle(halted, ALL)
             if not after < least:  # rounding undid it
                 outputs, after, tensors = self._restore(halted, start)
@@ -169,7 +181,7 @@ def held_mean(halted: Halted, outputs: Sequence[Any]) -> float:
     return sum(halted.held_error(out, number) for number, out in enumerate(outputs)) / count
 
 
-def look(halted: Halted) -> tuple[Problem, float]:
+def look(halted: Halted, tick: Callable[[float], None]) -> tuple[Problem, float]:
     """Run the layer once: the least-squares problem of its tokens, and its held-out error as it is."""
     parts: list[tuple[Routed, torch.Tensor, torch.Tensor, torch.Tensor]] = []
     error = 0.0
@@ -188,6 +200,7 @@ def look(halted: Halted) -> tuple[Problem, float]:
         rows = halted.masks[number].reshape(-1).nonzero().squeeze(1)
         held = halted.held[number].reshape(-1)[rows]
         parts.append((found[0].routed.at(rows), change[rows], strength[rows], held))
+        tick(1 / len(halted.calls))
     routed = joined([part[0] for part in parts])
     strength = torch.cat([part[2] for part in parts])
     seen = strength > 0

@@ -12,7 +12,7 @@ expert without held-out tokens cannot be judged and stays. Sums and solves in fl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -44,8 +44,8 @@ class Solution:
     ridges: dict[int, float] = field(default_factory=dict)
 
 
-def solve(layer: LayerExperts, problem: Problem, sweeps: int = 2) -> Solution:
-    """Sweep over the experts of a layer."""
+def solve(layer: LayerExperts, problem: Problem, sweeps: int = 2, tick: Callable[[float], None] = lambda _: None) -> Solution:
+    """Sweep over the experts of a layer. `tick` is told the share of the work that each step was."""
     rest = problem.wanted.clone()
     found = Solution()
     weight = torch.ones(len(rest), device=rest.device) if problem.strength is None else problem.strength
@@ -58,6 +58,7 @@ def solve(layer: LayerExperts, problem: Problem, sweeps: int = 2) -> Solution:
     pairs = [_pairs(problem.routed, expert) for expert in range(layer.count)]
     for _ in range(sweeps):
         for expert, (rows, slots) in enumerate(pairs):
+            tick(1 / (sweeps * layer.count))
             held = problem.held[rows]
             if not bool(held.any()) or bool(held.all()):
                 continue

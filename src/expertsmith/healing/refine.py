@@ -7,7 +7,7 @@ start is one of the candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,9 +26,11 @@ TRIAL = 5  # a trial of a learning rate has one step for so many of the full run
 LOOKS = 10  # times that a run looks at the held-out tokens
 
 
-def refine(halted: Halted, inventory: Inventory, options: LayerLocal) -> dict[str, Any]:
-    """Leave the best weights found in the layer; returns what the report says of it."""
-    run = _Run(halted, inventory, options)
+def refine(
+    halted: Halted, inventory: Inventory, options: LayerLocal, tick: Callable[[float], None] = lambda _: None
+) -> dict[str, Any]:
+    """Leave the best weights found in the layer; returns what the report says of it. `tick` is told shares of the work."""
+    run = _Run(halted, inventory, options, tick)
     begin = run.best
     rates = (options.learning_rate,) if options.learning_rate else RATES
     trials = {}
@@ -52,8 +54,8 @@ def refine(halted: Halted, inventory: Inventory, options: LayerLocal) -> dict[st
 class _Run:
     """The weights, their start, and the best of them so far."""
 
-    def __init__(self, halted: Halted, inventory: Inventory, options: LayerLocal) -> None:
-        self.halted, self.options = halted, options
+    def __init__(self, halted: Halted, inventory: Inventory, options: LayerLocal, tick: Callable[[float], None]) -> None:
+        self.halted, self.options, self.tick = halted, options, tick
         layer = halted.experts
         rows = [
             router_tensor(layer.block, claim, layer.record)
@@ -83,6 +85,7 @@ class _Run:
             self._gradients(next(drawn))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            self.tick(1 / (1.6 * self.options.steps))
             if step % every == 0 or step == steps:
                 error = self._held_error()
                 best = min(best, error)
