@@ -40,6 +40,10 @@ OPTIONS = {
     "analyze": CALIBRATING
     | RUNNING
     | {"--out", "--stats", "--all-experts", "--dense", "--reference", "--plan", "--reference-stats", "--neurons", "--pairs"},
+    "heal": CALIBRATING
+    | RUNNING
+    | {"--teacher", "--method", "--option", "--eval-data", "--out", "--resume", "--fresh", "--overwrite"},
+    "export": {"--format", "--out"},
     "inspect": {"--allow-pickle"},
     "lint": {"--engine", "--tp", "--ep"},
     "methods": set(),

@@ -233,6 +233,44 @@ def plan(
     return made
 
 
+def plan_from(
+    model: str | Path | Inventory,
+    file: str | Path,
+    keep: Keep | None = None,
+    *,
+    router_groups: Literal["keep", "flatten"] = "keep",
+    out: str | Path | None = None,
+    allow_pickle: bool = False,
+) -> Plan:
+    """A plan from another tool's choice of experts: ordered lists (with `keep`), masks or retained experts; see `interchange`.
+
+    Raises:
+        UserError: a file that fits none of the formats, or not this model.
+    """
+    from expertsmith import interchange
+    from expertsmith.surgery.apply import check_plan
+
+    inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
+    made = interchange.plan_from(file, inventory, keep, router_groups)
+    check_plan(made, inventory)
+    if out is not None:
+        made.save(out)
+    return made
+
+
+def export(plan: str | Path | Plan, format: str, out: str | Path) -> None:
+    """Write a plan's choice in a format of other tools: "ordered" (JSONL), "mask" or "retained" (JSON).
+
+    Raises:
+        UserError: an unknown format, or a plan that says more than the format holds.
+    """
+    from expertsmith.interchange import export as text_of
+
+    text = text_of(plan if isinstance(plan, Plan) else load_plan(plan), format)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(text, encoding="utf-8")
+
+
 def _request(
     inventory: Inventory,
     method: str,
@@ -636,6 +674,66 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     return module
 
 
+def heal(
+    model: str | Path,
+    teacher: str | Path,
+    data: Sequence[str],
+    out: str | Path,
+    *,
+    method: str = "least_squares",
+    options: Mapping[str, Any] | None = None,
+    eval_data: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "float32",
+    memory: str = "auto",
+    resume: bool = True,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+    **calibration: Any,
+) -> dict[str, Any]:
+    """Recover a compressed model towards the one that it came from; returns the report that also stands in `OUT/expertsmith/heal.json`.
+
+    Nothing is accepted that is worse on a held-out part of the data. Finished layers stay in `<out>.healing` until the end, so that an
+    interrupted run goes on from there.
+
+    Args:
+        model: a pruned, merged or converted checkpoint.
+        teacher: the original, or the dense model that a converted one was made of.
+        method: "least_squares" (down projections in closed form, layer by layer) or "layer_local" (the same, then router, gate, up and down
+            projections by gradients within each layer).
+        options: of the method, see `healing.options`.
+        eval_data: further held-out text, on which the model is measured before and after.
+
+    Raises:
+        UserError: teacher and student that do not match, a quantised model, too little data, or an unknown method or option.
+    """
+    from expertsmith.healing.options import parse_healer
+    from expertsmith.healing.run import Healing
+    from expertsmith.healing.run import heal as run_healing
+
+    progress = progress or Silent()
+    chosen = parse_healer(method, options or {})
+    inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
+    source, batch_tokens = inventory.checkpoint, calibration.get("batch_tokens", 8192)
+    tokens = token_data(source.path, source.config, data, progress, **calibration)
+    original = open_checkpoint(teacher, allow_pickle=allow_pickle)
+    run: dict[str, Any] = {"device": device, "dtype": dtype, "memory": memory}
+    job = Healing(
+        inventory, original, tokens, method, chosen, Path(out), batch_tokens, resume=resume, overwrite=overwrite, **run
+    )
+    report = run_healing(job, progress)
+    if eval_data:
+        shape = {key: calibration[key] for key in ("samples", "seq_len", "seed") if key in calibration}
+        report["quality"] = {
+            name: evaluate(
+                path, eval_data, reference=teacher, allow_pickle=allow_pickle, progress=progress, **run, **shape
+            ).to_json()
+            for name, path in (("before", model), ("after", out))
+        }
+    return {"out": str(out), **report}
+
+
 def compress(
     model: str | Path,
     method: str,
@@ -651,6 +749,7 @@ def compress(
     router_groups: Literal["keep", "flatten"] = "keep",
     eval_data: Sequence[str] = (),
     measure: bool = True,
+    heal: str | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
     device: str = "auto",
@@ -659,7 +758,7 @@ def compress(
     progress: Progress | None = None,
     **calibration: Any,
 ) -> dict[str, Any]:
-    """calibrate + plan + apply + verify + evaluate in one go; returns what was done, found and measured.
+    """calibrate + plan + apply + verify (+ heal) + evaluate in one go; returns what was done, found and measured.
 
     The statistics stay in `<out>.stats` (measured weights and searches in `<out>.measured`), so that an interrupted run resumes and further
     plans need no calibration.
@@ -667,6 +766,7 @@ def compress(
     Args:
         eval_data: held-out text to measure quality on; without it, the calibration text is used (which flatters the result).
         measure: False leaves the quality measurement out.
+        heal: a layer-wise way of healing on the same data, after the unhealed checkpoint was verified.
     """
     from expertsmith.calibration.spec import refuse_missing
     from expertsmith.checkpoint.writer import prepare_target
@@ -679,6 +779,9 @@ def compress(
     prepare_target(target, inventory.checkpoint.path, overwrite)
     chosen = _request(inventory, method, keep, budget, options, router_groups)[0]
     refuse_missing([*data, *(eval_data if measure else ())])
+    if heal is not None:
+        _check_heal(heal, data)
+    written = target if heal is None else beside(out, "unhealed")
     run: dict[str, Any] = {"device": device, "memory": memory}
     if stats is None and data and chosen.reads == "statistics":
         with _timed(seconds, "calibrate"):
@@ -713,9 +816,25 @@ def compress(
             **calibration,
         )
     with _timed(seconds, "apply"):
-        notes = apply(inventory, made, target, overwrite=overwrite, progress=progress)
+        notes = apply(inventory, made, written, overwrite=overwrite or heal is not None, progress=progress)
     with _timed(seconds, "verify"):
-        verdict = verify(inventory, target, plan=made, progress=progress, **run)
+        verdict = verify(inventory, written, plan=made, progress=progress, **run)
+    report = None
+    if heal is not None:
+        with _timed(seconds, "heal"):
+            report = _heal(
+                written,
+                model,
+                data,
+                out,
+                method=heal,
+                overwrite=overwrite,
+                allow_pickle=allow_pickle,
+                progress=progress,
+                **run,
+                **calibration,
+            )
+        shutil.rmtree(written)
     quality = None
     texts = list(eval_data) or list(data)
     if measure and texts:
@@ -732,8 +851,31 @@ def compress(
                 **shape,
             ).to_json()
         quality["held_out"] = bool(eval_data)
-        (target / "README.md").write_text(model_card(made, inventory, notes, _quality_line(quality)), encoding="utf-8")
-    return {"out": str(target), "plan": made, "notes": notes, "verify": verdict, "quality": quality, "seconds": seconds}
+        card = model_card(made, inventory, notes, _quality_line(quality))
+        if report is not None:
+            from expertsmith.healing.run import healed_card
+
+            card = healed_card(card, report, measured_after=True)
+        (target / "README.md").write_text(card, encoding="utf-8")
+    result = {"out": str(target), "plan": made, "notes": notes, "verify": verdict, "quality": quality, "seconds": seconds}
+    return result if report is None else {**result, "heal": report}
+
+
+_heal = heal  # `compress` has a parameter of that name
+
+
+def _check_heal(method: str, data: Sequence[str]) -> None:
+    """What can be known of a healing before anything is computed."""
+    from expertsmith.healing.options import LAYERWISE, parse_healer
+
+    parse_healer(method, {})
+    if method not in LAYERWISE:
+        raise UserError(
+            f"compress heals layer by layer, but --heal is {method}",
+            f"choose {' or '.join(LAYERWISE)}, or run `expertsmith heal`",
+        )
+    if not data:
+        raise UserError("healing needs text", "pass --data FILE")
 
 
 def run(recipe: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from expertsmith import show
 from expertsmith.errors import UserError
 
 if TYPE_CHECKING:
+    from expertsmith.plan import Plan
     from expertsmith.progress import Progress
 
 app = typer.Typer(
@@ -141,6 +142,12 @@ def compress(
     router_groups: Groups = "keep",
     eval_data: EvalData = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure quality at the end.")] = True,
+    heal: Annotated[
+        str | None,
+        typer.Option(
+            help="Then heal on the same text: least_squares or layer_local (see `expertsmith heal`).", show_default=False
+        ),
+    ] = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
     seed: Seed = 42,
@@ -176,6 +183,7 @@ def compress(
         router_groups=_word(router_groups, "router-groups", "keep", "flatten"),
         eval_data=eval_data or (),
         measure=measure,
+        heal=heal,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
         device=device,
@@ -204,6 +212,8 @@ def compress(
         for note in result["notes"][len(result["plan"].notes) :]:
             show.line(f"[yellow]note[/yellow] {show.escape(note)}")
         show.show_verdict(verdict)
+        if heal:
+            show.show_healing({"out": result["out"], **result["heal"]})
         if result["quality"]:
             show.show_quality(
                 result["quality"],
@@ -304,7 +314,15 @@ def calibrate(
 @app.command(rich_help_panel=FLOW)
 def plan(
     model: Model,
-    method: Method,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="How experts are scored; see `expertsmith methods`.")
+    ] = None,
+    from_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Instead of a method: ordered lists (JSONL, with --keep), a mask or retained experts (JSON)."
+        ),
+    ] = None,
     keep: Keep = None,
     out: Out = Path("plan.json"),
     stats: Stats = None,
@@ -335,6 +353,14 @@ def plan(
     """
     from expertsmith import api
 
+    if (method is None) == (from_file is None):
+        raise typer.BadParameter("a plan is made by a method or from a file: pass --method NAME or --from FILE")
+    groups = _word(router_groups, "router-groups", "keep", "flatten")
+    if from_file is not None:
+        made = api.plan_from(model, from_file, keep, router_groups=groups, out=out, allow_pickle=allow_pickle)
+        _show_made(made, out, as_json)
+        return
+    assert method is not None
     made = api.plan(
         model,
         method,
@@ -345,7 +371,7 @@ def plan(
         budget=budget,
         uniform=uniform,
         options=_options(option),
-        router_groups=_word(router_groups, "router-groups", "keep", "flatten"),
+        router_groups=groups,
         out=out,
         allow_pickle=allow_pickle,
         samples=samples,
@@ -360,10 +386,31 @@ def plan(
         resume=resume,
         progress=_progress(quiet),
     )
+    _show_made(made, out, as_json)
+
+
+def _show_made(made: Plan, out: Path, as_json: bool) -> None:
     if as_json:
         show.as_json(made.to_json())
     else:
         show.show_plan(made)
+        show.line(f"[bold]{show.escape(str(out))}[/bold]")
+
+
+@app.command(rich_help_panel=MORE)
+def export(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json")],
+    format: Annotated[str, typer.Option("--format", "-f", help="ordered (JSONL), mask or retained (JSON).")],
+    out: Out,
+    as_json: AsJson = False,
+) -> None:
+    """Write a plan's choice of experts in a format that other tools read; `plan --from FILE` reads them."""
+    from expertsmith import api
+
+    api.export(plan_file, format, out)
+    if as_json:
+        show.as_json({"out": str(out), "format": format})
+    else:
         show.line(f"[bold]{show.escape(str(out))}[/bold]")
 
 
@@ -638,6 +685,69 @@ def skip(
         show.as_json({**result, "plan": made.to_json()})
         return
     show.show_skipping(result)
+
+
+@app.command(rich_help_panel=FLOW)
+def heal(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="The compressed checkpoint.")],
+    teacher: Annotated[str, typer.Option("--teacher", "-t", help="The original model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT2", help="Where the healed checkpoint goes.")],
+    data: Data = None,
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="least_squares, layer_local, router or lora.")
+    ] = "least_squares",
+    option: Options = None,
+    eval_data: EvalData = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 42,
+    pack: Pack = None,
+    overlong: Overlong = "refuse",
+    batch_tokens: BatchTokens = 8192,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    memory: Memory = "auto",
+    resume: Resume = True,
+    overwrite: Overwrite = False,
+    allow_pickle: Pickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Recover a compressed model towards its original; nothing that is worse on held-out tokens is accepted.
+
+    least_squares: down projections in closed form, layer by layer, resident or streamed. layer_local: the same, then router, gate, up and down
+    projections by gradients within each layer. router: router rows by distillation. lora: merged adapters (needs peft).
+
+    [dim]expertsmith heal mixtral-half --teacher mistralai/Mixtral-8x7B-v0.1 -m layer_local -d c4.jsonl -o mixtral-half-healed[/dim]
+    """
+    from expertsmith import api
+
+    report = api.heal(
+        model,
+        teacher,
+        data or (),
+        out,
+        method=method,
+        options=_options(option),
+        eval_data=eval_data or (),
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        resume=resume,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        pack=pack,
+        overlong=_word(overlong, "overlong", "refuse", "truncate", "drop"),
+        batch_tokens=batch_tokens,
+        progress=_progress(quiet),
+    )
+    if as_json:
+        show.as_json(report)
+    else:
+        show.show_healing(report)
 
 
 @app.command(rich_help_panel=FLOW)

@@ -230,6 +230,33 @@ def show_conversion(result: dict[str, Any]) -> None:
     line(f"[bold]{escape(result['out'])}[/bold]")
 
 
+def show_healing(report: dict[str, Any]) -> None:
+    """What healing brought: layer by layer, and the loss before and after."""
+    if report["layers"]:
+        table = table_of(
+            "layer", "held-out error of the layer", "after", "left", "seconds", title=f"healed by {report['method']}"
+        )
+        for row in report["layers"]:
+            before, after = row["error_before"], row["error_after"]
+            left = f"{100 * after / before:.0f} %" if before else "–"
+            table.add_row(str(row["layer"]), f"{before:.4g}", f"{after:.4g}", left, f"{row['seconds']:.1f}")
+        line(table)
+    found = {"held-out part of the calibration": report["held_out"]}
+    if report.get("quality"):
+        found["held-out text"] = report["quality"]
+    for what, quality in found.items():
+        table = table_of("domain", "loss, original", "before", "after", "KL before", "after", "tokens", title=f"On the {what}")
+        for name, was in quality["before"]["domains"].items():
+            now = quality["after"]["domains"][name]
+            cells = [f"{was['reference_loss']:.4f}", f"{was['loss']:.4f}", f"[bold]{now['loss']:.4f}[/bold]"]
+            table.add_row(name, *cells, f"{was['kl']:.4f}", f"[bold]{now['kl']:.4f}[/bold]", f"{was['tokens']:,}")
+        line(table)
+    if not report["accepted"]:
+        line("[yellow]note[/yellow] healing was not better on the held-out part, so no weight was changed")
+    tokens = sum(report["data"]["tokens"].values())
+    line(f"{tokens:,} tokens, {report['seconds']:.1f} s  [bold]{escape(report['out'])}[/bold]")
+
+
 def show_quality(quality: dict[str, Any], title: str) -> None:
     """Quality by domain."""
     rows = quality["domains"]

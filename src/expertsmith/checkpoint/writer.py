@@ -76,12 +76,14 @@ def write_checkpoint(
     texts: Mapping[str, str],
     overwrite: bool = False,
     max_shard: int = MAX_SHARD,
+    shard_of: Mapping[str, str] | None = None,
     on_tensor: Callable[[OutputTensor, memoryview], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write shards, index, config, the source's tokenizer and generation files, and `texts` (relative path → content).
 
     Args:
+        shard_of: tensor → name of the file it goes to; otherwise files are filled up to `max_shard` bytes.
         on_tensor: called with every chunk of bytes before it is written; may raise to stop.
         progress: called with the number of bytes just written.
 
@@ -97,7 +99,7 @@ def write_checkpoint(
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir()
-        _write_shards(partial, tensors, max_shard, on_tensor, progress)
+        _write_shards(partial, _named_shards(tensors, max_shard, shard_of), on_tensor, progress)
         for file in companions(source.path):
             shutil.copyfile(file, partial / file.name)
         for name, text in texts.items():
@@ -141,19 +143,28 @@ def _shards(tensors: Sequence[OutputTensor], max_shard: int) -> list[list[Output
     return shards
 
 
+def _named_shards(
+    tensors: Sequence[OutputTensor], max_shard: int, shard_of: Mapping[str, str] | None
+) -> dict[str, list[OutputTensor]]:
+    if shard_of is not None:
+        named: dict[str, list[OutputTensor]] = {}
+        for tensor in tensors:
+            named.setdefault(shard_of[tensor.name], []).append(tensor)
+        return named if len(named) > 1 else {SINGLE: list(tensors)}
+    shards = _shards(tensors, max_shard)
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
+
+
 def _write_shards(
     folder: Path,
-    tensors: Sequence[OutputTensor],
-    max_shard: int,
+    shards: Mapping[str, Sequence[OutputTensor]],
     on_tensor: Callable[[OutputTensor, memoryview], None] | None,
     progress: Callable[[int], None] | None,
 ) -> None:
-    shards = _shards(tensors, max_shard)
-    names = (
-        [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
     buffer = memoryview(bytearray(CHUNK))
-    for name, shard in zip(names, shards, strict=True):
+    for name, shard in shards.items():
         with open(folder / name, "wb", buffering=0) as sink:
             write_all(sink, _header(shard))
             for tensor in shard:
@@ -165,8 +176,9 @@ def _write_shards(
                         if progress:
                             progress(len(view))
     if len(shards) > 1:
-        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": weight_map}
+        weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
+        total = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

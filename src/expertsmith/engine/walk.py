@@ -123,8 +123,7 @@ class Walk:
                 self.model.bring(index)
             elif index + 1 < len(self.doors):
                 self.model.bring(index + 1)
-            for number, run in enumerate(self._runs):
-                self._resume(number, run)
+            self._pass(index)
             self.model.release(index)
             yield index
 
@@ -134,6 +133,15 @@ class Walk:
             if not run.dead:
                 self._resume(number, run)
             yield self._results.pop(number)
+
+    def _pass(self, index: int) -> None:
+        """All batches through decoder layer `index`, up to the door of the next."""
+        for number, run in enumerate(self._runs):
+            self._resume(number, run)
+
+    def _run(self, index: int, number: int, call: Callable[[], Any]) -> Any:
+        """One batch through one decoder layer; `call` is the layer's forward with its arguments."""
+        return call()
 
     def _forward(self, number: int) -> None:
         batch = self.batches[number]
@@ -159,7 +167,8 @@ class Walk:
             self.before(index, number, self.batches[number])
         shared = [value for value in kwargs.values() if isinstance(value, MutableMapping)]
         sizes = [len(value) for value in shared]
-        out = self.instead(index, forward, *args, **kwargs) if self.instead else forward(*args, **kwargs)
+        run = partial(self.instead, index, forward) if self.instead else forward
+        out = self._run(index, number, partial(run, *args, **kwargs))
         self.side_state |= sizes != [len(value) for value in shared]
         if self.after:
             self.after(index, number, out)

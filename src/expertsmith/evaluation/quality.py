@@ -104,7 +104,7 @@ def _measure_group(
             for _ in mine.layers():
                 pass
             for batch, out in zip(group, mine.outputs(), strict=True):
-                _add(quality, batch, out.logits, None)
+                add_batch(quality, batch, out.logits, None)
                 advance(batch.tokens)
             return
         with Walk(reference, group) as theirs:
@@ -118,11 +118,12 @@ def _measure_group(
                         f"the model predicts {out.logits.shape[-1]} tokens, the reference {ref.logits.shape[-1]}",
                         "they need the same vocabulary",
                     )
-                _add(quality, batch, out.logits, ref.logits)
+                add_batch(quality, batch, out.logits, ref.logits)
                 advance(batch.tokens)
 
 
-def _add(quality: Quality, batch: Batch, logits: torch.Tensor, reference: torch.Tensor | None) -> None:
+def add_batch(quality: Quality, batch: Batch, logits: torch.Tensor, reference: torch.Tensor | None) -> None:
+    """Add the predicted tokens of one batch, from the model's logits and the reference's [rows, length, vocabulary]."""
     entry = quality.domains.setdefault(batch.domain, DomainQuality())
     predicted = (batch.mask[:, 1:] & batch.mask[:, :-1]).to(logits.device)
     targets = batch.input_ids.to(logits.device)[:, 1:][predicted]

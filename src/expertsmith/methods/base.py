@@ -153,7 +153,7 @@ class Method:
                 if not values:
                     raise UserError(f"method {self.name} has no options, but {name!r} was given")
                 raise unknown(f"option of {self.name}", name, values)
-            values[name] = _convert(self.name, name, value, hints[name])
+            values[name] = convert(self.name, name, value, hints[name])
         return values
 
 
@@ -186,7 +186,12 @@ def method(
     return register
 
 
-def _convert(owner: str, name: str, value: Any, kind: Any) -> Any:
+def convert(owner: str, name: str, value: Any, kind: Any) -> Any:
+    """An option's value by the type in its signature.
+
+    Raises:
+        UserError: a value of the wrong type, or one below its bound.
+    """
     where = f"option {name} of {owner}"
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
@@ -194,7 +199,7 @@ def _convert(owner: str, name: str, value: Any, kind: Any) -> Any:
         return value
     if get_origin(kind) is Annotated:
         plain, limit = get_args(kind)
-        converted = _convert(owner, name, value, plain)
+        converted = convert(owner, name, value, plain)
         if converted < limit.bound:
             raise UserError(f"{where} is {value}", f"give {limit.bound} or more")
         return converted

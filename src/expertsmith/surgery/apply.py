@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from expertsmith.arch import config_get
-from expertsmith.checkpoint.writer import Made, OutputTensor, Piece, prepare_target, write_checkpoint
+from expertsmith.checkpoint.writer import MAX_SHARD, Made, OutputTensor, Piece, prepare_target, write_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.inventory import Claim, Inventory
 from expertsmith.plan import Plan
@@ -264,7 +264,7 @@ def apply_plan(
             overwrite=overwrite,
             on_tensor=_Finite(routing_biases(inventory)) if check_values else None,
             progress=advance,
-            **({"max_shard": max_shard} if max_shard else {}),
+            max_shard=max_shard or MAX_SHARD,
         )
     return notes
 

@@ -300,7 +300,7 @@ def _edits(model: LoadedModel, entry: LayerPlan, inventory: Inventory) -> list[E
     for merge in entry.merge:
         if len(merge.sources) == 1:
             continue
-        held = {expert: _in_memory(experts, record, expert, inventory.experts_in(entry.layer)) for expert in merge.sources}
+        held = {expert: in_memory(experts, record, expert, inventory.experts_in(entry.layer)) for expert in merge.sources}
         mine = held[merge.into]
         orders = {}
         if merge.align != "none":
@@ -320,7 +320,7 @@ def _reordered(part: torch.Tensor, role: str, order: torch.Tensor | None) -> tor
     return part[:, order] if role == "down" else part[order]
 
 
-def _in_memory(experts: nn.Module, record: Architecture, expert: int, count: int) -> dict[tuple[str, bool], torch.Tensor]:
+def in_memory(experts: nn.Module, record: Architecture, expert: int, count: int) -> dict[tuple[str, bool], torch.Tensor]:
     """Views of one expert's weights in its experts module by (role, whether it is a matrix)."""
     found: dict[tuple[str, bool], torch.Tensor] = {}
     for name, parameter in experts.named_parameters():
@@ -356,14 +356,14 @@ def _router_edits(block: nn.Module, merge: Merge, layer: int, inventory: Invento
         count = merge.log_count and _is_logit_bias(claim, record)
         if merge.router == "dominant" and not count:
             continue
-        tensor = _router_tensor(block, claim, record)
+        tensor = router_tensor(block, claim, record)
         tensor = tensor[0] if claim.row_axis else tensor
         rows = (tensor[expert] for expert in merge.sources)
         made.append((tensor[merge.into], router_row(rows, merge, count, _dtype(claim))))
     return made
 
 
-def _router_tensor(block: nn.Module, claim: Claim, record: Architecture) -> torch.Tensor:
+def router_tensor(block: nn.Module, claim: Claim, record: Architecture) -> torch.Tensor:
     """The parameter or buffer of the router, or of the block itself, that a checkpoint's router tensor is loaded into: that of the same
     shape; of several, the one whose name ends most alike."""
     router = block.get_submodule(record.router)

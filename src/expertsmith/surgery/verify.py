@@ -233,6 +233,11 @@ def find_plan(output: Path) -> Path:
         UserError: it has none.
     """
     path = output / "expertsmith" / "plan.json"
+    if (output / "expertsmith" / "heal.json").is_file():
+        raise UserError(
+            f"{output} was healed, so its weights are no longer those of the original",
+            "verify the checkpoint that it was healed from, and measure this one with `expertsmith evaluate --reference`",
+        )
     if not path.is_file():
         raise UserError(f"{output} has no expertsmith/plan.json", "pass --plan plan.json")
     return path

@@ -1,0 +1,166 @@
+"""The experts of one decoder layer while it is healed: what came to them, their hidden activations, and their down projections.
+
+An expert's output is linear in its down projection: with phi_t = w_t * act(gate x_t) * (up x_t), w_t the routing weight, the routed output of
+token t is the sum over its experts of W_down phi_t (+ w_t b_down).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from expertsmith.arch import Architecture
+from expertsmith.engine.experts import expert_count, experts_of, is_grouped, routing_of, submodule
+from expertsmith.engine.skipping import Rule, keep_slots, rescaled_weights
+from expertsmith.surgery.merge import in_memory
+
+Skip = tuple[float, Rule]  # threshold and rule of a layer whose tokens skip experts
+
+
+@dataclass
+class Routed:
+    """What T tokens brought to a layer's experts. Slots of no routed expert (zero experts, skipped ones, weight 0) have expert -1.
+
+    `scale` [T, slots] multiplies an expert's input, `weight` [T, slots] its output; families have one or the other.
+    """
+
+    x: torch.Tensor  # [T, width]
+    expert: torch.Tensor  # [T, slots]
+    weight: torch.Tensor  # [T, slots] float32
+    scale: torch.Tensor | None = None
+
+    def at(self, rows: torch.Tensor) -> Routed:
+        """Some of the tokens."""
+        return Routed(self.x[rows], self.expert[rows], self.weight[rows], None if self.scale is None else self.scale[rows])
+
+
+@dataclass
+class Tapped:
+    """One call of a layer: what the experts got, and their summed output as a leaf of the graph."""
+
+    routed: Routed
+    leaf: torch.Tensor  # [T, width]
+
+
+class LayerExperts:
+    """Router and experts of a decoder layer, loaded."""
+
+    def __init__(self, layer: nn.Module, record: Architecture, skip: Skip | None = None) -> None:
+        self.record, self.skip = record, skip
+        self.block: Any = submodule(layer, record.block)
+        self.router: Any = submodule(self.block, record.router)
+        self.module: Any = experts_of(layer, record)
+        self.count = expert_count(self.module)
+        self._acting: Any = None
+
+    @contextmanager
+    def tapped(self, found: list[Tapped]) -> Iterator[None]:
+        """Within the context, the layer's experts run as ever, but gradients start at their output; each call is added to `found`."""
+        held = self.module.__dict__.get("forward")
+        inner = self.module.forward
+        routing: list[torch.Tensor] = []
+        hook = self.router.register_forward_hook(lambda _, args, out: routing.extend((args[0], out[0])))
+
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            with torch.no_grad():
+                out = inner(hidden_states, *args, **kwargs)
+                if self.record.call == "dense_inputs":
+                    leaf, routed = out.reshape(self.count, -1, out.shape[-1]).sum(0), self._scaled(*routing)
+                else:
+                    leaf = out.reshape(-1, out.shape[-1])
+                    routed = self._weighted(hidden_states.reshape(-1, hidden_states.shape[-1]), *routing_of(args, kwargs))
+            routing.clear()
+            leaf = leaf.detach().requires_grad_()
+            found.append(Tapped(routed, leaf))
+            if self.record.call == "dense_inputs":
+                others = leaf.new_zeros((self.count - 1) * len(leaf), leaf.shape[-1])
+                return torch.cat((leaf, others)).reshape(out.shape)
+            whole: torch.Tensor = leaf.reshape(out.shape)
+            return whole
+
+        self.module.forward = forward
+        try:
+            yield
+        finally:
+            hook.remove()
+            self.module.__dict__.pop("forward", None)
+            if held is not None:
+                self.module.forward = held
+
+    def _scaled(self, x: torch.Tensor, scores: torch.Tensor) -> Routed:
+        """Scores [T, E] that scale an expert's input, 0 where it is not chosen."""
+        scores = scores.reshape(-1, self.count)
+        slots = int((scores != 0).sum(1).max())
+        scale, expert = scores.sort(dim=1, descending=True)
+        scale, expert = scale[:, :slots], expert[:, :slots]
+        ones = torch.ones_like(scale, dtype=torch.float32)
+        return Routed(x.reshape(-1, x.shape[-1]), expert.masked_fill(scale == 0, -1), ones, scale)
+
+    def _weighted(self, x: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor) -> Routed:
+        expert, weights = selected.reshape(len(x), -1).long(), weights.reshape(len(x), -1)
+        if self.skip is not None:
+            skippable = None if is_grouped(self.module) else expert < self.count
+            keep = keep_slots(weights, self.skip[1], self.skip[0], skippable)
+            weights = rescaled_weights(weights, keep, skippable) * keep
+        return Routed(x, expert.masked_fill((expert >= self.count) | (weights == 0), -1), weights.float())
+
+    def views(self, expert: int) -> dict[tuple[str, bool], torch.Tensor]:
+        """Views of an expert's weights by (role, whether it is a matrix): gate and up [neurons, inputs], down [outputs, neurons]."""
+        found: dict[tuple[str, bool], torch.Tensor] = in_memory(self.module, self.record, expert, self.count)
+        return found
+
+    def hidden(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """[T, neurons]: act(gate x) * up x of one expert."""
+        views = self.views(expert)
+        if not is_grouped(self.module):
+            gate: torch.Tensor = self._act(nn.functional.linear(x, views["gate", True]))
+            return gate * nn.functional.linear(x, views["up", True])
+        name = "gate_up_proj" if self.module.has_gate else "up_proj"
+        weight = getattr(self.module, name)[expert]
+        bias = getattr(self.module, f"{name}_bias")[expert] if self.module.has_bias else None
+        product = nn.functional.linear(x, weight.T if self.module.is_transposed else weight, bias)
+        made: torch.Tensor = self.module._apply_gate(product) if self.module.has_gate else self.module.act_fn(product)
+        return made
+
+    @property
+    def _act(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The activation of an experts module that transformers' decorator does not describe."""
+        if self._acting is None:
+            owners = (self.module, *self.module.children())
+            names = ("act_fn", "activation_fn")
+            held = [getattr(owner, name) for owner in owners for name in names if callable(getattr(owner, name, None))]
+            if not held:
+                raise RuntimeError(f"{type(self.module).__name__}: no activation function found")
+            self._acting = held[0]
+        return self._acting  # type: ignore[no-any-return]
+
+    def features(self, routed: Routed, expert: int, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """phi [len(rows), neurons (+ 1 where down projections have a bias)] of one expert, float32; (row, slot) pairs of `routed`."""
+        x = routed.x[rows]
+        if routed.scale is not None:
+            x = routed.scale[rows, slots, None] * x
+        hidden = self.hidden(expert, x).float()
+        if ("down", False) in self.views(expert):
+            hidden = torch.cat((hidden, hidden.new_ones(len(hidden), 1)), 1)
+        return hidden * routed.weight[rows, slots, None]
+
+    def down(self, expert: int) -> torch.Tensor:
+        """[outputs, neurons (+ 1)] float64: the down projection, its bias as the last column."""
+        views = self.views(expert)
+        bias = views.get(("down", False))
+        matrix = views["down", True].double()
+        return matrix if bias is None else torch.cat((matrix, bias.double()[:, None]), 1)
+
+    @torch.no_grad()
+    def set_down(self, expert: int, values: torch.Tensor) -> None:
+        """The inverse of `down`."""
+        views = self.views(expert)
+        neurons = views["down", True].shape[1]
+        views["down", True].copy_(values[:, :neurons])
+        if ("down", False) in views:
+            views["down", False].copy_(values[:, neurons])

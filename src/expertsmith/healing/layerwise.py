@@ -1,0 +1,227 @@
+"""Heal layer by layer, in closed form and by gradients within a layer; nothing is propagated back through the model.
+
+Both models carry the same tokens. Before decoder layer l of the student runs, its inputs are those that the healed layers before it make,
+and the target is what the original puts into its residual stream after layer l: so errors made earlier are corrected later. What is made
+small is the relative error, the mean over tokens of ||target - output||^2 / ||target||^2, because the next norm divides by the stream's
+length. A layer's new weights are rounded to the checkpoint's dtype, and kept only if this error falls on the held-out tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of
+from expertsmith.errors import UserError
+from expertsmith.evaluation.quality import Quality, add_batch
+from expertsmith.healing.experts import LayerExperts, Routed, Skip, Tapped
+from expertsmith.healing.least_squares import Problem, solve
+from expertsmith.healing.options import LayerLocal, LeastSquares
+from expertsmith.healing.refine import refine
+from expertsmith.healing.streams import Call, HaltingWalk
+from expertsmith.healing.tail import wanted_change
+from expertsmith.healing.work import Work
+from expertsmith.healing.written import into_memory, to_checkpoint
+from expertsmith.inventory import Inventory
+from expertsmith.progress import Progress
+
+DOWN = ("down",)
+SMALL = 1e-12
+LOOK, SOLVE, REFINE = 0.1, 0.2, 0.6  # shares of a layer's time, for the bar
+ALL = ("router", "gate", "up", "down")
+
+
+@dataclass
+class Halted:
+    """A layer at which all batches stand: its experts, and for every batch its call, target, and the tokens that count and are held out
+    ([rows, length] bool)."""
+
+    index: int
+    experts: LayerExperts
+    calls: list[Call]
+    targets: list[torch.Tensor]
+    masks: list[torch.Tensor]
+    held: list[torch.Tensor]
+
+    def error(self, output: Any, number: int) -> torch.Tensor:
+        """Target minus output, 0 at tokens that do not count."""
+        hidden = hidden_of(output)
+        target, mask = self.targets[number], self.masks[number]
+        if hidden.shape != target.shape:
+            raise UserError(
+                f"decoder layer {self.index} of the student puts out {list(hidden.shape)}, that of the teacher {list(target.shape)}",
+                "give the model that the student was made from",
+            )
+        return (target.to(hidden.dtype) - hidden) * mask.reshape(*mask.shape, *(1 for _ in hidden.shape[2:])).to(hidden.dtype)
+
+    def share(self, output: Any, number: int, chosen: torch.Tensor) -> torch.Tensor:
+        """Sum over the tokens `chosen` ([rows, length] bool) of ||target - output||^2 / ||target||^2."""
+        wrong, target = (value[chosen].float() for value in (self.error(output, number), self.targets[number]))
+        return (wrong.flatten(1).square().sum(1) / target.flatten(1).square().sum(1).clamp_min(SMALL)).sum()
+
+    def held_error(self, output: Any, number: int) -> float:
+        """`share` of the held-out tokens."""
+        return float(self.share(output, number, self.held[number]))
+
+
+@dataclass
+class Layerwise:
+    """One healing: the two models, the data, and where finished layers are kept."""
+
+    student: LoadedModel
+    teacher: LoadedModel
+    inventory: Inventory
+    batches: Sequence[Batch]
+    held: Sequence[torch.Tensor]
+    options: LeastSquares | LayerLocal
+    work: Work
+    skips: Mapping[int, Skip]
+    progress: Progress
+    _advance: Callable[[float], object] = lambda _: None
+    _tokens: int = 0
+    _left: float = 0.0
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The weights that may change."""
+        return ALL if isinstance(self.options, LayerLocal) else DOWN
+
+    def run(self) -> Quality:
+        """Heal every MoE layer; the quality of the healed student against the teacher on the held-out tokens."""
+        targets: dict[int, torch.Tensor] = {}
+        held = [mask.to(self.student.device) for mask in self.held]
+        masks = [batch.mask.to(self.student.device) for batch in self.batches]
+
+        def keep(layer: int, number: int, output: Any) -> None:
+            targets[number] = hidden_of(output)
+
+        def halt(layer: int, calls: list[Call]) -> list[Any] | None:
+            assert self.student.architecture is not None
+            experts = LayerExperts(self.student.layers[layer], self.student.architecture, self.skips.get(layer))
+            if layer in self.work.rows:
+                into_memory(experts, self.inventory, layer, self.work.tensors(layer), self.roles)
+                return None
+            return self._heal(Halted(layer, experts, calls, [targets.pop(i) for i in range(len(calls))], masks, held))
+
+        tokens = sum(batch.tokens for batch in self.batches)
+        theirs = Walk(self.teacher, self.batches, after=keep)
+        mine = HaltingWalk(self.student, self.batches, self.student.moe_layers, halt)
+        quality = Quality(has_reference=True)
+        with self.progress.task("heal", tokens * len(self.student.layers), "layer tokens") as advance, theirs, mine:
+            self._advance, self._tokens, self._left = advance, tokens, float(tokens)
+            for _ in zip(theirs.layers(), mine.layers(), strict=True):
+                targets.clear()
+                advance(self._left)
+                self._left = float(tokens)
+            outputs = zip(self.batches, self.held, mine.outputs(), theirs.outputs(), strict=True)
+            for batch, mask, out, reference in outputs:
+                if bool(mask.any()):
+                    judged = Batch(batch.input_ids, mask, batch.domain, batch.sequences)
+                    add_batch(quality, judged, out.logits, reference.logits)
+        return quality
+
+    def _tick(self, share: float) -> None:
+        """Progress within a layer: a share of its work is done, about."""
+        amount = min(share * self._tokens, self._left)
+        self._left -= amount
+        self._advance(amount)
+
+    def _heal(self, halted: Halted) -> list[Any]:
+        begin = time.perf_counter()
+        experts, index = halted.experts, halted.index
+        problem, before = look(halted, lambda share: self._tick(LOOK * share))
+        solution = solve(experts, problem, self.options.sweeps, lambda share: self._tick(SOLVE * share))
+        for expert, down in solution.down.items():
+            experts.set_down(expert, down)
+        row: dict[str, Any] = {
+            "layer": index,
+            "held_out_tokens": int(problem.held.sum()),
+            "experts": experts.count,
+            "changed": len(solution.down),
+            "sweeps": solution.errors,
+            "ridges": sorted(set(solution.ridges.values())),
+            "error_before": before,
+        }
+        outputs, after, tensors = self._settle(halted, DOWN)
+        if not after < before:
+            outputs, after, tensors = self._restore(halted, {})
+        row["error_least_squares"] = after
+        if isinstance(self.options, LayerLocal):
+            start, least = tensors, after
+            row["refined"] = refine(halted, self.inventory, self.options, lambda share: self._tick(REFINE * share))
+            outputs, after, tensors = self._settle(halted, ALL)
+            if not after < least:  # rounding undid it
+                outputs, after, tensors = self._restore(halted, start)
+        row |= {"error_after": after, "seconds": round(time.perf_counter() - begin, 3)}
+        self.work.save(index, tensors, row)
+        self.progress.note(f"decoder layer {index}: held-out error {before:.4g} → {after:.4g}")
+        return outputs
+
+    def _settle(self, halted: Halted, roles: Sequence[str]) -> tuple[list[Any], float, dict[str, torch.Tensor]]:
+        """Round the layer to the checkpoint's dtypes, and run it: outputs, held-out error, and the tensors that differ from the source's."""
+        tensors = to_checkpoint(halted.experts, self.inventory, halted.index, roles)
+        into_memory(halted.experts, self.inventory, halted.index, tensors, roles)
+        outputs = [call() for call in halted.calls]
+        return outputs, held_mean(halted, outputs), tensors
+
+    def _restore(self, halted: Halted, tensors: dict[str, torch.Tensor]) -> tuple[list[Any], float, dict[str, torch.Tensor]]:
+        """Go back to the source's weights, but for `tensors`."""
+        into_memory(halted.experts, self.inventory, halted.index, tensors, self.roles)
+        outputs = [call() for call in halted.calls]
+        return outputs, held_mean(halted, outputs), tensors
+
+
+def held_mean(halted: Halted, outputs: Sequence[Any]) -> float:
+    """Mean relative squared error of a layer's output on held-out tokens."""
+    count = sum(int(mask.sum()) for mask in halted.held)
+    return sum(halted.held_error(out, number) for number, out in enumerate(outputs)) / count
+
+
+def look(halted: Halted, tick: Callable[[float], None]) -> tuple[Problem, float]:
+    """Run the layer once: the least-squares problem of its tokens, and its held-out error as it is."""
+    parts: list[tuple[Routed, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    error = 0.0
+    for number, call in enumerate(halted.calls):
+        found: list[Tapped] = []
+        with halted.experts.tapped(found), torch.enable_grad():
+            output = call()
+        if len(found) != 1:
+            raise RuntimeError(f"decoder layer {halted.index}: its experts ran {len(found)} times, expected once")
+        hidden, leaf = hidden_of(output), found[0].leaf
+        wrong = halted.error(hidden.detach(), number)
+        error += halted.held_error(hidden.detach(), number)
+        change, strength = wanted_change(hidden, leaf, wrong)
+        size = halted.targets[number].flatten(2).float().square().sum(2).clamp_min(SMALL).sqrt().reshape(-1)
+        strength = strength / size
+        rows = halted.masks[number].reshape(-1).nonzero().squeeze(1)
+        held = halted.held[number].reshape(-1)[rows]
+        parts.append((found[0].routed.at(rows), change[rows], strength[rows], held))
+        tick(1 / len(halted.calls))
+    routed = joined([part[0] for part in parts])
+    strength = torch.cat([part[2] for part in parts])
+    seen = strength > 0
+    # tokens without an error say nothing of their strength
+    strength = torch.where(seen, strength, strength[seen].mean() if bool(seen.any()) else 1.0)
+    count = sum(int(mask.sum()) for mask in halted.held)
+    problem = Problem(routed, torch.cat([part[1] for part in parts]), torch.cat([part[3] for part in parts]), strength)
+    return problem, error / count
+
+
+def joined(parts: Sequence[Routed]) -> Routed:
+    """The tokens of several batches as one."""
+    slots = max(part.expert.shape[1] for part in parts)
+
+    def wide(values: torch.Tensor, fill: float) -> torch.Tensor:
+        return torch.nn.functional.pad(values, (0, slots - values.shape[1]), value=fill)
+
+    scales = [part.scale for part in parts]
+    return Routed(
+        torch.cat([part.x for part in parts]),
+        torch.cat([wide(part.expert, -1) for part in parts]),
+        torch.cat([wide(part.weight, 0.0) for part in parts]),
+        None if scales[0] is None else torch.cat([wide(scale, 0.0) for scale in scales if scale is not None]),
+    )

@@ -1,0 +1,188 @@
+"""LoRA adapters on chosen weights of a student, through peft: fused experts as parameters, everything else as linear modules.
+
+The adapters are merged back, so that the healed checkpoint is stock. What changed is found by saving the merged model in the checkpoint's own
+layout and comparing tensor by tensor after rounding to the checkpoint's dtypes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from expertsmith.checkpoint import open_checkpoint
+from expertsmith.checkpoint.reader import TORCH_DTYPES
+from expertsmith.engine import LoadedModel
+from expertsmith.engine.experts import submodule
+from expertsmith.engine.loading import quietly
+from expertsmith.errors import UserError
+from expertsmith.healing.options import LORA_TARGETS, Lora
+from expertsmith.inventory import Inventory
+from expertsmith.weights import FLOATS
+
+ADAPTER = "default"
+
+
+def peft() -> Any:
+    """The library.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import peft as library
+    except ModuleNotFoundError:
+        raise UserError("--method lora needs peft", 'pip install "expertsmith[heal]"') from None
+    return library
+
+
+def targets(student: LoadedModel, wanted: str) -> tuple[list[str], list[str]]:
+    """(linear modules, parameters) by their names in the model, for `wanted`: attention, experts, router, shared or several with commas.
+
+    Attention is every linear module of a decoder layer outside of its MoE block.
+
+    Raises:
+        UserError: another word, or nothing in the model that it stands for.
+    """
+    kinds = [word.strip() for word in wanted.split(",") if word.strip()]
+    for word in kinds:
+        if word not in LORA_TARGETS:
+            raise UserError(f"option targets of lora has {word!r}", f"choose among {', '.join(LORA_TARGETS)}")
+    record = student.architecture
+    assert record is not None
+    found: dict[str, list[str]] = {word: [] for word in LORA_TARGETS}
+    parameters: list[str] = []
+    for index, layer in enumerate(student.layers):
+        places = {"experts": "", "router": "", "shared": ""}
+        if index in student.moe_layers:
+            places = {
+                kind: f"{record.block}.{path}".lstrip(".") if path else ""
+                for kind, path in (("experts", record.experts), ("router", record.router), ("shared", record.shared))
+            }
+        for kind in ("experts", "router"):
+            if places[kind] and kind in kinds:
+                owner = submodule(layer, places[kind])
+                if kind == "experts" and any("." in name for name, _ in owner.named_parameters()):
+                    raise UserError(
+                        f"peft cannot adapt the experts of {record.model_type}, which are read from outside of the module that holds them",
+                        "leave experts out of -O targets, or heal with layer_local",
+                    )
+                found[kind] += [
+                    f"{record.layers}.{index}.{places[kind]}.{name}"
+                    for name, weight in owner.named_parameters()
+                    if weight.dim() >= 2 and "bias" not in name
+                ]
+        for name, module in layer.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            inside = next(
+                (kind for kind, path in places.items() if path and (name == path or name.startswith(path + "."))), None
+            )
+            block = record.block and index in student.moe_layers and name.startswith(record.block + ".")
+            if inside == "shared" and "shared" in kinds:
+                found["shared"].append(f"{record.layers}.{index}.{name}")
+            if inside is None and not block and "attention" in kinds:
+                found["attention"].append(f"{record.layers}.{index}.{name}")
+    for word in kinds:
+        if not found[word]:
+            raise UserError(f"the model has no {word} that LoRA could adapt", "leave it out of -O targets")
+    for kind in ("experts", "router"):
+        parameters += found[kind]
+    return found["attention"] + found["shared"], parameters
+
+
+class Adapted:
+    """A student with adapters in it; its own module runs with them."""
+
+    def __init__(self, student: LoadedModel, options: Lora) -> None:
+        library = peft()
+        modules, parameters = targets(student, options.targets)
+        torch.manual_seed(options.seed)
+        config = library.LoraConfig(
+            r=options.rank,
+            lora_alpha=options.alpha,
+            lora_dropout=0.0,  # adapters on parameters cannot have any: see below
+            bias="none",
+            target_modules=modules or None,
+            target_parameters=parameters or None,
+            task_type="CAUSAL_LM",
+        )
+        with quietly(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft asks transformers for things that will be renamed
+            self.model: Any = library.get_peft_model(student.module, config)
+        self.model.eval()
+        for module in self.model.modules():
+            if (
+                options.dropout
+                and isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict)
+                and isinstance(module.base_layer, nn.Linear)
+            ):
+                module.lora_dropout[ADAPTER] = nn.Dropout(options.dropout).train()
+        self.weights = {name: weight for name, weight in self.model.named_parameters() if "lora_" in name}
+        for weight in self.model.parameters():
+            weight.requires_grad_(False)
+
+    def merge(self) -> Any:
+        """The plain model with the adapters in its weights."""
+        with quietly():
+            return self.model.merge_and_unload()
+
+
+@contextmanager
+def noisy_embeddings(module: Any, alpha: float, seed: int) -> Iterator[None]:
+    """NEFTune (arXiv 2310.05914): while gradients are on, uniform noise of up to alpha / sqrt(length * hidden) on the input embeddings."""
+    if not alpha:
+        yield
+        return
+    generator = torch.Generator().manual_seed(seed)
+
+    def add(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return out
+        size = alpha / (out.shape[-2] * out.shape[-1]) ** 0.5
+        noise = torch.rand(out.shape, generator=generator) * 2 - 1
+        noisy: torch.Tensor = out + size * noise.to(out)
+        return noisy
+
+    handle = module.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def rounded(module: Any, inventory: Inventory) -> None:
+    """Round a model's weights to the checkpoint's dtype, where it has one for all of its floats, so that it is judged as it is written."""
+    dtypes = {info.dtype for info in inventory.checkpoint.tensors.values() if info.dtype in FLOATS}
+    if len(dtypes) == 1:
+        kind = getattr(torch, TORCH_DTYPES[dtypes.pop()])
+        for weight in module.parameters():
+            weight.copy_(weight.to(kind))
+
+
+def changed_tensors(module: Any, inventory: Inventory, folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a model that differ from the checkpoint's, by the checkpoint's names, rounded to its dtypes. `folder` is for a saved copy,
+    which goes again."""
+    source = inventory.checkpoint
+    found: dict[str, torch.Tensor] = {}
+    try:
+        with quietly():
+            module.save_pretrained(folder)
+        saved = open_checkpoint(folder)
+        for name, info in source.tensors.items():
+            if name not in saved.tensors:
+                continue  # what transformers does not load
+            old = source.read(name)
+            new = saved.read(name).to(getattr(torch, TORCH_DTYPES[info.dtype]))
+            if not torch.equal(new, old):
+                found[name] = new
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return found

@@ -1,0 +1,239 @@
+"""Open the models, heal by the chosen method, judge, write the healed checkpoint and its report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertsmith.arch import families, text_config
+from expertsmith.calibration.data import TokenData
+from expertsmith.checkpoint import Checkpoint
+from expertsmith.checkpoint.writer import prepare_target
+from expertsmith.engine import Batch, LoadedModel, load_model
+from expertsmith.engine.loading import Memory, choose_device, choose_memory
+from expertsmith.errors import UserError
+from expertsmith.evaluation.quality import Quality, measure
+from expertsmith.healing.distil import Distillation, router_weights
+from expertsmith.healing.experts import LayerExperts
+from expertsmith.healing.layerwise import Layerwise
+from expertsmith.healing.lora import Adapted, changed_tensors, noisy_embeddings, peft, rounded
+from expertsmith.healing.options import LAYERWISE, Lora, as_options
+from expertsmith.healing.streams import check_pair, held_batches, held_out
+from expertsmith.healing.work import Work
+from expertsmith.healing.written import ROUTER, check_floats, into_memory, to_checkpoint, write_healed
+from expertsmith.inventory import Inventory
+from expertsmith.progress import Progress
+from expertsmith.surgery.mask import in_force
+from expertsmith.surgery.skip import skip_of
+
+REPORT = "expertsmith/heal.json"
+TRAINED_BATCH = 512  # tokens: small batches are what a step of training is put together from
+
+
+@dataclass
+class Healing:
+    """What is asked for."""
+
+    inventory: Inventory  # of the compressed checkpoint
+    teacher: Checkpoint
+    data: TokenData
+    method: str
+    options: Any
+    target: Path
+    batch_tokens: int = 8192
+    device: str = "auto"
+    dtype: str = "float32"
+    memory: str = "auto"
+    resume: bool = True
+    overwrite: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def heal(job: Healing, progress: Progress) -> dict[str, Any]:
+    """Write the healed checkpoint; returns its report (`expertsmith/heal.json`).
+
+    Raises:
+        UserError: teacher and student that do not match, a quantised student, too little data, or the folder of another healing.
+    """
+    begin = time.perf_counter()
+    source = job.inventory.checkpoint
+    prepare_target(job.target, source.path, job.overwrite)
+    prepare_target(job.target, job.teacher.path, job.overwrite)
+    check_floats(job.inventory)
+    layerwise, trains = job.method in LAYERWISE, job.method != "least_squares"
+    if trains and job.dtype != "float32":
+        raise UserError(f"{job.method} trains weights, but --dtype is {job.dtype}", "use --dtype float32")
+    if isinstance(job.options, Lora):
+        peft()
+    if not layerwise and job.memory == "stream":
+        raise UserError(
+            f"{job.method} sends gradients through the whole model, which --memory stream does not hold",
+            "use --memory resident, or --method layer_local",
+        )
+    where = choose_device(job.device)
+    mode = choose_memory(job.memory, [source, job.teacher], where, job.dtype) if layerwise else "resident"
+    student = load_model(source, job.inventory.architecture, memory=mode, device=where, dtype=job.dtype)
+    teacher = _teacher(job.teacher, mode, where, job.dtype)
+    check_pair(student, teacher)
+    size = min(job.batch_tokens, TRAINED_BATCH) if trains else job.batch_tokens
+    pad = getattr(student.config.get_text_config(), "pad_token_id", None)
+    batches = job.data.batches(size, pad_id=pad if isinstance(pad, int) and pad >= 0 else 0)
+    held = held_out(job.data, batches)
+    work = Work(job.target.with_name(f"{job.target.name}.healing"), _made_with(job), job.resume)
+    if work.rows:
+        progress.note(f"resuming: {len(work.rows)} layers are healed already")
+    rule, thresholds = skip_of(source.config) or ("ratio", {})
+    skips = {layer: (value, rule) for layer, value in thresholds.items()}
+    with in_force(student):
+        before = measure(student, held_batches(batches, held), teacher, progress)
+        training: dict[str, Any] = {}
+        if layerwise:
+            healing = Layerwise(student, teacher, job.inventory, batches, held, job.options, work, skips, progress)
+            after = healing.run()
+        else:
+            training = _distil(job, student, teacher, batches, held, work, progress)
+            after = measure(student, held_batches(batches, held), teacher, progress)
+    changed = work.names
+    report = _report(job, before, after, held, training, [] if training else list(work.rows.values()))
+    if not report["accepted"]:
+        progress.note(
+            "the healed model is further from the teacher on the held-out tokens than before: the weights stay as they were"
+        )
+        changed = []
+    report["seconds"] = round(time.perf_counter() - begin, 3)
+    _write(job, changed, work, report, progress)
+    work.remove()
+    return report
+
+
+def _distil(
+    job: Healing,
+    student: LoadedModel,
+    teacher: LoadedModel,
+    batches: Sequence[Batch],
+    held: Sequence[torch.Tensor],
+    work: Work,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Train router rows or adapters, and leave the changed tensors in `work`, rounded; the student in memory holds them merged."""
+    if isinstance(job.options, Lora):
+        adapted = Adapted(student, job.options)
+        distillation = Distillation(student, teacher, batches, held, adapted.weights, job.options, work, progress)
+        with noisy_embeddings(student.module, job.options.neftune, job.options.seed):
+            distillation.run()
+        student.module = adapted.merge()
+        rounded(student.module, job.inventory)
+        work.save(0, changed_tensors(student.module, job.inventory, work.folder / "merged"), {"layer": 0})
+        return distillation.report
+    weights = router_weights(student, job.inventory)
+    distillation = Distillation(student, teacher, batches, held, weights, job.options, work, progress)
+    distillation.run()
+    for layer in student.moe_layers:
+        experts = LayerExperts(student.layers[layer], job.inventory.architecture)
+        tensors = to_checkpoint(experts, job.inventory, layer, (ROUTER,))
+        into_memory(experts, job.inventory, layer, tensors, (ROUTER,))
+        work.save(layer, tensors, {"layer": layer})
+    return distillation.report
+
+
+def _teacher(checkpoint: Checkpoint, memory: Memory, device: torch.device, dtype: str) -> LoadedModel:
+    record = families().get(text_config(checkpoint.config).get("model_type", ""))
+    return load_model(checkpoint, record, memory=memory, device=device, dtype=dtype)
+
+
+def _made_with(job: Healing) -> dict[str, Any]:
+    return {
+        "format": "expertsmith.healing",
+        "method": job.method,
+        "options": as_options(job.options),
+        "student": job.inventory.checkpoint.fingerprint,
+        "teacher": job.teacher.fingerprint,
+        "data": job.data.fingerprint,
+        "batch_tokens": job.batch_tokens,
+        "dtype": job.dtype,
+    }
+
+
+def _report(
+    job: Healing,
+    before: Quality,
+    after: Quality,
+    held: Sequence[torch.Tensor],
+    training: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    was, now = before.to_json(), after.to_json()
+    measure_of = "loss" if getattr(job.options, "kl", 1.0) == 0 else "kl"  # what was made small
+    accepted = _over_all(now, measure_of) <= _over_all(was, measure_of)
+    return {
+        "format": "expertsmith.heal",
+        "version": 1,
+        "method": job.method,
+        "options": as_options(job.options),
+        "student": {"source": job.inventory.checkpoint.source, "fingerprint": job.inventory.checkpoint.fingerprint},
+        "teacher": {"source": job.teacher.source, "fingerprint": job.teacher.fingerprint},
+        "data": {
+            "fingerprint": job.data.fingerprint,
+            "tokens": job.data.tokens,
+            "held_out_tokens": sum(int(mask.sum()) for mask in held),
+        },
+        "held_out": {"before": was, "after": now if accepted else was, **({} if accepted else {"rejected": now})},
+        "accepted": accepted,
+        **({"training": training} if training else {}),
+        "layers": sorted(rows, key=lambda row: row["layer"]),
+    }
+
+
+def _over_all(quality: Mapping[str, Any], key: str) -> float:
+    """Mean over all held-out tokens, nats a token."""
+    rows = quality["domains"].values()
+    return float(sum(row[key] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows))
+
+
+def _write(job: Healing, changed: Collection[str], work: Work, report: Mapping[str, Any], progress: Progress) -> None:
+    source = job.inventory.checkpoint
+    texts = {REPORT: json.dumps(report, indent=1) + "\n"}
+    plan = source.path / "expertsmith" / "plan.json"
+    if plan.is_file():
+        texts["expertsmith/plan.json"] = plan.read_text(encoding="utf-8")
+    card = source.path / "README.md"
+    texts["README.md"] = healed_card(card.read_text(encoding="utf-8") if card.is_file() else f"# {source.path.name}\n", report)
+    write_healed(job.target, job.inventory, set(changed), work.read, texts, overwrite=job.overwrite, progress=progress)
+
+
+def healed_card(card: str, report: Mapping[str, Any], measured_after: bool = False) -> str:
+    """A checkpoint's model card, with what was healed; its measured quality is that before healing, unless `measured_after`."""
+    was, now = report["held_out"]["before"]["mean"], report["held_out"]["after"]["mean"]
+    tokens = report["data"]["tokens"]
+    options = ", ".join(f"{key}={value}" for key, value in report["options"].items())
+    names = ", ".join(f"{name} {number:,}" for name, number in tokens.items())
+    what = {
+        "least_squares": "the down projections of the routed experts",
+        "layer_local": "router rows, gate, up and down projections of the routed experts",
+        "router": "the router rows",
+        "lora": "weights by merged low-rank adapters",
+    }[report["method"]]
+    card = card.replace(
+        "are byte for byte those of the base model.", "were byte for byte those of the base model before it was healed (below)."
+    )
+    card = card.replace("are byte for byte its own.", "were byte for byte its own before it was healed (below).")
+    if not measured_after:
+        card = card.replace("- **Measured quality**: ", "- **Measured quality** (before healing): ")
+    done = "" if report["accepted"] else " Nothing was better on the held-out tokens, so no weight was changed."
+    return (
+        card.rstrip("\n")
+        + "\n\n## Healed\n\n"
+        + f"`expertsmith heal --method {report['method']}` ({options}) towards `{report['teacher']['source']}` changed {what}; all other tensors are "
+        f"byte for byte as before.{done}\n\n"
+        f"- **Calibration**: {sum(tokens.values()):,} tokens ({names}), of which {report['data']['held_out_tokens']:,} were held out\n"
+        f"- **Loss on the held-out part**: {was['loss']:.4f} before, {now['loss']:.4f} after, {was['reference_loss']:.4f} the original (nats a token, "
+        "mean over domains)\n"
+        f"- **KL divergence from the original there**: {was['kl']:.4f} before, {now['kl']:.4f} after\n"
+        "- **Layer by layer**: `expertsmith/heal.json`\n"
+    )

@@ -1,0 +1,103 @@
+"""What an interrupted healing leaves: finished layers, one safetensors file each, in a folder beside the output."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from expertsmith.errors import UserError
+
+HEADER = "healing.json"
+STATE = "training.safetensors"
+
+
+class Work:
+    """Healed tensors of finished layers, by checkpoint name.
+
+    Raises:
+        UserError: the folder is that of another healing, or holds other files.
+    """
+
+    def __init__(self, folder: Path, made_with: Mapping[str, Any], resume: bool) -> None:
+        self.folder = folder
+        if folder.exists() and any(folder.iterdir()):
+            header = folder / HEADER
+            if not header.is_file():
+                raise UserError(f"{folder} holds other files than an interrupted healing", "move it away")
+            if not resume:
+                shutil.rmtree(folder)
+            elif json.loads(header.read_text(encoding="utf-8")) != json.loads(json.dumps(made_with)):
+                raise UserError(
+                    f"{folder} holds an interrupted healing with other models, data or options",
+                    "pass --fresh to start again, or choose another output",
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / HEADER).write_text(json.dumps(made_with, indent=1) + "\n", encoding="utf-8")
+        self._owners: dict[str, int] = {}
+        self.rows: dict[int, dict[str, Any]] = {}
+        for path in sorted(folder.glob("layer_*.safetensors")):
+            self._find(int(path.stem.removeprefix("layer_")))
+
+    def _path(self, layer: int) -> Path:
+        return self.folder / f"layer_{layer:04d}.safetensors"
+
+    def _find(self, layer: int) -> None:
+        try:
+            with safe_open(self._path(layer), "pt") as file:
+                self.rows[layer] = json.loads(file.metadata()["row"])
+                self._owners.update({name: layer for name in file.keys() if name != "-"})  # noqa: SIM118  (no mapping)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._path(layer)} cannot be read: {error}", "pass --fresh to start again") from None
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that were healed."""
+        return list(self._owners)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A healed tensor."""
+        with safe_open(self._path(self._owners[name]), "pt") as file:
+            found: torch.Tensor = file.get_tensor(name)
+        return found
+
+    def save(self, layer: int, tensors: Mapping[str, torch.Tensor], row: Mapping[str, Any]) -> None:
+        """Keep a finished layer and what the report says of it."""
+        target = self._path(layer)
+        partial = target.with_suffix(".partial")
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()} or {"-": torch.zeros(1)}
+        save_file(held, partial, metadata={"row": json.dumps(row)})
+        partial.replace(target)
+        self._find(layer)
+
+    def tensors(self, layer: int) -> dict[str, torch.Tensor]:
+        """The healed tensors of a layer."""
+        return {name: self.read(name) for name, owner in self._owners.items() if owner == layer}
+
+    def save_state(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Keep the state of a training that is under way."""
+        partial = self.folder / "training.partial"
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            partial,
+            {"facts": json.dumps(facts)},
+        )
+        partial.replace(self.folder / STATE)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """What `save_state` kept, or None."""
+        path = self.folder / STATE
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
+
+    def remove(self) -> None:
+        """The healing is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,159 @@
+"""Healed weights and the checkpoint: tensors under the checkpoint's own names and dtypes from a layer in memory, back into it, and the
+healed checkpoint with everything else byte for byte as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertsmith.checkpoint.reader import TORCH_DTYPES
+from expertsmith.checkpoint.writer import Made, OutputTensor, Piece, write_checkpoint
+from expertsmith.errors import UserError
+from expertsmith.healing.experts import LayerExperts
+from expertsmith.inventory import Claim, Inventory
+from expertsmith.progress import Progress
+from expertsmith.surgery.merge import roles_of, router_tensor
+from expertsmith.surgery.uneven import code_for
+from expertsmith.weights import FLOATS, is_matrix, is_scale, layout_of, split
+
+ROUTER = "router"
+
+
+def check_floats(inventory: Inventory) -> None:
+    """Refuse checkpoints whose experts are not plain floats.
+
+    Raises:
+        UserError: a quantised or packed expert tensor, or one of unknown layout.
+    """
+    for claim in inventory.claims:
+        if claim.routed and (is_scale(claim) or claim.info.dtype not in FLOATS):
+            raise UserError(
+                f"{claim.info.name} is {claim.info.dtype} of a quantised checkpoint: its experts cannot be healed",
+                "heal a checkpoint in float or bfloat16 and quantise the result",
+            )
+        if claim.routed and layout_of(claim, inventory) is None:
+            raise UserError(
+                f"{claim.info.name}: it is not known which projection of an expert this is", "please report this checkpoint"
+            )
+
+
+def trainable_router(claim: Claim, inventory: Inventory) -> bool:
+    """Whether a tensor holds router rows that gradients reach: no bias that acts on the selection only."""
+    record = inventory.architecture
+    block = f"{record.block}." if record.block else ""
+    selection = [(block + path).rpartition(".")[2] for path in record.selection_bias]
+    leaf = claim.rest.rpartition(".")[2]
+    return claim.kind == "stacked" and not claim.routed and claim.info.dtype in FLOATS and leaf not in selection
+
+
+def _concerned(claim: Claim, inventory: Inventory, roles: Collection[str]) -> bool:
+    """Whether a tensor holds anything of `roles`."""
+    if claim.kind not in ("expert", "stacked"):
+        return False
+    if not claim.routed:
+        return ROUTER in roles and trainable_router(claim, inventory)
+    layout = layout_of(claim, inventory)
+    assert layout is not None
+    return not set(roles_of(layout)).isdisjoint(roles)
+
+
+def _pieces(
+    layer: LayerExperts, inventory: Inventory, claim: Claim, tensor: torch.Tensor, roles: Collection[str]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(view into `tensor`, which is shaped as in the checkpoint; view into memory) of all that belongs to `roles`."""
+    if not claim.routed:
+        yield tensor, router_tensor(layer.block, claim, layer.record)
+        return
+    layout = layout_of(claim, inventory)
+    assert layout is not None
+    experts = range(layer.count) if claim.kind == "stacked" else [claim.expert]
+    for expert in experts:
+        if expert is None or expert >= layer.count:
+            continue
+        part = tensor
+        if claim.kind == "stacked":
+            part = tensor[expert * claim.rows : (expert + 1) * claim.rows]
+            part = part[0] if claim.rows == 1 and part.dim() > 1 else part
+        views = layer.views(expert)
+        for role, view in split(layout, part).items():
+            if role in roles:
+                yield view, views[role, is_matrix(claim)]
+
+
+@torch.no_grad()
+def to_checkpoint(layer: LayerExperts, inventory: Inventory, index: int, roles: Collection[str]) -> dict[str, torch.Tensor]:
+    """The tensors of decoder layer `index` that differ from the checkpoint's, rounded once to its dtypes."""
+    changed = {}
+    for claim in inventory.by_layer[index]:
+        if _concerned(claim, inventory, roles):
+            old = inventory.checkpoint.read(claim.info.name)
+            tensor = old.clone()
+            for view, memory in _pieces(layer, inventory, claim, tensor, roles):
+                view.copy_(memory)
+            if not torch.equal(tensor, old):
+                changed[claim.info.name] = tensor
+    return changed
+
+
+@torch.no_grad()
+def into_memory(
+    layer: LayerExperts, inventory: Inventory, index: int, tensors: Mapping[str, torch.Tensor], roles: Collection[str]
+) -> None:
+    """The layer in memory as it is loaded from a checkpoint with `tensors`; what they do not name is the source's."""
+    for claim in inventory.by_layer[index]:
+        if _concerned(claim, inventory, roles):
+            name = claim.info.name
+            tensor = tensors[name] if name in tensors else inventory.checkpoint.read(name)
+            for view, memory in _pieces(layer, inventory, claim, tensor, roles):
+                memory.copy_(view)
+
+
+def write_healed(
+    out: Path,
+    inventory: Inventory,
+    changed: Collection[str],
+    read: Callable[[str], torch.Tensor],
+    texts: Mapping[str, str],
+    *,
+    overwrite: bool,
+    progress: Progress,
+) -> None:
+    """The checkpoint of `inventory` with other values in some tensors: same names, dtypes, shapes and shards.
+
+    Args:
+        changed: names of the healed tensors; the others keep the source's bytes.
+        read: a healed tensor by name.
+        texts: further files (relative path → content).
+    """
+    source = inventory.checkpoint
+    tensors = []
+    for info in source.tensors.values():
+        piece: Piece | Made = Piece(info.file, info.start, info.nbytes)
+        if info.name in changed:
+            piece = Made(info.nbytes, partial(_bytes, read, info.name, info.dtype))
+        tensors.append(OutputTensor(info.name, info.dtype, info.shape, (piece,)))
+    files = {info.name: info.file.name for info in source.tensors.values()}
+    code = code_for(inventory.counts, inventory) if inventory.uneven else {}
+    with progress.task("write", sum(tensor.nbytes for tensor in tensors), "B") as advance:
+        write_checkpoint(
+            out,
+            tensors,
+            source.config,
+            source=source,
+            texts={**code, **texts},
+            overwrite=overwrite,
+            shard_of=files,
+            progress=advance,
+        )
+
+
+def _bytes(read: Callable[[str], torch.Tensor], name: str, dtype: str) -> memoryview:
+    kind: Any = getattr(torch, TORCH_DTYPES[dtype])
+    values = read(name).to(kind)
+    if not bool(values.isfinite().all()):
+        raise UserError(f"the healed {name} has NaN or inf", "the values overflow in the checkpoint's dtype")
+    return values.contiguous().reshape(-1).view(torch.uint8).numpy().data
