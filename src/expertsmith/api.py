@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +20,7 @@ from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory, take_inventory
 from expertsmith.opening import beside, open_model, token_data, window_of
 from expertsmith.plan import Plan, load_plan
-from expertsmith.progress import Progress, Silent
+from expertsmith.progress import Progress, Silent, timed
 from expertsmith.registry import unknown
 from expertsmith.selection import Rules, keep_count, parse_keep
 
@@ -549,6 +548,30 @@ def skip(
     return result
 
 
+def convert(
+    dense: str | Path, method: str, out: str | Path, *, progress: Progress | None = None, **options: Any
+) -> dict[str, Any]:
+    """A dense model as a Mixture of Experts, in a stock architecture and without weight updates; measured and proved.
+
+    Args:
+        dense: directory or hub id of a Llama, Mistral, Qwen2/2.5 or Qwen3 model; with `gguf_file` the folder of that file.
+        method: "random", "moefication", "cmoe", "expertweaver" (training-free) or "tomoe" (learned masks).
+        options: the fields of `conversion.settings.Request`, which are the options of `expertsmith convert`.
+
+    Raises:
+        UserError: a model that cannot be converted, numbers that do not go together, no data, an interrupted training of other settings.
+    """
+    from expertsmith.conversion.convert import run as run_conversion
+    from expertsmith.conversion.settings import Request
+
+    known = Request.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise unknown("option of convert", name, known)
+    request = Request(dense=str(dense), method=method, out=Path(out), **options)
+    return run_conversion(request, progress or Silent())
+
+
 def analyze(
     model: str | Path,
     out: str | Path,
@@ -770,7 +793,7 @@ def compress(
     """
     from expertsmith.calibration.spec import refuse_missing
     from expertsmith.checkpoint.writer import prepare_target
-    from expertsmith.surgery.card import model_card
+    from expertsmith.surgery.card import model_card, quality_line
 
     progress = progress or Silent()
     seconds: dict[str, float] = {}
@@ -784,7 +807,7 @@ def compress(
     written = target if heal is None else beside(out, "unhealed")
     run: dict[str, Any] = {"device": device, "memory": memory}
     if stats is None and data and chosen.reads == "statistics":
-        with _timed(seconds, "calibrate"):
+        with timed(seconds, "calibrate"):
             stats = calibrate(
                 model,
                 data,
@@ -796,7 +819,7 @@ def compress(
                 **run,
                 **calibration,
             )
-    with _timed(seconds, "plan"):
+    with timed(seconds, "plan"):
         made = plan(
             inventory,
             method,
@@ -815,13 +838,13 @@ def compress(
             **run,
             **calibration,
         )
-    with _timed(seconds, "apply"):
+    with timed(seconds, "apply"):
         notes = apply(inventory, made, written, overwrite=overwrite or heal is not None, progress=progress)
-    with _timed(seconds, "verify"):
+    with timed(seconds, "verify"):
         verdict = verify(inventory, written, plan=made, progress=progress, **run)
     report = None
     if heal is not None:
-        with _timed(seconds, "heal"):
+        with timed(seconds, "heal"):
             report = _heal(
                 written,
                 model,
@@ -839,7 +862,7 @@ def compress(
     texts = list(eval_data) or list(data)
     if measure and texts:
         shape = {key: calibration[key] for key in ("samples", "seq_len", "seed") if key in calibration}
-        with _timed(seconds, "evaluate"):
+        with timed(seconds, "evaluate"):
             quality = evaluate(
                 target,
                 texts,
@@ -851,7 +874,7 @@ def compress(
                 **shape,
             ).to_json()
         quality["held_out"] = bool(eval_data)
-        card = model_card(made, inventory, notes, _quality_line(quality))
+        card = model_card(made, inventory, notes, quality_line(quality))
         if report is not None:
             from expertsmith.healing.run import healed_card
 
@@ -883,42 +906,3 @@ def run(recipe: str | Path, *, progress: Progress | None = None) -> dict[str, An
     from expertsmith.recipe import load_recipe, run_recipe
 
     return run_recipe(load_recipe(recipe), progress)
-
-
-def _quality_line(quality: Mapping[str, Any]) -> str:
-    rows = ", ".join(
-        f"{name} {row['perplexity']:.2f} (base {row['reference_perplexity']:.2f})" for name, row in quality["domains"].items()
-    )
-    return f"perplexity on {'held-out text' if quality['held_out'] else 'the calibration text itself'}: {rows}"
-
-
-@contextmanager
-def _timed(into: dict[str, float], name: str) -> Iterator[None]:
-    """Seconds of a stage, into a dict."""
-    begin = time.perf_counter()
-    yield
-    into[name] = round(time.perf_counter() - begin, 3)
-
-
-def convert(
-    dense: str | Path, method: str, out: str | Path, *, progress: Progress | None = None, **options: Any
-) -> dict[str, Any]:
-    """A dense model as a Mixture of Experts, in a stock architecture and without weight updates; measured and proved.
-
-    Args:
-        dense: directory or hub id of a Llama, Mistral, Qwen2/2.5 or Qwen3 model; with `gguf_file` the folder of that file.
-        method: "random", "moefication", "cmoe", "expertweaver" (training-free) or "tomoe" (learned masks).
-        options: the fields of `conversion.settings.Request`, which are the options of `expertsmith convert`.
-
-    Raises:
-        UserError: a model that cannot be converted, numbers that do not go together, no data, an interrupted training of other settings.
-    """
-    from expertsmith.conversion.convert import run as run_conversion
-    from expertsmith.conversion.settings import Request
-
-    known = Request.__dataclass_fields__
-    for name in options:
-        if name not in known:
-            raise unknown("option of convert", name, known)
-    request = Request(dense=str(dense), method=method, out=Path(out), **options)
-    return run_conversion(request, progress or Silent())

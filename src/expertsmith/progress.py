@@ -97,3 +97,11 @@ def rate(done: float, seconds: float, unit: str) -> str:
         if value >= factor:
             return f"{value / factor:.1f} {letter}{unit}/s" if unit == "B" else f"{value / factor:.1f}{letter} {unit}/s"
     return f"{value:.0f} {unit}/s"
+
+
+@contextmanager
+def timed(into: dict[str, float], name: str) -> Iterator[None]:
+    """Seconds of a stage, into a dict."""
+    begin = time.perf_counter()
+    yield
+    into[name] = round(time.perf_counter() - begin, 3)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,8 @@ from expertsmith.engine.loading import choose_device, load_model
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import measure as measure_quality
 from expertsmith.opening import beside, token_data
-from expertsmith.progress import Progress
+from expertsmith.progress import Progress, timed
+from expertsmith.surgery.card import quality_line
 
 FREE_SAMPLES = 32  # sequences a domain that training-free methods look at
 WATCHED = 4  # sequences that ToMoE's training is watched on
@@ -44,7 +42,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     prepare_target(request.out, None, request.overwrite)
     place: str | Path = request.dense
     if request.gguf_file is not None:
-        with _timed(seconds, "gguf"):
+        with timed(seconds, "gguf"):
             place = flow.from_gguf(request.dense, request.gguf_file, beside(request.out, "dense"), progress)
     source = open_checkpoint(place)
     asked = ask(
@@ -67,7 +65,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
         raise UserError(f"method {request.method} needs calibration text", "pass --data FILE (repeatable)")
     tokens = _tokens(request, source, progress) if request.data else None
     model = load_model(source, None, device=choose_device(request.device), dtype=request.dtype)
-    with _timed(seconds, "train" if asked.way.name == "tomoe" else "convert"):
+    with timed(seconds, "train" if asked.way.name == "tomoe" else "convert"):
         converted, method = _decide(request, asked, source, model, tokens, progress)
     if dist.is_initialized() and dist.get_rank() > 0:
         return {}  # the training is done; the first rank writes
@@ -80,7 +78,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     )
     calibration = {} if tokens is None else {"fingerprint": tokens.fingerprint, "tokens": tokens.tokens}
     result = flow.report(asked, source, converted, numbers, method, calibration)
-    with _timed(seconds, "write"), progress.task("write", numbers["total"] * 4, "B") as advance:
+    with timed(seconds, "write"), progress.task("write", numbers["total"] * 4, "B") as advance:
         card = flow.card_of(result, source)
         texts = flow.texts_of(result, converted.splits, card)
         export.write(
@@ -94,14 +92,14 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
             overwrite=request.overwrite,
             progress=advance,
         )
-    with _timed(seconds, "check"):
+    with timed(seconds, "check"):
         result["export"] = flow.export_difference(model, converted.splits, converted.heads, request.out, _brief(tokens, model))
     if request.measure:
-        with _timed(seconds, "measure"):
+        with timed(seconds, "measure"):
             result["speed"] = flow.forward_times(model, request.out, min(request.seq_len, 512))
             result["quality"] = _quality(request, source, model, progress)
     result["seconds"] = seconds
-    line = _quality_line(result.get("quality"))
+    line = quality_line(result["quality"], "dense") if result.get("quality") else ""
     for name, text in flow.texts_of(result, converted.splits, flow.card_of(result, source, line)).items():
         (request.out / name).write_text(text, encoding="utf-8")
     return {"out": str(request.out), **result}
@@ -253,19 +251,3 @@ def _quality(request: Request, source: Checkpoint, model: LoadedModel, progress:
     )
     quality = measure_quality(other, tokens.batches(request.seq_len + 1), model, progress).to_json()
     return {**quality, "held_out": bool(request.eval_data)}
-
-
-def _quality_line(quality: dict[str, Any] | None) -> str:
-    if quality is None:
-        return ""
-    rows = ", ".join(
-        f"{name} {row['perplexity']:.2f} (dense {row['reference_perplexity']:.2f})" for name, row in quality["domains"].items()
-    )
-    return f"perplexity on {'held-out text' if quality['held_out'] else 'the calibration text itself'}: {rows}"
-
-
-@contextmanager
-def _timed(into: dict[str, float], name: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    yield
-    into[name] = round(time.perf_counter() - begin, 2)

@@ -326,7 +326,7 @@ def card_of(result: Mapping[str, Any], source: Checkpoint, quality: str = "") ->
         f"# {source.path.name} as a Mixture of Experts",
         "",
         f"Made by expertsmith from `{source.source}` ({result['source']['model_type']}, dense) with {way.title} ({way.paper}). Attention, norms and embeddings "
-        "are byte for byte the dense model's; MLP weights are its own rows and columns, scaled by powers of two at most where top_k is one.",
+        "are byte for byte the dense model's; MLP weights are its own rows and columns, down projections times a factor where several experts run.",
         "",
         "| | dense | this |",
         "|---|---|---|",

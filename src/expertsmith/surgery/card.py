@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from expertsmith.inventory import Inventory
 from expertsmith.plan import Plan
@@ -52,3 +53,12 @@ def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), qual
         "",
     ]
     return "\n".join(lines)
+
+
+def quality_line(quality: Mapping[str, Any], original: str = "base") -> str:
+    """A measurement (`Quality.to_json` with `held_out`) as one line of a model card."""
+    rows = ", ".join(
+        f"{name} {row['perplexity']:.2f} ({original} {row['reference_perplexity']:.2f})"
+        for name, row in quality["domains"].items()
+    )
+    return f"perplexity on {'held-out text' if quality['held_out'] else 'the calibration text itself'}: {rows}"
