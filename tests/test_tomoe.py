@@ -292,18 +292,31 @@ def test_the_start_beats_random_experts(loaded):
 # ---- what is written
 
 
-@pytest.mark.parametrize("family", DENSE)
-@pytest.mark.parametrize("form", ["plain", "core"])
+@pytest.mark.parametrize(("family", "form"), [*((f, "plain") for f in DENSE), *((f, "core") for f in DENSE if f != "qwen3")])
 def test_written_checkpoint_is_the_trained_model(family, form, dense, texts, tmp_path):
     """Checks 2 and 10: stock classes, no remote code, 1e-5 of the largest logit; both forms are one function."""
-    result = api.convert(dense(family), "tomoe", tmp_path / "out", data=texts, experts=3, steps=2, export=form, **TRAIN)
+    options = {"active": 0.75} if form == "core" else {}
+    result = api.convert(
+        dense(family), "tomoe", tmp_path / "out", data=texts, experts=3, steps=2, export=form, **options, **TRAIN
+    )
     assert result["export"]["relative"] <= EXACT
     assert result["export"]["same_choice"] == 1.0
     assert "auto_map" not in json.loads((tmp_path / "out/config.json").read_text())
     assert logits(tmp_path / "out").isfinite().all()
     tensors = load_file(tmp_path / "out/model.safetensors")
     assert sum(t.numel() for t in tensors.values()) == result["sizes"]["total"]
-    assert result["sizes"]["mlp_ratio_useful"] == pytest.approx(0.5, abs=0.005)
+    assert result["sizes"]["mlp_ratio_useful"] == pytest.approx(options.get("active", 0.5), abs=0.005)
+    if form == "core":
+        assert result["target"] in ("granitemoeshared", "qwen2_moe")
+        assert result["sizes"]["shared_width"] > 8
+        api.convert(dense(family), "tomoe", tmp_path / "plain", data=texts, experts=3, steps=2, **options, **TRAIN)
+        assert (logits(tmp_path / "out") - logits(tmp_path / "plain")).abs().max() < 1e-4
+        assert sum(t.numel() for t in load_file(tmp_path / "plain/model.safetensors").values()) > result["sizes"]["total"]
+
+
+def test_core_needs_an_always_on_part(dense, texts, tmp_path):
+    with pytest.raises(UserError, match="which a qwen3_moe model has not; use --export plain"):
+        api.convert(dense("qwen3"), "tomoe", tmp_path / "out", data=texts, export="core")
 
 
 @pytest.mark.parametrize("family", DENSE)

@@ -16,8 +16,8 @@ def greedy(file, prompts, new):
     server = xlc.Server(params)
     made = []
     for ids in prompts:
-        answer = server.handle_completions({"prompt": ids, "n_predict": new, "temperature": 0.0, "top_k": 1, "ignore_eos": True, "return_tokens": True, "cache_prompt": False})  # fmt: skip
-        made.append(answer["tokens"])
+        answer = server.handle_completions({"prompt": ids, "n_predict": new, "temperature": 0.0, "top_k": 1, "ignore_eos": True, "return_tokens": True, "verbose": True, "cache_prompt": False})  # fmt: skip
+        made.append(answer["__verbose"]["tokens"])
     return made
 
 

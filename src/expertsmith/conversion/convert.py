@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from expertsmith.arch import families
+from expertsmith.arch.dense import TARGETS
 from expertsmith.calibration.data import TokenData
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.checkpoint.writer import prepare_target
@@ -57,6 +58,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
         router=request.router,
         target=request.target,
         attention=request.attention,
+        core=request.export == "core",
     )
     prepare_target(request.out, source.path, request.overwrite)
     export.check_source(source, int(source.config["num_hidden_layers"]))
@@ -226,8 +228,10 @@ def _size_line(source: Checkpoint, converted: flow.Converted, asked: Asked, numb
 
     if asked.way.name != "tomoe":
         return one("to be written:", numbers)
-    ways = {"plain": [s.whole() for s in converted.splits], "core": [s.core() for s in converted.splits]}
-    parts = [one(name, export.sizes(source, made, asked.target, converted.heads)) for name, made in ways.items()]
+    plain, core = (TARGETS[asked.family.targets[i]] for i in (0, -1))
+    parts = [one("plain", export.sizes(source, [s.whole() for s in converted.splits], plain, converted.heads))]
+    if core.shared_key:
+        parts.append(one("core", export.sizes(source, [s.core() for s in converted.splits], core, converted.heads)))
     return "; ".join(parts)
 
 

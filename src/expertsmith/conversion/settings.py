@@ -156,12 +156,14 @@ def ask(
     router: str | None = None,
     target: str | None = None,
     attention: str = "none",
+    core: bool = False,
 ) -> Asked:
     """Everything that was asked for, checked.
 
     Args:
         experts: routed experts; None: the method's usual.
         shared: always-on experts, of the routed experts' width (training-free methods).
+        core: ToMoE's experts share an always-on part.
         active: wanted share of the parameters a token uses, of the MLPs or (`active_of` "block") of attention and MLPs together.
 
     Raises:
@@ -172,7 +174,12 @@ def ask(
     way, family = WAYS[method], dense_family(config, where)
     count = way.experts if experts is None else experts
     neurons = int(config["intermediate_size"])
-    goal = _target(family, config, where, target, shared > 0)
+    goal = _target(family, config, where, target, shared > 0 or core)
+    if core and (way.name != "tomoe" or goal.shared_key is None):
+        raise UserError(
+            f"--export core needs {'--method tomoe' if way.name != 'tomoe' else f'an always-on part, which a {goal.model_type} model has not'}",
+            "use --export plain",
+        )
     if count < 1 or shared < 0:
         raise UserError(f"--experts is {count} and --shared {shared}; there is at least one routed expert")
     if attention != "none":
