@@ -33,6 +33,7 @@ def fetch(folder: Path) -> Path:
 
 
 def main() -> None:
+    """Fetch, convert, report, and let the result answer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="cmoe", choices=["cmoe", "moefication", "expertweaver", "random", "tomoe"])
     parser.add_argument("--active", type=float, default=0.5, help="share of the MLPs' neurons that a token runs")
