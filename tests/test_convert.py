@@ -108,6 +108,16 @@ def test_models_that_cannot_be_converted(config, message):
         ask(config, "here", "random")
 
 
+def test_several_experts_go_where_the_router_takes_logits():
+    """GraniteMoeShared's top_k has no ties; Mixtral is for one expert a token, or on request."""
+    assert ask(CONFIG, "here", "moefication").target.model_type == "granitemoeshared"
+    assert ask(CONFIG, "here", "moefication", target="mixtral").target.model_type == "mixtral"
+    assert ask(CONFIG, "here", "moefication", top_k=1).target.model_type == "mixtral"
+    assert ask(CONFIG, "here", "moefication", top_k=8).target.model_type == "mixtral"
+    assert ask(CONFIG, "here", "tomoe").target.model_type == "mixtral"
+    assert ask(CONFIG, "here", "tomoe", core=True).target.model_type == "granitemoeshared"
+
+
 def test_mistral_slides_in_mixtral_only():
     config = {**CONFIG, "model_type": "mistral", "sliding_window": 16}
     assert ask(config, "here", "random").target.model_type == "mixtral"

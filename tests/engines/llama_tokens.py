@@ -13,6 +13,9 @@ def greedy(file, prompts, new):
     params.n_ctx = 256
     params.n_parallel = 1
     params.warmup = False
+    params.cache_type_k = params.cache_type_v = (
+        xlc.ggml_type.GGML_TYPE_F32
+    )  # else keys and values are rounded to half precision
     server = xlc.Server(params)
     made = []
     for ids in prompts:

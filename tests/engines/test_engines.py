@@ -35,6 +35,7 @@ WIDE = {
 WAYS = {
     "llama-tomoe": ("llama", "tomoe", {"experts": 2, "steps": 0}),
     "llama-moefication": ("llama", "moefication", {"experts": 8}),
+    "llama-mixtral": ("llama", "moefication", {"experts": 8, "target": "mixtral"}),
     "llama-cmoe": ("llama", "cmoe", {"experts": 6, "shared": 2, "active": 0.5}),
     "qwen2-tomoe": ("qwen2", "tomoe", {"experts": 2, "steps": 0}),
     "qwen2-cmoe": ("qwen2", "cmoe", {"experts": 6, "shared": 2, "active": 0.5}),
@@ -91,17 +92,26 @@ def converted(tmp_path_factory, smollm2):
 PROMPTS = [torch.randint(3, 49000, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 9, 17)]
 
 
-def transformers_tokens(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+def transformers_tokens(folder: Path, prompts: list[list[int]], tie: float = 0.0) -> list[list[int]]:
+    """Greedy tokens, up to the first at which the two best logits are less than `tie` apart."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     made = []
     for ids in prompts:
-        out = model.generate(
-            torch.tensor([ids]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=[]
-        )
-        made.append(out[0, len(ids) :].tolist())
+        options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": []}
+        out = model.generate(torch.tensor([ids]), output_scores=True, return_dict_in_generate=True, **options)
+        best = torch.stack(out.scores)[:, 0].topk(2).values
+        close = (best[:, 0] - best[:, 1] < tie).nonzero().flatten().tolist()
+        made.append(out.sequences[0, len(ids) :].tolist()[: close[0] if close else NEW])
     return made
+
+
+def same_up_to_ties(folder: Path, theirs: list[list[int]], prompts: list[list[int]]) -> None:
+    """llama.cpp's CPU kernels round attention to half precision: its logits of these models differ by up to 1e-3, so that a tie can fall differently."""
+    ours = transformers_tokens(folder, prompts, tie=0.01)
+    assert [row[: len(mine)] for row, mine in zip(theirs, ours, strict=True)] == ours
+    assert sum(map(len, ours)) >= 6 * len(prompts)
 
 
 def engine_tokens(python: str, script: str, model: Path, prompts: list[list[int]], tmp_path: Path) -> list[list[int]]:
@@ -132,7 +142,7 @@ def test_llama_cpp(name, converted, tmp_path):
     python = python_of("EXPERTSMITH_LLAMA")
     folder = converted(name)
     file = to_gguf(folder, tmp_path / "model.gguf")
-    assert engine_tokens(python, "llama_tokens.py", file, PROMPTS, tmp_path) == transformers_tokens(folder, PROMPTS)
+    same_up_to_ties(folder, engine_tokens(python, "llama_tokens.py", file, PROMPTS, tmp_path), PROMPTS)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "llama"])
@@ -150,4 +160,4 @@ def test_a_real_model(engine, smollm2, tmp_path):
     prompts = [AutoTokenizer.from_pretrained(out)("The capital of France is")["input_ids"]]
     model = to_gguf(out, tmp_path / "moe.gguf") if engine == "llama" else out
     script = "llama_tokens.py" if engine == "llama" else "vllm_tokens.py"
-    assert engine_tokens(python, script, model, prompts, tmp_path) == transformers_tokens(out, prompts)
+    same_up_to_ties(out, engine_tokens(python, script, model, prompts, tmp_path), prompts)

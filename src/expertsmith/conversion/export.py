@@ -3,9 +3,10 @@
 Every chosen expert has to count once, whatever the architecture makes of the router's logits (card MoEfication, "gate-weight recipes"):
 
     top_k = E                     router 0, down_proj * E: every routing weight is exactly 1/E (or 1/k of k, the same)
-    top_k = 1, renormalised       nothing: the weight is exactly 1
+    top_k = 1, renormalised       nothing: the weight is exactly 1 (qwen2_moe: router * a large power of two, so that the softmax itself is 1 but for ties:
+                                  its llama.cpp graph never renormalises)
     top_k > 1, renormalised       flatten: router * epsilon, down_proj * k; weights 1/k up to epsilon * (spread of the logits)
-    top_k > 1, renormalisation off (qwen2_moe, whose llama.cpp graph never renormalises)   flatten, down_proj * E
+    top_k > 1, qwen2_moe          flatten, down_proj * E, renormalisation off, as in llama.cpp
 
 Qwen2-MoE multiplies its always-on part by sigmoid(w x): w is tiny instead of zero (llama.cpp divides by w x), and the part's down_proj doubled.
 An architecture without an always-on part gets it copied into every expert, with down_proj divided by k.
@@ -35,6 +36,7 @@ from expertsmith.errors import UserError
 # 1/E are 2^-24 apart in float32, and the smaller epsilon is, the more choices become ties (8 experts, top 4: 7 in 100 000 at 2^-10, 3 in 10 000 at
 # 2^-12); a top_k of logits has no ties.
 FLAT = {"probabilities": 2.0**-10, "logits": 2.0**-14}
+CERTAIN = 2.0**14  # spread of logits at which a softmax is 0 or 1, ties aside
 TINY = 2.0**-24  # entries of the gate of an always-on part
 ALIGN = 64  # widths: grouped matrix products refuse rows that are no multiple of 16 bytes, and GPU kernels like whole tiles
 LEAST_ALIGN = 8  # where a width is below ALIGN
@@ -89,7 +91,8 @@ def scales_of(target: Target, shape: Shape, logit_std: float) -> Scales:
     if shape.top_k == shape.experts and shape.experts > 1:
         return Scales(0.0, float(shape.experts), shared, True)
     if shape.top_k == 1:
-        return Scales(1.0, 1.0, shared, True)
+        certain = 2.0 ** round(math.log2(CERTAIN / logit_std)) if target.shared_gate and logit_std > 0 else 1.0
+        return Scales(certain, 1.0, shared, True)
     flat = 2.0 ** round(math.log2(FLAT[target.selects_on] / logit_std)) if logit_std > 0 else 1.0
     if optional and target.shared_gate:
         return Scales(flat, float(shape.experts), shared, False)

@@ -174,7 +174,7 @@ def ask(
     way, family = WAYS[method], dense_family(config, where)
     count = way.experts if experts is None else experts
     neurons = int(config["intermediate_size"])
-    goal = _target(family, config, where, target, shared > 0 or core)
+    goal = _target(family, config, where, target, always=shared > 0 or core)
     if core and (way.name != "tomoe" or goal.shared_key is None):
         raise UserError(
             f"--export core needs {'--method tomoe' if way.name != 'tomoe' else f'an always-on part, which a {goal.model_type} model has not'}",
@@ -200,15 +200,25 @@ def ask(
         raise UserError("one routed expert leaves nothing to choose", "give --experts 2 or more")
     width, rest = _groups(neurons, count, shared)
     chosen = _top_k(ratio, top_k, count, width, rest, neurons, active)
+    goal = _target(family, config, where, target, always=rest > 0, several=1 < chosen < count)
     return Asked(way, family, goal, count, chosen, width, rest, kind, (rest + chosen * width) / neurons)
 
 
-def _target(family: Dense, config: Mapping[str, Any], where: str, name: str | None, shared: bool) -> Target:
+def _target(
+    family: Dense, config: Mapping[str, Any], where: str, name: str | None, *, always: bool = False, several: bool = False
+) -> Target:
+    """The architecture of the result: with an `always`-on part one that has it, if there is one; for `several` experts a token one that takes the
+    top_k of logits, whose weights can be made equal without ties (`export`); else the first."""
     if name is not None and name not in family.targets:
         raise UserError(f"a {family.model_type} model cannot become a {name}", f"choose {' or '.join(family.targets)}")
-    first = TARGETS[family.targets[0]]
-    fits = first if not shared or first.shared_key else TARGETS[family.targets[-1]]
-    goal = TARGETS[name] if name is not None else fits
+    known = [TARGETS[entry] for entry in family.targets]
+    goal = known[0]
+    if name is not None:
+        goal = TARGETS[name]
+    elif always:
+        goal = known[0] if known[0].shared_key else known[-1]
+    elif several:
+        goal = next((t for t in known if t.selects_on == "logits" and not family.refusal(config, t.model_type)), goal)
     reason = family.refusal(config, goal.model_type)
     if reason:
         raise UserError(f"{where} cannot be converted: {reason}")
