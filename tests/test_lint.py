@@ -76,10 +76,13 @@ SKIP = replace(PLAIN, extras={"skip": {"rule": "tail", "thresholds": {"0": 0.2, 
 EVEN = replace(PLAIN, declared={0: 32, 1: 32}, extras={"alive": {"0": 32, "1": 32}})  # per_layer_config that changes nothing
 GREEDY = replace(put(V2, topk_method="greedy"), groups=1, top_groups=1)
 
+PRUNED = replace(PLAIN, config={"expertsmith_attention": {"query_key": [[0, 4]], "value_width": [None]}})
+
 # rule → (fires, silent)
 CASES: dict[str, tuple[Subject, Subject]] = {
     "transformers-count": (replace(PLAIN, counts={0: 32, 1: 60}), PLAIN),
     "transformers-uneven": (UNEVEN, EVEN),
+    "transformers-attention": (PRUNED, PLAIN),
     "transformers-skip": (SKIP, ALIVE),
     "transformers-top-k": (replace(PLAIN, top_k=33), replace(PLAIN, top_k=32)),
     "transformers-groups": (replace(V3, num_experts=100), replace(V3, num_experts=104)),
@@ -92,6 +95,7 @@ CASES: dict[str, tuple[Subject, Subject]] = {
     "vllm-nameless": (replace(PLAIN, architectures=()), PLAIN),
     "vllm-registry": (replace(PLAIN, architectures=("Dots1ForCausalLM",)), PLAIN),
     "vllm-uneven": (UNEVEN, EVEN),
+    "vllm-attention": (PRUNED, PLAIN),
     "vllm-padded": (ALIVE, EVEN),
     "vllm-skip": (SKIP, ALIVE),
     "vllm-top-k": (replace(V3, num_experts=8, top_k=5), replace(V3, num_experts=16)),
@@ -125,6 +129,7 @@ CASES: dict[str, tuple[Subject, Subject]] = {
         replace(PLAIN, architectures=("SolarOpenForCausalLM",)),
     ),
     "sglang-uneven": (UNEVEN, EVEN),
+    "sglang-attention": (PRUNED, PLAIN),
     "sglang-padded": (ALIVE, EVEN),
     "sglang-skip": (SKIP, ALIVE),
     "sglang-top-k": (replace(PLAIN, top_k=33), PLAIN),
@@ -144,6 +149,7 @@ CASES: dict[str, tuple[Subject, Subject]] = {
     ),
     "llama.cpp-max-experts": (replace(PLAIN, num_experts=1025), replace(PLAIN, num_experts=1024)),
     "llama.cpp-uneven": (UNEVEN, EVEN),
+    "llama.cpp-attention": (PRUNED, PLAIN),
     "llama.cpp-padded": (ALIVE, EVEN),
     "llama.cpp-skip": (SKIP, ALIVE),
     "llama.cpp-top-k": (replace(PLAIN, top_k=33), PLAIN),

@@ -108,10 +108,19 @@ def transformers_tokens(folder: Path, prompts: list[list[int]], tie: float = 0.0
 
 
 def same_up_to_ties(folder: Path, theirs: list[list[int]], prompts: list[list[int]]) -> None:
-    """llama.cpp's CPU kernels round attention to half precision: its logits of these models differ by up to 1e-3, so that a tie can fall differently."""
+    """llama.cpp's CPU kernels round attention to half precision: its logits of these models differ by up to 1e-3, so that a tie can fall differently.
+
+    With several experts a token so can the choice of one, after which the texts part: there half of the tokens have to agree before that.
+    """
     ours = transformers_tokens(folder, prompts, tie=0.01)
-    assert [row[: len(mine)] for row, mine in zip(theirs, ours, strict=True)] == ours
     assert sum(map(len, ours)) >= 6 * len(prompts)
+    agreed = [
+        next((i for i, (a, b) in enumerate(zip(row, mine, strict=False)) if a != b), len(mine))
+        for row, mine in zip(theirs, ours, strict=True)
+    ]
+    if json.loads((folder / "config.json").read_text())["num_experts_per_tok"] == 1:
+        assert agreed == [len(mine) for mine in ours]
+    assert sum(agreed) >= 0.5 * sum(map(len, ours))
 
 
 def engine_tokens(python: str, script: str, model: Path, prompts: list[list[int]], tmp_path: Path) -> list[list[int]]:
@@ -147,14 +156,14 @@ def test_llama_cpp(name, converted, tmp_path):
 
 @pytest.mark.parametrize("engine", ["vllm", "llama"])
 def test_a_real_model(engine, smollm2, tmp_path):
-    """SmolLM2 with half of its neurons a token, all the way into the engine."""
+    """SmolLM2 with three quarters of its neurons a token, all the way into the engine."""
     python = python_of("EXPERTSMITH_VLLM" if engine == "vllm" else "EXPERTSMITH_LLAMA")
     words = tmp_path / "words.jsonl"
     words.write_text(
         "".join(json.dumps({"text": (HERE / name).read_text()}) + "\n" for name in ("test_engines.py", "vllm_tokens.py"))
     )
     out = tmp_path / "moe"
-    api.convert(smollm2, "moefication", out, data=[str(words)], experts=8, active=0.75, seq_len=256, measure=False)
+    api.convert(smollm2, "tomoe", out, data=[str(words)], experts=2, active=0.75, steps=0, seq_len=256, measure=False)
     from transformers import AutoTokenizer
 
     prompts = [AutoTokenizer.from_pretrained(out)("The capital of France is")["input_ids"]]

@@ -34,8 +34,8 @@ from expertsmith.errors import UserError
 
 # epsilon times the standard deviation of the logits. Weights differ from 1/k by about that much. Where the top_k is taken of probabilities, those near
 # 1/E are 2^-24 apart in float32, and the smaller epsilon is, the more choices become ties (8 experts, top 4: 7 in 100 000 at 2^-10, 3 in 10 000 at
-# 2^-12); a top_k of logits has no ties.
-FLAT = {"probabilities": 2.0**-10, "logits": 2.0**-14}
+# 2^-12). A top_k of logits has no ties in transformers, but vLLM and llama.cpp take it of probabilities there too.
+FLAT = {"probabilities": 2.0**-10, "logits": 2.0**-12}
 CERTAIN = 2.0**14  # spread of logits at which a softmax is 0 or 1, ties aside
 TINY = 2.0**-24  # entries of the gate of an always-on part
 ALIGN = 64  # widths: grouped matrix products refuse rows that are no multiple of 16 bytes, and GPU kernels like whole tiles
