@@ -373,6 +373,25 @@ def test_an_moe_model_is_sent_to_compress(checkpoints, tmp_path, capsys):
     assert "is a Mixture of Experts already" in err
 
 
+def test_a_model_of_the_hub(dense, tmp_path, monkeypatch):
+    """owner/name is fetched as a whole, weights too; what cannot be fetched is said in one line."""
+    import huggingface_hub
+
+    def fetch(name, *, allow_patterns, **_):
+        assert "*.safetensors" in allow_patterns
+        if name != "owner/small":
+            raise OSError("401 Client Error")
+        return str(dense("llama"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.chdir(tmp_path)
+    result = api.convert("owner/small", "random", "out", top_k=8, measure=False)
+    assert result["export"]["relative"] <= EXACT
+    assert "`owner/small`" in (tmp_path / "out/README.md").read_text()
+    with pytest.raises(UserError, match="could it be fetched from the hub: 401 Client Error"):
+        api.convert("owner/other", "random", "elsewhere")
+
+
 def test_damaged_mlps_are_named(dense, tmp_path):
     from safetensors.torch import save_file
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,8 +183,8 @@ class _Accelerator:
 
 def run_training(loaded, folder, recipe, progress=None, **options):
     net = small_net(experts=recipe.experts, attention=recipe.attention, head=8)
-    kept = {"fingerprint": "f", "resume": True, **options}
-    train(loaded.module, loaded.layers, net, recipe, SEQUENCES, [padded(SEQUENCES[:2])], folder, align=8, accelerator=_Accelerator(), progress=progress or Silent(), **kept)  # fmt: skip
+    kept = {"fingerprint": "f", "resume": True, "accelerator": _Accelerator(), **options}
+    train(loaded.module, loaded.layers, net, recipe, SEQUENCES, [padded(SEQUENCES[:2])], folder, align=8, progress=progress or Silent(), **kept)  # fmt: skip
     return net
 
 
@@ -448,3 +452,79 @@ def test_command_line_trains_and_goes_on(dense, texts, tmp_path, capsys):
     code, _, err = run_cli(capsys, *arguments, "--overwrite", "--lr", "0.01")
     assert code == 2
     assert "other settings (lr)" in err
+
+
+# ---- several processes
+
+RANKS = """
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+sys.path.insert(0, sys.argv[1])
+import test_tomoe as here
+from expertsmith.checkpoint import open_checkpoint
+from expertsmith.engine.loading import load_model
+
+loaded, folder = load_model(open_checkpoint(sys.argv[2]), None, dtype="float32"), Path(sys.argv[3])
+accelerator = Accelerator(cpu=True)
+net = here.run_training(loaded, folder, here.SHARED, accelerator=accelerator)
+if accelerator.is_main_process:
+    torch.save(net.state_dict(), folder / "net.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+# no noise, which every rank draws for itself, and no balance, which is of a rank's own tokens: then two ranks do what one process does
+SHARED = Recipe(ratio=0.5, steps=4, experts=3, batch=2, lr=1e-2, warmup=1, noise=0.0, losses=tomoe.Losses(balance=0.0))
+
+
+def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks, "--standalone", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240, check=False)
+
+
+def test_two_ranks_train_what_one_process_trains(loaded, dense, tmp_path):
+    one = run_training(loaded, tmp_path / "one", SHARED).state_dict()
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    done = torchrun(2, script, Path(__file__).parent, dense("llama"), tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = torch.load(tmp_path / "two/net.pt")
+    start = small_net(experts=3).state_dict()
+    assert any((one[name] - start[name]).abs().max() > 1e-3 for name in one)  # it learned something
+    for name in one:
+        assert (one[name] - two[name]).abs().max() <= 1e-5, name
+
+
+def test_conversion_on_two_ranks(dense, texts, tmp_path):
+    """The command as the help says it; one rank writes."""
+    line: list[object] = [
+        "-m",
+        "expertsmith",
+        "convert",
+        dense("llama"),
+        "-m",
+        "tomoe",
+        "--experts",
+        2,
+        "--steps",
+        2,
+        "--seq-len",
+        20,
+    ]
+    line += ["-d", texts[0], "--max-growth", 9, "--no-measure", "--device", "cpu", "-q"]
+    done = torchrun(2, *line, "--batch", 2, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "out/expertsmith/conversion.json").read_text())["method"]["recipe"]["batch"] == 2
+    assert logits(tmp_path / "out").isfinite().all()
+
+
+def test_a_batch_smaller_than_the_processes_is_refused(loaded, tmp_path):
+    accelerator = _Accelerator()
+    accelerator.num_processes = 2
+    with pytest.raises(UserError, match="--batch is 1, but there are 2 processes; give --batch 2 or more"):
+        run_training(loaded, tmp_path, Recipe(ratio=0.5, steps=2, experts=3), accelerator=accelerator)

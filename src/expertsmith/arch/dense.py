@@ -29,7 +29,12 @@ class Target:
     shared_gate: bool = False  # it is multiplied by sigmoid(w x)
     renormalise_key: str | None = None  # config flag of the renormalisation of routing weights; None: it always happens
     selects_on: Literal["probabilities", "logits"] = "probabilities"  # what the router takes the top_k of
+    head_key: str | None = "head_dim"  # None: heads are hidden_size / num_attention_heads wide
+    scale_key: str | None = None  # config key of the factor of attention logits, 1 / sqrt(head width) elsewhere
     constants: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # where the source says nothing, and the target's own default is another
     drops: tuple[str, ...] = ()  # keys of the source's config that mean nothing here
 
 
@@ -55,6 +60,7 @@ TARGETS = {
             layout="mixtral",
             experts_key="num_local_experts",
             width_key="intermediate_size",
+            defaults={"sliding_window": None},
             drops=("attention_bias",),
         ),
         Target(
@@ -65,6 +71,7 @@ TARGETS = {
             width_key="intermediate_size",
             shared_key="shared_intermediate_size",
             selects_on="logits",
+            scale_key="attention_multiplier",
             constants={"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0},
             drops=("sliding_window",),
         ),
@@ -78,6 +85,7 @@ TARGETS = {
             shared_always=True,
             shared_gate=True,
             renormalise_key="norm_topk_prob",
+            head_key=None,
             constants={"decoder_sparse_step": 1, "mlp_only_layers": [], "qkv_bias": True},
         ),
         Target(

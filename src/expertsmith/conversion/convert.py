@@ -17,7 +17,7 @@ from expertsmith.calibration.data import TokenData
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.checkpoint.writer import prepare_target
 from expertsmith.conversion import export, flow
-from expertsmith.conversion.settings import Asked, Request, ask, block_parameters
+from expertsmith.conversion.settings import WAYS, Asked, Request, ask, block_parameters
 from expertsmith.conversion.split import Split
 from expertsmith.conversion.training import Recipe
 from expertsmith.engine import Batch, LoadedModel
@@ -67,7 +67,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
         raise UserError(f"method {request.method} needs calibration text", "pass --data FILE (repeatable)")
     tokens = _tokens(request, source, progress) if request.data else None
     model = load_model(source, None, device=choose_device(request.device), dtype=request.dtype)
-    with timed(seconds, "train" if asked.way.name == "tomoe" else "convert"):
+    with timed(seconds, "train" if asked.way.learned else "convert"):
         converted, method = _decide(request, asked, source, model, tokens, progress)
     if dist.is_initialized() and dist.get_rank() > 0:
         return {}  # the training is done; the first rank writes
@@ -109,7 +109,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
 
 def _check_before(request: Request, asked: Asked, source: Checkpoint) -> None:
     """What can be known of the size before hours of training."""
-    if asked.way.name != "tomoe":
+    if not asked.way.learned:
         return
     if request.steps < 0 or request.batch < 1:
         raise UserError(
@@ -126,7 +126,7 @@ def _tokens(request: Request, source: Checkpoint, progress: Progress) -> TokenDa
     samples = request.samples
     if samples is None:
         samples = FREE_SAMPLES
-        if request.method == "tomoe":
+        if WAYS[request.method].learned:
             samples = max(FREE_SAMPLES, -(-(request.steps * request.batch + WATCHED) // len(request.data)))
     return token_data(
         source.path,
@@ -146,7 +146,7 @@ def _decide(
 ) -> tuple[flow.Converted, dict[str, Any]]:
     """The splits of every layer with their measures, and the method's options as they go into the report."""
     options: dict[str, Any] = {"experts": asked.experts, "top_k": asked.top_k, "active": asked.active, "seed": request.seed}
-    if asked.way.name != "tomoe":
+    if not asked.way.learned:
         batches = tokens.batches(request.seq_len) if tokens else _random_batches(model)
         made = flow.training_free(model, asked, batches, request.seed, request.markers, progress)
         return made, options
@@ -226,7 +226,7 @@ def _size_line(source: Checkpoint, converted: flow.Converted, asked: Asked, numb
             f"{sizes['active']['padding'] / 1e6:.2f} M of it padding"
         )
 
-    if asked.way.name != "tomoe":
+    if not asked.way.learned:
         return one("to be written:", numbers)
     plain, core = (TARGETS[asked.family.targets[i]] for i in (0, -1))
     parts = [one("plain", export.sizes(source, [s.whole() for s in converted.splits], plain, converted.heads))]

@@ -109,17 +109,18 @@ def output_config(source: Mapping[str, Any], target: Target, shape: Shape, renor
     if target.renormalise_key:
         config[target.renormalise_key] = renormalise
     heads, head = int(source["num_attention_heads"]), head_width(source)
-    if target.model_type == "granitemoeshared":
-        config["attention_multiplier"] = head**-0.5
-    if target.model_type != "qwen2_moe":
-        config["head_dim"] = head
+    if target.scale_key:
+        config[target.scale_key] = head**-0.5
+    if target.head_key:
+        config[target.head_key] = head
     elif head * heads != source["hidden_size"]:
         raise UserError(
-            f"its heads are {head} wide, but Qwen2-MoE takes hidden_size / num_attention_heads", "no other target holds it"
+            f"its heads are {head} wide, but a {target.model_type} model takes hidden_size / num_attention_heads",
+            "no other target holds it",
         )
     config.setdefault("num_key_value_heads", heads)
-    if target.model_type == "mixtral":
-        config.setdefault("sliding_window", None)
+    for key, value in target.defaults.items():
+        config.setdefault(key, value)
     return config
 
 

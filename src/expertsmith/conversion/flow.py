@@ -53,23 +53,9 @@ def training_free(
         held = sequences % MEASURED == MEASURED - 1
         if not bool(held.any()) or bool(held.all()):
             held = torch.arange(len(x), device=x.device) % MEASURED == MEASURED - 1
-        fit = x[~held]
-        representatives: list[int] = []
-        neurons = mlp.gate_proj.weight.shape[0]
-        if asked.way.name == "random":
-            experts, shared = groups.random_groups(neurons, asked.experts, asked.width, seed + layer)
-        elif asked.way.name == "moefication":
-            norms = mlp.down_proj.weight.float().norm(dim=0).cpu()
-            experts, shared = groups.weight_groups(mlp.gate_proj.weight.cpu(), norms, asked.experts, asked.width, seed + layer)
-        elif asked.way.name == "cmoe":
-            marked = groups.markers(mlp, fit, markers or max(10, neurons // 100))
-            experts, shared, representatives = groups.activation_groups(marked, asked.experts, asked.width)
-        else:
-            experts, shared = groups.profile_groups(mlp, fit, sequences[~held], asked.experts, asked.width, seed + layer)
-        if asked.router == "random":
-            rows = torch.randn(asked.experts, x.shape[-1], generator=torch.Generator().manual_seed(seed + layer))
-        else:
-            rows = routers.make_router(asked.router, mlp, fit, experts)  # type: ignore[arg-type]
+        seen = groups.Layer(mlp, x[~held], sequences[~held], asked.experts, asked.width, seed + layer, markers)
+        experts, shared, representatives = groups.GROUPINGS[asked.way.name](seen)
+        rows = routers.make_router(asked.router, mlp, seen.x, experts, seen.seed)
         split = Split(experts, shared, rows, asked.top_k)
         measured = routers.measure(mlp, x[held], split, seed, representatives)
         made.splits.append(split)
@@ -171,7 +157,7 @@ def overlaps(converted: Converted, neurons: int) -> None:
 def warnings_of(converted: Converted, asked: Asked) -> list[str]:
     """What a user should know of the result."""
     notes, even = [], 1 / asked.experts
-    if asked.experts > 1 and asked.way.name == "tomoe":
+    if asked.experts > 1 and asked.way.learned:
         overlap = sum(row["overlap"] for row in converted.layers) / len(converted.layers)
         if overlap > 0.9:
             notes.append(

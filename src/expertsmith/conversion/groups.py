@@ -5,6 +5,8 @@ D neurons, E routed experts of width m each; what E m leaves of D always runs (t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -231,3 +233,45 @@ def importance(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     """u [tokens, neurons] = |a_i| ||column i of W_down||: the length of what a neuron adds to the residual stream. float32."""
     made: torch.Tensor = activations(mlp, x).abs().float() * mlp.down_proj.weight.float().norm(dim=0)
     return made
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a grouping may look at: one dense MLP and its inputs on calibration text."""
+
+    mlp: Any
+    x: torch.Tensor  # [tokens, hidden]
+    sequences: torch.Tensor  # [tokens]
+    experts: int
+    width: int
+    seed: int
+    markers: int | None  # CMoE's K; None: 1 % of the neurons, at least 10
+
+
+Groups = tuple[list[torch.Tensor], torch.Tensor, list[int]]  # experts, shared, a representative neuron of every expert (CMoE)
+
+
+def _random(layer: Layer) -> Groups:
+    return *random_groups(layer.mlp.gate_proj.weight.shape[0], layer.experts, layer.width, layer.seed), []
+
+
+def _moefication(layer: Layer) -> Groups:
+    norms = layer.mlp.down_proj.weight.float().norm(dim=0).cpu()
+    return *weight_groups(layer.mlp.gate_proj.weight.cpu(), norms, layer.experts, layer.width, layer.seed), []
+
+
+def _cmoe(layer: Layer) -> Groups:
+    top = layer.markers or max(10, layer.mlp.gate_proj.weight.shape[0] // 100)
+    return activation_groups(markers(layer.mlp, layer.x, top), layer.experts, layer.width)
+
+
+def _expertweaver(layer: Layer) -> Groups:
+    return *profile_groups(layer.mlp, layer.x, layer.sequences, layer.experts, layer.width, layer.seed), []
+
+
+GROUPINGS: dict[str, Callable[[Layer], Groups]] = {  # by the method of conversion
+    "random": _random,
+    "moefication": _moefication,
+    "cmoe": _cmoe,
+    "expertweaver": _expertweaver,
+}

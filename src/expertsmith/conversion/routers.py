@@ -7,15 +7,13 @@ energy: over the tokens, the sum of u over the neurons that ran (shared and chos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from expertsmith.conversion.groups import importance, normalised
 from expertsmith.conversion.split import Split, chosen
 
-Kind = Literal["ridge", "centroid", "gate_mean"]
-KINDS = get_args(Kind)
 RIDGE = 1e-2  # times the mean square of the inputs
 DELTA = 1e-6  # below the logarithm, times the mean energy
 
@@ -37,12 +35,12 @@ def fit_linear(x: torch.Tensor, targets: torch.Tensor, ridge: float = RIDGE) -> 
 
 
 @torch.no_grad()
-def make_router(kind: Kind, mlp: Any, x: torch.Tensor, experts: Sequence[torch.Tensor]) -> torch.Tensor:
+def make_router(kind: str, mlp: Any, x: torch.Tensor, experts: Sequence[torch.Tensor], seed: int = 0) -> torch.Tensor:
     """Router rows [E, hidden] for disjoint experts.
 
     ridge: least squares to log(energy + delta), standardised over the tokens and without the tokens' own mean over experts, which cannot
     change an order. centroid: mean of the normalised gate rows (MoEfication's similarity router). gate_mean: mean of the gate rows
-    (ExpertWeaver). MoEfication's tanh MLP and CMoE's |up silu(gate)| of a representative neuron are not linear: stock architectures cannot
+    (ExpertWeaver). random: seeded rows, the control. MoEfication's tanh MLP and CMoE's |up silu(gate)| of a representative neuron are not linear: stock architectures cannot
     hold them.
     """
     gate = mlp.gate_proj.weight.float()
@@ -50,6 +48,8 @@ def make_router(kind: Kind, mlp: Any, x: torch.Tensor, experts: Sequence[torch.T
         return torch.stack([normalised(gate[ids]).mean(0) for ids in experts])
     if kind == "gate_mean":
         return torch.stack([gate[ids].mean(0) for ids in experts])
+    if kind == "random":
+        return torch.randn(len(experts), x.shape[-1], generator=torch.Generator().manual_seed(seed))
     energy = expert_energy(importance(mlp, x), experts)
     target = (energy + DELTA * energy.mean().clamp_min(1e-30)).log()
     target = (target - target.mean(0)) / target.std(0).clamp_min(1e-6)

@@ -12,6 +12,7 @@ from expertsmith.arch.dense import BLOCKED, DENSE, TARGETS, Dense, Target
 from expertsmith.errors import UserError
 from expertsmith.registry import unknown
 
+LEARNED = "learned"  # the router of a method that trains it
 STEP = 64  # neurons; narrower experts come in steps of 8
 LEAST_STEP = 8
 
@@ -27,6 +28,11 @@ class Way:
     router: str  # its usual router
     experts: int  # its usual number
     needs_data: bool = True
+
+    @property
+    def learned(self) -> bool:
+        """Whether masks are trained."""
+        return self.router == LEARNED
 
 
 WAYS = {
@@ -64,7 +70,7 @@ WAYS = {
             "ToMoE",
             "arXiv 2501.15316",
             "overlapping experts and a top-1 router, learned by distillation with all weights of the model frozen",
-            "learned",
+            LEARNED,
             4,
         ),
     )
@@ -175,15 +181,15 @@ def ask(
     count = way.experts if experts is None else experts
     neurons = int(config["intermediate_size"])
     goal = _target(family, config, where, target, always=shared > 0 or core)
-    if core and (way.name != "tomoe" or goal.shared_key is None):
+    if core and (not way.learned or goal.shared_key is None):
         raise UserError(
-            f"--export core needs {'--method tomoe' if way.name != 'tomoe' else f'an always-on part, which a {goal.model_type} model has not'}",
+            f"--export core needs {'--method tomoe' if not way.learned else f'an always-on part, which a {goal.model_type} model has not'}",
             "use --export plain",
         )
     if count < 1 or shared < 0:
         raise UserError(f"--experts is {count} and --shared {shared}; there is at least one routed expert")
     if attention != "none":
-        if way.name != "tomoe":
+        if not way.learned:
             raise UserError(f"--attention {attention} is learned, which {method} is not", "use --method tomoe, or leave it out")
         if active_of != "block":
             raise UserError(
@@ -192,7 +198,7 @@ def ask(
         active_of = "mlp"  # the training divides it between the two: an MLP starts with the same share as the whole
     ratio = _mlp_ratio(config, active, active_of)
     kind = router or way.router
-    if way.name == "tomoe":
+    if way.learned:
         return _tomoe(way, family, goal, count, top_k, shared, router, ratio, neurons)
     if kind not in ROUTERS:
         raise unknown("router", kind, ROUTERS)
@@ -312,7 +318,7 @@ def _tomoe(
         )
     wanted = 0.5 if ratio is None else ratio
     width = tomoe_width(wanted, neurons)
-    return Asked(way, family, target, experts, 1, width, 0, "learned", width / neurons)
+    return Asked(way, family, target, experts, 1, width, 0, LEARNED, width / neurons)
 
 
 def tomoe_width(ratio: float, neurons: int) -> int:

@@ -215,8 +215,11 @@ def train(
         fingerprint: of model, data and whatever else the result depends on; a state of another one is refused.
 
     Raises:
-        UserError: the folder holds the state of another training, or the loss is no longer finite.
+        UserError: fewer sequences a step than processes, the folder holds the state of another training, the loss is no longer finite.
     """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if recipe.batch < world:
+        raise UserError(f"--batch is {recipe.batch}, but there are {world} processes", f"give --batch {world} or more")
     student = Student(llm, layers, net)
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in net.named_parameters() if "routers." not in name], "lr": recipe.lr},
@@ -231,7 +234,6 @@ def train(
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         _cut_log(folder / LOG, first)
-    rank, world = accelerator.process_index, accelerator.num_processes
     base = [group["lr"] for group in optimizer.param_groups] if not first else [g["lr"] for g in groups if g["params"]]
     tokens_a_step = recipe.batch * max(map(len, sequences))
     with progress.task("train", tokens_a_step * recipe.steps, "tokens") as advance:
