@@ -359,9 +359,11 @@ def test_stability_compares_few_demonstrations_with_the_others():
 def test_super_experts_are_far_above_the_others():
     ids = draws(200, 40, 4)
     entry = statistics_of({"a": ids}, 40)
-    assert usage.super_experts([entry]) == []
+    assert usage.super_experts([entry])["experts"] == []
     entry.domains["a"]["norm_max"][7] = 900.0
-    (found,) = usage.super_experts([entry])
+    made = usage.super_experts([entry])
+    (found,) = made["experts"]
+    assert made["bar"] == max(np.quantile(entry.total("norm_max"), 0.995), 90.0, 5 * made["median"]) < 900
     assert (found["layer"], found["expert"], found["max_norm"]) == (0, 7, 900.0)
 
 

@@ -441,3 +441,17 @@ def test_importing_is_quick():
     code = "import sys, expertsmith, expertsmith.cli, expertsmith.analysis.page; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert callable(expertsmith.analyze)
+
+
+def test_router_scores_that_are_all_but_equal_are_said_to_say_nothing(checkpoints, data, tmp_path):
+    """Converted models have flattened routers: their order counts, their entropy does not."""
+    flat = tmp_path / "flat"
+    shutil.copytree(checkpoints("mixtral"), flat)
+    for file in flat.glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file({n: t * 2.0**-10 if n.endswith("gate.weight") else t for n, t in tensors.items()}, file, {"format": "pt"})
+    found = api.analyze(flat, tmp_path / "flat-look", data=data, **OPTIONS)
+    assert any("all but equal" in note for note in found["notes"])
+    assert not any("undecided" in sentence for sentence in found["summary"])
+    found = api.analyze(checkpoints("mixtral"), tmp_path / "look", data=data, **OPTIONS)
+    assert not any("all but equal" in note for note in found["notes"])

@@ -5,6 +5,7 @@ Needs Chromium (`apt-get install chromium`) and playwright; where they are missi
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -150,7 +151,7 @@ def test_every_figure_is_drawn(width, scheme, visit):
     tab = visit(width, scheme)
     scroll(tab)
     figures = tab.evaluate("present.map((figure) => figure.id)")
-    assert {"usage", "flows", "special", "stability", "tokens", "matrix", "depth", "pca", "match", "r2", "scatter", "ranks", "rho", "health", "saliency", "lost", "lostmap", "budget", "turn"} == set(figures)  # fmt: skip
+    assert {"usage", "flows", "special", "stability", "super", "tokens", "matrix", "depth", "pca", "match", "r2", "scatter", "ranks", "rho", "health", "saliency", "lost", "lostmap", "budget", "turn"} == set(figures)  # fmt: skip
     for name in figures:
         if name != "tokens":
             assert tab.locator(f"#plot-{name} .main-svg").count() > 0
@@ -162,6 +163,23 @@ def test_every_figure_is_drawn(width, scheme, visit):
     assert tab.evaluate("document.getElementById('plot-usage').layout.paper_bgcolor") == (
         "#181e2a" if scheme == "dark" else "#ffffff"
     )
+
+
+def test_super_experts_stand_above_the_bar(visit, measures, tmp_path):
+    """One point an expert, at its largest output over the median's; the one that is blown up here is drawn apart."""
+    blown = copy.deepcopy(measures)
+    blown["layers"][1]["usage"]["all"]["max_norm"][2] = 1000 * blown["super_experts"]["median"]
+    blown["super_experts"] |= {
+        "bar": 100 * blown["super_experts"]["median"],
+        "experts": [{"layer": blown["layers"][1]["layer"], "expert": 2}],
+    }
+    write_page(tmp_path / "page.html", blown)
+    tab = visit(file=tmp_path / "page.html")
+    see(tab, "super")
+    ordinary, far, bar = shown(tab, "super")
+    assert far == pytest.approx([1000], rel=1e-3)  # the page has three decimals
+    assert len(ordinary) + 1 == sum(v > 0 for entry in blown["layers"] for v in entry["usage"]["all"]["max_norm"])
+    assert max(ordinary) < bar[0] == pytest.approx(100, rel=1e-3)
 
 
 def test_layer_and_domain_selectors(visit, measures):

@@ -17,7 +17,7 @@ from expertsmith.analysis.sampled import measure_sample
 from expertsmith.analysis.sources import DenseModel, LayerWeights
 from expertsmith.analysis.static import Sampling, measure_layer
 from expertsmith.analysis.summary import summarise
-from expertsmith.analysis.usage import measure_usage, super_experts
+from expertsmith.analysis.usage import FLAT, measure_usage, super_experts
 from expertsmith.calibration.stats import Statistics
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory
@@ -142,6 +142,13 @@ def _notes(material: Material, rows: list[dict[str, Any]]) -> list[str]:
     few = [name for name, count in (material.statistics.tokens if material.statistics else {}).items() if count < 1000]
     if few:
         notes.append(f"Fewer than 1000 tokens of {', '.join(few)}: shares and means are noisy.")
+    if material.statistics is not None and all(
+        (row["usage"]["all"]["routing_entropy_share"] or 0) > FLAT for row in rows if "usage" in row
+    ):
+        notes.append(
+            "The router's scores are all but equal on every token, as in models that `convert` made for several experts a token: they tell whom it "
+            "chooses, not how sure it is. Scores and their entropy say nothing here."
+        )
     if len(rows) == 1:
         notes.append("The model has one layer with experts: nothing can be said about depth.")
     if material.dense:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from expertsmith.analysis.usage import FLAT
+
 HIGH, LOW = 0.9, 0.5
 
 
@@ -82,7 +84,7 @@ def _load(m: dict[str, Any]) -> list[str]:
         text += f" {unused} expert{'s' * (unused > 1)} got no token at all."
     sharp = (
         ""
-        if sure is None
+        if sure is None or sure > FLAT
         else f" The router is {'sure of its choice' if sure < LOW else 'undecided' if sure > HIGH else 'moderately sure'}: its scores keep {100 * sure:.0f} % of the greatest entropy."
     )
     return [text + sharp]
@@ -143,7 +145,7 @@ def _after(m: dict[str, Any]) -> list[str]:
 
 
 def _super(m: dict[str, Any]) -> list[str]:
-    found = m.get("super_experts")
+    found = (m.get("super_experts") or {}).get("experts")
     if not found:
         return []
     first = found[0]

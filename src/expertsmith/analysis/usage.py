@@ -13,6 +13,7 @@ Array = np.ndarray[Any, Any]
 PERMUTATIONS = 199
 SHARE_KEPT = 0.5  # experts that few-shot localisation chooses
 DRAWS = 20  # random sets of demonstrations for every size
+FLAT = 0.9999  # share of the greatest entropy above which router scores are all but equal: they tell an order and no more
 SUPER_QUANTILE, SUPER_SHARE, SUPER_TIMES = 0.995, 0.1, 5.0
 
 
@@ -175,17 +176,20 @@ def measure_usage(entry: LayerStatistics, seed: int = 0) -> dict[str, Any]:
     return found
 
 
-def super_experts(layers: Sequence[LayerStatistics]) -> list[dict[str, Any]]:
+def super_experts(layers: Sequence[LayerStatistics]) -> dict[str, Any] | None:
     """Experts with extreme outputs ("Unveiling Super Experts in Mixture-of-Experts Large Language Models", arXiv 2507.23279).
 
     An expert is one where its largest output norm is above the 99.5th percentile over all experts of the model and above a tenth of the
     largest of all. Deviations: the paper takes the largest single entry of a down projection's output, here it is the norm; and it has
     to be five times the median expert's, because a percentile alone finds somebody in every model.
+
+    Returns:
+        The median, the bar that an expert has to exceed, and the experts that do, largest first; None if no expert has any output.
     """
     rows = [(entry.layer, expert, float(value)) for entry in layers for expert, value in enumerate(entry.total("norm_max"))]
     values = np.array([row[2] for row in rows])
     if not len(values) or values.max() <= 0:
-        return []
+        return None
     median = float(np.median(values))
     bar = max(float(np.quantile(values, SUPER_QUANTILE)), SUPER_SHARE * float(values.max()), SUPER_TIMES * median)
     found = [
@@ -193,4 +197,4 @@ def super_experts(layers: Sequence[LayerStatistics]) -> list[dict[str, Any]]:
         for layer, expert, value in rows
         if value > bar
     ]
-    return sorted(found, key=lambda row: -float(row["max_norm"]))
+    return {"median": median, "bar": bar, "experts": sorted(found, key=lambda row: -float(row["max_norm"]))}

@@ -77,6 +77,17 @@ FIGURES.push({
     return { traces, layout: { height: 320, xaxis: { title: "sequences", type: "log", tickvals: [1, 2, 4, 8, 16, 32, 64, 128] }, yaxis: { title: "overlap", range: [0, 1.05] } }, csv: table(["domain", "demonstrations", "overlap", "deviation", "chance"], names.flatMap((d) => found[d].map((r) => [d, r.demonstrations, r.overlap, r.deviation, r.chance]))) };
   },
 });
+const S = M.super_experts;
+FIGURES.push({
+  id: "super", section: "use", title: "Experts with extreme outputs", uses: [], when: () => S != null,
+  read: "Each point is an expert, at its largest output norm over the median expert's (log scale); above the dotted line stand super-experts, which a cut has to spare.",
+  draw: () => {
+    const points = L.flatMap((entry, i) => entry.usage.all.max_norm.map((value, e) => ({ layer: labels[i], expert: e, value, far: value > S.bar }))).filter((p) => p.value > 0);
+    const part = (name, far, i) => { const at = points.filter((p) => p.far === far); return { type: "scatter", mode: "markers", name, x: at.map((p) => p.layer), y: at.map((p) => p.value / S.median), text: at.map((p) => "expert " + p.expert), marker: { size: far ? 10 : 6, color: series(i), opacity: far ? 1 : 0.55 }, hovertemplate: "layer %{x}, %{text}: %{y:.3g} × the median<extra></extra>" }; };
+    const bar = { type: "scatter", mode: "lines", name: "bar", x: labels, y: labels.map(() => S.bar / S.median), line: { dash: "dot", color: series(4) }, hoverinfo: "skip" };
+    return { traces: [part("experts", false, 0), ...(S.experts.length ? [part("super-experts", true, 4)] : []), bar], layout: { height: 340, hovermode: "closest", xaxis: { title: "layer", type: "category", categoryorder: "array", categoryarray: labels }, yaxis: { title: "largest output / median", type: "log" } }, csv: table(["layer", "expert", "largest output norm", "super-expert"], points.map((p) => [p.layer, p.expert, p.value, p.far ? 1 : 0])) };
+  },
+});
 FIGURES.push({
   id: "tokens", section: "use", title: "Tokens that an expert loves", uses: ["layer"], when: () => has("sample"), html: true,
   read: "Tokens that go to the expert most above its usual rate, of those seen five times or more; the number is how many times above.",
