@@ -163,6 +163,12 @@ def test_sampled_neurons_come_near_all_of_them_within_the_stated_error():
     assert part["match"]["similarity"] == pytest.approx(whole["match"]["similarity"], abs=4 * part["match"]["error"] + 0.03)
     assert (part["effective_rank_error"] > 0).all()
     assert (whole["effective_rank_error"] == 0).all()
+    for found in (
+        whole,
+        part,
+    ):  # 4 centred vectors of 64 * 24 standardised entries: the squared lengths add up to (4 - 1) times that
+        assert (found["pca"] ** 2).sum() / sum(found["pca_explained"]) == pytest.approx(3 * 64 * 24, rel=1e-5)
+    assert part["pca_explained"] == pytest.approx(whole["pca_explained"], abs=3 / np.sqrt(32 * 24))
 
 
 def test_one_order_for_all_projections_finds_a_permuted_function():

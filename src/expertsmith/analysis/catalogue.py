@@ -22,7 +22,8 @@ STATIC = {
     "projections.*.zero_experts": ("experts", "experts whose matrix is all zeros"),
     "projections.*.pca": (
         "standard deviations",
-        "[E, 2] first two principal components of the flattened matrices, every entry standardised over experts (n - 1)",
+        "[E, 2] first two principal components of the flattened matrices, every entry standardised over experts (n - 1); of the sampled neurons, "
+        "scaled to all of them: squared distances are right to about a part in the root of the sampled entries",
     ),
     "projections.*.pca_explained": (SHARE, "of the variance by each of the two components"),
     "projections.*.effective_rank": (

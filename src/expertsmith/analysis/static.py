@@ -87,29 +87,24 @@ def _measure_role(
     sampling: Sampling,
     joint: dict[tuple[int, int], Array],
 ) -> dict[str, Any]:
-    measured = _projection(held, shared, dense)
+    measured = _projection(held, shared, dense) | _components(held, sampling)
     measured |= _ranks(held, sampling)
     measured |= _matching(held, sampling, joint)
     return measured | _dense_match(held, dense, sampling)
 
 
 def _projection(held: _Role, shared: torch.Tensor | None, dense: torch.Tensor | None) -> dict[str, Any]:
-    """Whole-matrix and mean-neuron cosines, norms, and principal components, in one pass over stripes of neurons."""
+    """Whole-matrix and mean-neuron cosines and norms, in one pass over stripes of neurons."""
     n = held.experts
     whole = dense is not None and dense.shape == held.held[0].shape
     members = [*held.held, *([dense] if whole and dense is not None else [])]
-    gram, spread = np.zeros((len(members), len(members))), np.zeros((n, n))
+    gram = np.zeros((len(members), len(members)))
     sums = np.zeros((n, held.width))
     rows = max(1, STRIPE // (len(members) * held.width))
     for start in range(0, held.neurons, rows):
         part = torch.stack([member[start : start + rows].float().reshape(-1) for member in members])
         gram += (part @ part.T).double().numpy()
         sums += part[:n].reshape(n, -1, held.width).sum(1, dtype=torch.float64).numpy()
-        if n > 1:
-            centred = part[:n] - part[:n].mean(0)
-            scale = centred.square().sum(0).div_(n - 1).sqrt_()
-            centred /= torch.where(scale > 0, scale, 1.0)
-            spread += (centred @ centred.T).double().numpy()
     means = [sums / held.neurons]
     others = []
     for name, extra in (("shared", shared), ("dense", dense)):
@@ -120,7 +115,6 @@ def _projection(held: _Role, shared: torch.Tensor | None, dense: torch.Tensor | 
     cosines = sim.cosine(gram)
     copies = cosines[:n, :n] > 1 - sim.SAME
     neuron_cosine = sim.cosine(neurons @ neurons.T)
-    coordinates, explained = sim.principal(spread) if n > 1 else (np.zeros((n, 2)), [0.0, 0.0])
     return {
         "neurons": held.neurons,
         "width": held.width,
@@ -133,9 +127,28 @@ def _projection(held: _Role, shared: torch.Tensor | None, dense: torch.Tensor | 
         "neuron_similarity": sim.mean_of_pairs(neuron_cosine[:n, :n], copies),
         "copies": int(np.tril(copies, -1).sum()),
         "zero_experts": int((np.diagonal(gram)[:n] == 0).sum()),
-        "pca": coordinates,
-        "pca_explained": explained,
     }
+
+
+def _components(held: _Role, sampling: Sampling) -> dict[str, Any]:
+    """Principal components of the experts' standardised matrices, from the sampled neurons and scaled to all of them.
+
+    A squared distance of two experts is a sum over entries: of s sampled entries it is known to about a part in the root of s.
+    """
+    n, size = held.experts, min(sampling.neurons, held.neurons)
+    if n < 2:
+        return {"pca": np.zeros((n, 2)), "pca_explained": [0.0, 0.0]}
+    places = np.sort(np.random.default_rng(sampling.seed).choice(held.neurons, size, replace=False))
+    spread = np.zeros((n, n))
+    rows = max(1, STRIPE // (n * held.width))
+    for start in range(0, size, rows):
+        part = torch.stack([torch.from_numpy(held.rows(e, places[start : start + rows])).reshape(-1) for e in range(n)])
+        part -= part.mean(0)
+        scale = part.square().sum(0).div_(n - 1).sqrt_()
+        part /= torch.where(scale > 0, scale, 1.0)
+        spread += (part @ part.T).double().numpy()
+    coordinates, explained = sim.principal(spread * (held.neurons / size))
+    return {"pca": coordinates, "pca_explained": explained}
 
 
 def _ranks(held: _Role, sampling: Sampling) -> dict[str, Any]:
