@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["mixtral", "qwen2_moe", "deepseek_v2"])
     parser.add_argument("--keep", nargs="+", default=["0.5"])
     parser.add_argument("--methods", nargs="+", default=["reap"])
-    parser.add_argument("--heal", nargs="+", default=["least_squares", "layer_local"], help="METHOD or METHOD:key=value,…")
+    parser.add_argument("--heal", nargs="+", default=["least_squares", "layer_local"], help="METHOD or METHOD:key=value;…")
     parser.add_argument("--one-domain", action="store_true")
     parser.add_argument("--samples", type=int, default=24, help="calibration sequences of 256 tokens a domain")
     parser.add_argument("--windows", type=int, default=30, help="held-out windows of 256 tokens a domain")
@@ -69,7 +69,7 @@ def fill(cells: dict[str, dict], model: Path, corpus: Path, domains: list[str], 
                 report: dict = {}
                 if way != NOTHING:
                     healer, _, rest = way.partition(":")
-                    options = dict(pair.split("=") for pair in rest.split(",")) if rest else {}
+                    options = dict(pair.split("=") for pair in rest.split(";")) if rest else {}
                     out = work / "healed"
                     job = {"method": healer, "options": options, "overwrite": True, "resume": False}
                     report = api.heal(work / "chosen", model, calib, out, **job, **shape, **RUN)
