@@ -48,7 +48,7 @@ FIGURES.push({
   read: "How far the routed experts turn the residual stream, 1 − cosine (log scale): low points are layers that change little.",
   draw: () => {
     const rows = M.redundant_layers.turn, names = Object.keys(rows[0]).filter((k) => k !== "layer");
-    return { traces: names.map((d, i) => line(d, rows.map((r) => String(r.layer)), rows.map((r) => r[d]), i)), layout: { height: 340, xaxis: { title: "layer", type: "category" }, yaxis: { title: "1 − cos", type: "log", dtick: 1 } }, csv: table(["layer", ...names], rows.map((r) => [r.layer, ...names.map((d) => r[d])])) };
+    return { traces: names.map((d, i) => line(d, rows.map((r) => String(r.layer)), rows.map((r) => r[d]), i)), layout: { height: 340, xaxis: { title: "layer", type: "category" }, yaxis: { title: "1 − cos", ...logAxis } }, csv: table(["layer", ...names], rows.map((r) => [r.layer, ...names.map((d) => r[d])])) };
   },
 });
 

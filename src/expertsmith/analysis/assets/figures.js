@@ -85,7 +85,7 @@ FIGURES.push({
     const points = L.flatMap((entry, i) => entry.usage.all.max_norm.map((value, e) => ({ layer: labels[i], expert: e, value, far: value > S.bar }))).filter((p) => p.value > 0);
     const part = (name, far, i) => { const at = points.filter((p) => p.far === far); return { type: "scatter", mode: "markers", name, x: at.map((p) => p.layer), y: at.map((p) => p.value / S.median), text: at.map((p) => "expert " + p.expert), marker: { size: far ? 10 : 6, color: series(i), opacity: far ? 1 : 0.55 }, hovertemplate: "layer %{x}, %{text}: %{y:.3g} × the median<extra></extra>" }; };
     const bar = { type: "scatter", mode: "lines", name: "bar", x: labels, y: labels.map(() => S.bar / S.median), line: { dash: "dot", color: series(4) }, hoverinfo: "skip" };
-    return { traces: [part("experts", false, 0), ...(S.experts.length ? [part("super-experts", true, 4)] : []), bar], layout: { height: 340, hovermode: "closest", xaxis: { title: "layer", type: "category", categoryorder: "array", categoryarray: labels }, yaxis: { title: "largest output / median", type: "log", tickvals: [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000] } }, csv: table(["layer", "expert", "largest output norm", "super-expert"], points.map((p) => [p.layer, p.expert, p.value, p.far ? 1 : 0])) };
+    return { traces: [part("experts", false, 0), ...(S.experts.length ? [part("super-experts", true, 4)] : []), bar], layout: { height: 340, hovermode: "closest", xaxis: { title: "layer", type: "category", categoryorder: "array", categoryarray: labels }, yaxis: { title: "largest output / median", ...logAxis } }, csv: table(["layer", "expert", "largest output norm", "super-expert"], points.map((p) => [p.layer, p.expert, p.value, p.far ? 1 : 0])) };
   },
 });
 FIGURES.push({

@@ -27,6 +27,8 @@ function layout(more) {
 // a figure's numbers as CSV: columns and rows
 const table = (columns, rows) => ({ columns, rows });
 const range = (n) => Array.from({ length: n }, (_, i) => i);
+// a logarithmic axis with ticks at 1, 2 and 5 of every decade
+const logAxis = { type: "log", exponentformat: "none", tickvals: range(18).flatMap((k) => [1, 2, 5].map((d) => Number((d * 10 ** (k - 9)).toPrecision(1)))) };
 const percent = (value) => (100 * value).toFixed(1) + " %";
 
 // [n][n] from the lower triangle, row by row
