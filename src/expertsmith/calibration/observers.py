@@ -43,7 +43,7 @@ class Statistic(NamedTuple):
 
 ACTIVATION = "activation units"
 STATISTICS = {
-    "tokens": Statistic("[]", "tokens", "that passed the layer"),
+    "tokens": Statistic("[1]", "tokens", "that passed the layer"),
     "selections": Statistic("[E]", "tokens", "routed to the expert, N"),
     "coselections": Statistic("[E, E]", "tokens", "routed to both experts; the diagonal is N"),
     "weight_sum": Statistic("[E]", "routing weight", "sum of g over the tokens routed to the expert"),
@@ -55,10 +55,10 @@ STATISTICS = {
     "weighted_norm_sum": Statistic("[E]", ACTIVATION, "sum of g‖f‖"),
     "weighted_norm_sq_sum": Statistic("[E]", ACTIVATION + "²", "sum of (g‖f‖)²"),
     "easy_ep": Statistic("[E]", ACTIVATION, "sum of g‖f‖s, s = max(0, 1 - cos(x, x + r)): how far the routed output r turned the residual stream x"),
-    "turn_sum": Statistic("[]", "1 - cosine", "sum of s over tokens"),
+    "turn_sum": Statistic("[1]", "1 - cosine", "sum of s over tokens"),
     "ratio_histogram": Statistic(f"[{RATIO_BINS}]", "tokens", "by their second routing weight over their first, in equal bins from 0 to 1"),
     "logit_gram": Statistic("[E, E]", "logit²", "sum of l_i l_j over tokens, l the router's raw logits"),
-    "entropy_sum": Statistic("[]", "nats", "sum over tokens of the entropy of the full router scores, scaled to sum 1"),
+    "entropy_sum": Statistic("[1]", "nats", "sum over tokens of the entropy of the full router scores, scaled to sum 1"),
     "easy_ep_by_sequence": Statistic("[sequences, E]", ACTIVATION, "easy_ep of every sequence"),
     "output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of raw outputs f over the tokens routed to the expert", "--output-sum"),
     "all_output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of raw outputs f(x) over all tokens x, routed to the expert or not", "--all-outputs"),
