@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -98,10 +99,8 @@ def healing_sections() -> str:
     for name, kind in HEALERS.items():
         hints = get_type_hints(kind, include_extras=True)
         rows = [(f"`{entry.name}`", f"`{shown(entry.default)}`", values(hints[entry.name])) for entry in fields(kind)]
-        doc = kind.__doc__ or ""
-        if kind.__base__ is not object:
-            doc += "\n\n" + (kind.__base__.__doc__ or "")
-        parts += [f"### {name}", paragraphs(doc), table(("option", "default", "values"), rows)]
+        docs = [paragraphs(part.__doc__ or "") for part in kind.__mro__[:-1]]
+        parts += [f"### {name}", *docs, table(("option", "default", "values"), rows)]
     return "\n\n".join(parts)
 
 
@@ -156,8 +155,7 @@ def link(text: str) -> str:
 
 def paragraphs(doc: str) -> str:
     """A docstring as Markdown, without the errors it raises."""
-    lines = [line.strip() if not line.startswith("        ") else line for line in doc.splitlines()]
-    return "\n\n".join(part for part in "\n".join(lines).strip().split("\n\n") if not part.startswith("Raises:"))
+    return "\n\n".join(part for part in inspect.cleandoc(doc).split("\n\n") if not part.startswith("Raises:"))
 
 
 def values(kind: Any) -> str:
