@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test lint types imports check format engines clean
+.PHONY: demo test lint types imports docs docs-serve docs-reference check format engines clean
 
 demo: $(VENV)/.ready
 	$(BIN)/expertsmith demo -o demo-output
@@ -24,7 +25,18 @@ types: $(VENV)/.ready-dev
 imports: $(VENV)/.ready-dev
 	$(BIN)/lint-imports
 
-check: lint types imports test
+# the pages of docs/ → site/index.html
+docs: $(VENV)/.ready-dev
+	$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.ready-dev
+	$(BIN)/mkdocs serve
+
+# what README and docs/ tell from the program: commands, methods, families, formats, rules
+docs-reference: $(VENV)/.ready-dev
+	$(BIN)/python scripts/reference.py
+
+check: lint types imports docs test
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
@@ -63,4 +75,4 @@ $(ENGINES)/.llama:
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ENGINES) demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(ENGINES) demo-output site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

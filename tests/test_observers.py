@@ -485,7 +485,23 @@ def test_the_table_of_statistics_is_what_a_calibration_writes(checkpoints, data,
     stats = api.calibrate(
         checkpoints("mixtral"), data, tmp_path / "s", output_sum=True, all_outputs=True, sample_tokens=3, **CALIBRATION
     )
-    assert all(set(entry.domains[domain]) == set(STATISTICS) for entry in stats.layers.values() for domain in "ab")
+    plain = api.calibrate(checkpoints("mixtral"), data, tmp_path / "plain", **CALIBRATION)
+    for domain in "ab":
+        sizes = {
+            "1": 1,
+            "2": 2,
+            "1000": 1000,
+            "E": 8,
+            "hidden": 32,
+            "n": 3,
+            "sequences": stats.header["data"]["sequences"][domain],
+        }
+        for layer, entry in stats.layers.items():
+            held = entry.domains[domain]
+            assert set(held) == set(STATISTICS)
+            assert set(plain.layers[layer].domains[domain]) == {name for name, what in STATISTICS.items() if not what.option}
+            for name, what in STATISTICS.items():
+                assert held[name].shape == tuple(sizes[part] for part in what.shape.strip("[]").split(", ") if part), name
 
 
 def test_methods_that_average_warn_of_few_tokens(checkpoints, data, tmp_path):

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -19,9 +21,11 @@ _API = (
     "skip",
     "load",
     "convert",
+    "heal",
     "compress",
     "evaluate",
     "run",
+    "export",
     "analyze",
 )
 __all__ = [*_API, "__version__"]
@@ -33,3 +37,14 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module 'expertsmith' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """`plan` and `lint` are verbs, and modules, which Python puts into the package once they are imported: here the verbs stay."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _API and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from expertsmith.plan import LayerPlan, Plan
     from expertsmith.surgery.verify import Verdict
 
+NEEDS = {  # what a method reads → what its user has to have
+    "statistics": "calibration (data)",
+    "weights": "weights only, no data",
+    "arrays": "weights only, no data",
+    "model": "the running model and data",
+    "nothing": "nothing",
+}
+
 
 def as_json(value: Any) -> None:
     """One JSON value on stdout."""
@@ -90,18 +98,11 @@ def _reason(entry: LayerPlan) -> str:
 
 def show_methods(methods: list[Method]) -> None:
     """Two lines a method: what it keeps and from which paper; what it needs, costs and cannot do. Then its options."""
-    needs = {
-        "statistics": "calibration (data)",
-        "weights": "weights only, no data",
-        "arrays": "weights only, no data",
-        "model": "the running model and data",
-        "nothing": "nothing",
-    }
     for m in methods:
         first = " ".join(m.doc.split("\n\n")[0].split())
         line(f"[bold]{m.name}[/bold]  {escape(m.title)} [dim]({escape(m.paper)})[/dim]: {escape(first)}")
         parts = [
-            f"needs {needs[m.reads]}" + (" with --all-outputs" if m.all_outputs else ""),
+            f"needs {NEEDS[m.reads]}" + (" with --all-outputs" if m.all_outputs else ""),
             f"cost: {m.cost}",
             f"budget {' or '.join(m.budgets)}",
         ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,31 +30,42 @@ from expertsmith.errors import UserError
 
 RATIO_BINS = 1000  # histogram of second / first routing weight over [0, 1]
 
-# what a layer's statistics hold, by name; E experts of the layer
+
+class Statistic(NamedTuple):
+    """What a layer's statistics hold under a name. Symbols: E experts of the layer, g a routing weight, f an expert's raw output, x the residual
+    stream, r the routed output. `option`: the option of `calibrate` that asks for it; the others are always there."""
+
+    shape: str
+    unit: str
+    definition: str
+    option: str = ""
+
+
+ACTIVATION = "activation units"
 STATISTICS = {
-    "tokens": "[] tokens that passed the layer",
-    "selections": "[E] tokens routed to the expert, N",
-    "coselections": "[E, E] tokens routed to both experts; the diagonal is N",
-    "weight_sum": "[E] sum of routing weights, sum g",
-    "weight_sq_sum": "[E] sum of g^2",
-    "score_sum": "[E] sum of the full router scores (softmax or sigmoid over all experts), routed or not",
-    "norm_sum": "[E] sum of raw output norms, sum ||f||",
-    "norm_sq_sum": "[E] sum of ||f||^2",
-    "norm_max": "[E] largest ||f||",
-    "weighted_norm_sum": "[E] sum of g ||f||",
-    "weighted_norm_sq_sum": "[E] sum of (g ||f||)^2",
-    "easy_ep": "[E] sum of g ||f|| s, s = max(0, 1 - cos(x, x + r)): how far the routed output r turned the residual stream x",
-    "turn_sum": "[] sum of s",
-    "ratio_histogram": f"[{RATIO_BINS}] second / first routing weight of a token, over [0, 1]",
-    "logit_gram": "[E, E] sum of l_i l_j over tokens, l the router's raw logits",
-    "entropy_sum": "[] sum of the entropy of the full router scores, nats",
-    "easy_ep_by_sequence": "[sequences, E] easy_ep of every sequence, float32",
-    "output_sum": "[E, hidden] sum of raw outputs f (optional)",
-    "all_output_sum": "[E, hidden] sum of raw outputs f(x) over all tokens x, routed to the expert or not (optional)",
-    "sample_inputs": "[n, hidden] block inputs of a seeded sample of tokens (optional)",
-    "sample_outputs": "[n, hidden] routed outputs of the same tokens (optional)",
-    "sample_index": "[n, 2] sequence and position of the same tokens (optional)",
-}
+    "tokens": Statistic("[1]", "tokens", "that passed the layer"),
+    "selections": Statistic("[E]", "tokens", "routed to the expert, N"),
+    "coselections": Statistic("[E, E]", "tokens", "routed to both experts; the diagonal is N"),
+    "weight_sum": Statistic("[E]", "routing weight", "sum of g over the tokens routed to the expert"),
+    "weight_sq_sum": Statistic("[E]", "routing weight²", "sum of g²"),
+    "score_sum": Statistic("[E]", "router score", "sum of the full router scores (softmax or sigmoid over all experts), routed or not"),
+    "norm_sum": Statistic("[E]", ACTIVATION, "sum of raw output norms ‖f‖"),
+    "norm_sq_sum": Statistic("[E]", ACTIVATION + "²", "sum of ‖f‖²"),
+    "norm_max": Statistic("[E]", ACTIVATION, "largest ‖f‖"),
+    "weighted_norm_sum": Statistic("[E]", ACTIVATION, "sum of g‖f‖"),
+    "weighted_norm_sq_sum": Statistic("[E]", ACTIVATION + "²", "sum of (g‖f‖)²"),
+    "easy_ep": Statistic("[E]", ACTIVATION, "sum of g‖f‖s, s = max(0, 1 - cos(x, x + r)): how far the routed output r turned the residual stream x"),
+    "turn_sum": Statistic("[1]", "1 - cosine", "sum of s over tokens"),
+    "ratio_histogram": Statistic(f"[{RATIO_BINS}]", "tokens", "by their second routing weight over their first, in equal bins from 0 to 1"),
+    "logit_gram": Statistic("[E, E]", "logit²", "sum of l_i l_j over tokens, l the router's raw logits"),
+    "entropy_sum": Statistic("[1]", "nats", "sum over tokens of the entropy of the full router scores, scaled to sum 1"),
+    "easy_ep_by_sequence": Statistic("[sequences, E]", ACTIVATION, "easy_ep of every sequence"),
+    "output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of raw outputs f over the tokens routed to the expert", "--output-sum"),
+    "all_output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of raw outputs f(x) over all tokens x, routed to the expert or not", "--all-outputs"),
+    "sample_inputs": Statistic("[n, hidden]", ACTIVATION, "block inputs of a seeded sample of tokens", "--sample-tokens"),
+    "sample_outputs": Statistic("[n, hidden]", ACTIVATION, "routed outputs of the same tokens", "--sample-tokens"),
+    "sample_index": Statistic("[n, 2]", "position", "sequence and place in it of the same tokens", "--sample-tokens"),
+}  # fmt: skip
 SAMPLES = ("sample_inputs", "sample_outputs", "sample_index")
 
 

@@ -23,7 +23,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one MoE layer: domain → name → array (names and shapes: `calibration.observers.STATISTICS`)."""
+    """Statistics of one MoE layer: domain → name → array (what they are: `calibration.observers.STATISTICS`)."""
 
     layer: int
     domains: Mapping[str, Mapping[str, Array]]
