@@ -20,6 +20,8 @@ _API = (
     "load",
     "convert",
     "compress",
+    "heal",
+    "compare",
     "evaluate",
     "run",
     "analyze",
