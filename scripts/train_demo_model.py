@@ -41,7 +41,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from expertsmith.demo import corpus
+from expertsmith.calibration import corpus
 
 MODEL_FOLDER = Path(__file__).resolve().parents[1] / "src" / "expertsmith" / "demo" / "model"
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
