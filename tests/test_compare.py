@@ -411,6 +411,15 @@ def test_mistakes_end_in_one_line(change, says, checkpoints, data, tmp_path, cap
     assert not (tmp_path / "out" / "cells").exists()
 
 
+def test_methods_without_data_need_none(checkpoints, data, tmp_path):
+    made = api.compare(checkpoints("mixtral"), ["aimer"], [0.5], [], data[:1], tmp_path / "out", **SHAPE)
+    assert made["calibration"] == {}
+    assert "Experts chosen without text; judged on" in (tmp_path / "out" / "comparison.md").read_text()
+    for asked in ({"methods": ["reap"]}, {"methods": ["aimer"], "heal": ["least_squares"]}):
+        with pytest.raises(UserError, match=r"(reap|least_squares) needs calibration text; pass --data FILE"):
+            api.compare(checkpoints("mixtral"), keep=[0.5], data=[], eval_data=data, out=tmp_path / "out", **asked, **SHAPE)
+
+
 def test_a_folder_with_other_files_is_left_alone(checkpoints, data, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match=r"letter\.txt"):

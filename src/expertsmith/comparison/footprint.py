@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ def footprint() -> Iterator[dict[str, float]]:
     import psutil
     import torch
 
-    gc.collect()
     with suppress(OSError, AttributeError):  # not in every C library
         ctypes.CDLL(None).malloc_trim(0)
     process, done = psutil.Process(), threading.Event()

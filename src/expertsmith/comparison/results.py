@@ -21,7 +21,7 @@ WORSE = "†"
 def together(job: Comparison, held: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The content of comparison.json: `groups` of rows that keep the same share with the same budget, each sorted by the mean rise."""
     from expertsmith import __version__
-    from expertsmith.comparison.run import WORK, original_file
+    from expertsmith.comparison.run import original_file, statistics_folder
 
     groups: dict[tuple[Any, str], list[Row]] = {}
     names = short_names(cell.contender.label for cell in job.cells)
@@ -29,35 +29,28 @@ def together(job: Comparison, held: Mapping[str, Mapping[str, Any]]) -> dict[str
         if cell.name in held:
             groups.setdefault((cell.keep, cell.budget), []).append(_row(cell, names, held[cell.name]))
     told = [f"{name} is {label}" for label, name in names.items() if label != name and not label.startswith(f"{BASELINE}:")]
-    inventory = job.inventory
+    inventory, checkpoint = job.inventory, job.inventory.checkpoint
     parameters, nbytes = inventory.size()
     any_row = next(row for rows in groups.values() for row in rows)
     domains = {
         name: {"loss": row["reference_loss"], "perplexity": row["reference_perplexity"]}
         for name, row in any_row["quality"]["domains"].items()
     }
-    calibrated = [
-        load(path, {"model": inventory.checkpoint.fingerprint, "data": job.calibration.fingerprint})
-        for path in sorted((job.folder / WORK).glob("statistics*.json"))
-    ]
-    passes = [entry["calibration"] for entry in calibrated if entry]
+    text = job.calibration
+    took = load(statistics_folder(job).with_suffix(".json"), {"model": checkpoint.fingerprint, "data": job.text})
     scores = load(original_file(job), {})
     return {
         "format": "expertsmith.comparison",
         "version": 1,
         "made_by": f"expertsmith {__version__}",
         "model": {
-            "source": Path(inventory.checkpoint.source).name
-            if Path(inventory.checkpoint.source).exists()
-            else inventory.checkpoint.source,
+            "source": checkpoint.path.name if Path(checkpoint.source).exists() else checkpoint.source,
             "model_type": inventory.architecture.model_type,
-            "fingerprint": inventory.checkpoint.fingerprint,
+            "fingerprint": checkpoint.fingerprint,
         },
-        "calibration": {
-            "fingerprint": job.calibration.fingerprint,
-            "tokens": job.calibration.tokens,
-            **(passes[-1] if passes else {}),
-        },
+        "calibration": {}
+        if text is None
+        else {"fingerprint": job.text, "tokens": text.tokens, **(took["calibration"] if took else {})},
         "heldout": {
             "fingerprint": job.heldout.fingerprint,
             "tokens": {name: row["tokens"] for name, row in any_row["quality"]["domains"].items()},
@@ -274,10 +267,12 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
 def how(found: Mapping[str, Any]) -> list[str]:
     """What was measured, and how to make a cell again."""
     calibration, heldout = found["calibration"], found["heldout"]
-    took = f"; one pass for all statistics took {calibration['seconds']:.1f} s" if "seconds" in calibration else ""
+    chosen = "Experts chosen without text"
+    if calibration:
+        took = f"; one pass for all statistics took {calibration['seconds']:.1f} s" if "seconds" in calibration else ""
+        chosen = f"Experts chosen on {sum(calibration['tokens'].values()):,} tokens ({', '.join(calibration['tokens'])}){took}"
     return [
-        f"Experts chosen on {sum(calibration['tokens'].values()):,} tokens ({', '.join(calibration['tokens'])}){took}; judged on "
-        f"{sum(heldout['tokens'].values()):,} predicted tokens of held-out text, dtype {found['dtype']}.",
+        f"{chosen}; judged on {sum(heldout['tokens'].values()):,} predicted tokens of held-out text, dtype {found['dtype']}.",
         "Perplexity a domain; mean rise: nats a token above the original, mean over domains, with the paired standard error over sequences (random: [least, "
         "largest draw]); KL(original ‖ compressed) in nats; top-1: share of tokens with the same most probable next token.",
         "plan s and memory are what planning alone took: seconds, and bytes above what the process held before; weights that a method measures are measured "

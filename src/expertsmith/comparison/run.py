@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +50,10 @@ class Comparison:
     tasks: Tasks | None = None
 
     @cached_property
-    def calibration(self) -> TokenData:
-        """The text that experts are chosen on."""
+    def calibration(self) -> TokenData | None:
+        """The text that experts are chosen on, if any method needs one."""
+        if not self.data:
+            return None
         source = self.inventory.checkpoint
         return token_data(source.path, source.config, self.data, self.progress, **self.shape)
 
@@ -61,11 +64,16 @@ class Comparison:
         options = {"pack": True, "overlong": "truncate", "overlap": 1, **shape}
         return token_data(source.path, source.config, self.eval_data, self.progress, **options)
 
+    @property
+    def text(self) -> str | None:
+        """Fingerprint of `calibration`."""
+        return self.calibration.fingerprint if self.calibration else None
+
     def planned_with(self, cell: Cell) -> dict[str, Any]:
         """All that a plan depends on."""
         return {
             "model": self.inventory.checkpoint.fingerprint,
-            "data": None if cell.contender.method.data_free else self.calibration.fingerprint,
+            "data": None if cell.contender.method.data_free else self.text,
             "dtype": self.where["dtype"],
             "method": cell.contender.method.name,
             "options": dict(cell.contender.options),
@@ -78,7 +86,7 @@ class Comparison:
         made = {**self.planned_with(cell), "heldout": self.heldout.fingerprint}
         if cell.heal is not None:
             name, options = parse_heal(cell.heal)
-            made["heal"] = {"method": name, "options": options, "data": self.calibration.fingerprint}
+            made["heal"] = {"method": name, "options": options, "data": self.text}
         return made
 
 
@@ -111,6 +119,11 @@ def compare(
 
     folder, progress = Path(out), progress or Silent()
     cells, notes = cells_of(methods, keep, budgets, heal)
+    needs = next(
+        (cell.heal or cell.contender.label for cell in cells if cell.heal or not cell.contender.method.data_free), None
+    )
+    if needs and not data:
+        raise UserError(f"{needs} needs calibration text", "pass --data FILE")
     refuse_missing([*data, *eval_data])
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     _check(inventory, cells)
@@ -215,6 +228,8 @@ def _plans(job: Comparison, missing: Sequence[Cell]) -> dict[str, dict[str, Any]
                     progress=job.progress,
                     **options,
                 )
+            if method.reads == "model":
+                gc.collect()  # the model that it opened must not be held any longer, nor count as memory that the next one starts with
             check_plan(made, job.inventory)
         except UserError as error:
             target.unlink(missing_ok=True)
@@ -225,16 +240,20 @@ def _plans(job: Comparison, missing: Sequence[Cell]) -> dict[str, dict[str, Any]
     return found
 
 
+def statistics_folder(job: Comparison) -> Path:
+    """Where the statistics lie; beside it, in a file of the same name with .json, what calibrating took."""
+    everything = any(cell.contender.method.all_outputs for cell in job.cells)
+    return job.folder / WORK / ("statistics-all-outputs" if everything else "statistics")
+
+
 def _statistics(job: Comparison) -> Any:
     from expertsmith.comparison.footprint import footprint
 
-    everything = any(cell.contender.method.all_outputs for cell in job.cells)
-    name = "statistics-all-outputs" if everything else "statistics"
+    target, everything = statistics_folder(job), any(cell.contender.method.all_outputs for cell in job.cells)
     options = {"all_outputs": everything, "resume": job.resume, "progress": job.progress, **job.shape, **job.where}
     with footprint() as took:
-        made = api.calibrate(job.inventory.checkpoint.source, job.data, job.folder / WORK / name, **options)
-    mark = job.folder / WORK / f"{name}.json"
-    made_with = {"model": job.inventory.checkpoint.fingerprint, "data": job.calibration.fingerprint}
+        made = api.calibrate(job.inventory.checkpoint.source, job.data, target, **options)
+    mark, made_with = target.with_suffix(".json"), {"model": job.inventory.checkpoint.fingerprint, "data": job.text}
     if load(mark, made_with) is None:  # else a finished pass was only read
         save(mark, made_with, {"calibration": took})
     return made
