@@ -270,7 +270,7 @@ def _judge(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any],
     model, reference = _open(job, job.inventory), _open(job, job.inventory)
     if job.tasks is not None:
         with in_force(reference):
-            save(original_file(job), {}, {"tasks": dict(job.tasks(reference))})
+            save(original_file(job), {"model": job.inventory.checkpoint.fingerprint}, {"tasks": dict(job.tasks(reference))})
     for cell in missing:
         made = load_plan(_plan_file(job, cell))
         with merged(model, made, job.inventory), masked(model, made.kept, job.inventory.counts):
