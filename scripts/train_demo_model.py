@@ -2,7 +2,7 @@
 
 What it does, in order:
 
-1. reads the text that the running Python installation carries (``expertsmith.demo.corpus``: standard library code,
+1. reads the text that the running Python installation carries (``expertsmith.calibration.corpus``: standard library code,
    English technical prose, Unicode character records) and trains a byte-level BPE tokenizer of 2048 entries on its
    ``train`` split;
 2. trains a stock ``Qwen3MoeForCausalLM`` (2.8M parameters: 4 layers, hidden size 128, 16 routed experts with the best 4
