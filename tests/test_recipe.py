@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from conftest import CALIBRATION
+from conftest import CALIBRATION, run_cli
 from expertsmith import api
+from expertsmith.calibration import corpus
+from expertsmith.calibration.data import read_records
 from expertsmith.errors import UserError
 from expertsmith.methods import methods
 from expertsmith.recipe import Recipe, load_recipe
+from expertsmith.recipes import copy, shipped
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parent.parent / "src" / "expertsmith").rglob("*.yaml"))
+SYSTEMS = (
+    "expert_sparsity",
+    "easy_ep",
+    "moeits",
+    "tomoe",
+    "look_into_moes",
+)  # one headline experiment each, at the size of a laptop
 
 
 def whole(model: Path, data: list[str], root: Path) -> dict:
@@ -155,12 +166,18 @@ def test_defaults_are_those_of_the_functions():
     """A recipe that says nothing about an option means what the command means."""
     import inspect
 
+    from expertsmith.comparison.run import compare as run_comparison
+
     for section, function in (
         ("calibrate", api.calibrate),
         ("plan", api.plan),
         ("apply", api.apply),
         ("verify", api.verify),
         ("evaluate", api.evaluate),
+        ("analyze", api.analyze),
+        ("skip", api.skip),
+        ("heal", api.heal),
+        ("compare", run_comparison),
     ):
         parameters = {**inspect.signature(api.calibrate).parameters, **inspect.signature(function).parameters}
         annotation = Recipe.model_fields[section].annotation
@@ -173,9 +190,11 @@ def test_defaults_are_those_of_the_functions():
             assert default == theirs or not (default or theirs), (section, name)
 
 
+HEAL = {"data": ["a.jsonl"], "out": "healed"}
+COMPARE = {"methods": ["reap"], "keep": [0.5], "data": ["a.jsonl"], "eval_data": ["b.jsonl"], "out": "compared"}
 FAULTS = {  # what: (change, what the message has to say)
     "no model": (lambda r: r.pop("model"), ["model: Field required"]),
-    "an unknown section": (lambda r: r.update(heal={}), ["heal: unknown key"]),
+    "an unknown section": (lambda r: r.update(hael={}), ["hael: unknown key"]),
     "an unknown option": (lambda r: r["calibrate"].update(sampels=3), ["calibrate.sampels: unknown key"]),
     "a word for a number": (lambda r: r["calibrate"].update(samples="many"), ["calibrate.samples", "valid integer"]),
     "no samples": (lambda r: r["calibrate"].update(samples=0), ["calibrate.samples", "greater than or equal to 1"]),
@@ -200,6 +219,21 @@ FAULTS = {  # what: (change, what the message has to say)
     "no statistics": (lambda r: r.pop("calibrate"), ["method ean needs statistics"]),
     "apply without a plan": (lambda r: r.pop("plan"), ["apply: there is no plan section"]),
     "verify without apply": (lambda r: r.pop("apply"), ["verify: there is no apply section"]),
+    "heal without apply": (lambda r: (r.pop("apply"), r.update(heal=HEAL)), ["heal: there is no apply section"]),
+    "an unknown way of healing": (lambda r: r.update(heal={**HEAL, "method": "prayer"}), ["heal", "no way of healing"]),
+    "an unknown option of healing": (lambda r: r.update(heal={**HEAL, "options": {"sweps": 2}}), ["heal", "did you mean sweeps"]),
+    "an unknown method to compare": (lambda r: r.update(compare={**COMPARE, "methods": ["raep"]}), ["compare", "did you mean reap"]),
+    "a wrong ratio to compare": (lambda r: r.update(compare={**COMPARE, "keep": [0.5, "half"]}), ["compare", "neither a ratio nor a count"]),
+    "a wrong budget to compare": (lambda r: r.update(compare={**COMPARE, "budgets": ["fair"]}), ["compare.budgets", "'global'"]),
+    "an unknown healing to compare": (lambda r: r.update(compare={**COMPARE, "heal": ["prayer"]}), ["compare", "no way of healing"]),
+    "nothing to compare on": (lambda r: r.update(compare={**COMPARE, "eval_data": []}), ["compare.eval_data", "at least 1 item"]),
+    "an unknown way of converting": (lambda r: r.update(convert={"method": "tomeo", "out": "o"}), ["convert", "did you mean tomoe"]),
+    "an unknown option of convert": (lambda r: r.update(convert={"method": "cmoe", "out": "o", "expert": 8}), ["convert", "did you mean experts"]),
+    "a word for experts": (lambda r: r.update(convert={"method": "cmoe", "out": "o", "experts": "many"}), ["convert", "experts", "valid integer"]),
+    "all experts of nothing": (lambda r: r.update(analyze={"out": "o", "all_experts": 8}), ["analyze", "add analyze.data"]),
+    "skip without data": (lambda r: r.update(skip={"out": "o"}), ["skip.data: Field required"]),
+    "two outputs of one name": (lambda r: r["plan"].update(out=r["calibrate"]["out"]), ["calibrate and plan have the same out"]),
+    "a demo text that there is not": (lambda r: r["calibrate"].update(data=["demo:code/test"]), ["no text demo:code/test", "code, prose, unicode"]),
 }  # fmt: skip
 
 
@@ -304,6 +338,117 @@ def test_a_recipe_may_be_json(good, tmp_path):
     assert load_recipe(written(tmp_path, json.dumps(good))) == load_recipe(written(tmp_path, good))
 
 
+# ---- the sections beyond the main job
+
+
+def test_heal_and_compare_do_what_the_single_commands_do(checkpoints, data, tmp_path):
+    source = checkpoints("mixtral")
+    recipe = whole(source, data, tmp_path)
+    text = {"data": data, "seq_len": 24, "samples": 5}
+    recipe |= {
+        "dtype": "float32",
+        "heal": {**text, "out": str(tmp_path / "healed"), "options": {"sweeps": 1}},
+        "compare": {**text, "methods": ["reap"], "keep": [0.5], "eval_data": data, "out": str(tmp_path / "compared")},
+        "skip": {**text, "out": str(tmp_path / "skipping"), "measure": False},
+    }
+    results = api.run(written(tmp_path, recipe))
+    assert list(results) == ["calibrate", "plan", "apply", "verify", "evaluate", "skip", "heal", "evaluate_healed", "compare"]
+    run = {"device": "cpu", "memory": "resident"}
+    theirs = api.heal(tmp_path / "out", source, data, tmp_path / "h2", options={"sweeps": 1}, seq_len=24, samples=5, **run)
+    assert results["heal"]["held_out"] == theirs["held_out"]
+    healed = api.evaluate(tmp_path / "healed", data, reference=source, seq_len=16, samples=4, dtype="float32", **run)
+    assert results["evaluate_healed"].to_json() == healed.to_json()
+    assert results["skip"]["plan"].kept == results["plan"].kept
+    compared = api.compare(source, ["reap"], [0.5], data, data, tmp_path / "c2", seq_len=24, samples=5, dtype="float32", **run)
+    assert [group["random"] for group in results["compare"]["groups"]] == [group["random"] for group in compared["groups"]]
+
+
+def test_what_convert_makes_is_the_model_of_the_later_sections(dense, texts, tmp_path):
+    recipe = {
+        "model": str(dense("llama")),
+        "device": "cpu",
+        "convert": {"method": "moefication", "experts": 4, "active": 0.5, "data": texts, "seq_len": 32, "measure": False, "out": str(tmp_path / "moe")},
+        "analyze": {"out": str(tmp_path / "look")},
+        "plan": {"method": "aimer", "keep": 3, "out": str(tmp_path / "plan.json")},
+        "evaluate": {"data": texts, "seq_len": 16, "samples": 2},
+    }  # fmt: skip
+    results = api.run(written(tmp_path, recipe))
+    assert list(results) == ["convert", "analyze", "plan", "evaluate"]
+    assert results["plan"] == api.plan(tmp_path / "moe", "aimer", 3)
+    assert results["analyze"]["model"]["source"] == str(tmp_path / "moe")
+    assert "kl" not in results["evaluate"].to_json()["mean"]
+
+
+# ---- the recipes that come along
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=[path.name for path in RECIPES])
 def test_the_recipes_that_come_along_are_right(path):
     load_recipe(path)
+    entry = shipped()[path.stem]
+    assert entry.text == path.read_text()
+    assert all((entry.about, entry.needs, entry.size))
+
+
+def test_one_for_each_system():
+    assert {path.stem for path in RECIPES} == set(shipped())
+    assert set(SYSTEMS) <= set(shipped())
+
+
+@pytest.mark.parametrize("name", [name for name, entry in shipped().items() if entry.needs.startswith("nothing, ")])
+def test_small_ones_run(name, tmp_path, monkeypatch, capsys):
+    """From a fresh folder, with fewer sequences than they say."""
+    monkeypatch.chdir(tmp_path)
+    file = copy(name, tmp_path)
+    text = re.sub(r":\d+\"", ':2"', file.read_text()).replace("seq_len: 256", "seq_len: 64")
+    file.write_text(
+        text.replace("keep: 12", "keep: 14")
+        .replace("keep: [0.75, 0.5]", "keep: [0.5]")
+        .replace("skip:", "skip:\n  measure: false")
+    )
+    code, out, err = run_cli(capsys, "run", file, "-q")
+    assert (code, err) == (0, "")
+    asked = yaml.safe_load(text)
+    for section in asked.values():
+        if isinstance(section, dict) and "out" in section:
+            assert Path(section["out"]).exists()
+    assert ("verify: passed" in out) == ("verify" in asked)
+    assert ("healed" in out) == ("heal" in asked)
+
+
+def test_tomoe_runs_on_another_dense_model(dense, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load(shipped()["tomoe"].text)
+    recipe["model"] = str(dense("llama"))
+    del recipe["convert"]["gguf_file"]
+    recipe["convert"] |= {"steps": 2, "experts": 4, "data": texts, "eval_data": texts, "seq_len": 32}
+    results = api.run(written(tmp_path, recipe))
+    assert results["convert"]["method"]["name"] == "tomoe"
+    assert api.inspect("work/tomoe")["num_experts"] == 4
+
+
+def test_the_command_lists_and_copies(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run_cli(capsys, "recipes")
+    assert code == 0
+    assert all(name in out for name in SYSTEMS)
+    code, out, _ = run_cli(capsys, "recipes", "--json")
+    assert {row["name"] for row in json.loads(out)} == set(shipped())
+    assert run_cli(capsys, "recipes", "easy_ep", "--to", "mine/own.yaml")[0] == 0
+    assert (tmp_path / "mine" / "own.yaml").read_text() == shipped()["easy_ep"].text
+    assert run_cli(capsys, "recipes", "easy_ep")[0] == 0
+    for arguments, says in (
+        (["easy_ep"], "exists already"),
+        (["easy_pe"], "did you mean easy_ep"),
+        (["--to", "x.yaml"], "no recipe to copy"),
+    ):
+        code, _, err = run_cli(capsys, "recipes", *arguments)
+        assert code == 2
+        assert says in err
+
+
+def test_the_demo_model_and_text_have_names(capsys):
+    code, out, _ = run_cli(capsys, "inspect", "demo", "--json")
+    assert code == 0
+    assert json.loads(out)["model_type"] == "qwen3_moe"
+    assert [record["text"] for _, record in read_records("demo:prose/heldout")] == list(corpus.pieces("prose", "heldout"))

@@ -23,6 +23,8 @@ _API = (
     "convert",
     "heal",
     "compress",
+    "heal",
+    "compare",
     "evaluate",
     "run",
     "export",

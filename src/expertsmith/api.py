@@ -901,6 +901,37 @@ def _check_heal(method: str, data: Sequence[str]) -> None:
         raise UserError("healing needs text", "pass --data FILE")
 
 
+def compare(
+    model: str | Path,
+    methods: Sequence[str],
+    keep: Sequence[Keep],
+    data: Sequence[str],
+    eval_data: Sequence[str],
+    out: str | Path,
+    **options: Any,
+) -> dict[str, Any]:
+    """Methods × ratios × budgets from one calibration, judged on held-out text: one table and one picture. Returns what comparison.json holds.
+
+    A cell's plan stands in `out/plans` (apply it to get that model); it is judged on the loaded original with the plan's experts masked and merged,
+    which is what `verify` holds a written checkpoint to. Three draws of `random` are always in. Finished cells are kept, and are not made
+    again for the same model, text, method and options. Leaves comparison.json, .html, .svg and .md.
+
+    Args:
+        methods: `NAME[:KEY=VALUE,…]` each, or "all".
+        keep: ratios or counts.
+        eval_data: held-out text, `[DOMAIN=]SOURCE[:N]` each.
+        options: `budgets` ("uniform", "global", "threshold": the methods' own, without keep), `heal` (ways of healing, `NAME[:KEY=VALUE,…]`,
+            each beside the cell without), `tasks` (a function from a loaded model to scores by name, higher is better), `resume`, and those of
+            `calibrate`: `samples`, `seq_len`, `seed`, `pack`, `overlong`, `batch_tokens`, `device`, `dtype`, `memory`.
+
+    Raises:
+        UserError: an unknown method, option, budget or way of healing, a keep that the router cannot work with, no data, a folder with other files.
+    """
+    from expertsmith.comparison.run import compare as run_comparison
+
+    return run_comparison(model, methods, keep, data, eval_data, out, **options)
+
+
 def run(recipe: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
     """Run the steps of a recipe file in order; every fault of the file is reported before anything runs."""
     from expertsmith.recipe import load_recipe, run_recipe

@@ -7,11 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from expertsmith.errors import UserError
 from expertsmith.plan import explain
 from expertsmith.progress import Progress
+from expertsmith.registry import unknown
 
 
 class _Step(BaseModel):
@@ -121,18 +131,172 @@ class Evaluate(_Step):
         return _specs(value)
 
 
+class Convert(_Step):
+    """Options of `expertsmith convert`: the recipe's model is dense, and what this makes of it is the model of every later section."""
+
+    model_config = ConfigDict(extra="allow")
+    method: str
+    out: str
+    data: list[str] = Field(default_factory=list)
+    eval_data: list[str] = Field(default_factory=list)
+
+    @field_validator("data", "eval_data")
+    @classmethod
+    def _specs(cls, value: list[str]) -> list[str]:
+        return _specs(value)
+
+    @model_validator(mode="after")
+    def _request(self) -> Convert:
+        from expertsmith.conversion.settings import WAYS, Request
+
+        known = [name for name in Request.__dataclass_fields__ if name not in ("dense", "device", "dtype")]
+        extra = self.__pydantic_extra__ or {}
+        faults = [unknown("option of convert", name, known) for name in extra if name not in known]
+        if self.method not in WAYS:
+            faults.append(unknown("way of converting", self.method, WAYS))
+        if faults:
+            raise ValueError("; ".join(map(str, faults)))
+        try:
+            TypeAdapter(Request).validate_python({"dense": "", **self.model_dump()})
+        except ValidationError as error:
+            raise ValueError(explain(error)) from None
+        return self
+
+
+class Analyze(_Step):
+    """Options of `expertsmith analyze`, of the model before anything is removed. `stats` defaults to what `calibrate` of the same recipe makes."""
+
+    out: str
+    data: list[str] = Field(default_factory=list)
+    stats: str | None = None
+    all_experts: int = Field(0, ge=0)
+    dense: str | None = None
+    neurons: int = Field(128, ge=2)
+    pairs: int = Field(32, ge=1)
+    samples: int = Field(128, ge=1)
+    seq_len: int | None = Field(None, ge=2)
+    seed: int = 42
+
+    @field_validator("data")
+    @classmethod
+    def _specs(cls, value: list[str]) -> list[str]:
+        return _specs(value)
+
+
+class SkipStep(_Step):
+    """Options of `expertsmith skip`, with the recipe's plan if it has one."""
+
+    data: list[str] = Field(min_length=1)
+    out: str
+    statistic: Literal["median", "mean", "quantile"] = "median"
+    quantile: float = Field(0.5, ge=0, le=1)
+    active: float | None = Field(None, gt=0)
+    eval_data: list[str] = Field(default_factory=list)
+    measure: bool = True
+    samples: int = Field(128, ge=1)
+    seq_len: int | None = Field(None, ge=2)
+    seed: int = 42
+    overwrite: bool = False
+
+    @field_validator("data", "eval_data")
+    @classmethod
+    def _specs(cls, value: list[str]) -> list[str]:
+        return _specs(value)
+
+
+class Heal(_Step):
+    """Options of `expertsmith heal`: what `apply` wrote, towards the recipe's model. What is healed is evaluated again."""
+
+    data: list[str] = Field(min_length=1)
+    out: str
+    method: str = "least_squares"
+    options: dict[str, Any] = Field(default_factory=dict)
+    samples: int = Field(128, ge=1)
+    seq_len: int | None = Field(None, ge=2)
+    seed: int = 42
+    overwrite: bool = False
+
+    @field_validator("data")
+    @classmethod
+    def _specs(cls, value: list[str]) -> list[str]:
+        return _specs(value)
+
+    @model_validator(mode="after")
+    def _known(self) -> Heal:
+        from expertsmith.healing.options import parse_healer
+
+        one_by_one = [partial(parse_healer, self.method, {name: value}) for name, value in self.options.items()]
+        _all_faults(one_by_one or [partial(parse_healer, self.method, {})])
+        return self
+
+
+class Compare(_Step):
+    """Options of `expertsmith compare`."""
+
+    methods: list[str] = Field(min_length=1)
+    keep: list[float | int | str] = Field(min_length=1)
+    data: list[str] = Field(min_length=1)
+    eval_data: list[str] = Field(min_length=1)
+    out: str
+    budgets: tuple[Literal["uniform", "global", "threshold"], ...] = Field(("uniform",), min_length=1)
+    heal: list[str] = Field(default_factory=list)
+    samples: int = Field(128, ge=1)
+    seq_len: int | None = Field(None, ge=2)
+    seed: int = 42
+    pack: bool | None = None
+    overlong: Literal["refuse", "truncate", "drop"] = "refuse"
+    batch_tokens: int = Field(8192, ge=1)
+
+    @field_validator("data", "eval_data")
+    @classmethod
+    def _specs(cls, value: list[str]) -> list[str]:
+        return _specs(value)
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, value: list[str]) -> list[str]:
+        from expertsmith.comparison.cells import contenders
+
+        _all_faults([partial(contenders, [text]) for text in value])
+        return value
+
+    @field_validator("heal")
+    @classmethod
+    def _known_heal(cls, value: list[str]) -> list[str]:
+        from expertsmith.comparison.cells import parse_heal
+
+        _all_faults([partial(parse_heal, text) for text in value])
+        return value
+
+    @field_validator("keep")
+    @classmethod
+    def _sensible_keep(cls, value: list[float | int | str]) -> list[float | int | str]:
+        from expertsmith.selection import parse_keep
+
+        _all_faults([partial(parse_keep, share) for share in value])
+        return value
+
+
 class Recipe(_Step):
-    """A whole job: calibrate → plan → apply → verify → evaluate; stages that are left out are skipped."""
+    """A whole job: convert → calibrate → analyze → plan → apply → verify → evaluate → skip → heal → compare; stages that are left out are skipped."""
 
     model: str
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     memory: Literal["auto", "resident", "stream"] = "auto"
+    convert: Convert | None = None
     calibrate: Calibrate | None = None
+    analyze: Analyze | None = None
     plan: PlanStep | None = None
     apply: Apply | None = None
     verify: Verify | None = None
     evaluate: Evaluate | None = None
+    skip: SkipStep | None = None
+    heal: Heal | None = None
+    compare: Compare | None = None
+
+
+WORK = {"convert", "calibrate", "analyze", "plan", "evaluate", "skip", "compare"}  # sections that need no other one
 
 
 def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
@@ -158,8 +322,18 @@ def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
         faults.append("apply: there is no plan section")
     if "verify" in there and "apply" not in there:
         faults.append("verify: there is no apply section")
-    if not there.keys() & {"calibrate", "plan", "evaluate"}:
-        faults.append("nothing to do: add calibrate, plan or evaluate")
+    if "heal" in there and "apply" not in there:
+        faults.append("heal: there is no apply section, so nothing that could be healed")
+    analyze = there["analyze"] if isinstance(there.get("analyze"), Mapping) else {}
+    if analyze.get("all_experts") and not analyze.get("data"):
+        faults.append("analyze: all_experts runs the model on text: add analyze.data")
+    outs: dict[str, list[str]] = {}
+    for name, section in there.items():
+        if isinstance(section, Mapping) and isinstance(section.get("out"), str):
+            outs.setdefault(section["out"], []).append(name)
+    faults += [f"{' and '.join(names)} have the same out, {out}" for out, names in outs.items() if len(names) > 1]
+    if not there.keys() & WORK:
+        faults.append(f"nothing to do: add {', '.join(sorted(WORK))}")
     return faults
 
 
@@ -199,7 +373,7 @@ def load_recipe(path: str | Path) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path} is not a table of sections", "see recipes/ for examples")
+        raise UserError(f"{path} is not a table of sections", "`expertsmith recipes` has examples")
     faults = []
     try:
         recipe = Recipe.model_validate(raw)
@@ -212,27 +386,57 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
-    """Run the sections in order; returns what each made, by section."""
+    """Run the sections in order; returns what each made, by section, and as `evaluate_healed` the quality after healing."""
     from expertsmith import api
     from expertsmith.calibration.spec import refuse_missing
 
-    sections = (recipe.calibrate, recipe.plan, recipe.verify, recipe.evaluate)
-    refuse_missing([spec for section in sections if section for spec in section.data])
+    sections = [getattr(recipe, name) for name in Recipe.model_fields]
+    refuse_missing([spec for section in sections for key in ("data", "eval_data") for spec in getattr(section, key, ())])
     results: dict[str, Any] = {}
     where: dict[str, Any] = {"device": recipe.device, "memory": recipe.memory, "progress": progress}
+    run: dict[str, Any] = {**where, "dtype": recipe.dtype}
+    model, stats = recipe.model, recipe.calibrate.out if recipe.calibrate else None
+    if recipe.convert:
+        asked = recipe.convert.model_dump()
+        results["convert"] = api.convert(
+            model, asked.pop("method"), asked.pop("out"), device=recipe.device, dtype=recipe.dtype, progress=progress, **asked
+        )
+        model = recipe.convert.out
     if recipe.calibrate:
-        results["calibrate"] = api.calibrate(recipe.model, **recipe.calibrate.model_dump(), dtype=recipe.dtype, **where)
+        results["calibrate"] = api.calibrate(model, **recipe.calibrate.model_dump(), **run)
+    if recipe.analyze:
+        options = recipe.analyze.model_dump()
+        options["stats"] = options["stats"] or stats
+        results["analyze"] = api.analyze(model, options.pop("out"), **options, **run)
     if recipe.plan:
         options = recipe.plan.model_dump()
-        options["stats"] = options["stats"] or (recipe.calibrate.out if recipe.calibrate else None)
-        results["plan"] = api.plan(recipe.model, **options, dtype=recipe.dtype, **where)
+        options["stats"] = options["stats"] or stats
+        results["plan"] = api.plan(model, **options, **run)
     if recipe.apply:
-        results["apply"] = api.apply(recipe.model, results["plan"], **recipe.apply.model_dump(), progress=progress)
+        results["apply"] = api.apply(model, results["plan"], **recipe.apply.model_dump(), progress=progress)
     if recipe.verify and recipe.apply:
-        results["verify"] = api.verify(recipe.model, recipe.apply.out, **recipe.verify.model_dump(), **where)
+        results["verify"] = api.verify(model, recipe.apply.out, **recipe.verify.model_dump(), **where)
     if recipe.evaluate:
-        options = recipe.evaluate.model_dump()
-        target = recipe.apply.out if recipe.apply else recipe.model
-        against = recipe.model if options.pop("reference") and recipe.apply else None
-        results["evaluate"] = api.evaluate(target, reference=against, dtype=recipe.dtype, **options, **where)
+        results["evaluate"] = _evaluate(recipe.evaluate, recipe.apply.out if recipe.apply else model, model, run)
+    if recipe.skip:
+        options = recipe.skip.model_dump()
+        results["skip"] = api.skip(model, options.pop("data"), options.pop("out"), plan=results.get("plan"), **options, **run)
+    if recipe.heal and recipe.apply:
+        options = recipe.heal.model_dump()
+        dtype = "float32" if recipe.dtype == "auto" else recipe.dtype  # what `heal` itself takes
+        results["heal"] = api.heal(
+            recipe.apply.out, model, options.pop("data"), options.pop("out"), dtype=dtype, **options, **where
+        )
+        if recipe.evaluate:
+            results["evaluate_healed"] = _evaluate(recipe.evaluate, recipe.heal.out, model, run)
+    if recipe.compare:
+        results["compare"] = api.compare(model, **recipe.compare.model_dump(), **run)
     return results
+
+
+def _evaluate(section: Evaluate, target: str, model: str, run: Mapping[str, Any]) -> Any:
+    from expertsmith import api
+
+    options = section.model_dump()
+    against = model if options.pop("reference") and target != model else None
+    return api.evaluate(target, reference=against, **options, **run)

@@ -28,27 +28,40 @@ def write_page(path: Path, measures: Mapping[str, Any]) -> None:
 def page(measures: Mapping[str, Any]) -> str:
     """The whole page as text."""
     name = str(measures["model"]["source"]).rstrip("/").rpartition("/")[2]
-    data = json.dumps(compact(measures), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {
         "TITLE": escape(f"{name}: what the experts do"),
         "NAME": escape(name),
-        "STYLE": _asset("page.css"),
+        "STYLE": asset("page.css"),
         "SUMMARY": "".join(f"<p>{escape(sentence)}</p>" for sentence in measures["summary"]),
         "VERDICTS": "".join(_verdict(found) for found in measures["observations"]),
         "NOTES": "".join(f"<li>{escape(note)}</li>" for note in measures["notes"]),
         "DEFINITIONS": _definitions(measures["definitions"]),
         "MADE_BY": escape(measures["made_by"]),
-        "DATA": data,
-        "PLOTLY": _asset("plotly-cartesian.min.js").replace("</script", "<\\/script"),
-        "SCRIPT": "\n".join(_asset(script) for script in SCRIPTS),
+        "DATA": embedded(compact(measures)),
+        "PLOTLY": plotly(),
+        "SCRIPT": "\n".join(asset(script) for script in SCRIPTS),
     }
-    text = _asset("page.html")
-    head, *rest = text.split("{{")
+    return filled(asset("page.html"), parts)
+
+
+def filled(template: str, parts: Mapping[str, str]) -> str:
+    """A template with {{NAME}} replaced by parts["NAME"]."""
+    head, *rest = template.split("{{")
     made = [head]
     for piece in rest:  # one pass, so that nothing inside the data is taken for a placeholder
         key, _, tail = piece.partition("}}")
         made += [parts[key], tail]
     return "".join(made)
+
+
+def embedded(value: Any) -> str:
+    """JSON that can stand inside a script element."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def plotly() -> str:
+    """plotly.js, to stand inside a script element."""
+    return asset("plotly-cartesian.min.js").replace("</script", "<\\/script")
 
 
 def compact(value: Any, key: str = "") -> Any:
@@ -65,7 +78,8 @@ def compact(value: Any, key: str = "") -> Any:
     return value
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file of `assets/`."""
     return files("expertsmith.analysis").joinpath("assets", name).read_text(encoding="utf-8")
 
 

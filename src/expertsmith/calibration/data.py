@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from expertsmith.calibration.spec import SUFFIXES, Spec, parse_spec
+from expertsmith.calibration import corpus
+from expertsmith.calibration.spec import DEMO, SUFFIXES, Spec, demo_text, parse_spec
 from expertsmith.engine.walk import Batch
 from expertsmith.errors import UserError
 
@@ -232,9 +233,12 @@ def _template(tokenizer: Any, messages: list[Any], place: str) -> list[int]:
 
 
 def read_records(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, record) of a file, a folder or a hub data set, in a fixed order."""
+    """(place, record) of a file, a folder, a demo text or a hub data set, in a fixed order."""
     path = Path(source)
-    if path.is_dir():
+    if source.startswith(DEMO):
+        for number, text in enumerate(corpus.pieces(*demo_text(source)), 1):
+            yield f"{source} piece {number}", {"text": text}
+    elif path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
         if not files:
             raise UserError(f"folder {source} holds no {'/'.join(SUFFIXES)} files")

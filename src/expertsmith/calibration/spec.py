@@ -10,6 +10,7 @@ from pathlib import Path
 from expertsmith.errors import UserError
 
 DEFAULT_DOMAIN = "default"
+DEMO = "demo:"  # text that every Python installation carries, by domain and split
 SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
 
 
@@ -26,7 +27,7 @@ def parse_spec(text: str) -> Spec:
     """Split `[DOMAIN=]SOURCE[:N]`.
 
     Raises:
-        UserError: an empty source or a limit that is not a positive number.
+        UserError: an empty source, a limit that is not a positive number, or a demo text that there is not.
     """
     domain, equals, rest = text.partition("=")
     if not equals or not re.fullmatch(r"[\w.\-]+", domain):
@@ -41,7 +42,25 @@ def parse_spec(text: str) -> Spec:
         source = rest
     if not source:
         raise UserError(f"--data {text!r} names no source", "write [DOMAIN=]SOURCE[:N], for example math=calib.jsonl:64")
+    if source.startswith(DEMO):
+        demo_text(source)
     return Spec(domain or DEFAULT_DOMAIN, source, limit)
+
+
+def demo_text(source: str) -> tuple[str, str]:
+    """(domain, split) of `demo:DOMAIN/SPLIT`.
+
+    Raises:
+        UserError: another domain or split than there are.
+    """
+    from expertsmith.calibration.corpus import DOMAINS, SPLITS
+
+    domain, _, split = source.removeprefix(DEMO).partition("/")
+    if domain not in DOMAINS or split not in SPLITS:
+        raise UserError(
+            f"there is no text {source}", f"write demo:DOMAIN/SPLIT with {', '.join(DOMAINS)} and {', '.join(SPLITS)}"
+        )
+    return domain, split
 
 
 def refuse_missing(specs: Sequence[str]) -> None:

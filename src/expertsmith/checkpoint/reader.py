@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.resources import files as packaged
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DEMO = "demo"  # the name of the model that comes with the package
 OWN_PAGES = 2**16  # bytes
 MAX_HEADER = 100 * 2**20  # the safetensors format's own limit
 
@@ -151,10 +153,10 @@ def _fresh(nbytes: int) -> bytearray | mmap.mmap:
 def open_checkpoint(
     source: str | Path, *, headers_only: bool = False, allow_pickle: bool = False, revision: str | None = None
 ) -> Checkpoint:
-    """Open a local directory or a hub id.
+    """Open a local directory or a hub id, or "demo", the model that comes with the package.
 
     Args:
-        source: directory, or `owner/name` on the hub (then downloaded to the Hugging Face cache; with `headers_only` only the
+        source: directory, "demo", or `owner/name` on the hub (then downloaded to the Hugging Face cache; with `headers_only` only the
             config and the tensor headers are fetched).
         allow_pickle: convert a pickle-only checkpoint through `torch.load(weights_only=True)`; otherwise it is refused.
 
@@ -166,6 +168,8 @@ def open_checkpoint(
         raise UserError(
             f"{path} is a file, not a checkpoint directory", "give the folder that holds config.json and the .safetensors files"
         )
+    if str(source) == DEMO and not path.is_dir():
+        path = Path(str(packaged("expertsmith"))) / "demo" / "model"
     if not path.is_dir():
         if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
             raise UserError(f"there is no directory {source}")

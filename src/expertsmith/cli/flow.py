@@ -528,3 +528,81 @@ def evaluate(
         show.as_json({"model": model, "reference": reference, **quality})
     else:
         show.show_quality(quality, model)
+
+
+@app.command(rich_help_panel=FLOW)
+def compare(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Plans, finished cells, table, picture and page.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", metavar="NAME[:KEY=VALUE,…]", help="A method with its options, or all; repeatable."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", "-k", help="Routed experts that stay: ratio (0.5, 50%) or count; repeatable.")
+    ] = None,
+    data: Data = None,
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option("--eval-data", "-e", metavar="[DOMAIN=]SOURCE[:N]", help="Held-out text to judge on; repeatable."),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="uniform (default), global or threshold (the methods' own, without --keep); repeatable.", show_default=False
+        ),
+    ] = None,
+    heal: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:KEY=VALUE,…]", help="Also heal every plan on the calibration text; repeatable."),
+    ] = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 42,
+    pack: Pack = None,
+    overlong: Overlong = "refuse",
+    batch_tokens: BatchTokens = 8192,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    memory: Memory = "auto",
+    resume: Resume = True,
+    allow_pickle: Pickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Many methods × ratios from one calibration → one table and a picture of quality over size; random draws are always in it.
+
+    Nothing is written but plans and numbers: each plan is judged on the loaded model. An interrupted run goes on after the last finished cell.
+
+    [dim]expertsmith compare allenai/OLMoE-1B-7B-0924 -m all -k 0.75 -k 0.5 -d c4.jsonl -e heldout.jsonl -o olmoe-methods[/dim]
+    """
+    from expertsmith import api
+
+    found = api.compare(
+        model,
+        method or (),
+        keep or (),
+        data or (),
+        eval_data or (),
+        out,
+        budgets=budget or ("uniform",),
+        heal=heal or (),
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        pack=pack,
+        overlong=word(overlong, "overlong", "refuse", "truncate", "drop"),
+        batch_tokens=batch_tokens,
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        resume=resume,
+        allow_pickle=allow_pickle,
+        progress=progress_of(quiet),
+    )
+    if as_json:
+        show.as_json(found)
+        return
+    from expertsmith.comparison.terminal import show_comparison
+
+    show_comparison(found, out)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from expertsmith import show
 from expertsmith.cli.options import MORE, AsJson, Out, Quiet, app, progress_of
+from expertsmith.errors import UserError
 
 if TYPE_CHECKING:
-    pass
+    from expertsmith.recipe import Recipe
 
 
 @app.command(rich_help_panel=MORE)
@@ -63,30 +64,81 @@ def demo(
 
 
 @app.command(rich_help_panel=MORE)
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Copy this one.", show_default=False)] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="File or folder to copy it to. Default: NAME.yaml here.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The recipes that come along; with NAME, a copy to edit and to run."""
+    from expertsmith.recipes import copy, shipped
+
+    if name is None and to is not None:
+        raise UserError("--to was given, but no recipe to copy", "expertsmith recipes NAME --to FILE")
+    if name is not None:
+        target = copy(name, to or Path(f"{name}.yaml"))
+        if as_json:
+            show.as_json({"name": name, "out": str(target)})
+        else:
+            show.line(f"[bold]expertsmith run {show.escape(str(target))}[/bold]")
+        return
+    if as_json:
+        show.as_json([{"name": r.name, "about": r.about, "needs": r.needs, "size": r.size} for r in shipped().values()])
+        return
+    for entry in shipped().values():
+        show.line(f"[bold]{entry.name}[/bold]  {show.escape(entry.about)}")
+        show.line(f"    [dim]needs {show.escape(entry.needs)}; {show.escape(entry.size)}[/dim]")
+
+
+@app.command(rich_help_panel=MORE)
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml")], as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
     """Run a recipe: the stages of a job in one YAML file, checked as a whole first."""
-    from expertsmith import api
+    from expertsmith.recipe import load_recipe, run_recipe
 
-    results = api.run(recipe, progress=progress_of(quiet))
-    verdict, quality, made = results.get("verify"), results.get("evaluate"), results.get("plan")
+    asked = load_recipe(recipe)
+    results = run_recipe(asked, progress_of(quiet))
+    verdict = results.get("verify")
     if as_json:
-        show.as_json(
-            {
-                **({"calibrate": results["calibrate"].header} if "calibrate" in results else {}),
-                **({"plan": made.to_json()} if made else {}),
-                **({"apply": results["apply"]} if "apply" in results else {}),
-                **({"verify": verdict.to_json()} if verdict else {}),
-                **({"evaluate": quality.to_json()} if quality else {}),
-            }
-        )
+        show.as_json({name: _plain(result) for name, result in results.items()})
     else:
-        if made:
-            show.show_plan(made)
-        if verdict:
-            show.show_verdict(verdict)
-        if quality:
-            show.show_quality(quality.to_json(), "held-out text")
+        for name, result in results.items():
+            _show_result(name, result, asked)
     if verdict and not verdict.passed:
         raise typer.Exit(1)
+
+
+def _plain(result: Any) -> Any:
+    """What a section made, as JSON."""
+    if isinstance(result, dict):
+        return {name: _plain(value) for name, value in result.items()}
+    if hasattr(result, "to_json"):
+        return result.to_json()
+    return getattr(result, "header", result)  # statistics are shown by what they were made from
+
+
+def _show_result(name: str, result: Any, asked: Recipe) -> None:
+    if name == "convert":
+        show.show_conversion(result)
+    elif name == "analyze":
+        from expertsmith.analysis.terminal import show_measures
+
+        assert asked.analyze is not None
+        show_measures(result, Path(asked.analyze.out))
+    elif name == "plan":
+        show.show_plan(result)
+    elif name == "verify":
+        show.show_verdict(result)
+    elif name in ("evaluate", "evaluate_healed"):
+        show.show_quality(result.to_json(), "held-out text" + (", healed" if name == "evaluate_healed" else ""))
+    elif name == "skip":
+        show.show_skipping(result)
+    elif name == "heal":
+        show.show_healing(result)
+    elif name == "compare":
+        from expertsmith.comparison.terminal import show_comparison
+
+        assert asked.compare is not None
+        show_comparison(result, Path(asked.compare.out))

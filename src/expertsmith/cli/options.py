@@ -29,14 +29,17 @@ app = typer.Typer(
 
 FLOW, LOOK, MORE = "The flow", "Look", "More"
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or owner/name on the Hugging Face hub.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Checkpoint directory, owner/name on the Hugging Face hub, or demo (comes along)."),
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
         "-d",
         metavar="[DOMAIN=]SOURCE[:N]",
-        help="Text: .jsonl/.json/.txt/.md/.parquet file, folder, or hub data set name\\[subset](split). Records hold text, messages, prompt + response, or input_ids. Repeatable.",
+        help="Text: .jsonl/.json/.txt/.md/.parquet file, folder, hub data set name\\[subset](split), or demo:code/calib (text that comes with Python). Records hold text, messages, prompt + response, or input_ids. Repeatable.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Where the result goes.")]

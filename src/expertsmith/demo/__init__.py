@@ -36,8 +36,8 @@ def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     Raises:
         UserError: `out` exists and is not of a demo.
     """
+    from expertsmith.calibration import corpus
     from expertsmith.calibration.stats import load_statistics
-    from expertsmith.demo import corpus
     from expertsmith.demo.report import write_report
 
     progress = progress or Silent()

@@ -34,6 +34,22 @@ class DomainQuality:
     kl: float = 0.0
     agree: int = 0
     esap: float = 0.0
+    rises: dict[int, tuple[int, float]] = field(default_factory=dict)  # sequence → tokens, loss - reference_loss
+
+    @property
+    def rise(self) -> float:
+        """Mean loss above the reference's, nats a token."""
+        return (self.loss - self.reference_loss) / max(1, self.tokens)
+
+    @property
+    def rise_se(self) -> float:
+        """Standard error of `rise` over sequences, paired: sqrt(S / (S - 1) sum_s (d_s - rise n_s)^2) / sum_s n_s, with d_s the summed rise and
+        n_s the tokens of sequence s (the ratio estimator's; for equal lengths that of a mean). 0 for one sequence."""
+        count = len(self.rises)
+        if count < 2:
+            return 0.0
+        spread = sum((total - self.rise * tokens) ** 2 for tokens, total in self.rises.values())
+        return math.sqrt(count / (count - 1) * spread) / self.tokens
 
     def to_json(self, reference: bool) -> dict[str, float | int]:
         """Means with their units as in the module docstring, and the standard error of the loss."""
@@ -129,6 +145,8 @@ def add_batch(quality: Quality, batch: Batch, logits: torch.Tensor, reference: t
     targets = batch.input_ids.to(logits.device)[:, 1:][predicted]
     mine = logits[:, :-1][predicted]
     theirs = reference[:, :-1][predicted] if reference is not None else None
+    rows = predicted.nonzero()[:, 0]
+    rises = torch.zeros(len(batch.sequences), dtype=torch.float64, device=logits.device)
     for start in range(0, targets.numel(), ROWS):
         part = slice(start, start + ROWS)
         q = mine[part].float().log_softmax(-1)
@@ -139,8 +157,13 @@ def add_batch(quality: Quality, batch: Batch, logits: torch.Tensor, reference: t
         if theirs is None:
             continue
         p = theirs[part].float().log_softmax(-1)
-        entry.reference_loss += float(-p.gather(-1, targets[part, None]).double().sum())
+        reference_losses = -p.gather(-1, targets[part, None]).squeeze(-1).double()
+        entry.reference_loss += float(reference_losses.sum())
+        rises.index_add_(0, rows[part], losses - reference_losses)
         terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))  # 0 log 0 = 0
         entry.kl += float(terms.sum(dtype=torch.float64))
         entry.agree += int((p.argmax(-1) == q.argmax(-1)).sum())
         entry.esap += float(torch.minimum(p, q).exp().sum(dtype=torch.float64))
+    if theirs is not None:
+        counts = torch.bincount(rows, minlength=len(batch.sequences))
+        entry.rises |= dict(zip(batch.sequences, zip(counts.tolist(), rises.tolist(), strict=True), strict=True))

@@ -1,4 +1,4 @@
-"""Demo text which every CPython installation already carries, in three domains.
+"""Text which every CPython installation already carries, in three domains: the data source `demo:DOMAIN/SPLIT`.
 
 Nothing is shipped and nothing is downloaded: the text is read at run time from the interpreter that is running.
 
@@ -75,11 +75,14 @@ def documents(domain: str, split: str) -> list[str]:
     return texts
 
 
-def write(folder: str | os.PathLike[str], split: str, budget: int = DEFAULT_BUDGET) -> dict[str, Path]:
-    """Write ``<domain>.jsonl`` files of ``{"text": ...}`` records for one split, at most `budget` bytes of text each.
+def pieces(domain: str, split: str, budget: int = DEFAULT_BUDGET) -> Iterator[str]:
+    """Pieces of whole lines, taken in turn from all the documents (the first piece of each, then the second of each), at most `budget` bytes: so
+    a short text still covers many documents."""
+    return _pieces(documents(domain, split), budget)
 
-    The records are pieces of whole lines, taken in turn from all the documents (the first piece of each, then the
-    second of each), so that a small file still covers many documents.
+
+def write(folder: str | os.PathLike[str], split: str, budget: int = DEFAULT_BUDGET) -> dict[str, Path]:
+    """Write ``<domain>.jsonl`` files of ``{"text": ...}`` records for one split: `pieces` of at most `budget` bytes of text.
 
     Returns:
         The path written for each domain.
@@ -90,7 +93,7 @@ def write(folder: str | os.PathLike[str], split: str, budget: int = DEFAULT_BUDG
     for domain in DOMAINS:
         path = target / f"{domain}.jsonl"
         with path.open("w", encoding="utf-8", newline="\n") as stream:
-            for piece in _pieces(documents(domain, split), budget):
+            for piece in pieces(domain, split, budget):
                 stream.write(json.dumps({"text": piece}, ensure_ascii=False) + "\n")
         written[domain] = path
     return written

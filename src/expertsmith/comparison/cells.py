@@ -1,0 +1,169 @@
+"""The cells of a comparison: which methods, ratios, budgets and ways of healing go together, and where a finished one lies. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expertsmith.errors import UserError
+from expertsmith.healing.options import as_options, parse_healer
+from expertsmith.methods import Method, find, methods
+from expertsmith.methods.base import Budget
+from expertsmith.selection import parse_keep
+
+BASELINE, SEEDS = "random", (0, 1, 2)
+ALL = "all"
+FORMAT = "expertsmith.comparison.cell"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with its options, under the name that it was asked for by."""
+
+    label: str
+    method: Method
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of the table. `heal` is None, or a way of healing as it was asked for."""
+
+    contender: Contender
+    keep: float | int | None
+    budget: Budget
+    heal: str | None = None
+
+    @property
+    def plan_name(self) -> str:
+        """Name of its plan file, without `.json`: every healing of the same plan shares it."""
+        share = "" if self.keep is None else f"-{self.keep:g}" if isinstance(self.keep, float) else f"-{self.keep}"
+        return _file_name(f"{self.contender.label}{share}" + ("" if self.budget == "uniform" else f"-{self.budget}"))
+
+    @property
+    def name(self) -> str:
+        """Name of its result file, without `.json`."""
+        return self.plan_name if self.heal is None else _file_name(f"{self.plan_name}-{self.heal}")
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.=]+", "-", text)
+
+
+def split_options(text: str) -> tuple[str, dict[str, str]]:
+    """`NAME[:KEY=VALUE,…]` → name and options.
+
+    Raises:
+        UserError: an option without a value.
+    """
+    name, _, rest = text.partition(":")
+    values = {}
+    for pair in rest.split(",") if rest else ():
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise UserError(f"{text!r}: {pair!r} is not KEY=VALUE", "write NAME or NAME:KEY=VALUE,KEY=VALUE")
+        values[key] = value
+    return name, values
+
+
+def contenders(asked: Sequence[str]) -> list[Contender]:
+    """The methods of a comparison, `NAME[:KEY=VALUE,…]` each or "all", in the order given; the random draws come last.
+
+    Raises:
+        UserError: no method, an unknown one, or an option that it does not have.
+    """
+    if not asked:
+        raise UserError("no methods were given", "pass --method NAME (repeatable), or --method all")
+    names = [name for text in asked for name in (methods() if text == ALL else (text,)) if name != BASELINE]
+    made = {}
+    for label in [*names, *(f"{BASELINE}:seed={seed}" for seed in SEEDS)]:
+        name, options = split_options(label)
+        method = find(name)
+        made[label] = Contender(label, method, method.parse_options(options))
+    return list(made.values())
+
+
+def short_names(labels: Iterable[str]) -> dict[str, str]:
+    """Label → name for a table: options that all labels of a method have in common are left out."""
+    held = [(label, *split_options(label)) for label in dict.fromkeys(labels)]
+    made = {}
+    for label, name, options in held:
+        common = [other.items() for _, also, other in held if also == name]
+        told = [f"{key}={value}" for key, value in options.items() if not all((key, value) in other for other in common)]
+        made[label] = " ".join([name, *told])
+    return made
+
+
+def parse_heal(text: str) -> tuple[str, dict[str, Any]]:
+    """`NAME[:KEY=VALUE,…]` → a way of healing and all of its options.
+
+    Raises:
+        UserError: no such way, or an option that it does not have.
+    """
+    name, options = split_options(text)
+    return name, as_options(parse_healer(name, options))
+
+
+def cells_of(
+    asked: Sequence[str], keeps: Sequence[float | int | str], budgets: Sequence[str], heals: Sequence[str]
+) -> tuple[list[Cell], list[str]]:
+    """(cells, notes on combinations that there are not). Every plan is judged as it is, and once more for each way of healing.
+
+    Raises:
+        UserError: what `contenders`, `parse_keep` and `parse_heal` refuse, an unknown budget, or nothing but the random draws.
+    """
+    allowed = ("uniform", "global", "threshold")
+    for budget in budgets:
+        if budget not in allowed:
+            raise UserError(f"there is no budget {budget!r}", f"choose {' or '.join(allowed)}")
+    for way in heals:
+        parse_heal(way)
+    shares: list[float | int] = list(dict.fromkeys(map(parse_keep, keeps)))
+    if not shares:
+        raise UserError("no ratio was given", "pass --keep 0.5 (repeatable)")
+    cells, notes = [], []
+    for entry in contenders(asked):
+        mine = [budget for budget in budgets if budget in entry.method.budgets]
+        notes += [
+            f"{entry.label} has no budget {budget}: not in the table"
+            for budget in budgets
+            if budget not in mine and entry.method.name != BASELINE
+        ]
+        cells += [
+            Cell(entry, keep, budget, heal)
+            for heal in (None, *heals)
+            for budget in mine
+            for keep in ((None,) if budget == "threshold" else shares)
+        ]
+    if all(cell.contender.method.name == BASELINE for cell in cells):
+        raise UserError(
+            f"there is nothing to compare with the random draws at budget {' or '.join(budgets)}",
+            "pass --method NAME, or another --budget",
+        )
+    return cells, notes
+
+
+def load(path: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A finished result that was made with the same model, data, method and options, or None."""
+    try:
+        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    same = (
+        isinstance(held, dict) and held.get("format") == FORMAT and held.get("made_with") == json.loads(json.dumps(made_with))
+    )
+    return held if same else None
+
+
+def save(path: Path, made_with: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a result under a temporary name, then rename; returns what `load` would."""
+    held = {"format": FORMAT, "version": 1, "made_with": made_with, **found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return held

@@ -1,0 +1,93 @@
+"""comparison.html: one page without network, in the manner of the page of `analyze`, whose style and plotly.js it shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from expertsmith.analysis.page import asset, embedded, filled, plotly
+from expertsmith.comparison.cells import BASELINE
+from expertsmith.comparison.results import Row, cells, columns, heading, how, label, original_cells, sentences, shown, title
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The whole page as text."""
+    name = str(found["model"]["source"])
+    parts = {
+        "TITLE": escape(f"{name}: methods side by side"),
+        "NAME": escape(name),
+        "STYLE": asset("page.css") + _asset("compare.css"),
+        "SUMMARY": "".join(f"<p>{escape(text)}</p>" for text in sentences(found)),
+        "TABLES": "".join(_table(group, found) for group in found["groups"]),
+        "NOTES": "".join(f"<li>{escape(text)}</li>" for text in (*how(found), *found["notes"])),
+        "MADE_BY": escape(found["made_by"]),
+        "DATA": embedded(_data(found)),
+        "PLOTLY": plotly(),
+        "SCRIPT": asset("theme.js") + _asset("compare.js"),
+    }
+    return filled(_asset("compare.html"), parts)
+
+
+def _asset(name: str) -> str:
+    return files("expertsmith.comparison").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _table(group: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    rows = shown(group)
+    head = "".join(f"<th>{escape(text)}</th>" for text in columns(found, rows))
+    lines = ['<tr class="original">' + "".join(f"<td>{escape(text)}</td>" for text in original_cells(found, rows)) + "</tr>"]
+    for row in rows:
+        kind = ' class="worse"' if row["worse_than_random"] else ""
+        texts = "".join(
+            f"<td>{f'<b>{escape(text)}</b>' if best else escape(text)}</td>" for text, best in cells(row, found, rows)
+        )
+        lines.append(f'<tr{kind} title="{escape(row["title"])}">{texts}</tr>')
+    return f'<h3>{escape(heading(group, rows))}</h3><div class="card wide"><table class="numbers"><tr>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _data(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the picture is drawn from: a line for each method, with every measure of every point; the draws of `random` one by one."""
+    lines: dict[str, dict[str, Any]] = {}
+    several = len({group["budget"] for group in found["groups"]}) > 1
+    for group in found["groups"]:
+        for row in shown(group):
+            name = label(row) + (f", {group['budget']}" if several else "")
+            chance = row["method"] == BASELINE
+            drawn = [
+                held for held in group["rows"] if held["method"].startswith(f"{BASELINE}:") and held["heal"] == row["heal"]
+            ]
+            line = lines.setdefault(name, {"name": name, "random": chance, "points": []})
+            line["points"].append(_point(row, title(group), found, drawn if chance else ()))
+    for line in lines.values():
+        line["points"].sort(key=lambda point: point["share"])
+    order = sorted(lines.values(), key=lambda line: -line["points"][0]["values"]["mean"])
+    measures = {
+        "mean": "mean rise of the loss, nats a token",
+        "kl": "KL divergence from the original, nats",
+        "lost": "tokens with another top-1, %",
+    }
+    measures |= {f"on {name}": f"rise of the loss on {name}, nats a token" for name in found["original"]["domains"]}
+    return {"measures": measures, "lines": order}
+
+
+def _point(row: Row, said: str, found: Mapping[str, Any], drawn: Sequence[Row]) -> dict[str, Any]:
+    return {
+        "share": row["bytes"][1] / row["bytes"][0],
+        "experts": row["experts"],
+        "group": said,
+        "error": row["rise"]["mean"][1],
+        "seconds": row["planning"]["seconds"],
+        "values": _values(row, found),
+        "draws": [_values(held, found) for held in drawn],
+    }
+
+
+def _values(row: Row, found: Mapping[str, Any]) -> dict[str, float]:
+    quality = row["quality"]
+    rises = {
+        f"on {name}": quality["domains"][name]["loss"] - held["loss"] for name, held in found["original"]["domains"].items()
+    }
+    mean = quality["mean"]
+    return {"mean": row["rise"]["mean"][0], "kl": mean["kl"], "lost": 100 * (1 - mean["top1_agreement"]), **rises}

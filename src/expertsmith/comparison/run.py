@@ -1,0 +1,346 @@
+"""Calibrate once, plan every cell, judge every plan, write table, picture and page. What is finished is not made again."""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expertsmith import api
+from expertsmith.calibration.spec import refuse_missing
+from expertsmith.checkpoint import open_checkpoint
+from expertsmith.comparison.cells import Cell, cells_of, load, parse_heal, save
+from expertsmith.errors import UserError
+from expertsmith.inventory import Inventory, take_inventory
+from expertsmith.opening import open_model, token_data
+from expertsmith.plan import Plan, load_plan
+from expertsmith.progress import Progress, Silent
+from expertsmith.selection import keep_count
+
+if TYPE_CHECKING:
+    from expertsmith.calibration.data import TokenData
+    from expertsmith.engine import LoadedModel
+    from expertsmith.evaluation.quality import Quality
+
+PLANS, CELLS, WORK = "plans", "cells", "work"
+RESULTS = ("comparison.json", "comparison.html", "comparison.svg", "comparison.md")
+Tasks = Callable[["LoadedModel"], Mapping[str, float]]
+
+
+@dataclass
+class Comparison:
+    """What is compared, on what, and where it goes. `shape` are the options of `calibrate` that say how text becomes sequences."""
+
+    inventory: Inventory
+    data: Sequence[str]
+    eval_data: Sequence[str]
+    folder: Path
+    cells: list[Cell]
+    notes: list[str]
+    shape: dict[str, Any]
+    where: dict[str, Any]  # device, dtype, memory
+    progress: Progress
+    resume: bool = True
+    tasks: Tasks | None = None
+
+    @cached_property
+    def calibration(self) -> TokenData | None:
+        """The text that experts are chosen on, if any method needs one."""
+        if not self.data:
+            return None
+        source = self.inventory.checkpoint
+        return token_data(source.path, source.config, self.data, self.progress, **self.shape)
+
+    @cached_property
+    def heldout(self) -> TokenData:
+        """The text that cells are judged on, in windows that overlap by one token."""
+        source, shape = self.inventory.checkpoint, {key: self.shape[key] for key in ("samples", "seq_len", "seed")}
+        options = {"pack": True, "overlong": "truncate", "overlap": 1, **shape}
+        return token_data(source.path, source.config, self.eval_data, self.progress, **options)
+
+    @property
+    def text(self) -> str | None:
+        """Fingerprint of `calibration`."""
+        return self.calibration.fingerprint if self.calibration else None
+
+    def planned_with(self, cell: Cell) -> dict[str, Any]:
+        """All that a plan depends on."""
+        return {
+            "model": self.inventory.checkpoint.fingerprint,
+            "data": None if cell.contender.method.data_free else self.text,
+            "dtype": self.where["dtype"],
+            "method": cell.contender.method.name,
+            "options": dict(cell.contender.options),
+            "keep": cell.keep,
+            "budget": cell.budget,
+        }
+
+    def made_with(self, cell: Cell) -> dict[str, Any]:
+        """All that a cell depends on."""
+        made = {**self.planned_with(cell), "heldout": self.heldout.fingerprint}
+        if cell.heal is not None:
+            name, options = parse_heal(cell.heal)
+            made["heal"] = {"method": name, "options": options, "data": self.text}
+        return made
+
+
+def compare(
+    model: str | Path,
+    methods: Sequence[str],
+    keep: Sequence[float | int | str],
+    data: Sequence[str],
+    eval_data: Sequence[str],
+    out: str | Path,
+    *,
+    budgets: Sequence[str] = ("uniform",),
+    heal: Sequence[str] = (),
+    tasks: Tasks | None = None,
+    samples: int = 128,
+    seq_len: int | None = None,
+    seed: int = 42,
+    pack: bool | None = None,
+    overlong: str = "refuse",
+    batch_tokens: int = 8192,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: str = "auto",
+    resume: bool = True,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """See `api.compare`."""
+    from expertsmith.comparison.results import together, write
+
+    folder, progress = Path(out), progress or Silent()
+    cells, notes = cells_of(methods, keep, budgets, heal)
+    needs = next(
+        (cell.heal or cell.contender.label for cell in cells if cell.heal or not cell.contender.method.data_free), None
+    )
+    if needs and not data:
+        raise UserError(f"{needs} needs calibration text", "pass --data FILE")
+    refuse_missing([*data, *eval_data])
+    inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
+    _check(inventory, cells)
+    _prepare(folder, resume)
+    shape = {
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "pack": pack,
+        "overlong": overlong,
+        "batch_tokens": batch_tokens,
+    }
+    where = {"device": device, "dtype": dtype, "memory": memory}
+    job = Comparison(inventory, data, eval_data, folder, cells, notes, shape, where, progress, resume, tasks)
+    held = {cell.name: load(_result(job, cell), job.made_with(cell)) for cell in cells}
+    missing = [cell for cell in cells if not _complete(held[cell.name], tasks)]
+    if len(missing) < len(cells):
+        progress.note(f"{len(cells) - len(missing)} of {len(cells)} cells are there already")
+    planned = _plans(job, missing)
+    _judge(job, [cell for cell in missing if cell.heal is None], planned, held)
+    _heal(job, [cell for cell in missing if cell.heal is not None], planned, held)
+    found = together(job, {name: entry for name, entry in held.items() if entry is not None})
+    write(folder, found)
+    return found
+
+
+def _complete(held: Mapping[str, Any] | None, tasks: Tasks | None) -> bool:
+    return held is not None and (tasks is None or "tasks" in held)
+
+
+def _check(inventory: Inventory, cells: Sequence[Cell]) -> None:
+    """Refuse what no cell of its kind could be made of, before anything is computed."""
+    from expertsmith.selection import refuse_groups
+    from expertsmith.surgery.uneven import check_uneven, refuse_padded
+
+    refuse_padded(inventory)
+    rules = {layer: inventory.rules_of(layer) for layer in inventory.layers}
+    if any(cell.budget != "uniform" for cell in cells):
+        check_uneven(inventory)
+        refuse_groups(rules)
+    for share in dict.fromkeys(cell.keep for cell in cells if cell.keep is not None):
+        for layer, entry in rules.items():
+            keep_count(share, entry, f"decoder layer {layer} of {inventory.checkpoint.source}")
+
+
+def _prepare(folder: Path, resume: bool) -> None:
+    own = {PLANS, CELLS, WORK, *RESULTS, *(f"{name}.partial" for name in RESULTS)}
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", "choose a folder with -o")
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in own) if folder.exists() else []
+    if foreign:
+        raise UserError(f"{folder} holds other files than a comparison ({foreign[0]})", "choose another folder with -o")
+    if not resume:
+        for name in (PLANS, CELLS, WORK):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def original_file(job: Comparison) -> Path:
+    """Where the original's own task results lie."""
+    return job.folder / CELLS / "original.json"
+
+
+def _result(job: Comparison, cell: Cell) -> Path:
+    return job.folder / CELLS / f"{cell.name}.json"
+
+
+def _plan_file(job: Comparison, cell: Cell) -> Path:
+    return job.folder / PLANS / f"{cell.plan_name}.json"
+
+
+def _plans(job: Comparison, missing: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """Plan name → what planning took, for every plan that a missing cell needs; plans that a method refuses are noted and left out."""
+    from expertsmith.comparison.footprint import footprint
+    from expertsmith.surgery.apply import check_plan
+
+    found: dict[str, dict[str, Any]] = {}
+    wanted = {cell.plan_name: cell for cell in missing}
+    statistics = None
+    for name, cell in wanted.items():
+        mark, target = job.folder / WORK / "planned" / f"{name}.json", _plan_file(job, cell)
+        held = load(mark, job.planned_with(cell))
+        if held is not None and target.exists():
+            found[name] = held
+            continue
+        method = cell.contender.method
+        try:
+            if method.reads == "statistics" and statistics is None:
+                statistics = _statistics(job)
+            options: dict[str, Any] = {"stats": statistics} if method.reads == "statistics" else {}
+            if method.reads == "model":
+                options = {"data": job.data, **job.shape, **job.where}
+            place = name if method.reads == "model" else cell.contender.method.name  # weights are measured once for all ratios
+            with footprint() as took:
+                made = api.plan(
+                    job.inventory,
+                    method.name,
+                    cell.keep,
+                    budget=cell.budget,
+                    options=cell.contender.options,
+                    out=target,
+                    work=job.folder / WORK / place,
+                    progress=job.progress,
+                    **options,
+                )
+            if method.reads == "model":
+                gc.collect()  # the model that it opened must not be held any longer, nor count as memory that the next one starts with
+            check_plan(made, job.inventory)
+        except UserError as error:
+            target.unlink(missing_ok=True)
+            job.notes.append(f"{name}: {error}")
+            job.progress.note(job.notes[-1])
+            continue
+        found[name] = save(mark, job.planned_with(cell), {"planning": took})
+    return found
+
+
+def statistics_folder(job: Comparison) -> Path:
+    """Where the statistics lie; beside it, in a file of the same name with .json, what calibrating took."""
+    everything = any(cell.contender.method.all_outputs for cell in job.cells)
+    return job.folder / WORK / ("statistics-all-outputs" if everything else "statistics")
+
+
+def _statistics(job: Comparison) -> Any:
+    from expertsmith.comparison.footprint import footprint
+
+    target, everything = statistics_folder(job), any(cell.contender.method.all_outputs for cell in job.cells)
+    options = {"all_outputs": everything, "resume": job.resume, "progress": job.progress, **job.shape, **job.where}
+    with footprint() as took:
+        made = api.calibrate(job.inventory.checkpoint.source, job.data, target, **options)
+    mark, made_with = target.with_suffix(".json"), {"model": job.inventory.checkpoint.fingerprint, "data": job.text}
+    if load(mark, made_with) is None:  # else a finished pass was only read
+        save(mark, made_with, {"calibration": took})
+    return made
+
+
+def _judge(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any], held: dict[str, Any]) -> None:
+    """Cells without healing: the plan on the loaded model, which is what `verify` compares a written checkpoint with."""
+    from expertsmith.surgery.mask import in_force, masked
+    from expertsmith.surgery.merge import merged
+
+    missing = [cell for cell in missing if cell.plan_name in planned]
+    if not missing:
+        return
+    model, reference = _open(job, job.inventory), _open(job, job.inventory)
+    if job.tasks is not None:
+        with in_force(reference):
+            save(original_file(job), {"model": job.inventory.checkpoint.fingerprint}, {"tasks": dict(job.tasks(reference))})
+    for cell in missing:
+        made = load_plan(_plan_file(job, cell))
+        with merged(model, made, job.inventory), masked(model, made.kept, job.inventory.counts):
+            found = _judged(job, model, reference)
+        _finish(job, cell, made, planned, held, found)
+
+
+def _heal(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any], held: dict[str, Any]) -> None:
+    """Cells with healing: one checkpoint at a time is written, healed, judged and removed."""
+    from expertsmith.comparison.footprint import footprint
+
+    source = job.inventory.checkpoint.source
+    for cell in missing:
+        if cell.plan_name not in planned:
+            continue
+        assert cell.heal is not None
+        name, options = parse_heal(cell.heal)
+        made, written, healed = load_plan(_plan_file(job, cell)), job.folder / WORK / "unhealed", job.folder / WORK / cell.name
+        api.apply(job.inventory, made, written, overwrite=True, progress=job.progress)
+        shape, run = job.shape, {key: job.where[key] for key in ("device", "memory")}
+        with footprint() as took:
+            job_options: dict[str, Any] = {
+                "options": options,
+                "overwrite": True,
+                "resume": job.resume,
+                "progress": job.progress,
+            }
+            report = api.heal(written, source, job.data, healed, method=name, **job_options, **shape, **run)
+        student = _open(job, take_inventory(open_checkpoint(healed)))
+        found = _judged(job, student, _open(job, job.inventory))
+        _finish(job, cell, made, planned, held, {**found, "healing": {**took, "accepted": report["accepted"]}})
+        shutil.rmtree(written)
+        shutil.rmtree(healed)
+
+
+def _open(job: Comparison, inventory: Inventory) -> LoadedModel:
+    """One of two models that are in memory together."""
+    from expertsmith.engine.loading import choose_device, choose_memory
+
+    where, both = job.where, [inventory.checkpoint, job.inventory.checkpoint]
+    mode = choose_memory(where["memory"], both, choose_device(where["device"]), where["dtype"])
+    return open_model(inventory, Silent(), device=where["device"], dtype=where["dtype"], memory=mode)
+
+
+def _judged(job: Comparison, model: LoadedModel, reference: LoadedModel) -> dict[str, Any]:
+    """Quality against the original; skip thresholds of the original's own config.json are in force in it."""
+    from expertsmith.evaluation.quality import measure
+    from expertsmith.surgery.mask import in_force
+
+    with ExitStack() as stack:
+        stack.enter_context(in_force(reference))
+        quality = measure(model, job.heldout.batches(min(job.shape["batch_tokens"], 4096)), reference, job.progress)
+        scores = {} if job.tasks is None else {"tasks": dict(job.tasks(model))}
+    return {"quality": quality.to_json(), "rise": _rise(quality), **scores}
+
+
+def _rise(quality: Quality) -> dict[str, Any]:
+    """Nats a token above the original, [mean, paired standard error over sequences], by domain and for the mean of the domains."""
+    domains = {name: [entry.rise, entry.rise_se] for name, entry in quality.domains.items()}
+    count = len(domains)
+    mean = [sum(rise for rise, _ in domains.values()) / count, math.hypot(*(error for _, error in domains.values())) / count]
+    return {"domains": domains, "mean": mean}
+
+
+def _finish(
+    job: Comparison, cell: Cell, made: Plan, planned: Mapping[str, Any], held: dict[str, Any], found: Mapping[str, Any]
+) -> None:
+    assert made.summary is not None
+    summary = {key: list(value) for key, value in made.summary.model_dump().items()}
+    more = {"plan": f"{PLANS}/{cell.plan_name}.json", **summary, "planning": planned[cell.plan_name]["planning"], **found}
+    held[cell.name] = save(_result(job, cell), job.made_with(cell), more)
+    mean, error = found["rise"]["mean"]
+    job.progress.note(f"{cell.name}: {mean:+.4f} ± {error:.4f} nats a token")
