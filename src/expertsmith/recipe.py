@@ -109,7 +109,10 @@ class Verify(_Step):
 class Evaluate(_Step):
     """Options of `expertsmith evaluate`; the recipe's model is the reference unless `reference` is false."""
 
-    data: list[str] = Field(min_length=1)
+    data: list[str] = Field(default_factory=list)
+    tasks: list[str] = Field(default_factory=list)
+    task_path: list[str] = Field(default_factory=list)
+    limit: int | None = Field(None, ge=1)
     reference: bool = True
     samples: int = Field(128, ge=1)
     seq_len: int | None = Field(None, ge=2)
@@ -158,6 +161,9 @@ def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
         faults.append("apply: there is no plan section")
     if "verify" in there and "apply" not in there:
         faults.append("verify: there is no apply section")
+    evaluate = there["evaluate"] if isinstance(there.get("evaluate"), Mapping) else None
+    if evaluate is not None and not evaluate.get("data") and not evaluate.get("tasks"):
+        faults.append("evaluate: there is nothing to measure: add evaluate.data or evaluate.tasks")
     if not there.keys() & {"calibrate", "plan", "evaluate"}:
         faults.append("nothing to do: add calibrate, plan or evaluate")
     return faults

@@ -87,6 +87,6 @@ def run(
         if verdict:
             show.show_verdict(verdict)
         if quality:
-            show.show_quality(quality.to_json(), "held-out text")
+            show.show_evaluation(quality.to_json(), "held-out text")
     if verdict and not verdict.passed:
         raise typer.Exit(1)
