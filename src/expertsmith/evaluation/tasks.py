@@ -320,12 +320,14 @@ def _cannot_load(name: str, entry: Any, error: Exception) -> UserError:
     if out_of_reach and source in LOCAL:
         return UserError(f"the data of task {name} cannot be read: {reason}", "data_files stand next to the task's yaml")
     if out_of_reach and entry.yaml_path is not None:
+        splits = [config[key] for key in ("training_split", "validation_split", "test_split") if config.get(key)]
+        files = ", ".join(f"{split}: FILE.jsonl" for split in splits) or "<split>: FILE.jsonl"
         what = f"the data set {source} of the hub" if source else "data sets of the hub"
         return UserError(
             f"task {name} needs {what}, which cannot be had here: {reason}",
             "fetch it where there is a network and copy the Hugging Face cache (HF_HOME), or give the documents as a file: a folder for --task-path with "
-            f"a yaml that says `include: {entry.yaml_path}`, a task name of its own, `dataset_path: json` and "
-            "`dataset_kwargs: {data_files: {<split>: FILE.jsonl}}`",
+            f"a yaml that says `include: {Path(entry.yaml_path).resolve()}`, a task name of its own, `dataset_path: json` and "
+            f"`dataset_kwargs: {{data_files: {{{files}}}}}`",
         )
     return UserError(f"task {name} cannot be built: {reason}", "is its yaml right?")
 
