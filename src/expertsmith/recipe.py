@@ -224,6 +224,10 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
 
     sections = (recipe.calibrate, recipe.plan, recipe.verify, recipe.evaluate)
     refuse_missing([spec for section in sections if section for spec in section.data])
+    if recipe.evaluate and recipe.evaluate.tasks:
+        from expertsmith.evaluation import tasks
+
+        tasks.refuse_missing(recipe.evaluate.task_path)
     results: dict[str, Any] = {}
     where: dict[str, Any] = {"device": recipe.device, "memory": recipe.memory, "progress": progress}
     if recipe.calibrate:

@@ -37,12 +37,13 @@ class Tasks:
     limit: int | None
 
 
-def check_folders(folders: Sequence[str | Path]) -> None:
-    """Refuse task folders that are not there.
+def refuse_missing(folders: Sequence[str | Path]) -> None:
+    """Find out before hours of other work that tasks cannot be run.
 
     Raises:
-        UserError: a path that is no folder.
+        UserError: lm-eval is missing, or a path is no folder.
     """
+    _library()
     for folder in folders:
         if not Path(folder).is_dir():
             raise UserError(f"there is no task folder {folder}", "--task-path takes a folder of lm-eval task yamls")
@@ -56,11 +57,10 @@ def find(names: Sequence[str], folders: Sequence[str | Path], limit: int | None,
     Raises:
         UserError: lm-eval is missing, an unknown name, a yaml that is broken, data that cannot be had here.
     """
-    check_folders(folders)
+    refuse_missing(folders)
     wanted = list(dict.fromkeys(name.strip() for text in names for name in text.split(",") if name.strip()))
     if not wanted:
         raise UserError("--tasks names no task", "write --tasks hellaswag,arc_easy")
-    _library()
     with _quietly():
         from lm_eval.tasks import TaskManager
 
