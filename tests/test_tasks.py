@@ -235,6 +235,17 @@ def test_a_model_against_itself_and_a_group_without_score(capsys):
         assert (row["difference"], row["difference_se"], row["clear"]) == (0, 0, False)
 
 
+@needs_lm_eval
+def test_layers_of_different_counts_are_asked_too(tmp_path):
+    made = api.plan(MODEL, "aimer", 0.5, budget="global")
+    assert len(set(made.counts)) > 1
+    api.apply(MODEL, made, tmp_path / "uneven")
+    found = api.evaluate(
+        tmp_path / "uneven", reference=MODEL, tasks=["everyday"], task_path=[EXAMPLES], limit=3, device="cpu"
+    ).to_json()
+    assert [row["documents"] for row in found["tasks"]["rows"]] == [3, 3]
+
+
 def own_task(folder: Path, name: str, documents: list[dict], **changes: object) -> Path:
     """A task folder of one multiple-choice task."""
     folder.mkdir(exist_ok=True)

@@ -317,7 +317,9 @@ def show_generation(found: dict[str, Any]) -> None:
                 "loops": _periods(row["periods"]),
                 "format": f" ({row[key]['responses']:.0%} of the data's answers)" if key == "format" else "",
             }
-            first = escape(f"{domain}, {row['prompts']} prompts") if key == "repetition" else ""
+            first = (
+                escape(f"{domain}, {row['prompts']} prompt{'s' if row['prompts'] > 1 else ''}") if key == "repetition" else ""
+            )
             table.add_row(first, what + notes.get(key, ""), *_estimate(row[key], better, digits=1 if key == "length" else 3))
     line(table)
 
