@@ -36,7 +36,9 @@ OPTIONS = {
     "plan": CALIBRATING | RUNNING | CHOOSING | {"--out", "--allow-pickle"},
     "apply": {"--out", "--check-values", "--overwrite", "--allow-pickle"},
     "verify": RUNNING | {"--plan", "--data", "--tokens", "--seq-len", "--tolerance", "--allow-pickle"},
-    "evaluate": RUNNING | {"--data", "--reference", "--samples", "--seq-len", "--seed", "--batch-tokens"},
+    "evaluate": RUNNING
+    | {"--data", "--reference", "--samples", "--seq-len", "--seed", "--batch-tokens"}
+    | {"--tasks", "--task-path", "--limit", "--generate", "--format", "--out", "--resume", "--fresh"},
     "analyze": CALIBRATING
     | RUNNING
     | {"--out", "--stats", "--all-experts", "--dense", "--reference", "--plan", "--reference-stats", "--neurons", "--pairs"},

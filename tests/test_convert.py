@@ -330,7 +330,9 @@ def test_other_commands_work_on_the_result(family, dense, texts, tmp_path):
     assert done["verify"].passed
     assert not [f for f in api.lint(out, engine="transformers") if f.level == "error"]
     seen = api.analyze(out, tmp_path / "look", data=texts, all_experts=8, dense=dense(family), seq_len=40, pack=False)
-    for found in seen["layers"][0]["static"]["projections"].values():  # experts were cut out of the dense FFN: each neuron finds itself
+    for found in seen["layers"][0]["static"][
+        "projections"
+    ].values():  # experts were cut out of the dense FFN: each neuron finds itself
         assert min(found["dense_match"]) == pytest.approx(1, abs=1e-5)
 
 

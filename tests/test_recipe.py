@@ -452,3 +452,25 @@ def test_the_demo_model_and_text_have_names(capsys):
     assert code == 0
     assert json.loads(out)["model_type"] == "qwen3_moe"
     assert [record["text"] for _, record in read_records("demo:prose/heldout")] == list(corpus.pieces("prose", "heldout"))
+
+
+# ---- lm-eval tasks
+
+
+def test_tasks_of_a_recipe(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    from expertsmith.demo import MODEL
+
+    section = {"tasks": ["everyday"], "task_path": [str(Path(__file__).parent.parent / "examples" / "tasks")], "limit": 2}
+    recipe = {"model": str(MODEL), "device": "cpu", "dtype": "float32", "evaluate": section}
+    found = api.run(written(tmp_path, recipe))["evaluate"].to_json()
+    assert [row["documents"] for row in found["tasks"]["rows"]] == [2, 2]
+    section["task_path"] = ["nowhere"]
+    monkeypatch.setattr(api, "evaluate", lambda *_, **__: pytest.fail("refused before anything runs"))
+    with pytest.raises(UserError, match="there is no task folder nowhere"):
+        api.run(written(tmp_path, recipe))
+
+
+def test_an_evaluation_of_nothing_is_a_fault(tmp_path):
+    with pytest.raises(UserError, match=r"add evaluate\.data or evaluate\.tasks"):
+        load_recipe(written(tmp_path, {"model": "m", "evaluate": {"reference": False}}))

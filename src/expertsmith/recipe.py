@@ -119,7 +119,10 @@ class Verify(_Step):
 class Evaluate(_Step):
     """Options of `expertsmith evaluate`; the recipe's model is the reference unless `reference` is false."""
 
-    data: list[str] = Field(min_length=1)
+    data: list[str] = Field(default_factory=list)
+    tasks: list[str] = Field(default_factory=list)
+    task_path: list[str] = Field(default_factory=list)
+    limit: int | None = Field(None, ge=1)
     reference: bool = True
     samples: int = Field(128, ge=1)
     seq_len: int | None = Field(None, ge=2)
@@ -327,6 +330,9 @@ def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
     analyze = there["analyze"] if isinstance(there.get("analyze"), Mapping) else {}
     if analyze.get("all_experts") and not analyze.get("data"):
         faults.append("analyze: all_experts runs the model on text: add analyze.data")
+    evaluate = there["evaluate"] if isinstance(there.get("evaluate"), Mapping) else None
+    if evaluate is not None and not evaluate.get("data") and not evaluate.get("tasks"):
+        faults.append("evaluate: there is nothing to measure: add evaluate.data or evaluate.tasks")
     outs: dict[str, list[str]] = {}
     for name, section in there.items():
         if isinstance(section, Mapping) and isinstance(section.get("out"), str):
@@ -392,6 +398,10 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
 
     sections = [getattr(recipe, name) for name in Recipe.model_fields]
     refuse_missing([spec for section in sections for key in ("data", "eval_data") for spec in getattr(section, key, ())])
+    if recipe.evaluate and recipe.evaluate.tasks:
+        from expertsmith.evaluation import tasks
+
+        tasks.refuse_missing(recipe.evaluate.task_path)
     results: dict[str, Any] = {}
     where: dict[str, Any] = {"device": recipe.device, "memory": recipe.memory, "progress": progress}
     run: dict[str, Any] = {**where, "dtype": recipe.dtype}

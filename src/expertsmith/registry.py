@@ -10,6 +10,8 @@ from types import ModuleType
 
 from expertsmith.errors import UserError
 
+SHOWN = 100  # names that an error still lists
+
 
 def modules_of(package: str) -> list[ModuleType]:
     """Import every module of `package` in name order; an import error is fatal, not skipped."""
@@ -21,8 +23,9 @@ def modules_of(package: str) -> list[ModuleType]:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is not registered: close matches first, then everything there is."""
+    """The error for a name that is not registered: close matches first, else everything there is, or how much."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(names)}"
+    everything = f"there are: {', '.join(names)}" if len(names) <= SHOWN else f"there are {len(names):,}, but none is like it"
+    hint = f"did you mean {' or '.join(close)}?" if close else everything
     return UserError(f"no {kind} is called {name!r}", hint)

@@ -258,6 +258,105 @@ def show_healing(report: dict[str, Any]) -> None:
     line(f"{tokens:,} tokens, {report['seconds']:.1f} s  [bold]{escape(report['out'])}[/bold]")
 
 
+def show_evaluation(found: dict[str, Any], title: str) -> None:
+    """All that `evaluate` measured."""
+    if "domains" in found:
+        show_quality(found, title)
+    if "tasks" in found:
+        show_tasks(found["tasks"])
+    if "generation" in found:
+        show_generation(found["generation"])
+
+
+def show_tasks(found: dict[str, Any]) -> None:
+    """Scores by task and metric, next to the reference's."""
+    limited = f", at most {found['limit']} documents each" if found["limit"] else ""
+    against = "difference" in found["rows"][0]
+    columns = ["original", "here", "difference", ""] if against else ["score"]
+    table = table_of("task", "metric", "n", *columns, title=f"lm-eval tasks{limited}, ± standard error")
+    _numbers_whole(table, len(columns))
+    for row in found["rows"]:
+        metric = row["metric"] + ("" if row["filter"] == "none" else f" ({row['filter']})")
+        arrow = {True: " ↑", False: " ↓"}.get(row["higher_is_better"], "")
+        shots = f" ({row['shots']} shots)" if row["shots"] else ""
+        table.add_row(
+            escape(row["task"] + shots),
+            escape(metric) + arrow,
+            f"{row['documents']:,}",
+            *_estimate(row, row["higher_is_better"]),
+        )
+    line(table)
+    for name, cut in {row["task"]: row["cut"] for row in found["rows"] if row["cut"]}.items():
+        line(
+            f"[yellow]note[/yellow] {cut:,} requests of {escape(name)} are longer than the window: their beginning was left out"
+        )
+    if against:
+        line(
+            "[dim]errors of differences are paired: of the per-document differences, or of bootstrap draws common to both models where a score "
+            "is no mean over documents[/dim]"
+        )
+
+
+def show_generation(found: dict[str, Any]) -> None:
+    """What the runs of every domain are like, next to the reference's."""
+    against = "difference" in next(iter(found["domains"].values()))["length"]
+    columns = ["original", "here", "difference", ""] if against else ["here"]
+    table = table_of("domain", "measure", *columns, title=f"Greedy runs of {found['new_tokens']} tokens, ± standard error")
+    _numbers_whole(table, len(columns))
+    wanted = {
+        "repetition": ("repeated 4-grams", False),
+        "loops": ("ends in a loop", False),
+        "ended": ("reaches the end of text", None),
+        "length": ("tokens", None),
+        "format": ("has the answer format", True),
+    }
+    for domain, row in found["domains"].items():
+        for key, (what, better) in wanted.items():
+            if key not in row:
+                continue
+            notes = {
+                "loops": _periods(row["periods"]),
+                "format": f" ({row[key]['responses']:.0%} of the data's answers)" if key == "format" else "",
+            }
+            first = (
+                escape(f"{domain}, {row['prompts']} prompt{'s' if row['prompts'] > 1 else ''}") if key == "repetition" else ""
+            )
+            table.add_row(first, what + notes.get(key, ""), *_estimate(row[key], better, digits=1 if key == "length" else 3))
+    line(table)
+
+
+def _numbers_whole(table: Any, count: int) -> None:
+    """On a narrow terminal names are folded, not the numbers of the last columns."""
+    for column in table.columns[-count:]:
+        column.no_wrap = True
+
+
+def _periods(periods: dict[str, float | None]) -> str:
+    held = [periods[side] for side in ("reference", "value") if side in periods]
+    return f" (median period {' → '.join('–' if value is None else f'{value:g}' for value in held)})" if any(held) else ""
+
+
+def _estimate(row: dict[str, Any], higher_is_better: bool | None, digits: int = 3) -> list[str]:
+    """Cells of an estimate: reference, value, difference, and what a difference beyond two standard errors means."""
+
+    def cell(value: float | None, error: float | None, sign: str = "") -> str:
+        if value is None:
+            return "–"
+        return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+    mine = cell(row["value"], row["se"])
+    if "difference" not in row:
+        return [f"[bold]{mine}[/bold]"]
+    difference = cell(row["difference"], row["difference_se"], "+")
+    word = ""
+    if row["clear"]:
+        word = "[yellow]differs[/yellow]"
+        if higher_is_better is not None:
+            word = "[green]better[/green]" if (row["difference"] > 0) == higher_is_better else "[red]worse[/red]"
+        difference = f"[bold]{difference}[/bold]"
+    return [cell(row["reference"], row["reference_se"]), mine, difference, word]
+
+
 def show_quality(quality: dict[str, Any], title: str) -> None:
     """Quality by domain."""
     rows = quality["domains"]

@@ -207,26 +207,28 @@ def tokenize(record: Mapping[str, Any], tokenizer: Any | None, place: str) -> tu
             "give records with input_ids, or add the tokenizer files to the model directory",
         )
     if isinstance(record.get("messages"), list):
-        return _template(tokenizer, record["messages"], place), True
+        return render(tokenizer, record["messages"], place), True
     if demonstration:
         if getattr(tokenizer, "chat_template", None):
             messages = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["response"]}]
-            return _template(tokenizer, messages, place), True
-        return _frame(tokenizer, record["prompt"] + record["response"]), True
-    return _frame(tokenizer, str(text)), False
+            return render(tokenizer, messages, place), True
+        return frame(tokenizer, record["prompt"] + record["response"]), True
+    return frame(tokenizer, str(text)), False
 
 
-def _frame(tokenizer: Any, text: str) -> list[int]:
+def frame(tokenizer: Any, text: str, end: bool = True) -> list[int]:
+    """`bos text eos`, as far as the tokenizer has these; without `end` no eos."""
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return ([bos] if bos is not None else []) + ids + ([eos] if eos is not None else [])
+    return ([bos] if bos is not None else []) + ids + ([eos] if end and eos is not None else [])
 
 
-def _template(tokenizer: Any, messages: list[Any], place: str) -> list[int]:
+def render(tokenizer: Any, messages: list[Any], place: str, answer: bool = False) -> list[int]:
+    """What the chat template makes of messages; with `answer` up to where the model's answer begins."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"{place} holds messages, but the tokenizer has no chat template", "give prompt + response, or text")
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
     except Exception as error:  # templates are user-supplied Jinja: anything can come out
         raise UserError(f"{place}: the chat template refuses these messages: {error}") from None
     return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])

@@ -496,6 +496,44 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option("--reference", "-r", help="The original model: adds KL divergence, top-1 agreement and ESAP.")
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks", metavar="NAME,…", help="lm-eval tasks or groups; repeatable. Needs the extra eval.", show_default=False
+        ),
+    ] = None,
+    task_path: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of lm-eval task yamls, with data files next to them; repeatable. Python that a yaml names is run.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents a task at most.", show_default=False)] = None,
+    generate: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Also go on greedily for N tokens from prompts of --data: repetition, loops, answer format.",
+        ),
+    ] = 0,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="[DOMAIN=]REGEX",
+            help="With --generate and data of prompt + response: what an answer has to hold. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Keep the answers to every finished task here, and go on from there.", show_default=False
+        ),
+    ] = None,
+    resume: Resume = True,
     samples: Samples = 128,
     seq_len: SeqLen = None,
     seed: Seed = 42,
@@ -507,13 +545,25 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity by domain on held-out text, and how far the model is from a reference."""
+    """Perplexity by domain on held-out text, lm-eval tasks, and what the model writes; all of it next to a reference.
+
+    Differences in tasks and texts come with the standard error of the paired differences, document by document.
+
+    [dim]expertsmith evaluate mixtral-half -r mistralai/Mixtral-8x7B-v0.1 --tasks hellaswag,arc_easy --limit 200[/dim]
+    """
     from expertsmith import api
 
     quality = api.evaluate(
         model,
         data or (),
         reference=reference,
+        tasks=tasks or (),
+        task_path=task_path or (),
+        limit=limit,
+        generate=generate,
+        formats=formats or (),
+        out=out,
+        resume=resume,
         samples=samples,
         seq_len=seq_len,
         seed=seed,
@@ -527,7 +577,7 @@ def evaluate(
     if as_json:
         show.as_json({"model": model, "reference": reference, **quality})
     else:
-        show.show_quality(quality, model)
+        show.show_evaluation(quality, model)
 
 
 @app.command(rich_help_panel=FLOW)

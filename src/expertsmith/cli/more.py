@@ -132,7 +132,7 @@ def _show_result(name: str, result: Any, asked: Recipe) -> None:
     elif name == "verify":
         show.show_verdict(result)
     elif name in ("evaluate", "evaluate_healed"):
-        show.show_quality(result.to_json(), "held-out text" + (", healed" if name == "evaluate_healed" else ""))
+        show.show_evaluation(result.to_json(), "held-out text" + (", healed" if name == "evaluate_healed" else ""))
     elif name == "skip":
         show.show_skipping(result)
     elif name == "heal":

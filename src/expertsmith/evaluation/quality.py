@@ -74,20 +74,23 @@ class DomainQuality:
 
 @dataclass
 class Quality:
-    """Results by domain."""
+    """Results by domain, and what else was measured (`tasks`, `generation`), as plain data."""
 
     domains: dict[str, DomainQuality] = field(default_factory=dict)
     has_reference: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Results by domain, and their unweighted mean over domains (perplexity: exp of the mean loss)."""
+        """Results by domain, and their unweighted mean over domains (perplexity: exp of the mean loss); what else was measured beside them."""
+        if not self.domains:
+            return dict(self.more)
         rows = {name: entry.to_json(self.has_reference) for name, entry in self.domains.items()}
         keys = [
             key for key in next(iter(rows.values())) if key not in ("tokens", "perplexity", "reference_perplexity", "loss_se")
         ]
         mean: dict[str, float] = {key: sum(row[key] for row in rows.values()) / len(rows) for key in keys}
         mean["perplexity"] = math.exp(min(mean["loss"], 700.0))
-        return {"domains": rows, "mean": mean}
+        return {"domains": rows, "mean": mean, **self.more}
 
 
 def measure(

@@ -1,0 +1,74 @@
+"""Data → prompts to go on from: what stands before the answer of a demonstration, or the first tokens of a text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from expertsmith.calibration.data import FIELDS, frame, read_records, render, tokenize
+from expertsmith.calibration.spec import parse_spec
+from expertsmith.errors import UserError
+
+FIRST = 32  # tokens of a text that are its prompt; of a shorter one, half
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and the answer that the data gives to them, or None for a text."""
+
+    ids: list[int]
+    response: str | None
+
+
+def load_prompts(
+    specs: Sequence[str], tokenizer: Any | None, *, samples: int, seed: int, room: int, vocab_size: int | None
+) -> dict[str, list[Prompt]]:
+    """Prompts by domain, at most `samples` (or the spec's N) of a source, drawn with `seed`.
+
+    Args:
+        room: tokens that a prompt may have at most.
+
+    Raises:
+        UserError: a source without prompts, one that is longer than `room`, ids out of range, and what reading and tokenizing raise.
+    """
+    made: dict[str, list[Prompt]] = {}
+    for text in specs:
+        spec = parse_spec(text)
+        found = []
+        for place, record in read_records(spec.source):
+            prompt = _prompt(record, tokenizer, place)
+            if prompt.ids:
+                found.append((place, prompt))
+        if not found:
+            raise UserError(f"{spec.source} holds nothing to go on from", f"its records need {FIELDS}")
+        held = made.setdefault(spec.domain, [])
+        count = min(spec.limit or samples, len(found))
+        for index in sorted(random.Random(f"{seed}/{spec.domain}/{len(held)}").sample(range(len(found)), count)):
+            place, prompt = found[index]
+            if len(prompt.ids) > room:
+                raise UserError(
+                    f"the prompt of {place} has {len(prompt.ids)} tokens, and the model's window leaves {room} for it",
+                    "generate fewer tokens, or leave the record out",
+                )
+            if vocab_size is not None and not all(0 <= i < vocab_size for i in prompt.ids):
+                raise UserError(f"{place} has token ids out of range: the model's vocabulary has {vocab_size} entries")
+            held.append(prompt)
+    return dict(sorted(made.items()))
+
+
+def _prompt(record: Mapping[str, Any], tokenizer: Any | None, place: str) -> Prompt:
+    ids, demonstration = tokenize(record, tokenizer, place)
+    if not demonstration:
+        return Prompt(ids[: min(FIRST, (len(ids) + 1) // 2)], None)
+    messages = record.get("messages")
+    if isinstance(messages, list):
+        answered = messages[-1].get("role") == "assistant"
+        response = messages[-1].get("content") if answered else None
+        return Prompt(render(tokenizer, messages[:-1] if answered else messages, place, answer=True), response)
+    if getattr(tokenizer, "chat_template", None):
+        return Prompt(
+            render(tokenizer, [{"role": "user", "content": record["prompt"]}], place, answer=True), record["response"]
+        )
+    return Prompt(frame(tokenizer, record["prompt"], end=False), record["response"])

@@ -1,0 +1,379 @@
+"""lm-eval tasks: found by name or in local folders, put to a model document by document, and tabulated against a reference.
+
+lm-eval builds the prompts and scores the answers, with the settings of the task's own yaml. Its results are kept as one value a document and
+metric, so that two models can be compared on each document.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expertsmith.engine import LoadedModel
+from expertsmith.errors import UserError
+from expertsmith.evaluation.paired import estimate, pooled
+from expertsmith.progress import Progress
+from expertsmith.registry import unknown
+
+INSTALL = 'pip install "expertsmith[eval]"'
+LOCAL = ("json", "csv", "text", "parquet", "arrow", "pandas", "xml", "sql")  # builders of `datasets` that read files
+SEED = 1234  # of few-shot examples, lm-eval's default
+WINDOWS = 64  # of rolling log-likelihoods, handed over at once
+
+
+@dataclass
+class Tasks:
+    """lm-eval's tasks by name, the groups that were asked for, and how many documents a task is limited to."""
+
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+    limit: int | None
+
+
+def refuse_missing(folders: Sequence[str | Path]) -> None:
+    """Find out before hours of other work that tasks cannot be run.
+
+    Raises:
+        UserError: lm-eval is missing, or a path is no folder.
+    """
+    _library()
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"there is no task folder {folder}", "--task-path takes a folder of lm-eval task yamls")
+
+
+def find(names: Sequence[str], folders: Sequence[str | Path], limit: int | None, progress: Progress) -> Tasks:
+    """The tasks of these names (or groups, or tags; several may stand in one string with commas), with their documents.
+
+    Tasks of `folders` go before lm-eval's own of the same name, and their `data_files` are looked for next to the yaml.
+
+    Raises:
+        UserError: lm-eval is missing, an unknown name, a yaml that is broken, data that cannot be had here.
+    """
+    refuse_missing(folders)
+    wanted = list(dict.fromkeys(name.strip() for text in names for name in text.split(",") if name.strip()))
+    if not wanted:
+        raise UserError("--tasks names no task", "write --tasks hellaswag,arc_easy")
+    with _quietly():
+        from lm_eval.tasks import TaskManager
+
+        for folder in folders:
+            _check_yamls(Path(folder))
+        paths = [str(folder) for folder in folders]
+        manager = TaskManager(include_path=paths, include_defaults=False)
+        if not all(_complete(manager.task_index, name) for name in wanted):
+            progress.note("reading the list of lm-eval's tasks (tasks of --task-path alone do without)")
+            manager = TaskManager(include_path=paths)
+        for name in wanted:
+            if name not in manager.task_index:
+                raise unknown("lm-eval task", name, manager.all_tasks)
+        roots = [Path(folder).resolve() for folder in folders]
+        for entry in manager.task_index.values():
+            if entry.yaml_path and any(Path(entry.yaml_path).resolve().is_relative_to(root) for root in roots):
+                _anchor(entry)
+        found = Tasks({}, {}, limit)
+        for name in wanted:
+            try:
+                made = manager.load([name])
+            except Exception as error:  # yamls, templates, data readers and the hub client raise anything
+                raise _cannot_load(name, manager.task_index[name], error) from error
+            found.tasks |= made["tasks"]
+            found.groups |= made["groups"]
+    for name, task in found.tasks.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(
+                f"task {name} runs code that the model writes, which is not done here", "run it with lm-eval itself"
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"task {name} shows images or sound, but only text models are evaluated")
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+    return found
+
+
+def settings_of(found: Tasks, name: str) -> dict[str, Any]:
+    """What a task's result depends on besides the model: version of lm-eval, settings, documents, limit."""
+    task = found.tasks[name]
+    documents = list(task.eval_docs)[: found.limit]
+    if task.get_config("num_fewshot"):
+        documents += list(task.fewshot_docs() or ())
+    text = json.dumps([task.dump_config(), documents], sort_keys=True, default=_named)
+    return {
+        "lm_eval": _library().__version__,
+        "limit": found.limit,
+        "documents": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
+    }
+
+
+def language_model(model: LoadedModel, tokenizer: Any, batch_tokens: int) -> Any:
+    """A resident model as lm-eval's HFLM; a batch has at most `batch_tokens` positions with padding (one row at least)."""
+    with _quietly():
+        from lm_eval.models.huggingface import HFLM
+
+        class Model(HFLM):  # type: ignore[misc]
+            cut = 0  # requests that did not fit into the window; lm-eval leaves out what stands first in them
+
+            def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+                lengths = [len(context) + len(rest) for _, context, rest in requests]
+                self.cut += sum(length > self.max_length + 1 for length in lengths)
+                self.batch_size_per_gpu = _rows(max(lengths))
+                return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+
+            def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+                lengths = [
+                    len(self.tok_encode(request.args[0])) + request.args[1].get("max_gen_toks", self.max_gen_toks)
+                    for request in requests
+                ]
+                self.cut += sum(length > self.max_length for length in lengths)
+                self.batch_size_per_gpu = _rows(max(lengths))
+                return super().generate_until(requests, disable_tqdm)
+
+        def _rows(length: int) -> int:
+            return max(1, batch_tokens // length)
+
+        return Model(pretrained=model.module, tokenizer=tokenizer, batch_size=WINDOWS)
+
+
+def answer(found: Tasks, name: str, model: Any, progress: Progress, label: str) -> dict[str, Any]:
+    """Put one task to a model (of `language_model`): the value of every metric and filter for every document, a hash of all that was
+    asked, and how many requests were cut to the window.
+
+    Raises:
+        UserError: lm-eval cannot put this task to this model.
+    """
+    import lm_eval
+
+    task = found.tasks[name]
+    total = len(task.eval_docs) if found.limit is None else min(found.limit, len(task.eval_docs))
+    task.set_fewshot_seed(seed=SEED)
+    model.cut = 0
+    with progress.task(label, total, "documents") as advance, _quietly():
+        model.set_cache_hook(_Hook(task, total, advance))
+        try:
+            result = lm_eval.evaluate(
+                model, {"tasks": {name: task}, "groups": {}}, limit=found.limit, bootstrap_iters=0, log_samples=True
+            )
+        except (MemoryError, OSError, RuntimeError):
+            raise
+        except Exception as error:  # templates, metrics and functions of the yaml raise anything
+            raise UserError(
+                f"lm-eval cannot run task {name}: {_first_line(error)}", "is its yaml right, and does it fit this model?"
+            ) from error
+    values: dict[str, dict[str, Any]] = {}
+    asked = hashlib.sha256()
+    for sample in result["samples"][name]:
+        asked.update("".join(str(sample[key]) for key in ("doc_hash", "prompt_hash", "target_hash")).encode())
+        for metric in sample["metrics"]:
+            values.setdefault(f"{metric},{sample['filter']}", {})[str(sample["doc_id"])] = _plain(sample[metric])
+    return {"asked": asked.hexdigest(), "cut": model.cut, "values": values}
+
+
+class _Hook:
+    """What lm-eval calls with every request that is answered, in place of its cache: progress in documents."""
+
+    def __init__(self, task: Any, documents: int, advance: Callable[[float], None]) -> None:
+        self.task, self.documents, self.advance = task, documents, advance
+
+    def add_partial(self, kind: str, request: Any, response: Any) -> None:
+        """One request more."""
+        self.advance(self.documents / max(1, len(self.task.instances)))
+
+
+def table(found: Tasks, mine: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """A row for every task, metric and filter, then for every group that has a score of its own, as `paired.estimate` makes them.
+
+    Args:
+        mine: what `answer` gave, by task; theirs: the reference's.
+
+    Raises:
+        UserError: the two were not asked the same.
+    """
+    from lm_eval.api.metrics import mean
+
+    rows: list[dict[str, Any]] = []
+    for name, task in found.tasks.items():
+        if theirs is not None and mine[name]["asked"] != theirs[name]["asked"]:
+            raise UserError(f"the two models were not asked the same in task {name}", "run again with --fresh")
+        for key, values in mine[name]["values"].items():
+            metric, _, kind = key.partition(",")
+            aggregate = task.aggregation().get(metric, mean)
+            other = theirs[name]["values"][key] if theirs is not None else None
+            if other is not None and other.keys() != values.keys():
+                both = [document for document in values if document in other]  # a metric may leave documents out
+                values, other = ({document: side[document] for document in both} for side in (values, other))
+            rows.append(
+                {
+                    "task": name,
+                    "metric": metric,
+                    "filter": kind,
+                    "higher_is_better": task.higher_is_better().get(metric),
+                    "shots": task.get_config("num_fewshot"),
+                    "documents": len(values),
+                    "cut": mine[name]["cut"],
+                    **estimate(
+                        list(values.values()),
+                        None if other is None else list(other.values()),
+                        None if aggregate is mean else aggregate,
+                    ),
+                }
+            )
+    for name, group in found.groups.items():
+        rows += _group_rows(name, group, rows)
+    return rows
+
+
+def _group_rows(name: str, group: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    members = {task.task_name for task in group.get_all_tasks()}
+    for wanted in group.aggregate_metric_list or ():
+        of_metric = [row for row in rows if row["task"] in members and row["metric"] == wanted.metric]
+        for kind in wanted.filter_list or sorted({row["filter"] for row in of_metric}):
+            parts = [row for row in of_metric if row["filter"] == kind]
+            if not parts or callable(
+                wanted.aggregation
+            ):  # a score of the group's own making has no error to be had from its parts
+                continue
+            weights = [row["documents"] if wanted.weight_by_size else 1 for row in parts]
+            yield {
+                "task": name,
+                "metric": wanted.metric,
+                "filter": kind,
+                "higher_is_better": parts[0]["higher_is_better"],
+                "shots": None,
+                "documents": sum(row["documents"] for row in parts),
+                "cut": sum(row["cut"] for row in parts),
+                **pooled([dict(row) for row in parts], weights),
+            }
+
+
+def _library() -> Any:
+    try:
+        import lm_eval
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise UserError("--tasks needs lm-eval", INSTALL) from None
+    return lm_eval
+
+
+def _check_yamls(folder: Path) -> None:
+    """lm-eval passes over a yaml that it cannot read, and then knows no task of that name."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+    from yaml import YAMLError
+
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            load_yaml(path, resolve_func=False)
+        except YAMLError as error:
+            raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        except (OSError, ValueError) as error:  # an include that is not there or goes round in circles; no table
+            raise UserError(f"{path} is no task: {_first_line(error)}") from None
+
+
+def _complete(index: Mapping[str, Any], name: str) -> bool:
+    """Whether a task, or a group with all that it names, is in the index."""
+    entry = index.get(name)
+    if entry is None:
+        return False
+    members = (entry.cfg or {}).get("task") if "group" in (entry.cfg or {}) else None
+    names = [member for member in members or () if isinstance(member, str)] if isinstance(members, list) else []
+    return all(_complete(index, member) for member in names)
+
+
+def _anchor(entry: Any) -> None:
+    """Make the relative `data_files` of a local task's yaml those next to it (lm-eval takes them from where it runs)."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if not ((entry.cfg or {}).get("dataset_kwargs") or {}).get("data_files"):
+        return
+    folder = Path(entry.yaml_path).resolve().parent
+
+    def beside(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: beside(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [beside(part) for part in value]
+        return value if "://" in str(value) else str(folder / str(value))
+
+    try:
+        config = load_yaml(entry.yaml_path)
+    except Exception as error:  # a Python function of the yaml that cannot be imported
+        raise UserError(f"{entry.yaml_path} is no task: {_first_line(error)}") from error
+    options = config["dataset_kwargs"]
+    entry.cfg = {**config, "dataset_kwargs": {**options, "data_files": beside(options["data_files"])}}
+    entry.yaml_path = None
+
+
+def _cannot_load(name: str, entry: Any, error: Exception) -> UserError:
+    """What is wrong with a task that cannot be built: data out of reach, or its yaml."""
+    config = entry.cfg or {}
+    source = config.get("dataset_path")
+    read = type(error).__name__ == "DatasetGenerationError" and isinstance(error.__cause__, Exception)
+    reason = _first_line(error.__cause__ if read else error)  # type: ignore[arg-type]
+    out_of_reach = isinstance(error, (OSError, ModuleNotFoundError)) or "Offline" in type(error).__name__
+    if out_of_reach and source in LOCAL:
+        return UserError(f"the data of task {name} cannot be read: {reason}", "data_files stand next to the task's yaml")
+    if out_of_reach and entry.yaml_path is not None:
+        splits = [config[key] for key in ("training_split", "validation_split", "test_split") if config.get(key)]
+        files = ", ".join(f"{split}: FILE.jsonl" for split in splits) or "<split>: FILE.jsonl"
+        what = f"the data set {source} of the hub" if source else "data sets of the hub"
+        return UserError(
+            f"task {name} needs {what}, which cannot be had here: {reason}",
+            "fetch it where there is a network and copy the Hugging Face cache (HF_HOME), or give the documents as a file: a folder for --task-path with "
+            f"a yaml that says `include: {Path(entry.yaml_path).resolve()}`, a task name of its own, `dataset_path: json` and "
+            f"`dataset_kwargs: {{data_files: {{{files}}}}}`",
+        )
+    return UserError(f"task {name} cannot be built: {reason}", "is its yaml right?")
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Hold back what lm-eval and the libraries below it print, log and draw: stdout is for results, and progress is drawn here."""
+    import datasets
+    from tqdm import tqdm
+
+    names = ("lm_eval", "datasets", "huggingface_hub", "transformers", "evaluate")
+    levels = {name: logging.getLogger(name).level for name in names}
+    bars, init = datasets.is_progress_bar_enabled(), tqdm.__init__
+
+    def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **{**kwargs, "disable": True})
+
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    tqdm.__init__ = hidden
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.__init__ = init
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _plain(value: Any) -> Any:
+    """A value of a document, of the kinds that JSON has."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return _plain(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def _named(value: Any) -> str:
+    """Things of a task's settings that JSON has no form for, without addresses in memory."""
+    return str(getattr(value, "__qualname__", None) or type(value).__name__)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
