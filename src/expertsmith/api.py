@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from expertsmith.surgery.verify import Verdict
 
 Keep = float | int | str
+WHOLE = "tasks and generation run a model many times, so it has to be in memory as a whole"
 RATIOS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 
@@ -508,6 +509,8 @@ def _asking(
     data, new_tokens, formats, samples, seed = prompts
     if not names and not new_tokens:
         return dict
+    if where["memory"] == "stream":
+        raise UserError(WHOLE, "leave --memory stream out, or measure --data only")
     from expertsmith.arch import text_config
     from expertsmith.calibration.prompts import load_prompts
     from expertsmith.evaluation import generation
@@ -575,11 +578,7 @@ def _resident(entry: Checkpoint, *, device: str, dtype: str, memory: str) -> Ite
 
     where = choose_device(device)
     if choose_memory(memory, [entry], where, dtype) == "stream":
-        raise UserError(
-            "tasks and generation run a model many times, so it has to be in memory as a whole"
-            + ("" if memory == "stream" else f", and {entry.source} does not fit"),
-            "use --memory resident on a larger machine, or measure --data only",
-        )
+        raise UserError(f"{WHOLE}, and {entry.source} does not fit", "use a larger machine, or measure --data only")
     loaded = load_model(entry, families().get(text_config(entry.config).get("model_type", "")), device=where, dtype=dtype)
     for index in range(len(loaded.layers)):
         loaded.bring(index)
