@@ -21,6 +21,7 @@ _API = (
     "convert",
     "compress",
     "evaluate",
+    "speed",
     "run",
     "analyze",
 )

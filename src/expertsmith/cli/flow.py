@@ -504,12 +504,64 @@ def evaluate(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     allow_pickle: Pickle = False,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed", help="Measure speed and memory in an engine, in turns with the reference; --data is optional then."
+        ),
+    ] = False,
+    engine: Annotated[str, typer.Option(help="With --speed: transformers, vllm or llama.cpp.")] = "transformers",
+    engine_python: Annotated[
+        Path | None,
+        typer.Option(
+            help="Python of the engine's environment. Default: $EXPERTSMITH_VLLM or $EXPERTSMITH_LLAMA; of transformers this one.",
+            show_default=False,
+        ),
+    ] = None,
+    gguf_converter: Annotated[
+        Path | None,
+        typer.Option(
+            help="llama.cpp's convert_hf_to_gguf.py, unless the models are .gguf files. Default: $EXPERTSMITH_LLAMA_CONVERTER.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="With --speed: prompts at once.")] = 1,
+    prompt_len: Annotated[int, typer.Option(min=1, help="With --speed: tokens of a prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="With --speed: tokens generated after each.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="With --speed: how often, in turns; medians are shown.")] = 5,
+    energy: Annotated[bool, typer.Option("--energy", help="With --speed: watt hours, by codecarbon.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity by domain on held-out text, and how far the model is from a reference."""
+    """Perplexity by domain on held-out text, and how far the model is from a reference; with --speed how fast both are.
+
+    [dim]expertsmith evaluate mixtral-math --reference mistralai/Mixtral-8x7B-v0.1 --speed --engine vllm --batch 8[/dim]
+    """
     from expertsmith import api
 
+    measured = None
+    if speed:
+        measured = api.speed(
+            model,
+            reference=reference,
+            engine=engine,
+            python=engine_python,
+            converter=gguf_converter,
+            batch=batch,
+            prompt_len=prompt_len,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            energy=energy,
+            device=device,
+            dtype=dtype,
+            progress=progress_of(quiet),
+        )
+        if not as_json:
+            show.show_speed(measured)
+        if not data:
+            if as_json:
+                show.as_json({"model": model, "reference": reference, "speed": measured})
+            return
     quality = api.evaluate(
         model,
         data or (),
@@ -525,6 +577,6 @@ def evaluate(
         progress=progress_of(quiet),
     ).to_json()
     if as_json:
-        show.as_json({"model": model, "reference": reference, **quality})
+        show.as_json({"model": model, "reference": reference, **quality, **({"speed": measured} if measured else {})})
     else:
         show.show_quality(quality, model)
