@@ -133,10 +133,11 @@ def llama_cpp(model: str, options: dict[str, Any]) -> Callable[[Ids, int, int], 
     params.cache_ram_mib = 0
     if "OMP_NUM_THREADS" in os.environ:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(os.environ["OMP_NUM_THREADS"])
-    if options["dtype"] == "float32":  # else keys and values are rounded to half precision
+    if (
+        options["dtype"] == "float32"
+    ):  # else keys and values are rounded to half precision, and in flash attention so are queries
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    for name, value in options.get("llama.cpp", {}).items():
-        setattr(params, name, value)
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
 
     def generate(prompts: Ids, new: int, top: int) -> Answer:
