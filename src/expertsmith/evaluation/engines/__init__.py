@@ -148,8 +148,8 @@ def _reply(process: subprocess.Popen[str], log: IO[bytes], model: str | Path) ->
 
 
 def _complaints(said: str, most: int = 3) -> list[str]:
-    """The last lines of a log that name an error, without repetitions."""
-    lines = [line.strip() for line in said.splitlines() if re.search(r"error|assert", line, re.I)]
+    """The last lines of a log that name an error, without repetitions; not warnings."""
+    lines = [line.strip() for line in said.splitlines() if re.search(r"error|assert", line, re.I) and "WARNING" not in line]
     return list(dict.fromkeys(lines))[-most:]
 
 
