@@ -4,6 +4,9 @@ The limit holds weights and KV cache. The original fills it with its weights and
 each other; half of the experts leave their bytes to the cache. A third run has half of the experts and no more cache than the original, so that
 what comes of fewer experts alone and what comes of the memory can be told apart. All three stay loaded and run in turns.
 
+The cache is cut to what all requests need, and the original's (`--fit`) is chosen so small that it binds: with a cache that holds all requests of
+the original there is nothing to gain but the third run's ratio.
+
 What this cannot show: the weights are random (experts are used evenly), the prompts short, the data type float32, and a CPU is bound by arithmetic
 long before a GPU: there a larger batch costs almost nothing until the weights are read once a step, so a GPU gains more from the same cache.
 Needs vLLM: see `expertsmith.evaluation.engines`.
