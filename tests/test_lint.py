@@ -118,6 +118,8 @@ CASES: dict[str, tuple[Subject, Subject]] = {
     "vllm-sparsemixer": (replace(PHI, top_k=4), PHI),
     "vllm-cpu-sigmoid": (put(M2, scoring_func="sigmoid"), put(M2, scoring_func="softmax")),
     "vllm-cpu-bias": (replace(PLAIN, model_type="ernie4_5_moe"), PLAIN),
+    "vllm-latent": (put(V3, kv_lora_rank=32, qk_rope_head_dim=32), put(V3, qk_rope_head_dim=64)),
+    "vllm-cpu-latent": (V2, PLAIN),
     "vllm-cpu-heads": (put(PLAIN, head_dim=72), PLAIN),
     "sglang-nameless": (replace(PLAIN, architectures=()), PLAIN),
     "sglang-registry": (
@@ -146,6 +148,14 @@ CASES: dict[str, tuple[Subject, Subject]] = {
     "llama.cpp-registry": (
         replace(PLAIN, architectures=("PhimoeForCausalLM",)),
         replace(PLAIN, architectures=("PhiMoEForCausalLM",)),
+    ),
+    "llama.cpp-dense-layers": (
+        put(PLAIN, num_hidden_layers=4, mlp_only_layers=[2]),
+        put(PLAIN, num_hidden_layers=4, mlp_only_layers=[], decoder_sparse_step=1),
+    ),
+    "llama.cpp-olmoe-keys": (
+        put(replace(PLAIN, model_type="olmoe"), num_key_value_heads=4),
+        put(replace(PLAIN, model_type="olmoe"), num_key_value_heads=16),
     ),
     "llama.cpp-max-experts": (replace(PLAIN, num_experts=1025), replace(PLAIN, num_experts=1024)),
     "llama.cpp-uneven": (UNEVEN, EVEN),
@@ -254,7 +264,7 @@ def test_a_checkpoint_of_transformers_lacks_the_router_keys(tmp_path: Path) -> N
     assert (subject.counts, subject.group_default) == ({1: 8, 2: 8}, (8, 4))
     assert subject.architectures == ("DeepseekV3ForCausalLM",)
     errors = {finding.rule.id for finding in lint(inventory, tensor_parallel=16) if finding.level == "error"}
-    assert errors == {"vllm-router-keys", "sglang-router-keys", "sglang-tensor-parallel", "llama.cpp-scores"}
+    assert errors == {"vllm-router-keys", "vllm-latent", "sglang-router-keys", "sglang-tensor-parallel", "llama.cpp-scores"}
 
 
 def test_tensors_of_more_experts_than_config_says(tmp_path: Path) -> None:

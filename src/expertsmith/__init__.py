@@ -26,6 +26,7 @@ _API = (
     "heal",
     "compare",
     "evaluate",
+    "speed",
     "run",
     "export",
     "analyze",

@@ -586,6 +586,45 @@ def _resident(entry: Checkpoint, *, device: str, dtype: str, memory: str) -> Ite
         yield loaded
 
 
+def speed(
+    model: str | Path, *, reference: str | Path | None = None, progress: Progress | None = None, **setting: Any
+) -> dict[str, Any]:
+    """Prefill and decode tokens a second, time to first token, peak memory and weight bytes of a model in an engine, and of a reference in
+    turns with it in one run; medians over the rounds and ratios, see `evaluation.serving.compare`.
+
+    Args:
+        model, reference: checkpoints; for llama.cpp also GGUF files.
+        setting: the fields of `evaluation.serving.Setting`: engine ("transformers", "vllm" or "llama.cpp"), python (of the engine's
+            environment), converter (to GGUF), batch, prompt_len, new_tokens, rounds, energy, device, dtype.
+
+    Raises:
+        UserError: an engine that is not installed, or that refuses a model: in its own words, then what `lint` knows.
+    """
+    from expertsmith.evaluation.engines import RefusedError
+    from expertsmith.evaluation.serving import Setting, compare
+
+    models = {"model": model} if reference is None else {"reference": reference, "model": model}
+    chosen = Setting(**setting)
+    try:
+        return compare(models, chosen, progress or Silent())
+    except RefusedError as refused:
+        raise UserError(
+            f"{chosen.engine} refuses {refused.model}:\n{refused.words}\n", _against(refused.model, chosen.engine)
+        ) from refused
+
+
+def _against(model: str, engine: str) -> str:
+    """What `lint` knows against a model in an engine."""
+    try:
+        found = [finding for finding in lint(model, engine=engine) if finding.level != "info"]
+    except UserError as error:
+        return f"lint cannot tell why ({error.message})"
+    return (
+        "\n".join(f"lint {entry.rule.id}: {entry.message}; {entry.remedy}" for entry in found)
+        or "lint knows no rule against it"
+    )
+
+
 def skip(
     model: str | Path,
     data: Sequence[str],

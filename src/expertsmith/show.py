@@ -384,6 +384,32 @@ def show_quality(quality: dict[str, Any], title: str) -> None:
     line(table)
 
 
+def show_speed(found: dict[str, Any]) -> None:
+    """Speed, memory and energy of a model in an engine, beside its reference's."""
+    setting = found["setting"]
+    names = [name for name in ("reference", "model", "ratios") if name in found]
+    title = (
+        f"{setting['engine']}, batch {setting['batch']}, {setting['prompt_len']} + {setting['new_tokens']} tokens, {setting['dtype']}; "
+        f"medians of {setting['rounds']} rounds in turns"
+    )
+    table = table_of("", *(name.replace("ratios", "ratio") for name in names), title=title)
+    for key, what, unit in (
+        ("prefill_tokens_per_second", "prefill, tokens/s", "{:.1f}".format),
+        ("decode_tokens_per_second", "decode, tokens/s", "{:.1f}".format),
+        ("time_to_first_token", "time to first token, s", "{:.3f}".format),
+        ("peak_memory", "peak memory of the process", byte_count),
+        ("gpu_memory", "peak GPU memory", byte_count),
+        ("weight_bytes", "weights", byte_count),
+        ("watt_hours_per_1000_tokens", "Wh a 1000 new tokens", "{:.4f}".format),
+    ):
+        if found["model"].get(key):
+            cells = [f"[bold]{found[name][key]:.2f} ×[/bold]" if name == "ratios" else unit(found[name][key]) for name in names]
+            table.add_row(what, *cells)
+    line(table)
+    if "energy" in found:
+        line(f"[yellow]note[/yellow] energy: {escape(found['energy'])}")
+
+
 def byte_count(number: float) -> str:
     """ "6.81 MB"."""
     for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from expertsmith.cli import flow, look, models, more  # noqa: F401  each adds its commands
+from expertsmith.cli import flow, judge, look, models, more  # noqa: F401  each adds its commands
 from expertsmith.cli.options import app
 from expertsmith.errors import UserError
 

@@ -11,17 +11,30 @@ from typing import Any
 import torch
 
 
-def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, list[float]]:
-    """Seconds of every run, `rounds` times each, one after the other within a round, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, list[Any]]:
+    """What every run returned, `rounds` times each, one after the other within a round, after one round that does not count."""
+    returned: dict[str, list[Any]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
+            value = run()
+            if number:
+                returned[name].append(value)
+    return returned
+
+
+def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, list[float]]:
+    """Seconds of every run, `rounds` times each, in turns."""
+
+    def timed(run: Callable[[], object]) -> Callable[[], float]:
+        def go() -> float:
             begin = time.perf_counter()
             run()
             _wait()
-            if number:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
+            return time.perf_counter() - begin
+
+        return go
+
+    return alternate({name: timed(run) for name, run in runs.items()}, rounds)
 
 
 def prefill_and_decode(

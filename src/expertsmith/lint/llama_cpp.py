@@ -94,6 +94,22 @@ def _group_key(s: Subject) -> str | None:
     return None
 
 
+def _dense_layers(s: Subject) -> str | None:
+    if s.model_type not in ("qwen2_moe", "qwen3_moe"):
+        return None
+    step = s.config.get("decoder_sparse_step", 1)
+    layers = range(int(s.config.get("num_hidden_layers", 0)))
+    dense = [i for i in layers if i in (s.config.get("mlp_only_layers") or ()) or (i + 1) % step]
+    return f"{len(dense)} decoder layers have no experts (the first: {dense[0]})" if dense else None
+
+
+def _olmoe_keys(s: Subject) -> str | None:
+    heads, keys = s.config.get("num_attention_heads"), s.config.get("num_key_value_heads")
+    if s.model_type == "olmoe" and keys not in (None, heads):
+        return f"{heads} attention heads share {keys} of keys and values"
+    return None
+
+
 def _topk(s: Subject) -> str | None:
     if s.num_experts not in POWERS | {288, 576}:
         return f"on CUDA, {s.num_experts} experts have no fused top-k kernel (powers of two up to 512, 288 and 576 have)"
@@ -227,6 +243,23 @@ RULES: tuple[Rule, ...] = (
         "warning",
         disagree(EXPERT_KEYS),
         "make the keys agree, or delete the stale one",
+    ),
+    rule(
+        "llama.cpp-dense-layers",
+        "Every decoder layer of Qwen2-MoE and Qwen3-MoE has experts; the converter cannot map the tensors of a dense one.",
+        "gguf-py/gguf/constants.py, MODEL_TENSORS (QWEN2MOE, QWEN3MOE: no FFN_DOWN); src/models/qwen2moe.cpp and qwen3moe.cpp, "
+        "load_arch_tensors",
+        "error",
+        _dense_layers,
+        "use another engine",
+    ),
+    rule(
+        "llama.cpp-olmoe-keys",
+        "OLMoE's key norm has as many values as the hidden size, so every attention head has keys of its own.",
+        "src/models/olmoe.cpp, load_arch_tensors (attn_k_norm {n_embd})",
+        "error",
+        _olmoe_keys,
+        "use another engine",
     ),
     rule(
         "llama.cpp-topk-kernel",

@@ -54,6 +54,10 @@ V4_CPU = {64: (6, 8), 128: (6, 8), 256: (6, 8, 9), 384: (6, 8)}
 FP32_ROUTER = {(3072, 256), (6144, 128)}
 CPU_HEADS = frozenset({32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512})
 
+LATENTS = frozenset({320, 512, 576})
+# families whose attention runs as MLA, with one latent head
+MLA = names("axk1 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_linear longcat_flash")
+
 rule = partial(make_rule, VERSION)
 
 
@@ -134,6 +138,19 @@ def _cpu_bias(s: Subject) -> str | None:
 def _cpu_heads(s: Subject) -> str | None:
     if s.head_dim and s.head_dim not in CPU_HEADS and s.config.get("kv_lora_rank") is None:
         return f"on a CPU, vLLM's attention kernels do not take head_dim = {s.head_dim}"
+    return None
+
+
+def _latent(s: Subject) -> str | None:
+    latent, rotary = s.config.get("kv_lora_rank"), s.config.get("qk_rope_head_dim")
+    if s.model_type in MLA and isinstance(latent, int) and isinstance(rotary, int) and latent + rotary not in LATENTS:
+        return f"kv_lora_rank + qk_rope_head_dim is {latent + rotary}, but MLA takes 320, 512 or 576"
+    return None
+
+
+def _cpu_latent(s: Subject) -> str | None:
+    if s.model_type == "deepseek_v2":
+        return "on a CPU, vLLM's attention of this family gives other logits than transformers from the second token on"
     return None
 
 
@@ -354,6 +371,23 @@ RULES: tuple[Rule, ...] = (
         "warning",
         _cpu_bias,
         "serve it on a GPU, or compare outputs first",
+    ),
+    rule(
+        "vllm-latent",
+        "The latent head of multi-head latent attention has 320, 512 or 576 values (on a CPU 576).",
+        "model_executor/layers/attention/mla_attention.py, MLACommonMetadata.__post_init__ and "
+        "MLACommonBackend.get_supported_head_sizes; v1/attention/backends/mla/cpu_mla.py",
+        "error",
+        _latent,
+        "set VLLM_MLA_DISABLE=1, and compare outputs first",
+    ),
+    rule(
+        "vllm-cpu-latent",
+        "DeepSeek V2's attention on a CPU agrees with transformers on one token, and on no longer text.",
+        "model_executor/models/deepseek_v2.py, DeepseekV2Attention and DeepseekV2MLAAttention (tried, not read: random models in float32)",
+        "warning",
+        _cpu_latent,
+        "serve it on a GPU, or with llama.cpp or transformers",
     ),
     rule(
         "vllm-cpu-heads",

@@ -1,0 +1,157 @@
+"""A model in a serving engine: a process of the engine's own Python that is kept alive and asked over JSON lines (`runner.py`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from expertsmith.errors import UserError
+from expertsmith.registry import unknown
+
+RUNNER = Path(__file__).with_name("runner.py")
+CLONE = "in a clone of expertsmith `make .engines/.{0}` installs it for CPUs, and its Python is .engines/{0}/bin/python"
+# engine → variable that names its Python, how it is installed
+PLACES = {
+    "vllm": (
+        "EXPERTSMITH_VLLM",
+        f"`python3 -m venv ENV && ENV/bin/pip install vllm==0.32.0` (for GPUs; {CLONE.format('vllm')})",
+    ),
+    "llama.cpp": (
+        "EXPERTSMITH_LLAMA",
+        "`python3 -m venv ENV && ENV/bin/pip install torch==2.13.0 transformers==5.23.0 gguf sentencepiece xllamacpp` "
+        f"({CLONE.format('llama')})",
+    ),
+}
+CONVERTER = "EXPERTSMITH_LLAMA_CONVERTER"
+ENGINES = ("transformers", *PLACES)
+
+Ask = Callable[..., dict[str, Any]]
+
+
+class RefusedError(Exception):
+    """An engine did not take a model, or broke on it; `words` are the engine's own."""
+
+    def __init__(self, model: str | Path, words: str) -> None:
+        super().__init__(f"{model}: {words}")
+        self.model = str(model)
+        self.words = words
+
+
+def python_of(engine: str, path: str | Path | None = None) -> str:
+    """The Python of an engine's environment: `path`, or what the engine's variable names; of transformers the running one.
+
+    Raises:
+        UserError: an unknown engine, or one whose environment is not named or not there; with the commands that make it.
+    """
+    if engine not in ENGINES:
+        raise unknown("engine", engine, ENGINES)
+    if engine not in PLACES:
+        return str(path or sys.executable)
+    variable, install = PLACES[engine]
+    named = path or os.environ.get(variable)
+    if not named:
+        raise UserError(
+            f"where is {engine}?", f"pass --engine-python or set {variable}, the Python of an environment made by {install}"
+        )
+    if not Path(named).is_file():
+        raise UserError(f"{named} is not there, so that {engine} cannot be run", f"make the environment by {install}")
+    return str(named)
+
+
+@contextmanager
+def engine(name: str, model: str | Path, python: str | Path | None = None, **options: Any) -> Iterator[Ask]:
+    """A model in an engine, offline → a function (prompts, new, top) that generates; its answer is what `runner.py` says.
+
+    Args:
+        model: a checkpoint, of llama.cpp a GGUF file.
+        options: "dtype", "device", "batch" (prompts at once), "length" (of a prompt with what is generated), and what `runner.py` names.
+
+    Raises:
+        RefusedError: by the engine.
+        UserError: the engine is not where `python` or its variable says.
+    """
+    interpreter = python_of(name, python)
+    settings = {"dtype": "auto", "device": "auto", "batch": 1, "length": 256, **options}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if name in PLACES:
+        environment.pop("PYTHONPATH", None)  # its environment is its own
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [interpreter, str(RUNNER), name, str(model), json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            text=True,
+        )
+        try:
+            begun = _reply(process, log, model)
+            if "missing" in begun:
+                raise UserError(f"{interpreter} has no {begun['missing']}", f"make an environment by {PLACES[name][1]}")
+
+            def ask(prompts: Sequence[Sequence[int]], new: int, top: int = 0) -> dict[str, Any]:
+                assert process.stdin is not None
+                print(json.dumps({"prompts": prompts, "new": new, "top": top}), file=process.stdin, flush=True)
+                return _reply(process, log, model)
+
+            yield ask
+        finally:
+            process.kill()  # nothing of it is needed any more, and engines take long to say goodbye
+            process.communicate()
+
+
+def convert(model: str | Path, out: Path, python: str | Path | None = None, converter: str | Path | None = None, dtype: str = "auto") -> Path:  # fmt: skip
+    """A checkpoint as a GGUF file, by llama.cpp's convert_hf_to_gguf.py.
+
+    Raises:
+        RefusedError: by the converter.
+        UserError: the converter or the Python to run it is not named or not there.
+    """
+    script = converter or os.environ.get(CONVERTER)
+    if not script or not Path(script).is_file():
+        found = f"{script} is not there" if script else "llama.cpp reads GGUF files, and where is its converter?"
+        raise UserError(
+            found,
+            f"pass --gguf-converter or set {CONVERTER} to a convert_hf_to_gguf.py (in a clone of expertsmith `make .engines/.llama` "
+            "fetches it), or give MODEL and --reference as .gguf files",
+        )
+    kind = {"auto": "auto", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
+    command = [python_of("llama.cpp", python), str(script), str(model), "--outtype", kind, "--outfile", str(out)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise RefusedError(model, _last_words(done.stdout + done.stderr))
+    return out
+
+
+def _reply(process: subprocess.Popen[str], log: IO[bytes], model: str | Path) -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    answer: dict[str, Any] = json.loads(line) if line else {}
+    if line and "refused" not in answer:
+        return answer
+    log.seek(0)
+    said = log.read().decode(errors="replace")
+    if answer:
+        raise RefusedError(model, "\n".join(dict.fromkeys([answer["refused"], *_complaints(said)])))
+    code = process.wait()
+    end = f"signal {-code}" if code < 0 else f"exit code {code}"
+    raise RefusedError(model, f"{_last_words(said)}\n(its process ended with {end})")
+
+
+def _complaints(said: str, most: int = 3) -> list[str]:
+    """The last lines of a log that name an error, without repetitions; not warnings."""
+    lines = [line.strip() for line in said.splitlines() if re.search(r"error|assert", line, re.I) and "WARNING" not in line]
+    return list(dict.fromkeys(lines))[-most:]
+
+
+def _last_words(said: str) -> str:
+    return "\n".join(_complaints(said) or [line for line in said.splitlines() if line.strip()][-3:])

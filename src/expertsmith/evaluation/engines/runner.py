@@ -1,0 +1,223 @@
+"""One model in one engine, driven by JSON lines. Run by the Python of the engine's own environment, where there is no expertsmith:
+
+    python runner.py ENGINE MODEL '{"dtype": "float32", "device": "auto", "batch": 1, "length": 256}'
+
+It answers {"ready": true}, {"missing": MODULE} or {"refused": WORDS}, and then every request {"prompts": [[id, …], …], "new": N, "top": K} with
+
+    tokens   the N greedy tokens of every prompt; no token ends a text
+    top      K > 0: for each of them the K best tokens' natural log-probabilities, {id: value}
+    first    seconds until every prompt had its first token
+    after    tokens that were made after that
+    seconds  until all were made
+    peak     bytes: the highest resident memory of this process so far, and of the GPU where torch holds it
+
+What the engine itself prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+Ids = list[list[int]]
+Answer = dict[str, Any]
+Stamps = list[list[float]]  # of every prompt, when each of its tokens was there
+
+
+def transformers(model: str, options: dict[str, Any]) -> Callable[[Ids, int, int], Answer]:
+    """A transformers model; `load` names the function that loads it, transformers' own if absent."""
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    module, _, name = options.get("load", "transformers.AutoModelForCausalLM.from_pretrained").partition(".")
+    load: Any = importlib.import_module(module)
+    for part in name.split("."):
+        load = getattr(load, part)
+    device = options["device"] if options["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load(model, dtype=options["dtype"]).to(device).eval()
+
+    class Clock(StoppingCriteria):  # type: ignore[misc]
+        """Notes when a token was there; stops nothing."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    def generate(prompts: Ids, new: int, top: int) -> Answer:
+        clock = Clock()
+        begin = time.perf_counter()
+        out = loaded.generate(
+            torch.tensor(prompts, device=device),
+            attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.long, device=device),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=[],
+            stopping_criteria=StoppingCriteriaList([clock]),
+            output_scores=bool(top),
+            return_dict_in_generate=True,
+        )
+        best = []
+        for i in range(len(prompts) if top else 0):
+            rows = [torch.log_softmax(step[i].float(), -1).topk(top) for step in out.scores]
+            best.append([dict(zip(row.indices.tolist(), row.values.tolist(), strict=True)) for row in rows])
+        tokens = out.sequences[:, len(prompts[0]) :].tolist()
+        return answer(tokens, best, begin, [clock.times] * len(prompts))
+
+    return generate
+
+
+def vllm(model: str, options: dict[str, Any]) -> Callable[[Ids, int, int], Answer]:
+    """vLLM, in this process; `vllm` are further arguments of its class LLM."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if "OMP_NUM_THREADS" in os.environ:  # else vLLM takes a thread a core, whatever that says
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    import torch
+    from vllm import LLM, SamplingParams
+
+    batch, length = options["batch"], options["length"]
+    settings = {
+        "dtype": options["dtype"],
+        "max_model_len": length,
+        "max_num_seqs": batch,
+        "max_num_batched_tokens": max(2048, batch * length),  # all prompts in one step
+        "enable_prefix_caching": False,  # or a prompt would be computed once only
+        "enforce_eager": not torch.cuda.is_available(),  # graphs are for GPUs; compiling for a CPU takes minutes
+        "skip_tokenizer_init": True,
+        **options.get("vllm", {}),
+    }
+    engine = LLM(model, **settings).llm_engine
+
+    def generate(prompts: Ids, new: int, top: int) -> Answer:
+        params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False, logprobs=top or None)
+        made: list[Any] = [None] * len(prompts)
+        stamps: Stamps = [[] for _ in prompts]
+        begin = time.perf_counter()
+        for i, ids in enumerate(prompts):
+            engine.add_request(str(i), {"prompt_token_ids": ids}, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                i = int(output.request_id)
+                made[i] = output.outputs[0]
+                stamps[i] += [time.perf_counter()] * (len(made[i].token_ids) - len(stamps[i]))
+        best = [[{key: value.logprob for key, value in row.items()} for row in entry.logprobs or ()] for entry in made]
+        return answer([list(entry.token_ids) for entry in made], best, begin, stamps)
+
+    return generate
+
+
+def llama_cpp(model: str, options: dict[str, Any]) -> Callable[[Ids, int, int], Answer]:
+    """llama.cpp, as xllamacpp's server without its sockets; a thread a prompt."""
+    import xllamacpp
+
+    batch, length = options["batch"], options["length"]
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.n_parallel = batch
+    params.n_ctx = batch * -(-length // 256) * 256
+    params.n_batch = max(2048, batch * length)  # all prompts in one step
+    params.warmup = False
+    params.cache_ram_mib = 0
+    if "OMP_NUM_THREADS" in os.environ:
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(os.environ["OMP_NUM_THREADS"])
+    if (
+        options["dtype"] == "float32"
+    ):  # else keys and values are rounded to half precision, and in flash attention so are queries
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+
+    def generate(prompts: Ids, new: int, top: int) -> Answer:
+        request = {"n_predict": new, "n_probs": top, "temperature": 0.0, "top_k": 1, "ignore_eos": True, "cache_prompt": False, "return_tokens": True, "verbose": True}  # fmt: skip
+        begin = time.perf_counter()
+
+        def run(prompt: list[int]) -> tuple[dict[str, Any], float]:
+            return server.handle_completions({**request, "prompt": prompt}), time.perf_counter()
+
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            made = list(threads.map(run, prompts))
+        stamps: Stamps = []
+        for entry, end in made:  # the server says how long it took from the first token to the last
+            count, taken = entry["timings"]["predicted_n"], entry["timings"]["predicted_ms"] / 1000
+            stamps.append([end - taken + taken * n / max(1, count - 1) for n in range(count)])
+        best = []
+        for entry, _ in made if top else ():
+            rows = [row["top_logprobs"] for row in entry["choices"][0]["logprobs"]["content"]]
+            best.append([{token["id"]: token["logprob"] for token in row} for row in rows])
+        return answer([entry["__verbose"]["tokens"] for entry, _ in made], best, begin, stamps)
+
+    return generate
+
+
+def answer(tokens: Ids, best: list[Any], begin: float, stamps: Stamps) -> Answer:
+    """What is said of one request."""
+    first = max(times[0] for times in stamps)
+    return {
+        "tokens": tokens,
+        "top": best,
+        "first": first - begin,
+        "after": sum(stamp > first for times in stamps for stamp in times),
+        "seconds": max(times[-1] for times in stamps) - begin,
+        "peak": peak(),
+    }
+
+
+def peak() -> dict[str, int]:
+    """Bytes: the highest resident memory of this process so far, and what torch held of the GPU."""
+    try:
+        with open("/proc/self/status") as status:  # ru_maxrss begins at what the parent held
+            found = next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    except FileNotFoundError:
+        import resource
+
+        found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_available() else 0
+    return {"memory": found, "gpu_memory": gpu}
+
+
+ENGINES = {"transformers": transformers, "vllm": vllm, "llama.cpp": llama_cpp}
+
+
+def main() -> None:
+    """Load, then answer requests until stdin ends."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def reply(value: Answer) -> None:
+        print(json.dumps(value), file=replies, flush=True)
+
+    name, model, options = sys.argv[1:]
+    try:
+        generate = ENGINES[name](model, json.loads(options))
+    except ModuleNotFoundError as error:
+        reply({"missing": error.name} if error.name in ("vllm", "xllamacpp") else {"refused": str(error)})
+        return
+    except Exception as error:  # whatever the engine raises is its refusal
+        reply({"refused": f"{type(error).__name__}: {error}"})
+        return
+    reply({"ready": True})
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            reply(generate(request["prompts"], request["new"], request["top"]))
+        except Exception as error:
+            reply({"refused": f"{type(error).__name__}: {error}"})
+
+
+if __name__ == "__main__":
+    main()
