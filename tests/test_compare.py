@@ -346,24 +346,34 @@ def test_streaming_gives_the_same_numbers(checkpoints, data, tmp_path):
     assert [row["quality"] for row in all_rows(resident)] == [row["quality"] for row in all_rows(streamed)]
 
 
-def test_scores_of_tasks_get_columns(checkpoints, data, tmp_path):
-    """A function from the loaded model, compressed and original, to scores; cells that lack them are judged again."""
-    seen = []
+def test_tasks_get_columns(tmp_path, monkeypatch, capsys):
+    """A score a task of every cell and of the original; cells of other tasks, or of none, are judged again, and the scores are those of `evaluate`."""
+    pytest.importorskip("lm_eval")
+    from expertsmith.evaluation import tasks
 
-    def tasks(model) -> dict[str, float]:
-        seen.append(model)
-        return {"arc": 0.25 + 0.01 * len(seen)}
-
-    arguments = (checkpoints("mixtral"), ["reap"], [0.5], data, data, tmp_path / "out")
-    api.compare(*arguments, **SHAPE)
-    made = api.compare(*arguments, tasks=tasks, **SHAPE)
-    assert len(seen) == 1 + 4
-    assert made["original"]["tasks"] == {"arc": 0.26}
-    text = (tmp_path / "out" / "comparison.md").read_text()
-    assert "| top-1 | arc |" in text
-    assert "| 0.260 |" in text
-    assert api.compare(*arguments, tasks=tasks, **SHAPE) == made
-    assert len(seen) == 1 + 4
+    folder, asked = Path(__file__).parent.parent / "examples" / "tasks", []
+    real = tasks.answer
+    monkeypatch.setattr(tasks, "answer", lambda found, name, *rest: (asked.append(name), real(found, name, *rest))[1])
+    shape = {"seq_len": 24, "device": "cpu", "dtype": "float32", "samples": 2, "batch_tokens": 512}
+    arguments = ("demo", ["reap"], [0.5], ["demo:code/calib"], ["demo:code/heldout"], tmp_path / "out")
+    api.compare(*arguments, **shape)
+    made = api.compare(*arguments, tasks=["everyday"], task_path=[folder], limit=4, **shape)
+    assert asked == ["everyday"] * 5
+    (name,) = made["original"]["tasks"]
+    assert name.startswith("everyday ")
+    row = next(row for row in all_rows(made) if row["method"] == "reap")
+    api.apply("demo", tmp_path / "out" / row["plan"], tmp_path / "half")
+    options = {"tasks": ["everyday"], "task_path": [folder], "limit": 4, "device": "cpu", "dtype": "float32"}
+    found = api.evaluate(tmp_path / "half", reference="demo", **options).to_json()["tasks"]["rows"]
+    judged = next(entry for entry in found if f"everyday {entry['metric']}" == name)
+    assert (judged["value"], judged["reference"]) == pytest.approx((row["tasks"][name], made["original"]["tasks"][name]))
+    assert f"| top-1 | {name} |" in (tmp_path / "out" / "comparison.md").read_text()
+    del asked[:]
+    assert api.compare(*arguments, tasks=["everyday"], task_path=[folder], limit=4, **shape) == made
+    assert asked == []
+    assert "tasks" not in api.compare(*arguments, **shape)["original"]
+    with pytest.raises(UserError, match="in memory as a whole"):
+        api.compare(*arguments, tasks=["everyday"], task_path=[folder], memory="stream", **shape)
 
 
 def test_a_method_that_refuses_is_noted_and_the_others_go_on(checkpoints, data, tmp_path, monkeypatch):

@@ -1091,8 +1091,7 @@ def compare(
         keep: ratios or counts.
         eval_data: held-out text, `[DOMAIN=]SOURCE[:N]` each.
         options: `budgets` ("uniform", "global", "threshold": the methods' own, without keep), `heal` (ways of healing, `NAME[:KEY=VALUE,…]`,
-            each beside the cell without), `tasks` (a function from a loaded model to scores by name, higher is better), `resume`, and those of
-            `calibrate`: `samples`, `seq_len`, `seed`, `pack`, `overlong`, `batch_tokens`, `device`, `dtype`, `memory`.
+            each beside the cell without), `tasks`, `task_path` and `limit` as in `evaluate`, `resume`, and those of `calibrate`: `samples`, `seq_len`, `seed`, `pack`, `overlong`, `batch_tokens`, `device`, `dtype`, `memory`.
 
     Raises:
         UserError: an unknown method, option, budget or way of healing, a keep that the router cannot work with, no data, a folder with other files.

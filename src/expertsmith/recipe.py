@@ -243,6 +243,9 @@ class Compare(_Step):
     out: str
     budgets: tuple[Literal["uniform", "global", "threshold"], ...] = Field(("uniform",), min_length=1)
     heal: list[str] = Field(default_factory=list)
+    tasks: list[str] = Field(default_factory=list)
+    task_path: list[str] = Field(default_factory=list)
+    limit: int | None = Field(None, ge=1)
     samples: int = Field(128, ge=1)
     seq_len: int | None = Field(None, ge=2)
     seed: int = 42
@@ -398,10 +401,11 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
 
     sections = [getattr(recipe, name) for name in Recipe.model_fields]
     refuse_missing([spec for section in sections for key in ("data", "eval_data") for spec in getattr(section, key, ())])
-    if recipe.evaluate and recipe.evaluate.tasks:
-        from expertsmith.evaluation import tasks
+    for asking in (recipe.evaluate, recipe.compare):
+        if asking and asking.tasks:
+            from expertsmith.evaluation import tasks
 
-        tasks.refuse_missing(recipe.evaluate.task_path)
+            tasks.refuse_missing(asking.task_path)
     results: dict[str, Any] = {}
     where: dict[str, Any] = {"device": recipe.device, "memory": recipe.memory, "progress": progress}
     run: dict[str, Any] = {**where, "dtype": recipe.dtype}

@@ -30,6 +30,21 @@ from expertsmith.cli.options import (
     word,
 )
 
+TaskNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks", metavar="NAME,…", help="lm-eval tasks or groups; repeatable. Needs the extra eval.", show_default=False
+    ),
+]
+TaskPath = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Folder of lm-eval task yamls, with data files next to them; repeatable. Python that a yaml names is run.",
+        show_default=False,
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Documents a task at most.", show_default=False)]
+
 
 @app.command(rich_help_panel=FLOW)
 def evaluate(
@@ -38,20 +53,9 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option("--reference", "-r", help="The original model: adds KL divergence, top-1 agreement and ESAP.")
     ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tasks", metavar="NAME,…", help="lm-eval tasks or groups; repeatable. Needs the extra eval.", show_default=False
-        ),
-    ] = None,
-    task_path: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Folder of lm-eval task yamls, with data files next to them; repeatable. Python that a yaml names is run.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents a task at most.", show_default=False)] = None,
+    tasks: TaskNames = None,
+    task_path: TaskPath = None,
+    limit: Limit = None,
     generate: Annotated[
         int,
         typer.Option(
@@ -199,6 +203,9 @@ def compare(
         list[str] | None,
         typer.Option(metavar="NAME[:KEY=VALUE,…]", help="Also heal every plan on the calibration text; repeatable."),
     ] = None,
+    tasks: TaskNames = None,
+    task_path: TaskPath = None,
+    limit: Limit = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
     seed: Seed = 42,
@@ -230,6 +237,9 @@ def compare(
         out,
         budgets=budget or ("uniform",),
         heal=heal or (),
+        tasks=tasks or (),
+        task_path=task_path or (),
+        limit=limit,
         samples=samples,
         seq_len=seq_len,
         seed=seed,

@@ -28,9 +28,17 @@ if TYPE_CHECKING:
     from expertsmith.engine import LoadedModel
     from expertsmith.evaluation.quality import Quality
 
+JUDGED_TOKENS = 4096  # that run at once where logits over the vocabulary are held
 PLANS, CELLS, WORK = "plans", "cells", "work"
 RESULTS = ("comparison.json", "comparison.html", "comparison.svg", "comparison.md")
-Tasks = Callable[["LoadedModel"], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """lm-eval tasks that every cell is asked: what the answers depend on besides the model, and scores by name of a loaded one."""
+
+    identity: str
+    scores: Callable[[LoadedModel], Mapping[str, float]]
 
 
 @dataclass
@@ -100,7 +108,9 @@ def compare(
     *,
     budgets: Sequence[str] = ("uniform",),
     heal: Sequence[str] = (),
-    tasks: Tasks | None = None,
+    tasks: Sequence[str] = (),
+    task_path: Sequence[str | Path] = (),
+    limit: int | None = None,
     samples: int = 128,
     seq_len: int | None = None,
     seed: int = 42,
@@ -127,6 +137,7 @@ def compare(
     refuse_missing([*data, *eval_data])
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     _check(inventory, cells)
+    asked = _tasks(inventory, tasks, task_path, limit, min(batch_tokens, JUDGED_TOKENS), memory, progress) if tasks else None
     _prepare(folder, resume)
     shape = {
         "samples": samples,
@@ -137,9 +148,9 @@ def compare(
         "batch_tokens": batch_tokens,
     }
     where = {"device": device, "dtype": dtype, "memory": memory}
-    job = Comparison(inventory, data, eval_data, folder, cells, notes, shape, where, progress, resume, tasks)
+    job = Comparison(inventory, data, eval_data, folder, cells, notes, shape, where, progress, resume, asked)
     held = {cell.name: load(_result(job, cell), job.made_with(cell)) for cell in cells}
-    missing = [cell for cell in cells if not _complete(held[cell.name], tasks)]
+    missing = [cell for cell in cells if not _complete(held[cell.name], asked)]
     if len(missing) < len(cells):
         progress.note(f"{len(cells) - len(missing)} of {len(cells)} cells are there already")
     planned = _plans(job, missing)
@@ -151,7 +162,28 @@ def compare(
 
 
 def _complete(held: Mapping[str, Any] | None, tasks: Tasks | None) -> bool:
-    return held is not None and (tasks is None or "tasks" in held)
+    return held is not None and (tasks is None or held.get("asked") == tasks.identity)
+
+
+def _tasks(
+    inventory: Inventory,
+    names: Sequence[str],
+    folders: Sequence[str | Path],
+    limit: int | None,
+    batch_tokens: int,
+    memory: str,
+    progress: Progress,
+) -> Tasks:
+    from expertsmith.calibration.data import load_tokenizer
+    from expertsmith.evaluation import tasks
+
+    if memory == "stream":
+        raise UserError("tasks run a model many times, so it has to be in memory as a whole", "leave --memory stream out")
+    tokenizer = load_tokenizer(inventory.checkpoint.path)
+    if tokenizer is None:
+        raise UserError("lm-eval tasks are text, but the model directory has no tokenizer", "add the tokenizer files to it")
+    found = tasks.find(names, folders, limit, progress)
+    return Tasks(tasks.identity_of(found), lambda model: tasks.scores(found, model, tokenizer, batch_tokens, progress))
 
 
 def _check(inventory: Inventory, cells: Sequence[Cell]) -> None:
@@ -270,7 +302,8 @@ def _judge(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any],
     model, reference = _open(job, job.inventory), _open(job, job.inventory)
     if job.tasks is not None:
         with in_force(reference):
-            save(original_file(job), {"model": job.inventory.checkpoint.fingerprint}, {"tasks": dict(job.tasks(reference))})
+            made_with = {"model": job.inventory.checkpoint.fingerprint, "asked": job.tasks.identity}
+            save(original_file(job), made_with, {"tasks": dict(job.tasks.scores(reference))})
     for cell in missing:
         made = load_plan(_plan_file(job, cell))
         with merged(model, made, job.inventory), masked(model, made.kept, job.inventory.counts):
@@ -322,8 +355,8 @@ def _judged(job: Comparison, model: LoadedModel, reference: LoadedModel) -> dict
 
     with ExitStack() as stack:
         stack.enter_context(in_force(reference))
-        quality = measure(model, job.heldout.batches(min(job.shape["batch_tokens"], 4096)), reference, job.progress)
-        scores = {} if job.tasks is None else {"tasks": dict(job.tasks(model))}
+        quality = measure(model, job.heldout.batches(min(job.shape["batch_tokens"], JUDGED_TOKENS)), reference, job.progress)
+        scores = {} if job.tasks is None else {"tasks": dict(job.tasks.scores(model)), "asked": job.tasks.identity}
     return {"quality": quality.to_json(), "rise": _rise(quality), **scores}
 
 

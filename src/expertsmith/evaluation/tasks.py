@@ -229,6 +229,33 @@ def table(found: Tasks, mine: Mapping[str, Any], theirs: Mapping[str, Any] | Non
     return rows
 
 
+def identity_of(found: Tasks) -> str:
+    """A hash of all that the answers depend on besides the model."""
+    text = json.dumps({name: settings_of(found, name) for name in found.tasks}, sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def scores(found: Tasks, model: LoadedModel, tokenizer: Any, batch_tokens: int, progress: Progress) -> dict[str, float]:
+    """One score of a loaded model for every task, and for every group that has one of its own: the first metric of which more is better,
+    under `task metric`.
+
+    Raises:
+        UserError: a task without such a metric, or one that cannot be put to this model.
+    """
+    for index in range(len(model.layers)):
+        model.bring(index)
+    wrapped = language_model(model, tokenizer, batch_tokens)
+    rows = table(found, {name: answer(found, name, wrapped, progress, name) for name in found.tasks}, None)
+    made: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["higher_is_better"] and row["value"] is not None:
+            made.setdefault(row["task"], row)
+    for name in found.tasks:
+        if name not in made:
+            raise UserError(f"task {name} has no metric of which more is better", "leave it out of the comparison")
+    return {f"{name} {row['metric']}": row["value"] for name, row in made.items()}
+
+
 def _group_rows(name: str, group: Any, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     members = {task.task_name for task in group.get_all_tasks()}
     for wanted in group.aggregate_metric_list or ():
