@@ -70,7 +70,7 @@ $(ENGINES)/.vllm:
 
 $(ENGINES)/.llama:
 	$(PYTHON) -m venv $(ENGINES)/llama
-	$(ENGINES)/llama/bin/pip install -q torch==2.13.0 transformers==5.23.0 gguf sentencepiece xllamacpp
+	$(ENGINES)/llama/bin/pip install -q torch==2.13.0 transformers==5.23.0 gguf==0.19.0 sentencepiece xllamacpp==2026.10.11549
 	$(ENGINES)/llama/bin/python tests/engines/fetch_converter.py $(ENGINES)
 	touch $@
 

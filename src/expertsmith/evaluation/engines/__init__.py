@@ -26,7 +26,7 @@ PLACES = {
     ),
     "llama.cpp": (
         "EXPERTSMITH_LLAMA",
-        "`python3 -m venv ENV && ENV/bin/pip install torch==2.13.0 transformers==5.23.0 gguf sentencepiece xllamacpp` "
+        "`python3 -m venv ENV && ENV/bin/pip install torch==2.13.0 transformers==5.23.0 gguf sentencepiece xllamacpp==2026.10.11549` "
         f"({CLONE.format('llama')})",
     ),
 }
