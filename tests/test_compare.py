@@ -160,13 +160,13 @@ def test_footprint_sees_memory_and_time():
     import numpy
 
     with footprint() as took:
-        held = numpy.ones(4_000_000)  # 32 MB
-    assert 24e6 < took["memory"] < 80e6
+        held = numpy.ones(24_000_000)  # 192 MB: far more than what else comes and goes in the process
+    assert 140e6 < took["memory"] < 280e6
     assert 0 < took["seconds"] < 10
     del held
     with footprint() as took:
         pass
-    assert took["memory"] < 8e6
+    assert took["memory"] < 40e6
 
 
 # ---- the table

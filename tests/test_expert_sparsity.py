@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import SUPPORTED, save_tiny
+from conftest import CALIBRATION, SUPPORTED, save_tiny
+from expertsmith import api
 from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.probe import Probe, _Tables, probe_bytes, search_layers
 from expertsmith.checkpoint import open_checkpoint
@@ -486,3 +487,11 @@ def test_limit_decides_between_exact_and_greedy():
     assert expert_sparsity(probe, 3, limit=19).why["search"] == "greedy+swap"
     assert expert_sparsity(probe, 3, limit=19).keep == [3, 4, 5]
     assert expert_sparsity(probe, 3, search="beam").why["search"] == "beam+swap"
+
+
+@pytest.mark.parametrize("model_type", SPREAD)
+def test_same_seed_same_plan(model_type, checkpoints, data):
+    """The search, streamed, twice: the same plan to the last digit of its losses."""
+    options = {"data": data, "memory": "stream", **CALIBRATION}
+    first, second = (api.plan(checkpoints(model_type), "expert_sparsity", 0.5, **options).dumps() for _ in range(2))
+    assert first == second
