@@ -195,15 +195,20 @@ def hidden_of_all(experts: Any, x: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def run_all(experts: Any, x: torch.Tensor, count: int, architecture: Architecture, dims: int = 2) -> torch.Tensor:
-    """[count, T, hidden]: raw outputs of every expert for every token, by the module's own forward."""
+    """[count, T, hidden]: raw outputs of every expert for every token, by the module's own forward.
+
+    A router may have more classes than there are routed experts (shared experts that it weighs): zeros, since a grouped matrix product leaves
+    the rows of experts that it has not as memory happens to be.
+    """
     if architecture.call == "dense_inputs":
         return type(experts).forward(experts, x.repeat(count, 1)).reshape(count, x.shape[0], -1)  # type: ignore[no-any-return]
-    every = torch.arange(count, device=x.device).expand(x.shape[0], count)
+    there = min(count, experts.num_experts) if is_grouped(experts) else count
+    every = torch.arange(there, device=x.device).expand(x.shape[0], there)
     ones = torch.ones_like(every, dtype=x.dtype)
     if is_grouped(experts):
         slots = grouped_forward(experts, x, every, ones)[1]
     else:
         slots = flattened_forward(experts, x, every, ones, architecture.call == "pairs", (1, *x.shape)[3 - dims :])[1]
-    raw = torch.empty(count, *x.shape, dtype=slots.raw.dtype, device=x.device)
+    raw = torch.zeros(count, *x.shape, dtype=slots.raw.dtype, device=x.device)
     raw[slots.expert, slots.token] = slots.raw
     return raw
