@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import run_cli as run
-from expertsmith import api
+from expertsmith import api, judging
 from expertsmith.arch import families
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.demo import MODEL
@@ -301,7 +301,7 @@ def test_an_interrupted_run_goes_on_and_changed_documents_are_asked_again(half, 
     stop_at.clear()
     whole = api.evaluate(half, reference=MODEL, **options).to_json()
     assert asked == ["one (model)", "two (model)", "one (reference)", "two (reference)"]
-    monkeypatch.setattr(api, "_resident", lambda *_: pytest.fail("nothing is left to ask"))
+    monkeypatch.setattr(judging, "resident", lambda *_: pytest.fail("nothing is left to ask"))
     assert api.evaluate(half, reference=MODEL, **options).to_json() == whole
     monkeypatch.undo()
     monkeypatch.setattr(questions.tasks, "answer", counted)

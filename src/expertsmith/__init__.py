@@ -23,7 +23,6 @@ _API = (
     "convert",
     "heal",
     "compress",
-    "heal",
     "compare",
     "evaluate",
     "speed",

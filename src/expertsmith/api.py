@@ -7,17 +7,15 @@ Importing this module is quick: torch and transformers are imported by the funct
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from expertsmith.checkpoint import Checkpoint, open_checkpoint
+from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory, take_inventory
 from expertsmith.opening import beside, open_model, token_data, window_of
@@ -28,14 +26,12 @@ from expertsmith.selection import Rules, keep_count, parse_keep
 
 if TYPE_CHECKING:
     from expertsmith.calibration.stats import Statistics
-    from expertsmith.engine import LoadedModel
     from expertsmith.evaluation.quality import Quality
     from expertsmith.lint import Finding
     from expertsmith.methods.base import Budget, Method
     from expertsmith.surgery.verify import Verdict
 
 Keep = float | int | str
-WHOLE = "tasks and generation run a model many times, so it has to be in memory as a whole"
 RATIOS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 
@@ -445,6 +441,7 @@ def evaluate(
     from expertsmith.arch import families, text_config
     from expertsmith.engine.loading import choose_device, choose_memory, load_model
     from expertsmith.evaluation.quality import Quality, measure
+    from expertsmith.judging import asking
     from expertsmith.surgery.mask import in_force
 
     progress = progress or Silent()
@@ -458,7 +455,7 @@ def evaluate(
     opened = [
         open_checkpoint(path, allow_pickle=allow_pickle) for path in ([model] if reference is None else [model, reference])
     ]
-    ask = _asking(
+    ask = asking(
         opened,
         (tasks, task_path, limit),
         (data if generate else (), generate, formats, samples, seed),
@@ -495,95 +492,6 @@ def evaluate(
     del loaded, entry  # what is asked next needs one model in memory at a time
     quality.more = ask()
     return quality
-
-
-def _asking(
-    opened: Sequence[Checkpoint],
-    tasks: tuple[Sequence[str], Sequence[str | Path], int | None],
-    prompts: tuple[Sequence[str], int, Sequence[str], int, int],
-    where: Mapping[str, str],
-    keeping: Mapping[str, Any],
-) -> Callable[[], dict[str, Any]]:
-    """Check and prepare what a model and its reference are to be asked, before a model is loaded; calling the result asks it."""
-    names, folders, limit = tasks
-    data, new_tokens, formats, samples, seed = prompts
-    if not names and not new_tokens:
-        return dict
-    if where["memory"] == "stream":
-        raise UserError(WHOLE, "leave --memory stream out, or measure --data only")
-    from expertsmith.arch import text_config
-    from expertsmith.calibration.prompts import load_prompts
-    from expertsmith.evaluation import generation
-    from expertsmith.evaluation.questions import Questions, Subject, ask
-    from expertsmith.evaluation.tasks import find
-
-    tokenizer, fingerprint = _tokenizer_of(opened)
-    questions = Questions(new_tokens=new_tokens)
-    if names:
-        if tokenizer is None:
-            raise UserError("lm-eval tasks are text, but the model directory has no tokenizer", "add the tokenizer files to it")
-        questions.tasks = find(names, folders, limit, keeping["progress"])
-    if new_tokens:
-        config = opened[0].config
-        room, vocab = min(window_of(entry.config) for entry in opened) - new_tokens, text_config(config).get("vocab_size")
-        drawn = load_prompts(data, tokenizer, samples=samples, seed=seed, room=room, vocab_size=vocab)
-        questions.prompts = {domain: [prompt.ids for prompt in held] for domain, held in drawn.items()}
-        questions.formats = generation.formats_of(formats, list(drawn))
-        questions.responses = {
-            domain: [prompt.response for prompt in held if prompt.response] for domain, held in drawn.items()
-        }
-        for domain in questions.formats:
-            if tokenizer is None or not questions.responses[domain]:
-                raise UserError(
-                    f"--format looks at answers, but the data of domain {domain} has none", "its records need prompt + response"
-                )
-    subjects = [
-        Subject(
-            name,
-            {"model": entry.fingerprint, "tokenizer": fingerprint, "device": where["device"], "dtype": where["dtype"]},
-            partial(_resident, entry, **where),
-        )
-        for name, entry in zip(("model", "reference"), opened, strict=False)
-    ]
-    return partial(ask, questions, subjects, tokenizer, **keeping)
-
-
-def _tokenizer_of(opened: Sequence[Checkpoint]) -> tuple[Any | None, str]:
-    """The one tokenizer of a model and its reference, with a fingerprint of its vocabulary; None where neither has one.
-
-    Raises:
-        UserError: the two have different vocabularies.
-    """
-    from expertsmith.arch import text_config
-    from expertsmith.calibration.data import load_tokenizer
-
-    sizes = [text_config(entry.config).get("vocab_size") for entry in opened]
-    if len(set(sizes)) > 1:
-        raise UserError(f"the model predicts {sizes[0]} tokens, the reference {sizes[1]}", "they need the same vocabulary")
-    found = [tokenizer for entry in opened if (tokenizer := load_tokenizer(entry.path)) is not None]
-    if len(found) > 1 and found[0].get_vocab() != found[1].get_vocab():
-        raise UserError(f"the tokenizers of {opened[0].source} and {opened[1].source} differ", "they need the same vocabulary")
-    if not found:
-        return None, ""
-    text = json.dumps([sorted(found[0].get_vocab().items()), found[0].special_tokens_map], default=str)
-    return found[0], f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-
-
-@contextmanager
-def _resident(entry: Checkpoint, *, device: str, dtype: str, memory: str) -> Iterator[LoadedModel]:
-    """A whole model in memory, its weights checked, with its skip thresholds in force."""
-    from expertsmith.arch import families, text_config
-    from expertsmith.engine.loading import choose_device, choose_memory, load_model
-    from expertsmith.surgery.mask import in_force
-
-    where = choose_device(device)
-    if choose_memory(memory, [entry], where, dtype) == "stream":
-        raise UserError(f"{WHOLE}, and {entry.source} does not fit", "use a larger machine, or measure --data only")
-    loaded = load_model(entry, families().get(text_config(entry.config).get("model_type", "")), device=where, dtype=dtype)
-    for index in range(len(loaded.layers)):
-        loaded.bring(index)
-    with in_force(loaded):
-        yield loaded
 
 
 def speed(

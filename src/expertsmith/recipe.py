@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,6 +25,28 @@ from expertsmith.progress import Progress
 from expertsmith.registry import unknown
 
 
+def _all_faults(checks: Iterable[Callable[[], object]]) -> None:
+    """Run every check; the messages of all that fail in one error."""
+    faults = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _specs(value: list[str]) -> list[str]:
+    from expertsmith.calibration.spec import parse_spec
+
+    _all_faults([partial(parse_spec, text) for text in value])
+    return value
+
+
+Specs = Annotated[list[str], AfterValidator(_specs)]  # [DOMAIN=]SOURCE[:N] each
+
+
 class _Step(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -31,7 +54,7 @@ class _Step(BaseModel):
 class Calibrate(_Step):
     """Options of `expertsmith calibrate`."""
 
-    data: list[str] = Field(min_length=1)
+    data: Specs = Field(min_length=1)
     out: str
     samples: int = Field(128, ge=1)
     seq_len: int | None = Field(None, ge=2)
@@ -43,11 +66,6 @@ class Calibrate(_Step):
     all_outputs: bool = False
     sample_tokens: int = Field(0, ge=0)
 
-    @field_validator("data")
-    @classmethod
-    def _specs(cls, value: list[str]) -> list[str]:
-        return _specs(value)
-
 
 class PlanStep(_Step):
     """Options of `expertsmith plan`. `stats` defaults to what `calibrate` of the same recipe makes; `data` is for methods that run the
@@ -57,7 +75,7 @@ class PlanStep(_Step):
     keep: float | int | str | None = None
     out: str
     stats: str | None = None
-    data: list[str] = Field(default_factory=list)
+    data: Specs = Field(default_factory=list)
     samples: int = Field(128, ge=1)
     seq_len: int | None = Field(None, ge=2)
     seed: int = 42
@@ -84,11 +102,6 @@ class PlanStep(_Step):
             _all_faults([partial(parse_keep, value)])
         return value
 
-    @field_validator("data")
-    @classmethod
-    def _data_specs(cls, value: list[str]) -> list[str]:
-        return _specs(value)
-
     @field_validator("options")
     @classmethod
     def _known_options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -111,7 +124,7 @@ class Apply(_Step):
 class Verify(_Step):
     """Options of `expertsmith verify`."""
 
-    data: list[str] = Field(default_factory=list)
+    data: Specs = Field(default_factory=list)
     tokens: int = Field(1024, ge=1)
     tolerance: float = Field(1e-4, gt=0)
 
@@ -119,7 +132,7 @@ class Verify(_Step):
 class Evaluate(_Step):
     """Options of `expertsmith evaluate`; the recipe's model is the reference unless `reference` is false."""
 
-    data: list[str] = Field(default_factory=list)
+    data: Specs = Field(default_factory=list)
     tasks: list[str] = Field(default_factory=list)
     task_path: list[str] = Field(default_factory=list)
     limit: int | None = Field(None, ge=1)
@@ -128,11 +141,6 @@ class Evaluate(_Step):
     seq_len: int | None = Field(None, ge=2)
     seed: int = 42
 
-    @field_validator("data")
-    @classmethod
-    def _specs(cls, value: list[str]) -> list[str]:
-        return _specs(value)
-
 
 class Convert(_Step):
     """Options of `expertsmith convert`: the recipe's model is dense, and what this makes of it is the model of every later section."""
@@ -140,13 +148,8 @@ class Convert(_Step):
     model_config = ConfigDict(extra="allow")
     method: str
     out: str
-    data: list[str] = Field(default_factory=list)
-    eval_data: list[str] = Field(default_factory=list)
-
-    @field_validator("data", "eval_data")
-    @classmethod
-    def _specs(cls, value: list[str]) -> list[str]:
-        return _specs(value)
+    data: Specs = Field(default_factory=list)
+    eval_data: Specs = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _request(self) -> Convert:
@@ -170,7 +173,7 @@ class Analyze(_Step):
     """Options of `expertsmith analyze`, of the model before anything is removed. `stats` defaults to what `calibrate` of the same recipe makes."""
 
     out: str
-    data: list[str] = Field(default_factory=list)
+    data: Specs = Field(default_factory=list)
     stats: str | None = None
     all_experts: int = Field(0, ge=0)
     dense: str | None = None
@@ -180,37 +183,27 @@ class Analyze(_Step):
     seq_len: int | None = Field(None, ge=2)
     seed: int = 42
 
-    @field_validator("data")
-    @classmethod
-    def _specs(cls, value: list[str]) -> list[str]:
-        return _specs(value)
-
 
 class SkipStep(_Step):
     """Options of `expertsmith skip`, with the recipe's plan if it has one."""
 
-    data: list[str] = Field(min_length=1)
+    data: Specs = Field(min_length=1)
     out: str
     statistic: Literal["median", "mean", "quantile"] = "median"
     quantile: float = Field(0.5, ge=0, le=1)
     active: float | None = Field(None, gt=0)
-    eval_data: list[str] = Field(default_factory=list)
+    eval_data: Specs = Field(default_factory=list)
     measure: bool = True
     samples: int = Field(128, ge=1)
     seq_len: int | None = Field(None, ge=2)
     seed: int = 42
     overwrite: bool = False
 
-    @field_validator("data", "eval_data")
-    @classmethod
-    def _specs(cls, value: list[str]) -> list[str]:
-        return _specs(value)
-
 
 class Heal(_Step):
     """Options of `expertsmith heal`: what `apply` wrote, towards the recipe's model. What is healed is evaluated again."""
 
-    data: list[str] = Field(min_length=1)
+    data: Specs = Field(min_length=1)
     out: str
     method: str = "least_squares"
     options: dict[str, Any] = Field(default_factory=dict)
@@ -218,11 +211,6 @@ class Heal(_Step):
     seq_len: int | None = Field(None, ge=2)
     seed: int = 42
     overwrite: bool = False
-
-    @field_validator("data")
-    @classmethod
-    def _specs(cls, value: list[str]) -> list[str]:
-        return _specs(value)
 
     @model_validator(mode="after")
     def _known(self) -> Heal:
@@ -238,8 +226,8 @@ class Compare(_Step):
 
     methods: list[str] = Field(min_length=1)
     keep: list[float | int | str] = Field(min_length=1)
-    data: list[str] = Field(min_length=1)
-    eval_data: list[str] = Field(min_length=1)
+    data: Specs = Field(min_length=1)
+    eval_data: Specs = Field(min_length=1)
     out: str
     budgets: tuple[Literal["uniform", "global", "threshold"], ...] = Field(("uniform",), min_length=1)
     heal: list[str] = Field(default_factory=list)
@@ -252,11 +240,6 @@ class Compare(_Step):
     pack: bool | None = None
     overlong: Literal["refuse", "truncate", "drop"] = "refuse"
     batch_tokens: int = Field(8192, ge=1)
-
-    @field_validator("data", "eval_data")
-    @classmethod
-    def _specs(cls, value: list[str]) -> list[str]:
-        return _specs(value)
 
     @field_validator("methods")
     @classmethod
@@ -344,25 +327,6 @@ def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
     if not there.keys() & WORK:
         faults.append(f"nothing to do: add {', '.join(sorted(WORK))}")
     return faults
-
-
-def _all_faults(checks: Iterable[Callable[[], object]]) -> None:
-    """Run every check; the messages of all that fail in one error."""
-    faults = []
-    for check in checks:
-        try:
-            check()
-        except UserError as error:
-            faults.append(str(error))
-    if faults:
-        raise ValueError("; ".join(faults))
-
-
-def _specs(value: list[str]) -> list[str]:
-    from expertsmith.calibration.spec import parse_spec
-
-    _all_faults([partial(parse_spec, text) for text in value])
-    return value
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -38,7 +38,7 @@ def together(job: Comparison, held: Mapping[str, Mapping[str, Any]]) -> dict[str
     }
     text = job.calibration
     took = load(statistics_folder(job).with_suffix(".json"), {"model": checkpoint.fingerprint, "data": job.text})
-    scores = job.tasks and load(original_file(job), {"model": checkpoint.fingerprint, "asked": job.tasks.identity})
+    scores = load(original_file(job), job.original_with) if job.tasks else None
     return {
         "format": "expertsmith.comparison",
         "version": 1,

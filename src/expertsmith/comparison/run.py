@@ -18,6 +18,7 @@ from expertsmith.checkpoint import open_checkpoint
 from expertsmith.comparison.cells import Cell, cells_of, load, parse_heal, save
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory, take_inventory
+from expertsmith.judging import refuse_stream
 from expertsmith.opening import open_model, token_data
 from expertsmith.plan import Plan, load_plan
 from expertsmith.progress import Progress, Silent
@@ -76,6 +77,11 @@ class Comparison:
     def text(self) -> str | None:
         """Fingerprint of `calibration`."""
         return self.calibration.fingerprint if self.calibration else None
+
+    @property
+    def original_with(self) -> dict[str, Any]:
+        """All that the original's own task results depend on."""
+        return {"model": self.inventory.checkpoint.fingerprint, "asked": self.tasks.identity if self.tasks else None}
 
     def planned_with(self, cell: Cell) -> dict[str, Any]:
         """All that a plan depends on."""
@@ -176,13 +182,11 @@ def _tasks(
 ) -> Tasks:
     from expertsmith.calibration.data import load_tokenizer
     from expertsmith.evaluation import tasks
+    from expertsmith.judging import tasks_for
 
-    if memory == "stream":
-        raise UserError("tasks run a model many times, so it has to be in memory as a whole", "leave --memory stream out")
+    refuse_stream(memory)
     tokenizer = load_tokenizer(inventory.checkpoint.path)
-    if tokenizer is None:
-        raise UserError("lm-eval tasks are text, but the model directory has no tokenizer", "add the tokenizer files to it")
-    found = tasks.find(names, folders, limit, progress)
+    found = tasks_for(tokenizer, names, folders, limit, progress)
     return Tasks(tasks.identity_of(found), lambda model: tasks.scores(found, model, tokenizer, batch_tokens, progress))
 
 
@@ -300,10 +304,9 @@ def _judge(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any],
     if not missing:
         return
     model, reference = _open(job, job.inventory), _open(job, job.inventory)
-    if job.tasks is not None:
+    if job.tasks is not None and load(original_file(job), job.original_with) is None:
         with in_force(reference):
-            made_with = {"model": job.inventory.checkpoint.fingerprint, "asked": job.tasks.identity}
-            save(original_file(job), made_with, {"tasks": dict(job.tasks.scores(reference))})
+            save(original_file(job), job.original_with, {"tasks": dict(job.tasks.scores(reference))})
     for cell in missing:
         made = load_plan(_plan_file(job, cell))
         with merged(model, made, job.inventory), masked(model, made.kept, job.inventory.counts):
@@ -345,6 +348,8 @@ def _open(job: Comparison, inventory: Inventory) -> LoadedModel:
 
     where, both = job.where, [inventory.checkpoint, job.inventory.checkpoint]
     mode = choose_memory(where["memory"], both, choose_device(where["device"]), where["dtype"])
+    if job.tasks is not None:
+        refuse_stream(mode)
     return open_model(inventory, Silent(), device=where["device"], dtype=where["dtype"], memory=mode)
 
 
