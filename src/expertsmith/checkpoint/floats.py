@@ -1,0 +1,197 @@
+"""A quantised checkpoint seen as floats: tensors under the names, shapes and values that an unquantised one would have.
+
+Everything above reads this view: a decoder layer that is loaded, an expert that is scored, a weight that is healed. Only `apply` and
+the byte half of `verify` look at the codes themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from expertsmith.checkpoint.formats import Headers, Stored, formats
+from expertsmith.checkpoint.reader import DTYPE_BITS, TORCH_DTYPES, Checkpoint, TensorInfo
+from expertsmith.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG = "quantization_config"
+MODELOPT = "hf_quant_config.json"  # where NVIDIA's exporter writes what it did
+NARROW = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2")
+AT_ONCE = 2**24  # elements decoded at a time
+# scales of activations and of the key-value cache: they say nothing of weights
+ACTIVATIONS = re.compile(r"(^|[._])(input|output|activation|k|v|q|kv|prob)_(global_)?scale(_inv)?$|\.(k|v|q)_zero_point$")
+# leaves that only a quantised weight has
+COMPANION = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|scale_inv|scale_2|global_scale|zero_point|shape|g_idx)|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$"
+    r"|(_proj|_weight|\.w[123])(_blocks|_scales|_scale|_scale_inv|_scale_2|_global_scale|_zero_point|_packed)$"
+)
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """What of a checkpoint is quantised, and how."""
+
+    config: Mapping[str, Any]
+    stored: Mapping[str, Stored]  # float weight → the tensors that hold it
+    activations: frozenset[str]  # scales that belong to activations
+
+    @property
+    def title(self) -> str:
+        """The formats, most weights first: "FP8 in blocks"."""
+        counts = Counter(entry.format for entry in self.stored.values())
+        return ", ".join(formats()[name].title for name, _ in counts.most_common())
+
+
+@dataclass
+class Floats(Checkpoint):
+    """The float view. `tensors` has the decoded dtype and shape; `read` decodes."""
+
+    raw: Checkpoint = field(kw_only=True)
+    stored: Mapping[str, Stored] = field(kw_only=True)
+    dtype: str = field(kw_only=True)  # safetensors' word for the dtype of decoded weights
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the checkpoint itself: the same model."""
+        return self.raw.fingerprint
+
+    @property
+    def converted(self) -> bool:
+        """See `Checkpoint`."""
+        return self.raw.converted
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """One tensor, or rows of it. A quantised weight is decoded in float32, in parts, and rounded once to `dtype`.
+
+        Raises:
+            UserError: as `Checkpoint.read`, and where a scale is NaN or inf.
+        """
+        import torch
+
+        entry = self.stored.get(name)
+        if entry is None:
+            return self.raw.read(name, first, last)
+        last = entry.shape[0] if last is None else last
+        decode, kind = formats()[entry.format].decode, getattr(torch, TORCH_DTYPES[self.dtype])
+        row = max(1, self.tensors[name].numel // entry.shape[0])
+        step = max(1, AT_ONCE // row) if len(entry.shape) > 2 else last - first
+        if step >= last - first:
+            return decode(entry, self.raw.read, first, last).to(kind)
+        whole = torch.empty((last - first, *entry.shape[1:]), dtype=kind)
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            whole[begin - first : end - first] = decode(entry, self.raw.read, begin, end)
+        return whole
+
+
+def floats(checkpoint: Checkpoint, dtype: str = "F32") -> Checkpoint:
+    """The float view of a checkpoint, its quantised weights as `dtype` ("F32", "BF16", "F16"); the checkpoint itself where it has none.
+
+    Raises:
+        UserError: see `quantisation_of`.
+    """
+    found = quantisation_of(checkpoint)
+    if found is None:
+        return checkpoint
+    held = {info.name for entry in found.stored.values() for info in entry.parts.values()}
+    made: dict[str, TensorInfo] = {}
+    first = {min(e.parts.values(), key=lambda i: (str(i.file), i.start)).name: e for e in found.stored.values()}
+    for name, info in checkpoint.tensors.items():
+        if name in first:
+            entry = first[name]
+            numel = replace(info, shape=entry.shape).numel
+            made[entry.name] = TensorInfo(entry.name, dtype, entry.shape, info.file, info.start, numel * DTYPE_BITS[dtype] // 8)
+        elif name not in held and name not in found.activations:
+            made[name] = info
+    config = copy.deepcopy(dict(checkpoint.config))
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.pop(CONFIG, None)
+    return Floats(checkpoint.path, config, made, checkpoint.source, raw=checkpoint, stored=found.stored, dtype=dtype)
+
+
+def quantisation_of(checkpoint: Checkpoint) -> Quantisation | None:
+    """Which weights of a checkpoint are quantised, from its headers; None where none is. Found once a checkpoint.
+
+    Raises:
+        UserError: a quantised tensor that no format holds exactly, a scale that belongs to no weight, a quant_method that is not known,
+            tensors that contradict config.json, two quantisation configs.
+    """
+    if "_quantisation" not in checkpoint.__dict__:
+        checkpoint.__dict__["_quantisation"] = _find(checkpoint)
+    found: Quantisation | None = checkpoint.__dict__["_quantisation"]
+    return found
+
+
+def _find(checkpoint: Checkpoint) -> Quantisation | None:
+    config = quantisation_config(checkpoint)
+    headers = Headers(checkpoint.tensors, config)
+    stored: dict[str, Stored] = {}
+    held: dict[str, str] = {}
+    for entry in formats().values():
+        for weight in entry.find(headers):
+            for info in weight.parts.values():
+                if info.name in held:
+                    raise RuntimeError(f"{info.name} was claimed as {held[info.name]} and as {entry.name}")
+                held[info.name] = entry.name
+            if weight.name in stored or (weight.name in checkpoint.tensors and weight.name not in held):
+                raise UserError(f"{weight.name} stands in {checkpoint.source} twice: quantised and as it is")
+            stored[weight.name] = weight
+    quantised = bool(stored or config)
+    left = [name for name in checkpoint.tensors if name not in held]
+    activations = frozenset(name for name in left if quantised and ACTIVATIONS.search(name))
+    for name in left:
+        info = checkpoint.tensors[name]
+        if name in activations:
+            continue
+        if info.dtype in NARROW:
+            raise UserError(
+                f"{name} is {info.dtype}, but no scale of it was found that expertsmith knows how to use",
+                _known(config),
+            )
+        if quantised and COMPANION.search(name):
+            raise UserError(f"{name} looks like a part of a quantised weight, but belongs to none that expertsmith can decode", _known(config))
+    if not stored:
+        if config:
+            raise UserError(
+                f"{checkpoint.source}/config.json says quant_method {headers.method!r}, but no tensor is quantised in a format that expertsmith knows",
+                _known(config),
+            )
+        return None
+    return Quantisation(config, stored, activations)
+
+
+def _known(config: Mapping[str, Any]) -> str:
+    return f"formats that can be decoded: {', '.join(entry.title for entry in formats().values())}"
+
+
+def quantisation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What config.json (or NVIDIA's hf_quant_config.json beside it) says of the quantisation; empty where nothing does.
+
+    Raises:
+        UserError: config.json says it twice.
+    """
+    outer, inner = checkpoint.config.get(CONFIG), None
+    text = checkpoint.config.get("text_config")
+    if isinstance(text, Mapping):
+        inner = text.get(CONFIG)
+    if outer and inner and outer != inner:
+        raise UserError(
+            f"{checkpoint.source}/config.json has two quantization_configs that differ, one of its own and one in text_config",
+            "remove the one that is not true of the tensors",
+        )
+    found = outer or inner
+    if found is None and (checkpoint.path / MODELOPT).is_file():
+        written = json.loads((checkpoint.path / MODELOPT).read_text(encoding="utf-8"))
+        found = {"quant_method": "modelopt", **written.get("quantization", {})}
+    if found is not None and not isinstance(found, Mapping):
+        raise UserError(f"{checkpoint.source}/config.json: quantization_config is not an object")
+    return found or {}
