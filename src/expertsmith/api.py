@@ -93,6 +93,8 @@ def _shared(inventory: Inventory) -> int | None:
     record = inventory.architecture
     if record.shared_key:
         value = config_get(inventory.config, record.shared_key)
+        if isinstance(value, list):  # one number a layer
+            value = max((number for number in value if isinstance(number, int)), default=0)
         return int(value) if isinstance(value, int) else 0
     return 1 if record.shared else 0
 

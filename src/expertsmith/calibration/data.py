@@ -345,10 +345,16 @@ def load_tokenizer(path: Path) -> Any | None:
     from transformers import AutoTokenizer
 
     from expertsmith.engine.loading import quietly
+    from expertsmith.engine.uneven import read_config
 
     try:
         with quietly():
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            try:
+                return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            except Exception as error:  # a config.json that its class does not take as it stands, see read_config
+                if "Validation" not in type(error).__name__:
+                    raise
+                return AutoTokenizer.from_pretrained(path, config=read_config(path), trust_remote_code=False)
     except Exception as error:  # tokenizer back ends raise bare Exceptions
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the tokenizer in {path} cannot be loaded: {first}") from None

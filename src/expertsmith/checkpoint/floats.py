@@ -158,7 +158,10 @@ def _find(checkpoint: Checkpoint) -> Quantisation | None:
                 _known(config),
             )
         if quantised and COMPANION.search(name):
-            raise UserError(f"{name} looks like a part of a quantised weight, but belongs to none that expertsmith can decode", _known(config))
+            raise UserError(
+                f"{name} looks like a part of a quantised weight, but belongs to none that expertsmith can decode",
+                _known(config),
+            )
     if not stored:
         if config:
             raise UserError(

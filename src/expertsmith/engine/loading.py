@@ -21,7 +21,7 @@ from torch import nn
 
 from expertsmith.arch import Architecture, text_config
 from expertsmith.checkpoint import Checkpoint
-from expertsmith.engine.uneven import causal_lm
+from expertsmith.engine.uneven import causal_lm, read_config
 from expertsmith.errors import UserError
 
 Memory = Literal["resident", "stream"]
@@ -151,7 +151,7 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
 
     try:
         with quietly():  # transformers warns of layers with numbers of their own, which is what they are for
-            return transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+            return read_config(checkpoint.path)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise UserError(
             f"{checkpoint.path}/config.json is not understood by transformers {transformers.__version__}: {_first_line(error)}"

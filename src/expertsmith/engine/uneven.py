@@ -76,8 +76,53 @@ def is_uneven(config: Any) -> bool:
     record = families().get(inner.model_type)
     if record is None or not inner.is_heterogeneous:
         return False
-    keys = {key.partition(".")[0] for key in record.experts_key}
+    keys = {key.partition(".")[0] for key in record.experts_key + record.top_k_key}
     return not keys.isdisjoint(inner.per_layer_attributes)
+
+
+def read_config(path: str | Path, **where: Any) -> Any:
+    """`AutoConfig.from_pretrained`, also for a config.json with lists of counts, one number a layer, that the config class does not take:
+    a list of equal numbers becomes that number, another one `per_layer_config`.
+
+    Raises:
+        Exception: whatever transformers raises.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
+    except Exception as error:  # strict config classes raise validation errors of their own
+        if "Validation" not in type(error).__name__:
+            raise
+        config, _ = PreTrainedConfig.get_config_dict(path, **where)
+        inner = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+        if config.get("model_type") not in CONFIG_MAPPING or inner.get("model_type") not in CONFIG_MAPPING or not _lower(inner):
+            raise
+        read = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        read.name_or_path = str(path)
+        return read
+
+
+def _lower(inner: dict[str, Any]) -> bool:
+    """Lists of counts in a text config as numbers and `per_layer_config`; whether there were any."""
+    from transformers import CONFIG_MAPPING
+
+    record = families().get(inner["model_type"])
+    if record is None:
+        return False
+    keys = (*record.experts_key, *record.extra_config_keys, *record.top_k_key, *record.expert_width_key)
+    found = {key: inner[key] for key in keys if isinstance(inner.get(key), list) and inner[key]}
+    layers = {int(layer): dict(own) for layer, own in (inner.get("per_layer_config") or {}).items()}
+    names = CONFIG_MAPPING[inner["model_type"]].attribute_map
+    for key, numbers in found.items():
+        inner[key] = max(numbers)
+        if len(set(numbers)) > 1:
+            for layer, number in enumerate(numbers):
+                layers.setdefault(layer, {})[names.get(key, key)] = number
+    if layers:
+        inner["per_layer_config"] = {str(layer): own for layer, own in sorted(layers.items())}
+        inner["allow_global_per_layer_attribute_access"] = True
+    return bool(found)
 
 
 def stock_class(config: Any) -> Any:
@@ -195,15 +240,13 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     Raises:
         UserError: `trust_remote_code`, which this function does without.
     """
-    from transformers import AutoConfig
-
     if kwargs.pop("trust_remote_code", False):
         raise UserError("load runs no code of a checkpoint, so trust_remote_code means nothing here", "leave it out")
     if "config" not in kwargs:
         where = {
             key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "subfolder", "token") if key in kwargs
         }
-        kwargs["config"] = AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
+        kwargs["config"] = read_config(path, **where)
     model_class, kwargs["config"] = causal_lm(kwargs["config"])
     return model_class.from_pretrained(path, trust_remote_code=False, **kwargs)
 

@@ -30,7 +30,8 @@ class Subject:
     architectures: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)  # the text part of config.json
     counts: Mapping[int, int] = field(default_factory=dict)  # experts in the tensors of each decoder layer
-    declared: Mapping[int, int] = field(default_factory=dict)  # experts that per_layer_config gives decoder layers
+    declared: Mapping[int, int] = field(default_factory=dict)  # experts that config.json gives decoder layers of their own
+    chosen: Mapping[int, int] = field(default_factory=dict)  # top_k that it gives them
     extras: Mapping[str, Any] = field(default_factory=dict)  # what expertsmith itself wrote into config.json
     tensor_parallel: int = 1
     expert_parallel: int = 1
@@ -133,6 +134,7 @@ def subject_of(inventory: Inventory, tensor_parallel: int = 1, expert_parallel: 
         architectures=tuple(str(name) for name in named),
         config=config,
         declared={layer: inventory.experts_in(layer) for layer in inventory.layers if layer in inventory.overrides},
+        chosen={layer: inventory.chosen[layer] for layer in inventory.layers if layer in inventory.chosen},
         extras=inventory.checkpoint.config.get("expertsmith") or {},
         # a stacked tensor holds what config.json says, or taking the inventory would have failed
         counts={
@@ -176,10 +178,13 @@ MINIMAX_KEYS = 'copy "scoring_func": "sigmoid" and "use_routing_bias": true from
 
 def too_few(s: Subject) -> str | None:
     """There are fewer experts than a token uses."""
-    if s.top_k <= s.fewest:
-        return None
-    place = "" if s.fewest == s.num_experts else " in decoder layer " + str(min(s.declared, key=lambda i: s.declared[i]))
-    return f"a token uses {s.top_k} experts, but there are {s.fewest}{place}"
+    short = []
+    for layer in {*s.counts, *s.chosen, *s.declared}:
+        top_k, count = s.chosen.get(layer, s.top_k), s.declared.get(layer, s.num_experts)
+        if top_k > count:
+            place = f" in decoder layer {layer}" if layer in s.chosen or layer in s.declared else ""
+            short.append((count, layer, f"a token uses {top_k} experts, but there are {count}{place}"))
+    return min(short)[2] if short else None
 
 
 def indivisible(s: Subject) -> str | None:

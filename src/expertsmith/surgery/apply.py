@@ -22,7 +22,15 @@ from expertsmith.progress import Progress, Silent
 from expertsmith.selection import Rules, groups_of
 from expertsmith.surgery.card import model_card
 from expertsmith.surgery.skip import SKIPS, write_padding, write_skip
-from expertsmith.surgery.uneven import check_padding, check_uneven, code_for, refuse_padded, routing_biases, write_counts
+from expertsmith.surgery.uneven import (
+    check_padding,
+    check_uneven,
+    code_for,
+    is_listed,
+    refuse_padded,
+    routing_biases,
+    write_counts,
+)
 from expertsmith.surgery.uneven import pad as fill_up
 
 if TYPE_CHECKING:
@@ -247,7 +255,8 @@ def apply_plan(
         )
     elif plan.uniform_count is None:
         notes.append(
-            f"layers keep {min(plan.counts)} to {max(plan.counts)} experts: load with expertsmith.load(…), or with transformers and trust_remote_code=True"
+            f"layers keep {min(plan.counts)} to {max(plan.counts)} experts: load with expertsmith.load(…)"
+            + ("" if is_listed(inventory) else ", or with transformers and trust_remote_code=True")
         )
     if plan.skip is not None:
         notes.append(SKIPS)
