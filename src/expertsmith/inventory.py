@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from expertsmith.arch import Architecture, Stacked, config_first, config_get, family_of, text_config
 from expertsmith.checkpoint import Checkpoint, TensorInfo
+from expertsmith.checkpoint.floats import floats, quantisation_config
 from expertsmith.errors import UserError
 from expertsmith.selection import Rules
 
@@ -62,6 +63,16 @@ class Inventory:
     claims: tuple[Claim, ...]
     overrides: Mapping[int, int] = field(default_factory=dict)  # decoder layer → experts, from a list or per_layer_config
     chosen: Mapping[int, int] = field(default_factory=dict)  # decoder layer → top_k, from the same
+
+    @cached_property
+    def floats(self) -> Inventory:
+        """The same of the float weights: itself where nothing is quantised.
+
+        Raises:
+            UserError: see `checkpoint.floats.quantisation_of` and `take_inventory`.
+        """
+        seen = floats(self.checkpoint)
+        return self if seen is self.checkpoint else take_inventory(seen)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -194,7 +205,7 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
             raise UserError(
                 f"{checkpoint.source}/config.json has {count} experts{place} in {groups} expert_groups, which does not divide"
             )
-        _check_layer(inventory, layer)
+        _check_layer(inventory, layer, whole=not quantisation_config(checkpoint))
     return inventory
 
 
@@ -305,7 +316,8 @@ def _claim(info: TensorInfo, record: Architecture, config: Any, scalar: int, own
     return Claim(info, "stacked", layer, rest, entry=entry, rows=per_expert, extra=extra, row_axis=axis)
 
 
-def _check_layer(inventory: Inventory, layer: int) -> None:
+def _check_layer(inventory: Inventory, layer: int, whole: bool) -> None:
+    """`whole`: every expert has the same tensors. Codes need not be alike where precision is mixed: `Inventory.floats` is judged instead."""
     record, experts = inventory.architecture, inventory.experts_in(layer)
     shapes: dict[str, Counter[tuple[int, ...]]] = {}
     owners: dict[str, dict[int, TensorInfo]] = {}
@@ -315,7 +327,7 @@ def _check_layer(inventory: Inventory, layer: int) -> None:
             below = owned[1] if owned else ""
             owners.setdefault(below, {})[claim.expert] = claim.info
             shapes.setdefault(below, Counter())[claim.info.shape] += 1
-    for below, held in owners.items():
+    for below, held in owners.items() if whole else ():
         missing = [expert for expert in range(experts) if expert not in held]
         if missing:
             raise UserError(

@@ -182,6 +182,8 @@ def quantisation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     Raises:
         UserError: config.json says it twice.
     """
+    if isinstance(checkpoint, Floats):
+        return {}
     outer, inner = checkpoint.config.get(CONFIG), None
     text = checkpoint.config.get("text_config")
     if isinstance(text, Mapping):

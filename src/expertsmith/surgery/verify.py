@@ -27,7 +27,7 @@ from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory
 from expertsmith.plan import Plan
 from expertsmith.progress import Progress, Silent
-from expertsmith.surgery.apply import check_plan, output_config, output_tensors
+from expertsmith.surgery.apply import check_plan, output_config, output_tensors, output_texts
 from expertsmith.surgery.mask import masked
 from expertsmith.surgery.merge import merged
 from expertsmith.surgery.skip import is_padded
@@ -119,6 +119,9 @@ def verify(
     tensors, wrong = compare_bytes(plan, inventory, output, progress, pad)
     expected = output_config(plan, inventory, pad)
     differs = sorted(key for key in {*expected, *output.config} if expected.get(key) != output.config.get(key))
+    for name, text in output_texts(plan, inventory, pad).items():
+        if not (output.path / name).is_file() or (output.path / name).read_text(encoding="utf-8") != text:
+            differs.append(name)
     verdict = Verdict(
         False, tolerance, tensors, wrong, differs, tokens=sum(batch.tokens for batch in batches), dtype=dtype, memory=memory
     )
