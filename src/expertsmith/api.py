@@ -1,4 +1,5 @@
-"""The verbs of expertsmith as functions. Models are paths or hub ids; statistics and plans are paths or loaded objects.
+"""The verbs of expertsmith as functions. Models are paths or hub ids; statistics and plans are paths or loaded objects. `revision` is the
+branch, tag or commit of a model on the hub; any hub id may also be written `owner/name@REVISION`.
 
     calibrate → statistics → plan → apply → checkpoint → verify, evaluate
 
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from expertsmith.checkpoint import open_checkpoint
+from expertsmith.checkpoint import open_checkpoint, pinned
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory, take_inventory
 from expertsmith.opening import beside, open_model, token_data, window_of
@@ -35,20 +36,21 @@ Keep = float | int | str
 RATIOS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 
-def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
+def inspect(model: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> dict[str, Any]:
     """What a checkpoint is and what each keep ratio would leave, from its config and headers only (no weight is read).
 
     Raises:
         UserError: not a checkpoint of a supported MoE family, or a damaged one.
     """
-    inventory = take_inventory(open_checkpoint(model, headers_only=True, allow_pickle=allow_pickle))
+    inventory = take_inventory(open_checkpoint(model, headers_only=True, allow_pickle=allow_pickle, revision=revision))
     record, rules = inventory.architecture, inventory.rules
-    parameters, nbytes = inventory.size()
+    quantisation, weights = _quantisation(inventory)
+    parameters, nbytes = weights.size()[0], inventory.size()[1]
     ratios: list[dict[str, float]] = []
     for ratio in RATIOS:
         with suppress(UserError):  # a ratio below what the router needs is left out
             counts = {layer: keep_count(ratio, inventory.rules_of(layer)) for layer in inventory.layers}
-            after = inventory.size(counts)
+            after = weights.size(counts)[0], inventory.size(counts)[1]
             if counts != inventory.counts and not any(row["bytes"] == after[1] for row in ratios):
                 ratios.append(
                     {
@@ -77,13 +79,29 @@ def inspect(model: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
         "least_experts": rules.least,
         "parameters": {
             "total": parameters,
-            "active": inventory.active_parameters,
-            "routed_experts": inventory.routed_parameters,
+            "active": weights.active_parameters,
+            "routed_experts": weights.routed_parameters,
         },
+        "quantisation": quantisation,
         "bytes": nbytes,
         "tensors": len(inventory.checkpoint.tensors),
         "keep_ratios": ratios,
     }
+
+
+def _quantisation(inventory: Inventory) -> tuple[dict[str, str | None] | None, Inventory]:
+    """(formats and, where they are not all known, why; None for an unquantised checkpoint), and the inventory that counts weights: of the
+    float weights, or of what stands there where it cannot be decoded."""
+    from expertsmith.checkpoint.floats import quantisation_config, quantisation_of
+
+    try:
+        found = quantisation_of(inventory.checkpoint)
+    except UserError as error:
+        method = quantisation_config(inventory.checkpoint).get("quant_method")
+        return {"formats": f"quant_method {method}" if method else "unknown", "cannot_be_decoded": str(error)}, inventory
+    if found is None:
+        return None, inventory
+    return {"formats": found.title, "cannot_be_decoded": None}, inventory.floats
 
 
 def _shared(inventory: Inventory) -> int | None:
@@ -99,11 +117,18 @@ def _shared(inventory: Inventory) -> int | None:
     return 1 if record.shared else 0
 
 
-def lint(model: str | Path, *, engine: str | None = None, tensor_parallel: int = 1, expert_parallel: int = 1) -> list[Finding]:
+def lint(
+    model: str | Path,
+    *,
+    engine: str | None = None,
+    tensor_parallel: int = 1,
+    expert_parallel: int = 1,
+    revision: str | None = None,
+) -> list[Finding]:
     """Whether serving engines will take this checkpoint's expert count, router and groups; from config and headers only."""
     from expertsmith.lint import lint as find
 
-    inventory = take_inventory(open_checkpoint(model, headers_only=True))
+    inventory = take_inventory(open_checkpoint(model, headers_only=True, revision=revision))
     return find(inventory, engine, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel)
 
 
@@ -125,6 +150,7 @@ def calibrate(
     dtype: str = "auto",
     memory: str = "auto",
     resume: bool = True,
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Statistics:
@@ -144,6 +170,7 @@ def calibrate(
     from expertsmith.calibration.observers import Extras
     from expertsmith.calibration.runner import collect
 
+    model = pinned(model, revision)
     progress = progress or Silent()
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     tokens = token_data(
@@ -177,6 +204,7 @@ def plan(
     router_groups: Literal["keep", "flatten"] = "keep",
     out: str | Path | None = None,
     work: str | Path | None = None,
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
     **calibration: Any,
@@ -199,6 +227,7 @@ def plan(
     """
     from expertsmith import planning
 
+    model = pinned(model, revision)
     progress = progress or Silent()
     inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     chosen, values, share, chosen_budget, rules = _request(inventory, method, keep, budget, options, router_groups)
@@ -241,6 +270,7 @@ def plan_from(
     *,
     router_groups: Literal["keep", "flatten"] = "keep",
     out: str | Path | None = None,
+    revision: str | None = None,
     allow_pickle: bool = False,
 ) -> Plan:
     """A plan from another tool's choice of experts: ordered lists (with `keep`), masks or retained experts; see `interchange`.
@@ -251,6 +281,7 @@ def plan_from(
     from expertsmith import interchange
     from expertsmith.surgery.apply import check_plan
 
+    model = pinned(model, revision)
     inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     made = interchange.plan_from(file, inventory, keep, router_groups)
     check_plan(made, inventory)
@@ -321,6 +352,7 @@ def apply(
     pad: bool = False,
     overwrite: bool = False,
     check_values: bool = True,
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
@@ -337,6 +369,7 @@ def apply(
     from expertsmith.surgery.apply import apply_plan
 
     loaded = plan if isinstance(plan, Plan) else load_plan(plan)
+    model = pinned(model, revision)
     inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     return apply_plan(loaded, inventory, Path(out), pad=pad, overwrite=overwrite, check_values=check_values, progress=progress)
 
@@ -353,6 +386,7 @@ def verify(
     device: str = "auto",
     dtype: str = "float32",
     memory: str = "auto",
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Verdict:
@@ -367,6 +401,7 @@ def verify(
     from expertsmith.engine.loading import choose_device, choose_memory
     from expertsmith.surgery import verify as proof
 
+    model = pinned(model, revision)
     progress = progress or Silent()
     inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     output = open_checkpoint(out)
@@ -420,6 +455,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     memory: str = "auto",
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Quality:
@@ -446,6 +482,7 @@ def evaluate(
     from expertsmith.judging import asking
     from expertsmith.surgery.mask import in_force
 
+    model = pinned(model, revision)
     progress = progress or Silent()
     if not data and not tasks:
         raise UserError("there is nothing to measure", "pass --data FILE for text, or --tasks NAME for lm-eval tasks")
@@ -497,7 +534,12 @@ def evaluate(
 
 
 def speed(
-    model: str | Path, *, reference: str | Path | None = None, progress: Progress | None = None, **setting: Any
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    **setting: Any,
 ) -> dict[str, Any]:
     """Prefill and decode tokens a second, time to first token, peak memory and weight bytes of a model in an engine, and of a reference in
     turns with it in one run; medians over the rounds and ratios, see `evaluation.serving.compare`.
@@ -513,6 +555,7 @@ def speed(
     from expertsmith.evaluation.engines import RefusedError
     from expertsmith.evaluation.serving import Setting, compare
 
+    model = pinned(model, revision)
     models = {"model": model} if reference is None else {"reference": reference, "model": model}
     chosen = Setting(**setting)
     try:
@@ -550,6 +593,7 @@ def skip(
     device: str = "auto",
     dtype: str = "auto",
     memory: str = "auto",
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
     **calibration: Any,
@@ -578,6 +622,7 @@ def skip(
     from expertsmith.surgery import skip as surgery
     from expertsmith.surgery.mask import in_force
 
+    model = pinned(model, revision)
     progress = progress or Silent()
     target = Path(out)
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
@@ -629,7 +674,13 @@ def skip(
 
 
 def convert(
-    dense: str | Path, method: str, out: str | Path, *, progress: Progress | None = None, **options: Any
+    dense: str | Path,
+    method: str,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """A dense model as a Mixture of Experts, in a stock architecture and without weight updates; measured and proved.
 
@@ -648,7 +699,7 @@ def convert(
     for name in options:
         if name not in known:
             raise unknown("option of convert", name, known)
-    request = Request(dense=str(dense), method=method, out=Path(out), **options)
+    request = Request(dense=str(pinned(dense, revision)), method=method, out=Path(out), **options)
     return run_conversion(request, progress or Silent())
 
 
@@ -665,6 +716,7 @@ def analyze(
     reference_stats: str | Path | Statistics | None = None,
     neurons: int = 128,
     pairs: int = 32,
+    revision: str | None = None,
     allow_pickle: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -697,6 +749,7 @@ def analyze(
     from expertsmith.calibration.spec import refuse_missing
     from expertsmith.planning import matching_statistics
 
+    model = pinned(model, revision)
     progress, target = progress or Silent(), Path(out)
     folder.prepare(target)
     refuse_missing(data)
@@ -769,8 +822,13 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     from expertsmith.engine.uneven import load as load_module
     from expertsmith.surgery.skip import skip_of
 
+    name, _, revision = str(path).partition("@")
+    if revision and not Path(path).exists():  # owner/name@REVISION
+        path, kwargs["revision"] = name, revision
     module = load_module(path, **kwargs)
-    config = open_checkpoint(path, headers_only=True).config  # the module's own may be the text part only
+    config = open_checkpoint(
+        path, headers_only=True, revision=kwargs.get("revision")
+    ).config  # the module's own may be the text part only
     found = skip_of(config)
     if found is not None:
         install(module, family_of(config, str(path)), found[1], found[0])
@@ -791,6 +849,7 @@ def heal(
     memory: str = "auto",
     resume: bool = True,
     overwrite: bool = False,
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
     **calibration: Any,
@@ -815,6 +874,7 @@ def heal(
     from expertsmith.healing.run import Healing
     from expertsmith.healing.run import heal as run_healing
 
+    model = pinned(model, revision)
     progress = progress or Silent()
     chosen = parse_healer(method, options or {})
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
@@ -854,6 +914,7 @@ def compress(
     measure: bool = True,
     heal: str | None = None,
     overwrite: bool = False,
+    revision: str | None = None,
     allow_pickle: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -875,6 +936,7 @@ def compress(
     from expertsmith.checkpoint.writer import prepare_target
     from expertsmith.surgery.card import model_card, quality_line
 
+    model = pinned(model, revision)
     progress = progress or Silent()
     seconds: dict[str, float] = {}
     target = Path(out)
@@ -988,6 +1050,8 @@ def compare(
     data: Sequence[str],
     eval_data: Sequence[str],
     out: str | Path,
+    *,
+    revision: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Methods × ratios × budgets from one calibration, judged on held-out text: one table and one picture. Returns what comparison.json holds.
@@ -1008,7 +1072,7 @@ def compare(
     """
     from expertsmith.comparison.run import compare as run_comparison
 
-    return run_comparison(model, methods, keep, data, eval_data, out, **options)
+    return run_comparison(pinned(model, revision), methods, keep, data, eval_data, out, **options)
 
 
 def run(recipe: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:

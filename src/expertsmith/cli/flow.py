@@ -31,6 +31,7 @@ from expertsmith.cli.options import (
     Pickle,
     Quiet,
     Resume,
+    Revision,
     Samples,
     Seed,
     SeqLen,
@@ -78,6 +79,7 @@ def compress(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     resume: Resume = True,
+    revision: Revision = None,
     overwrite: Overwrite = False,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
@@ -94,6 +96,7 @@ def compress(
         method,
         keep,
         out,
+        revision=revision,
         data=data or (),
         stats=stats,
         domains=domain or (),
@@ -170,6 +173,7 @@ def calibrate(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     resume: Resume = True,
+    revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -186,6 +190,7 @@ def calibrate(
             model,
             data or (),
             out,
+            revision=revision,
             samples=samples,
             seq_len=seq_len,
             seed=seed,
@@ -262,6 +267,7 @@ def plan(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     resume: Resume = True,
+    revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -277,7 +283,9 @@ def plan(
         raise typer.BadParameter("a plan is made by a method or from a file: pass --method NAME or --from FILE")
     groups = word(router_groups, "router-groups", "keep", "flatten")
     if from_file is not None:
-        made = api.plan_from(model, from_file, keep, router_groups=groups, out=out, allow_pickle=allow_pickle)
+        made = api.plan_from(
+            model, from_file, keep, router_groups=groups, out=out, revision=revision, allow_pickle=allow_pickle
+        )
         _show_made(made, out, as_json)
         return
     assert method is not None
@@ -285,6 +293,7 @@ def plan(
         model,
         method,
         keep,
+        revision=revision,
         stats=stats,
         data=data or (),
         domains=domain or (),
@@ -332,6 +341,7 @@ def apply(
             help="Layers with different numbers of experts: fill all up with dead experts, so that stock engines load it (selection biases only; saves no memory).",
         ),
     ] = False,
+    revision: Revision = None,
     overwrite: Overwrite = False,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
@@ -350,6 +360,7 @@ def apply(
         model,
         loaded,
         out,
+        revision=revision,
         pad=pad,
         overwrite=overwrite,
         check_values=check_values,
@@ -398,6 +409,7 @@ def skip(
     device: Device = "auto",
     dtype: Dtype = "auto",
     memory: Memory = "auto",
+    revision: Revision = None,
     overwrite: Overwrite = False,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
@@ -420,6 +432,7 @@ def skip(
         model,
         data or (),
         out,
+        revision=revision,
         plan=plan_file,
         statistic=word(statistic, "statistic", "median", "mean", "quantile"),
         quantile=0.5 if quantile is None else quantile,
@@ -460,6 +473,7 @@ def verify(
     device: Device = "auto",
     dtype: Dtype = "float32",
     memory: Memory = "auto",
+    revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -470,6 +484,7 @@ def verify(
     verdict = api.verify(
         model,
         out,
+        revision=revision,
         plan=plan_file,
         data=data or (),
         tokens=tokens,

@@ -22,6 +22,7 @@ from expertsmith.cli.options import (
     Pickle,
     Quiet,
     Resume,
+    Revision,
     Samples,
     Seed,
     SeqLen,
@@ -87,6 +88,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     memory: Memory = "auto",
+    revision: Revision = None,
     allow_pickle: Pickle = False,
     speed: Annotated[
         bool,
@@ -131,6 +133,7 @@ def evaluate(
     if speed:
         measured = api.speed(
             model,
+            revision=revision,
             reference=reference,
             engine=engine,
             python=engine_python,
@@ -153,6 +156,7 @@ def evaluate(
     quality = api.evaluate(
         model,
         data or (),
+        revision=revision,
         reference=reference,
         tasks=tasks or (),
         task_path=task_path or (),
@@ -216,6 +220,7 @@ def compare(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     resume: Resume = True,
+    revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -235,6 +240,7 @@ def compare(
         data or (),
         eval_data or (),
         out,
+        revision=revision,
         budgets=budget or ("uniform",),
         heal=heal or (),
         tasks=tasks or (),

@@ -23,6 +23,7 @@ from expertsmith.cli.options import (
     Pickle,
     Quiet,
     Resume,
+    Revision,
     Samples,
     Seed,
     SeqLen,
@@ -77,6 +78,7 @@ def analyze(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     resume: Resume = True,
+    revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -92,6 +94,7 @@ def analyze(
     measures = api.analyze(
         model,
         out,
+        revision=revision,
         data=data or (),
         stats=stats,
         all_experts=all_experts,
@@ -123,11 +126,11 @@ def analyze(
 
 
 @app.command(rich_help_panel=LOOK)
-def inspect(model: Model, allow_pickle: Pickle = False, as_json: AsJson = False) -> None:
+def inspect(model: Model, revision: Revision = None, allow_pickle: Pickle = False, as_json: AsJson = False) -> None:
     """What a checkpoint is, from config and headers only, and what each keep ratio would leave."""
     from expertsmith import api
 
-    facts = api.inspect(model, allow_pickle=allow_pickle)
+    facts = api.inspect(model, revision=revision, allow_pickle=allow_pickle)
     if as_json:
         show.as_json(facts)
         return
@@ -140,12 +143,15 @@ def lint(
     engine: Annotated[str | None, typer.Option(help="transformers, vllm, sglang or llama.cpp; default: all.")] = None,
     tensor_parallel: Annotated[int, typer.Option("--tp", help="Tensor-parallel size you will serve with.")] = 1,
     expert_parallel: Annotated[int, typer.Option("--ep", help="Expert-parallel size you will serve with.")] = 1,
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Will this engine serve this expert count, router and group layout? Exit code 1 if not."""
     from expertsmith import api
 
-    findings = api.lint(model, engine=engine, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel)
+    findings = api.lint(
+        model, revision=revision, engine=engine, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel
+    )
     if as_json:
         show.as_json({"model": model, "findings": [finding.to_json() for finding in findings]})
     elif not findings:

@@ -33,6 +33,15 @@ Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Checkpoint directory, owner/name on the Hugging Face hub, or demo (comes along)."),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="REV",
+        help="Branch, tag or commit of MODEL on the hub; owner/name@REV says the same of any model.",
+        show_default=False,
+    ),
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(
