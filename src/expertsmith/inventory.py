@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from expertsmith.arch import Architecture, Stacked, config_first, config_get, family_of, text_config
 from expertsmith.checkpoint import Checkpoint, TensorInfo
+from expertsmith.checkpoint.floats import Floats, floats, quantisation_of
 from expertsmith.errors import UserError
 from expertsmith.selection import Rules
 
 Kind = Literal["expert", "stacked", "other", "unused"]
-SCALES = ("_scale_inv", "_scale")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,12 @@ class Inventory:
     rules: Rules
     claims: tuple[Claim, ...]
     overrides: Mapping[int, int] = field(default_factory=dict)  # decoder layer → experts, from per_layer_config
+
+    @cached_property
+    def floats(self) -> Inventory:
+        """The same model as floats: its claims are float weights, read decoded in float32. Itself where nothing is quantised."""
+        view = floats(self.checkpoint)
+        return self if view is self.checkpoint else take_inventory(view)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -163,8 +169,8 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
     """Claim every tensor of a checkpoint.
 
     Raises:
-        UserError: dense or unsupported model, config without expert counts, or tensors that contradict it (missing expert,
-            shape that differs from its siblings', rows that do not divide into experts).
+        UserError: dense or unsupported model, config without expert counts, tensors that contradict it (missing expert,
+            shape that differs from its siblings', rows that do not divide into experts), or quantised tensors that cannot be decoded.
     """
     record = family_of(checkpoint.config, f"{checkpoint.source}/config.json")
     config = text_config(checkpoint.config)
@@ -172,7 +178,10 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
     top_k = _count(config, record.top_k_key, checkpoint)
     own = per_layer_counts(config, record, f"{checkpoint.source}/config.json")
     depth = config.get("num_hidden_layers")
-    claims = tuple(_claim(info, record, config, experts, own, depth) for info in checkpoint.tensors.values())
+    weights = _weights_of(checkpoint)
+    claims = tuple(
+        _claim(info, record, config, experts, own, depth, weights.get(info.name)) for info in checkpoint.tensors.values()
+    )
     groups, top_groups = _groups(record, config)
     rules = Rules(experts, top_k, groups, top_groups, record.group_minimum)
     inventory = Inventory(checkpoint, record, experts, top_k, rules, claims, own)
@@ -188,7 +197,7 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
             raise UserError(
                 f"{checkpoint.source}/config.json has {count} experts{place} in {groups} expert_groups, which does not divide"
             )
-        _check_layer(inventory, layer)
+        _check_layer(inventory.floats, layer)  # quantised experts may be stored in different ways, but are of one shape
     return inventory
 
 
@@ -239,7 +248,16 @@ def _groups(record: Architecture, config: Any) -> tuple[int, int]:
     return groups, top
 
 
-def _claim(info: TensorInfo, record: Architecture, config: Any, scalar: int, own: Mapping[int, int], depth: Any) -> Claim:
+def _weights_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """Tensor → the float weight that it is a part of, for quantised weights (none in a float view)."""
+    found = None if isinstance(checkpoint, Floats) else quantisation_of(checkpoint)
+    stored = found.stored.values() if found else ()
+    return {info.name: entry.name for entry in stored for info in entry.parts.values()}
+
+
+def _claim(
+    info: TensorInfo, record: Architecture, config: Any, scalar: int, own: Mapping[int, int], depth: Any, weight: str | None
+) -> Claim:
     located = record.locate(info.name)
     if located is None:
         unused = info.name.startswith("mtp.") or ".mtp." in info.name
@@ -252,8 +270,9 @@ def _claim(info: TensorInfo, record: Architecture, config: Any, scalar: int, own
     if owner is not None:
         return Claim(info, "expert", layer, rest, expert=owner[0])
     entry = record.stacked_of(rest)
-    for suffix in SCALES:  # of fused quantised weights: their rows run over the experts too
-        entry = entry or (record.stacked_of(rest.removesuffix(suffix)) if rest.endswith(suffix) else None)
+    if entry is None and weight is not None and len(info.shape) > 1:  # codes and scales of a fused weight run over the experts too
+        located = record.locate(weight)
+        entry = record.stacked_of(located[1]) if located else None
     if entry is None:
         if info.shape and info.shape[0] == experts and re.search(r"(^|\.)experts\.", rest):
             raise UserError(

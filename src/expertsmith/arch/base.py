@@ -77,6 +77,8 @@ class Architecture:
     )  # per expert: gate (None: no gate), up, down
     stacked: tuple[Stacked, ...] = (Stacked("mlp.gate.weight", "router"),)
 
+    ignored: tuple[str, ...] = ()  # regexes of tensor names that the model's class does without, and rightly
+
     # the module tree
     layers: str = "model.layers"  # from the causal LM to its decoder layers
     block: str = "mlp"  # from a decoder layer to the module that holds router and experts; "" = the layer itself

@@ -98,6 +98,10 @@ def floats(checkpoint: Checkpoint, dtype: str = "F32") -> Checkpoint:
     Raises:
         UserError: see `quantisation_of`.
     """
+    if isinstance(checkpoint, Floats):
+        if checkpoint.dtype == dtype:
+            return checkpoint
+        checkpoint = checkpoint.raw
     found = quantisation_of(checkpoint)
     if found is None:
         return checkpoint

@@ -18,23 +18,20 @@ from expertsmith.inventory import Claim, Inventory
 from expertsmith.progress import Progress
 from expertsmith.surgery.merge import roles_of, router_tensor
 from expertsmith.surgery.uneven import code_for
-from expertsmith.weights import FLOATS, is_matrix, is_scale, layout_of, split
+from expertsmith.weights import FLOATS, is_matrix, layout_of, split
 
 ROUTER = "router"
 
 
 def check_floats(inventory: Inventory) -> None:
-    """Refuse checkpoints whose experts are not plain floats.
+    """Refuse checkpoints whose experts are no floats and do not decode to floats.
 
     Raises:
-        UserError: a quantised or packed expert tensor, or one of unknown layout.
+        UserError: such a tensor, or one of unknown layout.
     """
-    for claim in inventory.claims:
-        if claim.routed and (is_scale(claim) or claim.info.dtype not in FLOATS):
-            raise UserError(
-                f"{claim.info.name} is {claim.info.dtype} of a quantised checkpoint: its experts cannot be healed",
-                "heal a checkpoint in float or bfloat16 and quantise the result",
-            )
+    for claim in inventory.floats.claims:
+        if claim.routed and claim.info.dtype not in FLOATS:
+            raise UserError(f"{claim.info.name} is {claim.info.dtype}: experts in it cannot be healed", "please report this checkpoint")
         if claim.routed and layout_of(claim, inventory) is None:
             raise UserError(
                 f"{claim.info.name}: it is not known which projection of an expert this is", "please report this checkpoint"

@@ -28,7 +28,7 @@ from expertsmith.engine import LoadedModel
 from expertsmith.errors import UserError
 from expertsmith.inventory import Claim, Inventory
 from expertsmith.plan import LayerPlan, Merge, Plan
-from expertsmith.weights import FLOATS, is_matrix, is_scale, layout_of, slice_of, split
+from expertsmith.weights import FLOATS, is_matrix, layout_of, slice_of, split
 
 Edit = tuple[torch.Tensor, torch.Tensor]  # a view into a parameter, and what it becomes
 
@@ -51,12 +51,9 @@ def check_merges(plan: Plan, inventory: Inventory) -> None:
                     f"{where} merges experts {merge.sources}, which are in different expert_groups of the router",
                     "merge within expert_groups, or plan with --router-groups flatten",
                 )
-        for claim in inventory.by_layer[entry.layer]:
-            if (claim.kind in ("expert", "stacked") and claim.info.dtype not in FLOATS) or (claim.routed and is_scale(claim)):
-                raise UserError(
-                    f"{claim.info.name} is {claim.info.dtype} of a quantised checkpoint: experts of it cannot be averaged",
-                    "merge a checkpoint in float or bfloat16 and quantise the result",
-                )
+        for claim in inventory.floats.by_layer[entry.layer]:
+            if claim.kind in ("expert", "stacked") and claim.info.dtype not in FLOATS:
+                raise UserError(f"{claim.info.name} is {claim.info.dtype}: experts in it cannot be averaged", "please report this checkpoint")
             if claim.routed and layout_of(claim, inventory) is None and any(merge.align != "none" for merge in entry.merge):
                 raise UserError(
                     f"{claim.info.name}: it is not known which projection of an expert this is, so its neurons cannot be aligned",
