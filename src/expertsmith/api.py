@@ -317,6 +317,7 @@ def apply(
     out: str | Path,
     *,
     pad: bool = False,
+    requantise: bool = False,
     overwrite: bool = False,
     check_values: bool = True,
     allow_pickle: bool = False,
@@ -328,6 +329,7 @@ def apply(
 
     Args:
         pad: instead, fill such layers up with experts that are never selected, so that stock classes load the result.
+        requantise: quantise merged experts of a quantised source again, in its own format; otherwise a merge writes everything in bfloat16.
 
     Raises:
         UserError: the plan is for another model or breaks a rule, the output exists, the disk is full, NaN in a kept tensor.
@@ -336,7 +338,16 @@ def apply(
 
     loaded = plan if isinstance(plan, Plan) else load_plan(plan)
     inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
-    return apply_plan(loaded, inventory, Path(out), pad=pad, overwrite=overwrite, check_values=check_values, progress=progress)
+    return apply_plan(
+        loaded,
+        inventory,
+        Path(out),
+        pad=pad,
+        requantise=requantise,
+        overwrite=overwrite,
+        check_values=check_values,
+        progress=progress,
+    )
 
 
 def verify(

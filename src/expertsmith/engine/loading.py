@@ -21,7 +21,7 @@ from torch import nn
 
 from expertsmith.arch import Architecture, text_config
 from expertsmith.checkpoint import Checkpoint
-from expertsmith.checkpoint.floats import floats
+from expertsmith.checkpoint.floats import Floats, floats
 from expertsmith.engine.uneven import causal_lm
 from expertsmith.errors import UserError
 
@@ -191,7 +191,7 @@ def load_model(
     """
     target = torch.device(device)
     chosen = _dtype(dtype, checkpoint)
-    weights = floats(checkpoint, WORDS.get(chosen, "F32"))
+    weights = checkpoint if isinstance(checkpoint, Floats) else floats(checkpoint, WORDS.get(chosen, "F32"))
     config = transformers_config(checkpoint)
     inner = config.get_text_config()
     if memory == "stream":
@@ -205,7 +205,7 @@ def load_model(
     try:
         if memory == "resident" and checkpoint.converted:
             raise UserError("a pickle checkpoint is run with --memory stream only")
-        stock = memory == "resident" and weights is checkpoint
+        stock = memory == "resident" and not isinstance(weights, Floats)
         if stock:
             with quietly():
                 module, info = auto.from_pretrained(
