@@ -350,6 +350,24 @@ def apply(
     )
 
 
+def dequantise(
+    model: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a quantised checkpoint, of a MoE or any other model, as plain bfloat16, tensor by tensor, and read it back; returns sizes.
+
+    Raises:
+        UserError: nothing is quantised, or a format that cannot be decoded exactly.
+    """
+    from expertsmith.surgery.dequantise import dequantise as write
+
+    return write(open_checkpoint(model, allow_pickle=allow_pickle), Path(out), overwrite=overwrite, progress=progress)
+
+
 def verify(
     model: str | Path | Inventory,
     out: str | Path,
@@ -794,6 +812,7 @@ def heal(
     *,
     method: str = "least_squares",
     options: Mapping[str, Any] | None = None,
+    requantise: bool = False,
     eval_data: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "float32",
@@ -815,10 +834,12 @@ def heal(
         method: "least_squares" (down projections in closed form, layer by layer) or "layer_local" (the same, then router, gate, up and down
             projections by gradients within each layer).
         options: of the method, see `healing.options`.
+        requantise: write healed weights of a quantised model in its own format, and measure what that costs; otherwise all weights are
+            written in bfloat16.
         eval_data: further held-out text, on which the model is measured before and after.
 
     Raises:
-        UserError: teacher and student that do not match, a quantised model, too little data, or an unknown method or option.
+        UserError: teacher and student that do not match, too little data, or an unknown method or option.
     """
     from expertsmith.healing.options import parse_healer
     from expertsmith.healing.run import Healing
@@ -832,7 +853,17 @@ def heal(
     original = open_checkpoint(teacher, allow_pickle=allow_pickle)
     run: dict[str, Any] = {"device": device, "dtype": dtype, "memory": memory}
     job = Healing(
-        inventory, original, tokens, method, chosen, Path(out), batch_tokens, resume=resume, overwrite=overwrite, **run
+        inventory,
+        original,
+        tokens,
+        method,
+        chosen,
+        Path(out),
+        batch_tokens,
+        requantise=requantise,
+        resume=resume,
+        overwrite=overwrite,
+        **run,
     )
     report = run_healing(job, progress)
     if eval_data:
@@ -862,6 +893,7 @@ def compress(
     eval_data: Sequence[str] = (),
     measure: bool = True,
     heal: str | None = None,
+    requantise: bool = False,
     overwrite: bool = False,
     allow_pickle: bool = False,
     device: str = "auto",
@@ -879,6 +911,7 @@ def compress(
         eval_data: held-out text to measure quality on; without it, the calibration text is used (which flatters the result).
         measure: False leaves the quality measurement out.
         heal: a layer-wise way of healing on the same data, after the unhealed checkpoint was verified.
+        requantise: write merged or healed weights of a quantised model in its own format; otherwise all weights are then bfloat16.
     """
     from expertsmith.calibration.spec import refuse_missing
     from expertsmith.checkpoint.writer import prepare_target
@@ -928,7 +961,12 @@ def compress(
             **calibration,
         )
     with timed(seconds, "apply"):
-        notes = apply(inventory, made, written, overwrite=overwrite or heal is not None, progress=progress)
+        if requantise and not (made.merges or heal):
+            raise UserError("--requantise has nothing to do: no expert is merged or healed", "leave it out")
+        again = requantise and bool(made.merges)
+        notes = apply(
+            inventory, made, written, requantise=again, overwrite=overwrite or heal is not None, progress=progress
+        )
     with timed(seconds, "verify"):
         verdict = verify(inventory, written, plan=made, progress=progress, **run)
     report = None
@@ -940,6 +978,7 @@ def compress(
                 data,
                 out,
                 method=heal,
+                requantise=requantise,
                 overwrite=overwrite,
                 allow_pickle=allow_pickle,
                 progress=progress,

@@ -24,6 +24,7 @@ from expertsmith.cli.options import (
     Pack,
     Pickle,
     Quiet,
+    Requantise,
     Resume,
     Samples,
     Seed,
@@ -192,6 +193,7 @@ def heal(
         str, typer.Option("--method", "-m", help="least_squares, layer_local, router or lora.")
     ] = "least_squares",
     option: Options = None,
+    requantise: Requantise = False,
     eval_data: EvalData = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
@@ -224,6 +226,7 @@ def heal(
         out,
         method=method,
         options=options_of(option),
+        requantise=requantise,
         eval_data=eval_data or (),
         device=device,
         dtype=dtype,
