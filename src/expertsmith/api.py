@@ -964,9 +964,7 @@ def compress(
         if requantise and not (made.merges or heal):
             raise UserError("--requantise has nothing to do: no expert is merged or healed", "leave it out")
         again = requantise and bool(made.merges)
-        notes = apply(
-            inventory, made, written, requantise=again, overwrite=overwrite or heal is not None, progress=progress
-        )
+        notes = apply(inventory, made, written, requantise=again, overwrite=overwrite or heal is not None, progress=progress)
     with timed(seconds, "verify"):
         verdict = verify(inventory, written, plan=made, progress=progress, **run)
     report = None

@@ -10,13 +10,16 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from expertsmith.arch import Architecture, Stacked, config_first, config_get, family_of, text_config
 from expertsmith.checkpoint import Checkpoint, TensorInfo
 from expertsmith.checkpoint.floats import Floats, floats, quantisation_of
 from expertsmith.errors import UserError
 from expertsmith.selection import Rules
+
+if TYPE_CHECKING:
+    import torch
 
 Kind = Literal["expert", "stacked", "other", "unused"]
 
@@ -150,6 +153,15 @@ class Inventory:
         idle = sum(self._routed(claim) * (1 - self.top_k / self._here(claim)) for claim in self.claims if claim.routed)
         return round(total - idle)
 
+    def rows(self, claim: Claim, expert: int) -> torch.Tensor:
+        """What a tensor holds of one expert, in its own dtype: the whole of a per-expert tensor, [rows, …] or its entry of a stacked one."""
+        if claim.kind == "expert":
+            return self.checkpoint.read(claim.info.name)
+        if claim.row_axis == 1:  # [1, experts]
+            return self.checkpoint.read(claim.info.name)[0, expert * claim.rows : (expert + 1) * claim.rows]
+        part = self.checkpoint.read(claim.info.name, expert * claim.rows, (expert + 1) * claim.rows)
+        return part[0] if claim.rows == 1 and part.dim() > 1 else part
+
     def expert_claims(self, layer: int) -> list[list[Claim]]:
         """The routed weights of a layer, by expert; a stacked claim stands under each of its experts."""
         count = self.experts_in(layer)
@@ -270,7 +282,9 @@ def _claim(
     if owner is not None:
         return Claim(info, "expert", layer, rest, expert=owner[0])
     entry = record.stacked_of(rest)
-    if entry is None and weight is not None and len(info.shape) > 1:  # codes and scales of a fused weight run over the experts too
+    if (
+        entry is None and weight is not None and len(info.shape) > 1
+    ):  # codes and scales of a fused weight run over the experts too
         located = record.locate(weight)
         entry = record.stacked_of(located[1]) if located else None
     if entry is None:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expertsmith.arch import config_get
-from expertsmith.arch.base import Layout
+from expertsmith.arch.base import Layout, roles_of, split
 from expertsmith.errors import UserError
 from expertsmith.inventory import Claim, Inventory
 from expertsmith.methods.base import ExpertWeights
@@ -76,22 +75,7 @@ def _roles(claim: Claim, inventory: Inventory) -> tuple[str, ...]:
             f"{claim.info.name}: it is not known which projection of an expert this is",
             "please report this checkpoint",
         )
-    return ("gate", "up") if layout.startswith(("gate_up", "alternating")) else (layout.removesuffix("_t"),)
-
-
-def split(layout: Layout, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Views of one expert's matrix (or bias) by role: gate and up [neurons, inputs], down [outputs, neurons]; biases [neurons], [outputs].
-
-    Writing into a view writes into the tensor.
-    """
-    if layout.endswith("_t") and tensor.dim() == 2:
-        tensor = tensor.T
-    if layout.startswith("gate_up"):
-        half = tensor.shape[0] // 2
-        return {"gate": tensor[:half], "up": tensor[half:]}
-    if layout.startswith("alternating"):
-        return {"gate": tensor[::2], "up": tensor[1::2]}
-    return {layout.removesuffix("_t"): tensor}
+    return roles_of(layout)
 
 
 def is_matrix(claim: Claim) -> bool:
@@ -99,16 +83,6 @@ def is_matrix(claim: Claim) -> bool:
     if claim.kind == "expert":
         return len(claim.info.shape) >= 2
     return claim.rows > 1 or len(claim.info.shape) > 2  # one row an expert is a bias
-
-
-def slice_of(inventory: Inventory, claim: Claim, expert: int) -> torch.Tensor:
-    """What a tensor holds of one expert, in its own dtype: the whole of a per-expert tensor, [rows, …] or its entry of a stacked one."""
-    if claim.kind == "expert":
-        return inventory.checkpoint.read(claim.info.name)
-    if claim.row_axis == 1:  # [1, experts]
-        return inventory.checkpoint.read(claim.info.name)[0, expert * claim.rows : (expert + 1) * claim.rows]
-    part = inventory.checkpoint.read(claim.info.name, expert * claim.rows, (expert + 1) * claim.rows)
-    return part[0] if claim.rows == 1 and part.dim() > 1 else part
 
 
 def matrix_of(inventory: Inventory, claim: Claim, expert: int) -> torch.Tensor | None:
@@ -122,7 +96,7 @@ def matrix_of(inventory: Inventory, claim: Claim, expert: int) -> torch.Tensor |
     info = claim.info
     if info.dtype not in FLOATS:
         raise UserError(f"{info.name} is {info.dtype}: its numbers are no weights", "please report this checkpoint")
-    values = slice_of(inventory, claim, expert).float()
+    values = inventory.rows(claim, expert).float()
     if not bool(values.isfinite().all()):
         raise UserError(f"{info.name} has NaN or inf", "the checkpoint is damaged: download it again")
     return values

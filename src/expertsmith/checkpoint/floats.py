@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 CONFIG = "quantization_config"
 MODELOPT = "hf_quant_config.json"  # where NVIDIA's exporter writes what it did
 NARROW = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2")
-SIDE_FILES = (MODELOPT, "quantize_config.json", "quant_config.json", "quantization_config.json")  # that repeat quantization_config
+SIDE_FILES = (
+    MODELOPT,
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+)  # that repeat quantization_config
 AT_ONCE = 2**24  # elements decoded at a time
 # scales of activations and of the key-value cache: they say nothing of weights
 ACTIVATIONS = re.compile(r"(^|[._])(input|output|activation|k|v|q|kv|prob)_(global_)?scale(_inv)?$|\.(k|v|q)_zero_point$")
@@ -92,7 +97,6 @@ class Floats(Checkpoint):
             end = min(begin + step, last)
             whole[begin - first : end - first] = decode(entry, self.raw.read, begin, end)
         return whole
-
 
     def encoded(self, name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Other values of a quantised weight (or of rows of it) in its own format: tensor on disk → codes and scales, of those that change.
@@ -228,7 +232,10 @@ def _find(checkpoint: Checkpoint) -> Quantisation | None:
                 _known(config),
             )
         if quantised and COMPANION.search(name):
-            raise UserError(f"{name} looks like a part of a quantised weight, but belongs to none that expertsmith can decode", _known(config))
+            raise UserError(
+                f"{name} looks like a part of a quantised weight, but belongs to none that expertsmith can decode",
+                _known(config),
+            )
     if not stored:
         if config:
             raise UserError(

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -22,10 +23,14 @@ from torch import nn
 from expertsmith.arch import Architecture, text_config
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.floats import Floats, floats
+from expertsmith.engine.experts import experts_of, is_grouped
+from expertsmith.engine.on_demand import Source, install, remove
 from expertsmith.engine.uneven import causal_lm
 from expertsmith.errors import UserError
+from expertsmith.inventory import Inventory, take_inventory
 
 Memory = Literal["resident", "stream"]
+SHARE_OF_A_LAYER = 0.25  # of the free memory: what the experts of one decoder layer may take
 CHECKED_AT_ONCE = 2**22  # elements
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # safetensors' words
 ALWAYS_LEFT_OUT = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)mtp(_|\.)")  # computed, or multi-token prediction
@@ -49,6 +54,7 @@ class LoadedModel:
     _dtype_plan: dict[str, torch.dtype] = field(default_factory=dict, repr=False)
     _prefix: str = ""
     _checked: set[int] = field(default_factory=set, repr=False)
+    _experts: Inventory | None = None  # where the routed experts are read from when they are needed; None: with their layer
 
     @property
     def config(self) -> Any:
@@ -66,6 +72,12 @@ class LoadedModel:
         """Decoder layers that have routed experts."""
         assert self.architecture is not None
         return [i for i, layer in enumerate(self.layers) if has_experts(layer, self.architecture)]
+
+    def whole(self) -> None:
+        """From now on, have the experts of a layer in memory with it, whatever that takes: they are to be looked at or changed there."""
+        self._experts = None
+        for index in self.moe_layers if self.architecture else ():
+            remove(experts_of(self.layers[index], self.architecture))  # type: ignore[arg-type]
 
     def bring(self, index: int) -> None:
         """Load decoder layer `index` and make sure that its weights are finite."""
@@ -85,15 +97,32 @@ class LoadedModel:
 
     def _load(self, group: int | None) -> None:
         where = "outside the decoder layers" if group is None else f"in decoder layer {group}"
-        self._read_in(self._groups.get(group, []), where)
         target = self.module if group is None else self.layers[group]
-        skipped = {id(p) for layer in self.layers for p in layer.parameters()} if group is None else set()
+        names, later = self._groups.get(group, []), set()
+        if group is not None and self._experts is not None and self._reads_experts(group):
+            assert self.architecture is not None
+            experts = experts_of(target, self.architecture)
+            names = [name for name in names if name not in self._expert_names(group)]
+            install(experts, Source(self._experts, group, self.architecture, self.device))
+            later = {id(p) for p in experts.parameters()}
+        self._read_in(names, where)
+        skipped = {id(p) for layer in self.layers for p in layer.parameters()} if group is None else later
         if group is None:
             self.module.tie_weights()  # type: ignore[operator]
         absent = [name for name, p in target.named_parameters() if p.is_meta and id(p) not in skipped]
         if absent:
             place = absent[0] if group is None else f"{self._prefix}{group}.{absent[0]}"
             raise UserError(f"the checkpoint lacks the weights of {place}", "download it again")
+
+    def _reads_experts(self, index: int) -> bool:
+        """Whether a decoder layer has experts that can be read one by one."""
+        assert self.architecture is not None
+        layer = self.layers[index]
+        return has_experts(layer, self.architecture) and is_grouped(experts_of(layer, self.architecture))
+
+    def _expert_names(self, index: int) -> set[str]:
+        assert self._experts is not None
+        return {claim.info.name for claims in self._experts.expert_claims(index) for claim in claims}
 
     def _read_in(self, names: Sequence[str], where: str) -> None:
         """Tensors of the checkpoint into the module, through transformers' own renaming and fusing."""
@@ -248,6 +277,8 @@ def load_model(
         # some families initialise buffers again after loading (Zaya's balancing biases in transformers 5.23): what the checkpoint says counts
         loaded._read_in(buffers, "of the routers")
     else:
+        if memory == "stream" and architecture is not None and _too_large(weights, architecture, chosen, target):
+            loaded._experts = take_inventory(weights)
         for buffer_name, buffer in module.named_buffers():
             parent, _, leaf = buffer_name.rpartition(".")
             module.get_submodule(parent)._buffers[leaf] = buffer.to(target)
@@ -258,6 +289,16 @@ def load_model(
     _align(module, skip=layer_ids)
     _check_finite(module, "the model outside its decoder layers", skip=layer_ids)
     return loaded
+
+
+def _too_large(weights: Checkpoint, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the experts of one decoder layer should not be in memory together: another model may walk beside this one, and fusing takes a
+    part of them twice."""
+    sizes: Counter[int] = Counter()
+    for claim in take_inventory(weights).claims:
+        if claim.routed and claim.layer is not None:
+            sizes[claim.layer] += claim.info.numel * torch.empty(0, dtype=dtype).element_size()
+    return max(sizes.values(), default=0) > SHARE_OF_A_LAYER * free_memory(device)
 
 
 def has_experts(layer: nn.Module, architecture: Architecture) -> bool:
@@ -369,9 +410,9 @@ def _group_names(loaded: LoadedModel) -> list[str]:
     buffers = []
     left_out = _left_out(loaded)
     for name in loaded.weights.tensors:
-        renamed, pattern = rename_source_key(name, renamings, converters, module.base_model_prefix, targets)
+        renamed, _ = rename_source_key(name, renamings, converters, module.base_model_prefix, targets)
         if renamed not in targets and name in targets:
-            renamed, pattern = name, None
+            renamed = name
         if renamed not in targets:
             if left_out(name):
                 continue
@@ -463,7 +504,7 @@ def _check_finite(
     """Name the first parameter with NaN or inf (`selection`: parameters that may hold -inf). A sum in float32 is one read: any NaN or inf
     makes it non-finite."""
     for name, parameter in module.named_parameters():
-        if id(parameter) in skip or not parameter.is_floating_point() or parameter.element_size() < 2:
+        if id(parameter) in skip or parameter.is_meta or not parameter.is_floating_point() or parameter.element_size() < 2:
             continue
         # in parts, because a CPU sum in float32 of another dtype makes a float32 copy of all that it sums
         if all(

@@ -118,7 +118,9 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
         kept = _over_all(measured["quality"], measure_of) <= _over_all(report["held_out"]["before"], measure_of)
         report["requantised"] = {**measured, "accepted": kept}
         if not kept:
-            progress.note("quantised again, the healed weights are worse on the held-out tokens than before: the weights stay as they were")
+            progress.note(
+                "quantised again, the healed weights are worse on the held-out tokens than before: the weights stay as they were"
+            )
             changed = []
     report["seconds"] = round(time.perf_counter() - begin, 3)
     _write(job, job.target, changed, work, report, progress)

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from expertsmith.arch.base import roles_of, split
 from expertsmith.checkpoint.floats import SIDE_FILES, Floats, bytes_of, source_of
 from expertsmith.checkpoint.reader import TORCH_DTYPES
 from expertsmith.checkpoint.writer import Made, OutputTensor, write_checkpoint
@@ -17,9 +17,9 @@ from expertsmith.errors import UserError
 from expertsmith.healing.experts import LayerExperts
 from expertsmith.inventory import Claim, Inventory
 from expertsmith.progress import Progress
-from expertsmith.surgery.merge import roles_of, router_tensor
+from expertsmith.surgery.merge import router_tensor
 from expertsmith.surgery.uneven import code_for
-from expertsmith.weights import FLOATS, is_matrix, layout_of, split
+from expertsmith.weights import FLOATS, is_matrix, layout_of
 
 ROUTER = "router"
 
@@ -32,7 +32,9 @@ def check_floats(inventory: Inventory) -> None:
     """
     for claim in inventory.floats.claims:
         if claim.routed and claim.info.dtype not in FLOATS:
-            raise UserError(f"{claim.info.name} is {claim.info.dtype}: experts in it cannot be healed", "please report this checkpoint")
+            raise UserError(
+                f"{claim.info.name} is {claim.info.dtype}: experts in it cannot be healed", "please report this checkpoint"
+            )
         if claim.routed and layout_of(claim, inventory) is None:
             raise UserError(
                 f"{claim.info.name}: it is not known which projection of an expert this is", "please report this checkpoint"

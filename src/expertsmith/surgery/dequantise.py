@@ -16,7 +16,9 @@ from expertsmith.progress import Progress, Silent
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
-def dequantise(checkpoint: Checkpoint, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+def dequantise(
+    checkpoint: Checkpoint, out: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
     """Write every quantised weight as the bfloat16 value nearest to what its codes stand for, all other tensors byte for byte; then read
     the result and compare every weight with a second decoding. Memory holds one tensor at a time.
 

@@ -21,16 +21,17 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from expertsmith.arch import Architecture
-from expertsmith.arch.base import Layout
+from expertsmith.arch.base import Layout, roles_of, split
 from expertsmith.checkpoint.floats import Floats, bytes_of
 from expertsmith.checkpoint.formats import formats
 from expertsmith.checkpoint.reader import TORCH_DTYPES, TensorInfo
 from expertsmith.checkpoint.writer import Made
 from expertsmith.engine import LoadedModel
+from expertsmith.engine.experts import in_memory
 from expertsmith.errors import UserError
 from expertsmith.inventory import Claim, Inventory
 from expertsmith.plan import LayerPlan, Merge, Plan
-from expertsmith.weights import FLOATS, is_matrix, layout_of, slice_of, split
+from expertsmith.weights import FLOATS, is_matrix, layout_of
 
 Edit = tuple[torch.Tensor, torch.Tensor]  # a view into a parameter, and what it becomes
 
@@ -55,7 +56,10 @@ def check_merges(plan: Plan, inventory: Inventory) -> None:
                 )
         for claim in inventory.floats.by_layer[entry.layer]:
             if claim.kind in ("expert", "stacked") and claim.info.dtype not in FLOATS:
-                raise UserError(f"{claim.info.name} is {claim.info.dtype}: experts in it cannot be averaged", "please report this checkpoint")
+                raise UserError(
+                    f"{claim.info.name} is {claim.info.dtype}: experts in it cannot be averaged",
+                    "please report this checkpoint",
+                )
             if claim.routed and layout_of(claim, inventory) is None and any(merge.align != "none" for merge in entry.merge):
                 raise UserError(
                     f"{claim.info.name}: it is not known which projection of an expert this is, so its neurons cannot be aligned",
@@ -172,7 +176,7 @@ class Merger:
         if claim.routed:
             merged = average(self._sources(claim, merge), merge.weights, dtype)
         else:
-            rows = (slice_of(self.inventory, claim, expert) for expert in merge.sources)
+            rows = (self.inventory.rows(claim, expert) for expert in merge.sources)
             merged = router_row(rows, merge, self._counts(claim, merge), dtype)
         return bytes_of(merged)
 
@@ -186,7 +190,7 @@ class Merger:
         self._enter(claim.layer)
         layout = layout_of(claim, self.inventory)
         for expert in merge.sources:
-            part = slice_of(self.inventory, self._sibling(claim, expert), expert)
+            part = self.inventory.rows(self._sibling(claim, expert), expert)
             yield ordered(layout, part, self._order(claim.layer, merge, expert))
 
     def _enter(self, layer: int) -> None:
@@ -222,8 +226,8 @@ class Merger:
         for role in ROLES:
             if role in found:
                 claim, layout = found[role]
-                mine = slice_of(self.inventory, claim, reference)
-                theirs = slice_of(self.inventory, self._sibling(claim, target), target)
+                mine = self.inventory.rows(claim, reference)
+                theirs = self.inventory.rows(self._sibling(claim, target), target)
                 yield role, split(layout, mine)[role], split(layout, theirs)[role]
 
 
@@ -270,11 +274,6 @@ class Codes:
 ROLES = ("gate", "up", "down")
 
 
-def roles_of(layout: Layout) -> tuple[str, ...]:
-    """The projections that a tensor of this layout holds."""
-    return tuple(split(layout, torch.empty(2)))
-
-
 def router_row(rows: Iterable[torch.Tensor], merge: Merge, count: bool, dtype: torch.dtype) -> torch.Tensor:
     """The merged expert's entry of a router tensor from its sources' entries: that of `into`, or their mean with the merge's weights
     divided by their sum; plus ln(number of sources) with `count`."""
@@ -307,6 +306,7 @@ def merged(model: LoadedModel, plan: Plan, inventory: Inventory) -> Iterator[Non
     entries = {entry.layer: entry for entry in plan.layers if any(len(merge.sources) > 1 for merge in entry.merge)}
     with ExitStack() as stack:
         if model.memory == "stream":
+            model.whole()
             stack.callback(lambda: model.__dict__.pop("bring", None))
             model.bring = partial(_bring, model.bring, model, entries, inventory)  # type: ignore[method-assign]
         else:
@@ -401,33 +401,6 @@ def _reordered(part: torch.Tensor, role: str, order: torch.Tensor | None) -> tor
     if order is None or (role == "down" and part.dim() == 1):
         return part
     return part[:, order] if role == "down" else part[order]
-
-
-def in_memory(experts: nn.Module, record: Architecture, expert: int, count: int) -> dict[tuple[str, bool], torch.Tensor]:
-    """Views of one expert's weights in its experts module by (role, whether it is a matrix)."""
-    found: dict[tuple[str, bool], torch.Tensor] = {}
-    for name, parameter in experts.named_parameters():
-        matrix = not name.endswith("_bias")
-        if matrix and parameter.dim() == 2:  # experts * rows, as DBRX has it
-            rows = parameter.shape[0] // count
-            part = parameter[expert * rows : (expert + 1) * rows]
-        else:
-            part = parameter[expert]
-        for role, view in split(_memory_layout(experts, name.removesuffix("_bias"), record), part).items():
-            found[role, matrix] = view
-    return found
-
-
-def _memory_layout(experts: Any, name: str, record: Architecture) -> Layout:
-    """As transformers' decorator describes the module, or as the record describes the checkpoint's tensor of that name."""
-    if hasattr(experts, "is_transposed") and hasattr(experts, "is_concatenated"):
-        stem = {"gate_up_proj": "gate_up" if experts.is_concatenated else "alternating", "up_proj": "up", "down_proj": "down"}
-        layout: Any = stem[name] + ("_t" if experts.is_transposed else "")
-        return layout  # type: ignore[no-any-return]
-    layouts = {record.layout_of(entry.name) for entry in record.stacked if entry.name.endswith(f".{name}")}
-    if len(layouts) != 1 or None in layouts:
-        raise RuntimeError(f"{type(experts).__name__}.{name}: the record of {record.model_type} does not tell its layout")
-    return layouts.pop()  # type: ignore[return-value]
 
 
 def _router_edits(block: nn.Module, merge: Merge, layer: int, inventory: Inventory) -> list[Edit]:

@@ -15,7 +15,9 @@ from expertsmith.checkpoint.reader import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-Read = Callable[[str, int, "int | None"], "torch.Tensor"]  # (tensor name, first row, last row) → its codes, as `Checkpoint.read` gives them
+Read = Callable[
+    [str, int, "int | None"], "torch.Tensor"
+]  # (tensor name, first row, last row) → its codes, as `Checkpoint.read` gives them
 
 
 @dataclass(frozen=True)
