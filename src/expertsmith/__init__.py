@@ -17,6 +17,7 @@ _API = (
     "calibrate",
     "plan",
     "apply",
+    "dequantise",
     "verify",
     "skip",
     "load",

@@ -42,7 +42,9 @@ def inspect(model: str | Path, *, revision: str | None = None, allow_pickle: boo
     Raises:
         UserError: not a checkpoint of a supported MoE family, or a damaged one.
     """
-    inventory = take_inventory(open_checkpoint(model, headers_only=True, allow_pickle=allow_pickle, revision=revision))
+    inventory = take_inventory(
+        open_checkpoint(model, headers_only=True, allow_pickle=allow_pickle, revision=revision), undecodable=True
+    )
     record, rules = inventory.architecture, inventory.rules
     quantisation, weights = _quantisation(inventory)
     parameters, nbytes = weights.size()[0], inventory.size()[1]
@@ -128,7 +130,7 @@ def lint(
     """Whether serving engines will take this checkpoint's expert count, router and groups; from config and headers only."""
     from expertsmith.lint import lint as find
 
-    inventory = take_inventory(open_checkpoint(model, headers_only=True, revision=revision))
+    inventory = take_inventory(open_checkpoint(model, headers_only=True, revision=revision), undecodable=True)
     return find(inventory, engine, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel)
 
 
@@ -350,6 +352,7 @@ def apply(
     out: str | Path,
     *,
     pad: bool = False,
+    requantise: bool = False,
     overwrite: bool = False,
     check_values: bool = True,
     revision: str | None = None,
@@ -362,6 +365,7 @@ def apply(
 
     Args:
         pad: instead, fill such layers up with experts that are never selected, so that stock classes load the result.
+        requantise: quantise merged experts of a quantised source again, in its own format; otherwise a merge writes everything in bfloat16.
 
     Raises:
         UserError: the plan is for another model or breaks a rule, the output exists, the disk is full, NaN in a kept tensor.
@@ -371,7 +375,34 @@ def apply(
     loaded = plan if isinstance(plan, Plan) else load_plan(plan)
     model = pinned(model, revision)
     inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
-    return apply_plan(loaded, inventory, Path(out), pad=pad, overwrite=overwrite, check_values=check_values, progress=progress)
+    return apply_plan(
+        loaded,
+        inventory,
+        Path(out),
+        pad=pad,
+        requantise=requantise,
+        overwrite=overwrite,
+        check_values=check_values,
+        progress=progress,
+    )
+
+
+def dequantise(
+    model: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a quantised checkpoint, of a MoE or any other model, as plain bfloat16, tensor by tensor, and read it back; returns sizes.
+
+    Raises:
+        UserError: nothing is quantised, or a format that cannot be decoded exactly.
+    """
+    from expertsmith.surgery.dequantise import dequantise as write
+
+    return write(open_checkpoint(model, allow_pickle=allow_pickle), Path(out), overwrite=overwrite, progress=progress)
 
 
 def verify(
@@ -843,6 +874,7 @@ def heal(
     *,
     method: str = "least_squares",
     options: Mapping[str, Any] | None = None,
+    requantise: bool = False,
     eval_data: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "float32",
@@ -865,10 +897,12 @@ def heal(
         method: "least_squares" (down projections in closed form, layer by layer) or "layer_local" (the same, then router, gate, up and down
             projections by gradients within each layer).
         options: of the method, see `healing.options`.
+        requantise: write healed weights of a quantised model in its own format, and measure what that costs; otherwise all weights are
+            written in bfloat16.
         eval_data: further held-out text, on which the model is measured before and after.
 
     Raises:
-        UserError: teacher and student that do not match, a quantised model, too little data, or an unknown method or option.
+        UserError: teacher and student that do not match, too little data, or an unknown method or option.
     """
     from expertsmith.healing.options import parse_healer
     from expertsmith.healing.run import Healing
@@ -883,7 +917,17 @@ def heal(
     original = open_checkpoint(teacher, allow_pickle=allow_pickle)
     run: dict[str, Any] = {"device": device, "dtype": dtype, "memory": memory}
     job = Healing(
-        inventory, original, tokens, method, chosen, Path(out), batch_tokens, resume=resume, overwrite=overwrite, **run
+        inventory,
+        original,
+        tokens,
+        method,
+        chosen,
+        Path(out),
+        batch_tokens,
+        requantise=requantise,
+        resume=resume,
+        overwrite=overwrite,
+        **run,
     )
     report = run_healing(job, progress)
     if eval_data:
@@ -913,6 +957,7 @@ def compress(
     eval_data: Sequence[str] = (),
     measure: bool = True,
     heal: str | None = None,
+    requantise: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -931,6 +976,7 @@ def compress(
         eval_data: held-out text to measure quality on; without it, the calibration text is used (which flatters the result).
         measure: False leaves the quality measurement out.
         heal: a layer-wise way of healing on the same data, after the unhealed checkpoint was verified.
+        requantise: write merged or healed weights of a quantised model in its own format; otherwise all weights are then bfloat16.
     """
     from expertsmith.calibration.spec import refuse_missing
     from expertsmith.checkpoint.writer import prepare_target
@@ -981,7 +1027,10 @@ def compress(
             **calibration,
         )
     with timed(seconds, "apply"):
-        notes = apply(inventory, made, written, overwrite=overwrite or heal is not None, progress=progress)
+        if requantise and not (made.merges or heal):
+            raise UserError("--requantise has nothing to do: no expert is merged or healed", "leave it out")
+        again = requantise and bool(made.merges)
+        notes = apply(inventory, made, written, requantise=again, overwrite=overwrite or heal is not None, progress=progress)
     with timed(seconds, "verify"):
         verdict = verify(inventory, written, plan=made, progress=progress, **run)
     report = None
@@ -993,6 +1042,7 @@ def compress(
                 data,
                 out,
                 method=heal,
+                requantise=requantise,
                 overwrite=overwrite,
                 allow_pickle=allow_pickle,
                 progress=progress,

@@ -10,16 +10,18 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from expertsmith.arch import Architecture, Stacked, config_first, config_get, family_of, text_config
 from expertsmith.checkpoint import Checkpoint, TensorInfo
-from expertsmith.checkpoint.floats import floats, quantisation_config
+from expertsmith.checkpoint.floats import Floats, floats, quantisation_of
 from expertsmith.errors import UserError
 from expertsmith.selection import Rules
 
+if TYPE_CHECKING:
+    import torch
+
 Kind = Literal["expert", "stacked", "other", "unused"]
-SCALES = ("_scale_inv", "_scale")
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,9 @@ class Inventory:
 
     @cached_property
     def floats(self) -> Inventory:
-        """The same of the float weights: itself where nothing is quantised.
-
-        Raises:
-            UserError: see `checkpoint.floats.quantisation_of` and `take_inventory`.
-        """
-        seen = floats(self.checkpoint)
-        return self if seen is self.checkpoint else take_inventory(seen)
+        """The same model as floats: its claims are float weights, read decoded in float32. Itself where nothing is quantised."""
+        view = floats(self.checkpoint)
+        return self if view is self.checkpoint else take_inventory(view)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -160,6 +158,15 @@ class Inventory:
         )
         return round(total - idle)
 
+    def rows(self, claim: Claim, expert: int) -> torch.Tensor:
+        """What a tensor holds of one expert, in its own dtype: the whole of a per-expert tensor, [rows, …] or its entry of a stacked one."""
+        if claim.kind == "expert":
+            return self.checkpoint.read(claim.info.name)
+        if claim.row_axis == 1:  # [1, experts]
+            return self.checkpoint.read(claim.info.name)[0, expert * claim.rows : (expert + 1) * claim.rows]
+        part = self.checkpoint.read(claim.info.name, expert * claim.rows, (expert + 1) * claim.rows)
+        return part[0] if claim.rows == 1 and part.dim() > 1 else part
+
     def expert_claims(self, layer: int) -> list[list[Claim]]:
         """The routed weights of a layer, by expert; a stacked claim stands under each of its experts."""
         count = self.experts_in(layer)
@@ -175,12 +182,15 @@ class Inventory:
         return found
 
 
-def take_inventory(checkpoint: Checkpoint) -> Inventory:
+def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False) -> Inventory:
     """Claim every tensor of a checkpoint.
 
+    Args:
+        undecodable: take a checkpoint whose quantised tensors cannot be decoded too, to look at it; its experts are not compared then.
+
     Raises:
-        UserError: dense or unsupported model, config without expert counts, or tensors that contradict it (missing expert,
-            shape that differs from its siblings', rows that do not divide into experts).
+        UserError: dense or unsupported model, config without expert counts, tensors that contradict it (missing expert,
+            shape that differs from its siblings', rows that do not divide into experts), or quantised tensors that cannot be decoded.
     """
     record = family_of(checkpoint.config, f"{checkpoint.source}/config.json")
     config = text_config(checkpoint.config)
@@ -188,7 +198,15 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
     top_k = _count(config, record.top_k_key, checkpoint)
     own = per_layer_counts(config, record, f"{checkpoint.source}/config.json")
     depth = config.get("num_hidden_layers")
-    claims = tuple(_claim(info, record, config, experts, own, depth) for info in checkpoint.tensors.values())
+    try:
+        weights, known = _weights_of(checkpoint), True
+    except UserError:
+        if not undecodable:
+            raise
+        weights, known = {}, False
+    claims = tuple(
+        _claim(info, record, config, experts, own, depth, weights.get(info.name)) for info in checkpoint.tensors.values()
+    )
     groups, top_groups = _groups(record, config)
     rules = Rules(experts, top_k, groups, top_groups, record.group_minimum)
     chosen = per_layer_numbers(config, record.top_k_key, f"{checkpoint.source}/config.json")
@@ -205,7 +223,8 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
             raise UserError(
                 f"{checkpoint.source}/config.json has {count} experts{place} in {groups} expert_groups, which does not divide"
             )
-        _check_layer(inventory, layer, whole=not quantisation_config(checkpoint))
+        if known:
+            _check_layer(inventory.floats, layer)  # quantised experts may be stored in different ways, but are of one shape
     return inventory
 
 
@@ -281,7 +300,16 @@ def _groups(record: Architecture, config: Any) -> tuple[int, int]:
     return groups, top
 
 
-def _claim(info: TensorInfo, record: Architecture, config: Any, scalar: int, own: Mapping[int, int], depth: Any) -> Claim:
+def _weights_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """Tensor → the float weight that it is a part of, for quantised weights (none in a float view)."""
+    found = None if isinstance(checkpoint, Floats) else quantisation_of(checkpoint)
+    stored = found.stored.values() if found else ()
+    return {info.name: entry.name for entry in stored for info in entry.parts.values()}
+
+
+def _claim(
+    info: TensorInfo, record: Architecture, config: Any, scalar: int, own: Mapping[int, int], depth: Any, weight: str | None
+) -> Claim:
     located = record.locate(info.name)
     if located is None:
         unused = info.name.startswith("mtp.") or ".mtp." in info.name
@@ -294,8 +322,11 @@ def _claim(info: TensorInfo, record: Architecture, config: Any, scalar: int, own
     if owner is not None:
         return Claim(info, "expert", layer, rest, expert=owner[0])
     entry = record.stacked_of(rest)
-    for suffix in SCALES:  # of fused quantised weights: their rows run over the experts too
-        entry = entry or (record.stacked_of(rest.removesuffix(suffix)) if rest.endswith(suffix) else None)
+    if (
+        entry is None and weight is not None and len(info.shape) > 1
+    ):  # codes and scales of a fused weight run over the experts too
+        located = record.locate(weight)
+        entry = record.stacked_of(located[1]) if located else None
     if entry is None:
         if info.shape and info.shape[0] == experts and re.search(r"(^|\.)experts\.", rest):
             raise UserError(
@@ -316,8 +347,7 @@ def _claim(info: TensorInfo, record: Architecture, config: Any, scalar: int, own
     return Claim(info, "stacked", layer, rest, entry=entry, rows=per_expert, extra=extra, row_axis=axis)
 
 
-def _check_layer(inventory: Inventory, layer: int, whole: bool) -> None:
-    """`whole`: every expert has the same tensors. Codes need not be alike where precision is mixed: `Inventory.floats` is judged instead."""
+def _check_layer(inventory: Inventory, layer: int) -> None:
     record, experts = inventory.architecture, inventory.experts_in(layer)
     shapes: dict[str, Counter[tuple[int, ...]]] = {}
     owners: dict[str, dict[int, TensorInfo]] = {}
@@ -327,7 +357,7 @@ def _check_layer(inventory: Inventory, layer: int, whole: bool) -> None:
             below = owned[1] if owned else ""
             owners.setdefault(below, {})[claim.expert] = claim.info
             shapes.setdefault(below, Counter())[claim.info.shape] += 1
-    for below, held in owners.items() if whole else ():
+    for below, held in owners.items():
         missing = [expert for expert in range(experts) if expert not in held]
         if missing:
             raise UserError(

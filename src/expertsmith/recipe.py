@@ -118,6 +118,7 @@ class Apply(_Step):
 
     out: str
     pad: bool = False
+    requantise: bool = False
     overwrite: bool = False
 
 
@@ -207,6 +208,7 @@ class Heal(_Step):
     out: str
     method: str = "least_squares"
     options: dict[str, Any] = Field(default_factory=dict)
+    requantise: bool = False
     samples: int = Field(128, ge=1)
     seq_len: int | None = Field(None, ge=2)
     seed: int = 42

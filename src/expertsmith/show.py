@@ -254,6 +254,15 @@ def show_healing(report: dict[str, Any]) -> None:
         line(table)
     if not report["accepted"]:
         line("[yellow]note[/yellow] healing was not better on the held-out part, so no weight was changed")
+    again = report.get("requantised")
+    if again:
+        now, float_ = again["quality"]["mean"], report["held_out"]["after"]["mean"]
+        line(
+            f"quantised again: weights differ by {again['weight_error']:.2%} (relative root mean square); on the held-out part loss {float_['loss']:.4f} → "
+            f"{now['loss']:.4f}, KL {float_['kl']:.4f} → {now['kl']:.4f}"
+        )
+        if not again["accepted"]:
+            line("[yellow]note[/yellow] that is worse than before healing, so no weight was changed")
     tokens = sum(report["data"]["tokens"].values())
     line(f"{tokens:,} tokens, {report['seconds']:.1f} s  [bold]{escape(report['out'])}[/bold]")
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from expertsmith.arch.base import split
 from expertsmith.checkpoint import Checkpoint
+from expertsmith.checkpoint.floats import floats
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory
-from expertsmith.weights import FLOATS, Projections, is_matrix, split
+from expertsmith.weights import FLOATS, Projections, is_matrix
 
 SHARED = re.compile(r"(?:^|\.)(?:shared_experts?|shared_mlp)\.(?P<leaf>\w+)(?:\.weight)?$")
 DENSE = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<layer>\d+)\.(?:mlp|feed_forward|ffn)\.(?P<leaf>\w+)\.weight$")
@@ -40,14 +42,14 @@ class LayerWeights:
     @property
     def dtype(self) -> torch.dtype:
         """The narrowest dtype that holds the experts' matrices without loss."""
-        stored = {claim.info.dtype for claim in self.inventory.expert_claims(self.layer)[0] if is_matrix(claim)}
+        stored = {claim.info.dtype for claim in self.inventory.floats.expert_claims(self.layer)[0] if is_matrix(claim)}
         return torch.bfloat16 if stored == {"BF16"} else torch.float16 if stored == {"F16"} else torch.float32
 
     def experts(self, role: str) -> Iterator[torch.Tensor]:
         """The routed experts' matrices [neurons, width] in ascending order, float32.
 
         Raises:
-            UserError: NaN or inf, or a packed format.
+            UserError: NaN or inf.
         """
         for matrix in Projections(self.inventory, self.layer).of(role):
             value = torch.from_numpy(matrix)
@@ -60,19 +62,19 @@ class LayerWeights:
             UserError: NaN or inf, or no such matrix.
         """
         count = self.inventory.experts_in(self.layer)
-        for claim in self.inventory.by_layer[self.layer]:
+        for claim in self.inventory.floats.by_layer[self.layer]:
             if claim.entry is not None and claim.entry.role == "router" and len(claim.info.shape) == 2 and claim.row_axis == 0:
-                return _finite(self.inventory.checkpoint, claim.info.name)[:count]
+                return _finite(self.inventory.floats.checkpoint, claim.info.name)[:count]
         raise UserError(f"decoder layer {self.layer} has no router matrix")
 
     def shared(self) -> dict[str, torch.Tensor]:
         """The shared experts' matrices by role, several of them one after the other; empty where the family has none."""
         names = {}
-        for claim in self.inventory.by_layer[self.layer]:
+        for claim in self.inventory.floats.by_layer[self.layer]:
             found = SHARED.search(claim.rest) if claim.kind == "other" else None
             if found and found["leaf"] in ROLES and claim.info.dtype in FLOATS:
                 names[found["leaf"]] = claim.info.name
-        return _by_role(self.inventory.checkpoint, names)
+        return _by_role(self.inventory.floats.checkpoint, names)
 
     def dense_ffn(self) -> dict[str, torch.Tensor]:
         """The matrices of the dense model's FFN at the same depth by role; empty without a dense model or where it has no such layer."""
@@ -105,7 +107,7 @@ def dense_model(checkpoint: Checkpoint, hidden: int) -> DenseModel:
     Raises:
         UserError: no FFN in it that we know, or another hidden size.
     """
-    made = DenseModel(checkpoint)
+    made = DenseModel(floats(checkpoint))
     layers = made.layers()
     if not layers:
         raise UserError(

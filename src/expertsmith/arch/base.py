@@ -24,6 +24,26 @@ Layout = Literal["gate", "up", "down", "down_t", "gate_up", "gate_up_t", "altern
 LEAVES: dict[str, Layout] = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "gate_up"}
 
 
+def roles_of(layout: Layout) -> tuple[str, ...]:
+    """The projections that a tensor of this layout holds."""
+    return ("gate", "up") if layout.startswith(("gate_up", "alternating")) else (layout.removesuffix("_t"),)
+
+
+def split(layout: Layout, tensor: Any) -> dict[str, Any]:
+    """Views of one expert's matrix (or bias) by role: gate and up [neurons, inputs], down [outputs, neurons]; biases [neurons], [outputs].
+
+    Writing into a view writes into the tensor.
+    """
+    if layout.endswith("_t") and tensor.dim() == 2:
+        tensor = tensor.T
+    if layout.startswith("gate_up"):
+        half = tensor.shape[0] // 2
+        return {"gate": tensor[:half], "up": tensor[half:]}
+    if layout.startswith("alternating"):
+        return {"gate": tensor[::2], "up": tensor[1::2]}
+    return {layout.removesuffix("_t"): tensor}
+
+
 @dataclass(frozen=True)
 class Stacked:
     """A checkpoint tensor whose rows run over the routed experts.
@@ -76,6 +96,8 @@ class Architecture:
         "down_proj",
     )  # per expert: gate (None: no gate), up, down
     stacked: tuple[Stacked, ...] = (Stacked("mlp.gate.weight", "router"),)
+
+    ignored: tuple[str, ...] = ()  # regexes of tensor names that the model's class does without, and rightly
 
     # the module tree
     layers: str = "model.layers"  # from the causal LM to its decoder layers

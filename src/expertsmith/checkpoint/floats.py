@@ -10,13 +10,14 @@ import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from expertsmith.checkpoint.formats import Headers, Stored, formats
 from expertsmith.checkpoint.reader import DTYPE_BITS, TORCH_DTYPES, Checkpoint, TensorInfo
+from expertsmith.checkpoint.writer import Made, Piece
 from expertsmith.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 CONFIG = "quantization_config"
 MODELOPT = "hf_quant_config.json"  # where NVIDIA's exporter writes what it did
 NARROW = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2")
+SIDE_FILES = (
+    MODELOPT,
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+)  # that repeat quantization_config
 AT_ONCE = 2**24  # elements decoded at a time
 # scales of activations and of the key-value cache: they say nothing of weights
 ACTIVATIONS = re.compile(r"(^|[._])(input|output|activation|k|v|q|kv|prob)_(global_)?scale(_inv)?$|\.(k|v|q)_zero_point$")
@@ -91,6 +98,69 @@ class Floats(Checkpoint):
             whole[begin - first : end - first] = decode(entry, self.raw.read, begin, end)
         return whole
 
+    def encoded(self, name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Other values of a quantised weight (or of rows of it) in its own format: tensor on disk → codes and scales, of those that change.
+
+        Raises:
+            UserError: a format whose scales do not follow from the values alone.
+        """
+        entry = replace(self.stored[name], shape=tuple(values.shape))
+        encode = formats()[entry.format].encode
+        if encode is None:
+            raise _unencodable(entry)
+        return {entry.parts[role].name: codes for role, codes in encode(values.float(), entry).items()}
+
+    def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """The float32 values that `encoded` stands for."""
+        entry, made = self.stored[name], self.encoded(name, values)
+        parts = {
+            role: replace(info, shape=tuple(made[info.name].shape)) if info.name in made else info
+            for role, info in entry.parts.items()
+        }
+
+        def read(part: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+            return made[part][first:last] if part in made else self.raw.read(part, first, last)
+
+        entry = replace(entry, shape=tuple(values.shape), parts=parts)
+        return formats()[entry.format].decode(entry, read, 0, values.shape[0])
+
+
+def refuse_unencodable(found: Quantisation, names: Collection[str]) -> None:
+    """Refuse to quantise weights again whose format needs calibration for that.
+
+    Raises:
+        UserError: naming a weight and its format.
+    """
+    for name in names:
+        entry = found.stored.get(name)
+        if entry is not None and formats()[entry.format].encode is None:
+            raise _unencodable(entry)
+
+
+def _unencodable(entry: Stored) -> UserError:
+    return UserError(
+        f"{entry.name} is {formats()[entry.format].title}, which cannot be quantised again without calibration data",
+        "leave --requantise out: the result is then written in bfloat16",
+    )
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes as safetensors stores them."""
+    import torch
+
+    made: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return made
+
+
+def source_of(checkpoint: Checkpoint, info: TensorInfo, start: int = 0, nbytes: int | None = None) -> Piece | Made:
+    """The bytes of a tensor, or `nbytes` of them from `start` on: a range of a file, or decoded when they are asked for (then whole rows)."""
+    nbytes = info.nbytes if nbytes is None else nbytes
+    if not isinstance(checkpoint, Floats) or info.name not in checkpoint.stored:
+        return Piece(info.file, info.start + start, nbytes)
+    row = info.nbytes // info.shape[0]
+    first, last = start // row, (start + nbytes) // row
+    return Made(nbytes, lambda: bytes_of(checkpoint.read(info.name, first, last)))
+
 
 def floats(checkpoint: Checkpoint, dtype: str = "F32") -> Checkpoint:
     """The float view of a checkpoint, its quantised weights as `dtype` ("F32", "BF16", "F16"); the checkpoint itself where it has none.
@@ -98,6 +168,10 @@ def floats(checkpoint: Checkpoint, dtype: str = "F32") -> Checkpoint:
     Raises:
         UserError: see `quantisation_of`.
     """
+    if isinstance(checkpoint, Floats):
+        if checkpoint.dtype == dtype:
+            return checkpoint
+        checkpoint = checkpoint.raw
     found = quantisation_of(checkpoint)
     if found is None:
         return checkpoint

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def write_checkpoint(
     overwrite: bool = False,
     max_shard: int = MAX_SHARD,
     shard_of: Mapping[str, str] | None = None,
+    without: Collection[str] = (),
     on_tensor: Callable[[OutputTensor, memoryview], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
@@ -85,6 +86,7 @@ def write_checkpoint(
 
     Args:
         shard_of: tensor → name of the file it goes to; otherwise files are filled up to `max_shard` bytes.
+        without: files of the source that do not come along.
         on_tensor: called with every chunk of bytes before it is written; may raise to stop.
         progress: called with the number of bytes just written.
 
@@ -102,6 +104,8 @@ def write_checkpoint(
         partial.mkdir()
         _write_shards(partial, _named_shards(tensors, max_shard, shard_of), on_tensor, progress)
         for file in companions(source.path):
+            if file.name in without:
+                continue
             shutil.copyfile(file, partial / file.name)
         for name, text in texts.items():
             target = partial / name

@@ -30,6 +30,7 @@ from expertsmith.cli.options import (
     Pack,
     Pickle,
     Quiet,
+    Requantise,
     Resume,
     Revision,
     Samples,
@@ -69,6 +70,7 @@ def compress(
             help="Then heal on the same text: least_squares or layer_local (see `expertsmith heal`).", show_default=False
         ),
     ] = None,
+    requantise: Requantise = False,
     samples: Samples = 128,
     seq_len: SeqLen = None,
     seed: Seed = 42,
@@ -107,6 +109,7 @@ def compress(
         eval_data=eval_data or (),
         measure=measure,
         heal=heal,
+        requantise=requantise,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
         device=device,
@@ -342,6 +345,7 @@ def apply(
         ),
     ] = False,
     revision: Revision = None,
+    requantise: Requantise = False,
     overwrite: Overwrite = False,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
@@ -362,6 +366,7 @@ def apply(
         out,
         revision=revision,
         pad=pad,
+        requantise=requantise,
         overwrite=overwrite,
         check_values=check_values,
         allow_pickle=allow_pickle,
@@ -376,6 +381,31 @@ def apply(
     show.line(
         f"[bold]{show.escape(str(out))}[/bold]  "
         + (f"{show.byte_count(summary['bytes'][0])} → {show.byte_count(summary['bytes'][1])}" if summary else "")
+    )
+
+
+@app.command(rich_help_panel=FLOW)
+def dequantise(
+    model: Model,
+    out: Out,
+    overwrite: Overwrite = False,
+    allow_pickle: Pickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a quantised checkpoint as plain bfloat16, one tensor at a time, and read it back.
+
+    Every other command works on the quantised checkpoint itself; this is for tools that do not. `expertsmith inspect` names the format.
+    """
+    from expertsmith import api
+
+    found = api.dequantise(model, out, overwrite=overwrite, allow_pickle=allow_pickle, progress=progress_of(quiet))
+    if as_json:
+        show.as_json({"out": str(out), **found})
+        return
+    show.line(
+        f"{found['weights']:,} weights decoded ({show.escape(found['format'])}), {found['tensors']:,} tensors read back as written  "
+        f"[bold]{show.escape(str(out))}[/bold]  {show.byte_count(found['bytes'][0])} → {show.byte_count(found['bytes'][1])}"
     )
 
 

@@ -24,6 +24,7 @@ from expertsmith.cli.options import (
     Pack,
     Pickle,
     Quiet,
+    Requantise,
     Resume,
     Revision,
     Samples,
@@ -195,6 +196,7 @@ def heal(
         str, typer.Option("--method", "-m", help="least_squares, layer_local, router or lora.")
     ] = "least_squares",
     option: Options = None,
+    requantise: Requantise = False,
     eval_data: EvalData = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
@@ -229,6 +231,7 @@ def heal(
         revision=revision,
         method=method,
         options=options_of(option),
+        requantise=requantise,
         eval_data=eval_data or (),
         device=device,
         dtype=dtype,

@@ -109,6 +109,13 @@ Memory = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="One machine-readable object on stdout and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+Requantise = Annotated[
+    bool,
+    typer.Option(
+        "--requantise",
+        help="Write merged or healed weights of a quantised model in its own format, and say what that costs. Default: everything in bfloat16.",
+    ),
+]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read a pickle-only checkpoint (with weights_only).")]
 Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Complete what an interrupted run left, or start again.")]
 EvalData = Annotated[

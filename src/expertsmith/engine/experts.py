@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from expertsmith.arch import Architecture
+from expertsmith.arch.base import Layout, split
+from expertsmith.engine.on_demand import is_on_demand, parts
 from expertsmith.errors import UserError
 
 
@@ -60,12 +62,45 @@ def routing_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Te
     return (second, first) if first.is_floating_point() else (first, second)
 
 
+def in_memory(experts: nn.Module, record: Architecture, expert: int, count: int) -> dict[tuple[str, bool], torch.Tensor]:
+    """Views of one expert's weights in its experts module by (role, whether it is a matrix)."""
+    found: dict[tuple[str, bool], torch.Tensor] = {}
+    for name, parameter in experts.named_parameters():
+        matrix = not name.endswith("_bias")
+        if matrix and parameter.dim() == 2:  # experts * rows, as DBRX has it
+            rows = parameter.shape[0] // count
+            part = parameter[expert * rows : (expert + 1) * rows]
+        else:
+            part = parameter[expert]
+        for role, view in split(_memory_layout(experts, name.removesuffix("_bias"), record), part).items():
+            found[role, matrix] = view
+    return found
+
+
+def _memory_layout(experts: Any, name: str, record: Architecture) -> Layout:
+    """As transformers' decorator describes the module, or as the record describes the checkpoint's tensor of that name."""
+    if hasattr(experts, "is_transposed") and hasattr(experts, "is_concatenated"):
+        stem = {"gate_up_proj": "gate_up" if experts.is_concatenated else "alternating", "up_proj": "up", "down_proj": "down"}
+        layout: Any = stem[name] + ("_t" if experts.is_transposed else "")
+        return layout  # type: ignore[no-any-return]
+    layouts = {record.layout_of(entry.name) for entry in record.stacked if entry.name.endswith(f".{name}")}
+    if len(layouts) != 1 or None in layouts:
+        raise RuntimeError(f"{type(experts).__name__}.{name}: the record of {record.model_type} does not tell its layout")
+    return layouts.pop()  # type: ignore[return-value]
+
+
 def grouped_outputs(experts: Any, x: torch.Tensor, token: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
     """Outputs [S, hidden] of the pairs (token[s], expert[s]), sorted by expert, by one grouped matrix product a projection.
 
     Same operations in the same order as transformers' "grouped_mm" (`transformers.integrations.moe`), so the result is the same bit for
-    bit (tested).
+    bit (tested). Experts that are read on demand run a few at a time.
     """
+    if is_on_demand(experts):
+        raw = x.new_zeros(len(expert), x.shape[-1])
+        for held, part in parts(experts, expert):
+            rows = slice(*torch.searchsorted(expert, torch.tensor([held.start, held.stop], device=expert.device)).tolist())
+            raw[rows] = grouped_outputs(part, x, token[rows], expert[rows] - held.start)
+        return raw
     from transformers.integrations.moe import _grouped_linear
 
     count = experts.num_experts
@@ -160,6 +195,9 @@ def outputs_of_all(experts: Any, x: torch.Tensor, count: int, architecture: Arch
     The down projection is linear, so where the experts' layout is known it is applied once, to the sum of hidden activations, in
     float32: one third fewer products, equal up to rounding.
     """
+    if is_on_demand(experts):
+        sums = [outputs_of_all(part, x, len(held), architecture, dims) for held, part in parts(experts)]
+        return torch.cat([*sums, sums[0].new_zeros(count - experts.num_experts, sums[0].shape[-1])])
     linear = is_grouped(experts) and not getattr(experts, "has_post_expert_norm", False)
     total: Any = 0.0
     width = experts.down_proj.numel() // experts.down_proj.shape[0] // x.shape[-1] * 2 if linear else x.shape[-1]
@@ -181,6 +219,8 @@ def outputs_of_all(experts: Any, x: torch.Tensor, count: int, architecture: Arch
 def hidden_of_all(experts: Any, x: torch.Tensor, count: int) -> torch.Tensor:
     """[count, T, neurons]: what enters the down projection of every expert for every token, where the experts' layout is known
     (`is_grouped`)."""
+    if is_on_demand(experts):
+        return torch.cat([hidden_of_all(part, x, len(held)) for held, part in parts(experts)])
     from transformers.integrations.moe import _grouped_linear
 
     size = x.shape[0]

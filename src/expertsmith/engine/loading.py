@@ -10,7 +10,8 @@ import contextlib
 import ctypes
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,18 @@ from torch import nn
 
 from expertsmith.arch import Architecture, text_config
 from expertsmith.checkpoint import Checkpoint
+from expertsmith.checkpoint.floats import Floats, floats
+from expertsmith.engine.experts import experts_of, is_grouped
+from expertsmith.engine.on_demand import Source, install, remove
 from expertsmith.engine.uneven import causal_lm, read_config
 from expertsmith.errors import UserError
+from expertsmith.inventory import Inventory, take_inventory
 
 Memory = Literal["resident", "stream"]
+SHARE_OF_A_LAYER = 0.25  # of the free memory: what the experts of one decoder layer may take
 CHECKED_AT_ONCE = 2**22  # elements
+WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # safetensors' words
+ALWAYS_LEFT_OUT = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)mtp(_|\.)")  # computed, or multi-token prediction
 OUT_OF_MEMORY = "allocate memory|out of memory"  # torch says it in the text of a RuntimeError
 
 
@@ -40,11 +48,13 @@ class LoadedModel:
     memory: Memory
     device: torch.device
     dtype: torch.dtype
+    weights: Checkpoint  # what is loaded: the float view of a quantised checkpoint, else the checkpoint itself
     _groups: dict[int | None, list[str]] = field(default_factory=dict, repr=False)
     _mapping: list[Any] = field(default_factory=list, repr=False)
     _dtype_plan: dict[str, torch.dtype] = field(default_factory=dict, repr=False)
     _prefix: str = ""
     _checked: set[int] = field(default_factory=set, repr=False)
+    _experts: Inventory | None = None  # where the routed experts are read from when they are needed; None: with their layer
 
     @property
     def config(self) -> Any:
@@ -62,6 +72,12 @@ class LoadedModel:
         """Decoder layers that have routed experts."""
         assert self.architecture is not None
         return [i for i, layer in enumerate(self.layers) if has_experts(layer, self.architecture)]
+
+    def whole(self) -> None:
+        """From now on, have the experts of a layer in memory with it, whatever that takes: they are to be looked at or changed there."""
+        self._experts = None
+        for index in self.moe_layers if self.architecture else ():
+            remove(experts_of(self.layers[index], self.architecture))  # type: ignore[arg-type]
 
     def bring(self, index: int) -> None:
         """Load decoder layer `index` and make sure that its weights are finite."""
@@ -81,9 +97,16 @@ class LoadedModel:
 
     def _load(self, group: int | None) -> None:
         where = "outside the decoder layers" if group is None else f"in decoder layer {group}"
-        self._read_in(self._groups.get(group, []), where)
         target = self.module if group is None else self.layers[group]
-        skipped = {id(p) for layer in self.layers for p in layer.parameters()} if group is None else set()
+        names, later = self._groups.get(group, []), set()
+        if group is not None and self._experts is not None and self._reads_experts(group):
+            assert self.architecture is not None
+            experts = experts_of(target, self.architecture)
+            names = [name for name in names if name not in self._expert_names(group)]
+            install(experts, Source(self._experts, group, self.architecture, self.device))
+            later = {id(p) for p in experts.parameters()}
+        self._read_in(names, where)
+        skipped = {id(p) for layer in self.layers for p in layer.parameters()} if group is None else later
         if group is None:
             self.module.tie_weights()  # type: ignore[operator]
         absent = [name for name, p in target.named_parameters() if p.is_meta and id(p) not in skipped]
@@ -91,12 +114,22 @@ class LoadedModel:
             place = absent[0] if group is None else f"{self._prefix}{group}.{absent[0]}"
             raise UserError(f"the checkpoint lacks the weights of {place}", "download it again")
 
+    def _reads_experts(self, index: int) -> bool:
+        """Whether a decoder layer has experts that can be read one by one."""
+        assert self.architecture is not None
+        layer = self.layers[index]
+        return has_experts(layer, self.architecture) and is_grouped(experts_of(layer, self.architecture))
+
+    def _expert_names(self, index: int) -> set[str]:
+        assert self._experts is not None
+        return {claim.info.name for claims in self._experts.expert_claims(index) for claim in claims}
+
     def _read_in(self, names: Sequence[str], where: str) -> None:
         """Tensors of the checkpoint into the module, through transformers' own renaming and fusing."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        state = {name: _Unread(self.checkpoint, name) for name in names}
+        state = {name: _Unread(self.weights, name) for name in names}
         options = LoadStateDictConfig(
             weight_mapping=deepcopy(self._mapping), dtype=self.dtype, dtype_plan=self._dtype_plan, device_map={"": self.device}
         )
@@ -142,7 +175,8 @@ def _one_by_one() -> Iterator[None]:
 
 
 def transformers_config(checkpoint: Checkpoint) -> Any:
-    """The config that transformers makes of a checkpoint's config.json, without remote code.
+    """The config that transformers makes of a checkpoint's config.json, without remote code and without a quantiser: weights are decoded before
+    transformers sees them.
 
     Raises:
         UserError: transformers does not understand it.
@@ -151,7 +185,7 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
 
     try:
         with quietly():  # transformers warns of layers with numbers of their own, which is what they are for
-            return read_config(checkpoint.path)
+            config = read_config(checkpoint.path)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise UserError(
             f"{checkpoint.path}/config.json is not understood by transformers {transformers.__version__}: {_first_line(error)}"
@@ -160,6 +194,9 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
         if "Validation" not in type(error).__name__:
             raise
         raise UserError(f"{checkpoint.path}/config.json is not valid: {_first_line(error)}") from None
+    for part in (config, config.get_text_config()):
+        part.__dict__.pop("quantization_config", None)
+    return config
 
 
 def load_model(
@@ -172,17 +209,18 @@ def load_model(
     config_overrides: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Build the transformers model of a checkpoint, in eval mode, without gradients and without remote code: the stock class, or one
-    that gives every decoder layer its own number of experts where config.json does.
+    that gives every decoder layer its own number of experts where config.json does. Quantised weights are decoded to `dtype` as they are read.
 
     Args:
         architecture: record of the family, or None for a dense model (then its layers are looked for under `model.layers`).
         config_overrides: keys of the text config to change before the model is built.
 
     Raises:
-        UserError: transformers cannot build the model, or the weights do not fit it.
+        UserError: transformers cannot build the model, the weights do not fit it, or some would not be loaded.
     """
     target = torch.device(device)
     chosen = _dtype(dtype, checkpoint)
+    weights = checkpoint if isinstance(checkpoint, Floats) else floats(checkpoint, WORDS.get(chosen, "F32"))
     config = transformers_config(checkpoint)
     inner = config.get_text_config()
     if memory == "stream":
@@ -190,18 +228,14 @@ def load_model(
         # of them each (500 MB): memory that grows with depth. Both read their limit when the first of them is made.
         for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(name, "64")
-    if memory == "stream" and getattr(config, "quantization_config", None) is not None:
-        raise UserError(
-            f"{checkpoint.source} is quantised, and its weights mean nothing without their quantiser, which streaming does not have",
-            "use --memory resident on hardware that transformers can run it on, or an unquantised checkpoint",
-        )
     for key, value in (config_overrides or {}).items():
         setattr(inner, key, value)
     auto, config = causal_lm(config)
     try:
-        if memory == "resident":
-            if checkpoint.converted:
-                raise UserError("a pickle checkpoint is run with --memory stream only")
+        if memory == "resident" and checkpoint.converted:
+            raise UserError("a pickle checkpoint is run with --memory stream only")
+        stock = memory == "resident" and not isinstance(weights, Floats)
+        if stock:
             with quietly():
                 module, info = auto.from_pretrained(
                     checkpoint.path,
@@ -236,21 +270,35 @@ def load_model(
         raise UserError(
             f"{type(module).__name__} has no {path}, so it cannot be walked layer by layer", "use a supported family"
         ) from None
-    loaded = LoadedModel(module, layers, checkpoint, architecture, memory, target, chosen)
+    loaded = LoadedModel(module, layers, checkpoint, architecture, memory, target, chosen, weights)
     loaded._prefix = f"{path}."
     buffers = _group_names(loaded)
-    if memory == "resident":
+    if stock:
         # some families initialise buffers again after loading (Zaya's balancing biases in transformers 5.23): what the checkpoint says counts
         loaded._read_in(buffers, "of the routers")
     else:
+        if memory == "stream" and architecture is not None and _too_large(weights, architecture, chosen, target):
+            loaded._experts = take_inventory(weights)
         for buffer_name, buffer in module.named_buffers():
             parent, _, leaf = buffer_name.rpartition(".")
             module.get_submodule(parent)._buffers[leaf] = buffer.to(target)
         loaded._load(None)
+        for index in range(len(layers)) if memory == "resident" else ():
+            loaded._load(index)
     layer_ids = {id(p) for layer in layers for p in layer.parameters()}
     _align(module, skip=layer_ids)
     _check_finite(module, "the model outside its decoder layers", skip=layer_ids)
     return loaded
+
+
+def _too_large(weights: Checkpoint, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the experts of one decoder layer should not be in memory together: another model may walk beside this one, and fusing takes a
+    part of them twice."""
+    sizes: Counter[int] = Counter()
+    for claim in take_inventory(weights).claims:
+        if claim.routed and claim.layer is not None:
+            sizes[claim.layer] += claim.info.numel * torch.empty(0, dtype=dtype).element_size()
+    return max(sizes.values(), default=0) > SHARE_OF_A_LAYER * free_memory(device)
 
 
 def has_experts(layer: nn.Module, architecture: Architecture) -> bool:
@@ -275,10 +323,8 @@ def choose_memory(memory: str, checkpoints: Sequence[Checkpoint], device: torch.
         raise UserError(f"memory is {memory!r}", "choose auto, resident or stream")
     if any(checkpoint.converted for checkpoint in checkpoints):
         return "stream"
-    if any(checkpoint.config.get("quantization_config") for checkpoint in checkpoints):
-        return "resident"  # streaming has no quantiser
     free = free_memory(device)
-    need = sum(entry.numel * torch.empty(0, dtype=_dtype(dtype, entry)).element_size() for entry in checkpoints)
+    need = sum(floats(entry).numel * torch.empty(0, dtype=_dtype(dtype, entry)).element_size() for entry in checkpoints)
     return "resident" if need < 0.7 * free else "stream"
 
 
@@ -346,6 +392,9 @@ def _group_names(loaded: LoadedModel) -> list[str]:
     """Sort the checkpoint's names by the decoder layer they load into (None: outside), by where transformers puts them.
 
     Returns the names that load into buffers.
+
+    Raises:
+        UserError: a tensor that the model has no place for, though it is none of those that are known to be left out.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -359,22 +408,41 @@ def _group_names(loaded: LoadedModel) -> list[str]:
     is_buffer = {name for name, _ in module.named_buffers()}
     groups: dict[int | None, list[str]] = {}
     buffers = []
-    for name in loaded.checkpoint.tensors:
-        renamed, pattern = rename_source_key(name, renamings, converters, module.base_model_prefix, targets)
+    left_out = _left_out(loaded)
+    for name in loaded.weights.tensors:
+        renamed, _ = rename_source_key(name, renamings, converters, module.base_model_prefix, targets)
         if renamed not in targets and name in targets:
-            renamed, pattern = name, None
-        if renamed not in targets and pattern is None:
-            continue  # what transformers ignores too (multi-token-prediction layers, say)
+            renamed = name
+        if renamed not in targets:
+            if left_out(name):
+                continue
+            raise UserError(
+                f"{type(module).__name__} has no place for {name} of {loaded.checkpoint.source}",
+                "config.json and weights do not belong together, or this checkpoint has parts that are not known; please report it",
+            )
         if renamed in is_buffer:
             buffers.append(name)
         rest = renamed.removeprefix(loaded._prefix)
         head = rest.partition(".")[0]
-        inside = rest != renamed and head.isdigit() and int(head) < len(loaded.layers)
-        if rest != renamed and not inside:
-            continue
+        inside = rest != renamed and head.isdigit()
         groups.setdefault(int(head) if inside else None, []).append(name)
     loaded._groups = groups
     return buffers
+
+
+def _left_out(loaded: LoadedModel) -> Callable[[str], bool]:
+    """Whether a tensor is one that the model does without, and rightly: what the class itself declares, buffers that old versions
+    saved, what the family's record names, and layers after the last (multi-token prediction)."""
+    record = loaded.architecture
+    declared = getattr(loaded.module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    known = re.compile("|".join(f"(?:{entry})" for entry in (*declared, *ALWAYS_LEFT_OUT, *(record.ignored if record else ()))))
+    depth = len(loaded.layers)
+
+    def decide(name: str) -> bool:
+        located = record.locate(name) if record else None
+        return known.search(name) is not None or (located is not None and located[0] >= depth)
+
+    return decide
 
 
 def _refuse_mismatched(keys: Iterable[Any]) -> None:
@@ -436,7 +504,7 @@ def _check_finite(
     """Name the first parameter with NaN or inf (`selection`: parameters that may hold -inf). A sum in float32 is one read: any NaN or inf
     makes it non-finite."""
     for name, parameter in module.named_parameters():
-        if id(parameter) in skip or not parameter.is_floating_point() or parameter.element_size() < 2:
+        if id(parameter) in skip or parameter.is_meta or not parameter.is_floating_point() or parameter.element_size() < 2:
             continue
         # in parts, because a CPU sum in float32 of another dtype makes a float32 copy of all that it sums
         if all(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +15,8 @@ import torch
 
 from expertsmith.arch import families, text_config
 from expertsmith.calibration.data import TokenData
-from expertsmith.checkpoint import Checkpoint
+from expertsmith.checkpoint import Checkpoint, open_checkpoint
+from expertsmith.checkpoint.floats import Floats, floats, quantisation_of, refuse_unencodable
 from expertsmith.checkpoint.writer import prepare_target
 from expertsmith.engine import Batch, LoadedModel, load_model
 from expertsmith.engine.loading import Memory, choose_device, choose_memory
@@ -27,7 +30,7 @@ from expertsmith.healing.options import LAYERWISE, Lora, as_options
 from expertsmith.healing.streams import check_pair, held_batches, held_out
 from expertsmith.healing.work import Work
 from expertsmith.healing.written import ROUTER, check_floats, into_memory, to_checkpoint, write_healed
-from expertsmith.inventory import Inventory
+from expertsmith.inventory import Inventory, take_inventory
 from expertsmith.progress import Progress
 from expertsmith.surgery.mask import in_force
 from expertsmith.surgery.skip import skip_of
@@ -50,6 +53,7 @@ class Healing:
     device: str = "auto"
     dtype: str = "float32"
     memory: str = "auto"
+    requantise: bool = False  # write the weights that changed in the source's own quantised format
     resume: bool = True
     overwrite: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
@@ -59,9 +63,11 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     """Write the healed checkpoint; returns its report (`expertsmith/heal.json`).
 
     Raises:
-        UserError: teacher and student that do not match, a quantised student, too little data, or the folder of another healing.
+        UserError: teacher and student that do not match, a format that cannot be quantised again, too little data, or the folder of another
+            healing.
     """
     begin = time.perf_counter()
+    _as_floats(job)
     source = job.inventory.checkpoint
     prepare_target(job.target, source.path, job.overwrite)
     prepare_target(job.target, job.teacher.path, job.overwrite)
@@ -106,10 +112,69 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
             "the healed model is further from the teacher on the held-out tokens than before: the weights stay as they were"
         )
         changed = []
+    if changed and job.requantise:
+        measured = _requantised(job, changed, work, teacher, (mode, where), held_batches(batches, held), progress)
+        measure_of = "loss" if report["measure"] == "loss" else "kl"
+        kept = _over_all(measured["quality"], measure_of) <= _over_all(report["held_out"]["before"], measure_of)
+        report["requantised"] = {**measured, "accepted": kept}
+        if not kept:
+            progress.note(
+                "quantised again, the healed weights are worse on the held-out tokens than before: the weights stay as they were"
+            )
+            changed = []
     report["seconds"] = round(time.perf_counter() - begin, 3)
-    _write(job, changed, work, report, progress)
+    _write(job, job.target, changed, work, report, progress)
     work.remove()
     return report
+
+
+def _as_floats(job: Healing) -> None:
+    """A quantised student is healed as floats: those of its float view, in bfloat16 where they are to be written so.
+
+    Raises:
+        UserError: --requantise without a quantised student, or with a format that needs calibration to be quantised.
+    """
+    checkpoint = job.inventory.checkpoint
+    found = quantisation_of(checkpoint)
+    if found is None:
+        if job.requantise:
+            raise UserError(f"--requantise has nothing to do: {checkpoint.source} is not quantised", "leave it out")
+        return
+    if job.requantise:
+        refuse_unencodable(found, {claim.info.name for claim in job.inventory.floats.claims if claim.routed})
+    job.inventory = take_inventory(floats(checkpoint, "F32" if job.requantise else "BF16"))
+
+
+def _requantised(
+    job: Healing,
+    changed: Collection[str],
+    work: Work,
+    teacher: LoadedModel,
+    where: tuple[Memory, torch.device],
+    batches: Sequence[Batch],
+    progress: Progress,
+) -> dict[str, Any]:
+    """What quantising the healed weights again costs: the written checkpoint against the teacher on the held-out tokens, and the weights'
+    relative root mean square error."""
+    view = job.inventory.checkpoint
+    assert isinstance(view, Floats)
+    error = norm = 0.0
+    for name in changed:
+        if name in view.stored:
+            wanted = work.read(name).float()
+            error += float((view.rounded(name, wanted) - wanted).double().square().sum())
+            norm += float(wanted.double().square().sum())
+    trial = job.target.with_name(f".{job.target.name}.trial-{os.getpid()}")
+    try:
+        _write(job, trial, changed, work, None, progress)
+        student = load_model(
+            open_checkpoint(trial), job.inventory.architecture, memory=where[0], device=where[1], dtype=job.dtype
+        )
+        with in_force(student):
+            quality = measure(student, batches, teacher, progress)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    return {"quality": quality.to_json(), "weight_error": (error / norm) ** 0.5 if norm else 0.0}
 
 
 def _distil(
@@ -157,6 +222,7 @@ def _made_with(job: Healing) -> dict[str, Any]:
         "data": job.data.fingerprint,
         "batch_tokens": job.batch_tokens,
         "dtype": job.dtype,
+        "requantise": job.requantise,
     }
 
 
@@ -174,6 +240,7 @@ def _report(
     return {
         "format": "expertsmith.heal",
         "version": 1,
+        "measure": measure_of,
         "method": job.method,
         "options": as_options(job.options),
         "student": {"source": job.inventory.checkpoint.source, "fingerprint": job.inventory.checkpoint.fingerprint},
@@ -196,15 +263,27 @@ def _over_all(quality: Mapping[str, Any], key: str) -> float:
     return float(sum(row[key] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows))
 
 
-def _write(job: Healing, changed: Collection[str], work: Work, report: Mapping[str, Any], progress: Progress) -> None:
-    source = job.inventory.checkpoint
-    texts = {REPORT: json.dumps(report, indent=1) + "\n"}
-    plan = source.path / "expertsmith" / "plan.json"
-    if plan.is_file():
-        texts["expertsmith/plan.json"] = plan.read_text(encoding="utf-8")
-    card = source.path / "README.md"
-    texts["README.md"] = healed_card(card.read_text(encoding="utf-8") if card.is_file() else f"# {source.path.name}\n", report)
-    write_healed(job.target, job.inventory, set(changed), work.read, texts, overwrite=job.overwrite, progress=progress)
+def _write(
+    job: Healing, target: Path, changed: Collection[str], work: Work, report: Mapping[str, Any] | None, progress: Progress
+) -> None:
+    source, texts = job.inventory.checkpoint, {}
+    if report is not None:
+        plan = source.path / "expertsmith" / "plan.json"
+        if plan.is_file():
+            texts["expertsmith/plan.json"] = plan.read_text(encoding="utf-8")
+        card = source.path / "README.md"
+        text = card.read_text(encoding="utf-8") if card.is_file() else f"# {source.path.name}\n"
+        texts |= {REPORT: json.dumps(report, indent=1) + "\n", "README.md": healed_card(text, report)}
+    write_healed(
+        target,
+        job.inventory,
+        set(changed),
+        work.read,
+        texts,
+        requantise=job.requantise,
+        overwrite=job.overwrite,
+        progress=progress,
+    )
 
 
 def healed_card(card: str, report: Mapping[str, Any], measured_after: bool = False) -> str:
@@ -225,6 +304,15 @@ def healed_card(card: str, report: Mapping[str, Any], measured_after: bool = Fal
     card = card.replace("are byte for byte its own.", "were byte for byte its own before it was healed (below).")
     if not measured_after:
         card = card.replace("- **Measured quality**: ", "- **Measured quality** (before healing): ")
+    again = report.get("requantised")
+    cost = ""
+    if again is not None:
+        cost = (
+            f"- **Quantised again, in the source's own format**: the changed weights differ from their float values by {again['weight_error']:.2%}; loss on the "
+            f"held-out part {again['quality']['mean']['loss']:.4f} (float: {now['loss']:.4f})"
+            + ("" if again["accepted"] else "; worse than before, so no weight was changed")
+            + "\n"
+        )
     done = "" if report["accepted"] else " Nothing was better on the held-out tokens, so no weight was changed."
     return (
         card.rstrip("\n")
@@ -235,5 +323,6 @@ def healed_card(card: str, report: Mapping[str, Any], measured_after: bool = Fal
         f"- **Loss on the held-out part**: {was['loss']:.4f} before, {now['loss']:.4f} after, {was['reference_loss']:.4f} the original (nats a token, "
         "mean over domains)\n"
         f"- **KL divergence from the original there**: {was['kl']:.4f} before, {now['kl']:.4f} after\n"
+        f"{cost}"
         "- **Layer by layer**: `expertsmith/heal.json`\n"
     )

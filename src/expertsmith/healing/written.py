@@ -6,34 +6,34 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from expertsmith.arch.base import roles_of, split
+from expertsmith.checkpoint.floats import SIDE_FILES, Floats, bytes_of, source_of
 from expertsmith.checkpoint.reader import TORCH_DTYPES
-from expertsmith.checkpoint.writer import Made, OutputTensor, Piece, write_checkpoint
+from expertsmith.checkpoint.writer import Made, OutputTensor, write_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.healing.experts import LayerExperts
 from expertsmith.inventory import Claim, Inventory
 from expertsmith.progress import Progress
-from expertsmith.surgery.merge import roles_of, router_tensor
+from expertsmith.surgery.merge import router_tensor
 from expertsmith.surgery.uneven import code_for
-from expertsmith.weights import FLOATS, is_matrix, is_scale, layout_of, split
+from expertsmith.weights import FLOATS, is_matrix, layout_of
 
 ROUTER = "router"
 
 
 def check_floats(inventory: Inventory) -> None:
-    """Refuse checkpoints whose experts are not plain floats.
+    """Refuse checkpoints whose experts are no floats and do not decode to floats.
 
     Raises:
-        UserError: a quantised or packed expert tensor, or one of unknown layout.
+        UserError: such a tensor, or one of unknown layout.
     """
-    for claim in inventory.claims:
-        if claim.routed and (is_scale(claim) or claim.info.dtype not in FLOATS):
+    for claim in inventory.floats.claims:
+        if claim.routed and claim.info.dtype not in FLOATS:
             raise UserError(
-                f"{claim.info.name} is {claim.info.dtype} of a quantised checkpoint: its experts cannot be healed",
-                "heal a checkpoint in float or bfloat16 and quantise the result",
+                f"{claim.info.name} is {claim.info.dtype}: experts in it cannot be healed", "please report this checkpoint"
             )
         if claim.routed and layout_of(claim, inventory) is None:
             raise UserError(
@@ -119,24 +119,34 @@ def write_healed(
     read: Callable[[str], torch.Tensor],
     texts: Mapping[str, str],
     *,
+    requantise: bool = False,
     overwrite: bool,
     progress: Progress,
 ) -> None:
-    """The checkpoint of `inventory` with other values in some tensors: same names, dtypes, shapes and shards.
+    """The checkpoint of `inventory` with other values in some tensors: same names, dtypes, shapes and shards. A float view is written as the
+    floats that it shows, or with `requantise` in the format of the checkpoint below it.
 
     Args:
         changed: names of the healed tensors; the others keep the source's bytes.
         read: a healed tensor by name.
         texts: further files (relative path → content).
     """
-    source = inventory.checkpoint
+    source, view = inventory.checkpoint, inventory.checkpoint
+    pieces: dict[str, Callable[[], memoryview]] = {}
+    for name in changed:
+        if requantise and isinstance(view, Floats) and name in view.stored:
+            for info in view.stored[name].parts.values():
+                pieces[info.name] = partial(_codes, view, read, name, info.name)
+        else:
+            pieces[name] = partial(_bytes, read, name, view.tensors[name].dtype)
+    if requantise and isinstance(view, Floats):
+        source = view.raw
+    decoded = isinstance(source, Floats)
     tensors = []
     for info in source.tensors.values():
-        piece: Piece | Made = Piece(info.file, info.start, info.nbytes)
-        if info.name in changed:
-            piece = Made(info.nbytes, partial(_bytes, read, info.name, info.dtype))
+        piece = Made(info.nbytes, pieces[info.name]) if info.name in pieces else source_of(source, info)
         tensors.append(OutputTensor(info.name, info.dtype, info.shape, (piece,)))
-    files = {info.name: info.file.name for info in source.tensors.values()}
+    files = None if decoded else {info.name: info.file.name for info in source.tensors.values()}
     code = code_for(inventory.counts, inventory) if inventory.uneven else {}
     with progress.task("write", sum(tensor.nbytes for tensor in tensors), "B") as advance:
         write_checkpoint(
@@ -147,13 +157,23 @@ def write_healed(
             texts={**code, **texts},
             overwrite=overwrite,
             shard_of=files,
+            without=SIDE_FILES if decoded else (),
             progress=advance,
         )
 
 
-def _bytes(read: Callable[[str], torch.Tensor], name: str, dtype: str) -> memoryview:
-    kind: Any = getattr(torch, TORCH_DTYPES[dtype])
+def _codes(view: Floats, read: Callable[[str], torch.Tensor], name: str, part: str) -> memoryview:
+    """What one of the tensors that hold a quantised weight becomes; one that does not depend on the values stays as it is."""
+    made = view.encoded(name, _finite(read, name))
+    return bytes_of(made[part] if part in made else view.raw.read(part))
+
+
+def _finite(read: Callable[[str], torch.Tensor], name: str, kind: torch.dtype = torch.float32) -> torch.Tensor:
     values = read(name).to(kind)
     if not bool(values.isfinite().all()):
         raise UserError(f"the healed {name} has NaN or inf", "the values overflow in the checkpoint's dtype")
-    return values.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return values
+
+
+def _bytes(read: Callable[[str], torch.Tensor], name: str, dtype: str) -> memoryview:
+    return bytes_of(_finite(read, name, getattr(torch, TORCH_DTYPES[dtype])))

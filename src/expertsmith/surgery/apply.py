@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from expertsmith.arch import config_get
+from expertsmith.checkpoint.floats import SIDE_FILES, Floats, floats, quantisation_of, refuse_unencodable, source_of
 from expertsmith.checkpoint.writer import MAX_SHARD, Made, OutputTensor, Piece, prepare_target, write_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.inventory import Claim, Inventory
+from expertsmith.inventory import Claim, Inventory, take_inventory
 from expertsmith.plan import Plan
 from expertsmith.progress import Progress, Silent
 from expertsmith.selection import Rules, groups_of
@@ -114,11 +115,35 @@ def _brief(layers: list[int]) -> str:
     )
 
 
-def output_tensors(plan: Plan, inventory: Inventory, pad: bool = False) -> list[OutputTensor]:
-    """Every tensor of the output, as byte ranges of the source and computed pieces, in the source's order."""
+def written(plan: Plan, inventory: Inventory, requantise: bool) -> Inventory:
+    """The inventory whose tensors the output has. That of the source itself, unless experts of a quantised source are merged and not
+    quantised again: then that of its float view in bfloat16."""
+    if not plan.merges or requantise or quantisation_of(inventory.checkpoint) is None:
+        return inventory
+    return take_inventory(floats(inventory.checkpoint, "BF16"))
+
+
+def check_requantise(plan: Plan, inventory: Inventory) -> None:
+    """Refuse to quantise merged experts again where that means nothing or cannot be done.
+
+    Raises:
+        UserError: nothing is merged, nothing is quantised, or a format that needs calibration to be quantised.
+    """
+    found = quantisation_of(inventory.checkpoint)
+    if not plan.merges or found is None:
+        what = "no expert is merged" if found else f"{inventory.checkpoint.source} is not quantised"
+        raise UserError(f"--requantise has nothing to do: {what}", "leave it out")
+    refuse_unencodable(found, {claim.info.name for claim in inventory.floats.claims if claim.routed})
+
+
+def output_tensors(plan: Plan, inventory: Inventory, pad: bool = False, merger: Merger | None = None) -> list[OutputTensor]:
+    """Every tensor of the output, as byte ranges of the source and computed pieces, in the source's order.
+
+    Args:
+        merger: makes the merged pieces; None: one is made where the plan merges.
+    """
     kept = plan.kept
-    merger = None
-    if plan.merges:  # else nothing is decoded, and torch is not needed
+    if plan.merges and merger is None:  # else nothing is computed, and torch is not needed
         from expertsmith.surgery.merge import Merger
 
         merger = Merger(plan, inventory)
@@ -130,18 +155,18 @@ def output_tensors(plan: Plan, inventory: Inventory, pad: bool = False) -> list[
         if claim.kind == "expert" and claim.layer in kept:
             name = _renumbered(claim, inventory, kept[claim.layer])
             if name is not None:
-                made.append(_whole(claim, name, merger))
+                made.append(_whole(claim, name, inventory, merger))
         elif claim.kind == "stacked" and claim.layer in kept:
-            made.append(_rows(claim, inventory.experts_in(claim.layer), kept[claim.layer], merger))
+            made.append(_rows(claim, inventory, kept[claim.layer], merger))
         else:
-            made.append(_whole(claim, claim.info.name))
+            made.append(_whole(claim, claim.info.name, inventory))
     return fill_up(made, counts_of(plan), inventory) if pad else made
 
 
-def _whole(claim: Claim, name: str, merger: Merger | None = None) -> OutputTensor:
+def _whole(claim: Claim, name: str, inventory: Inventory, merger: Merger | None = None) -> OutputTensor:
     info = claim.info
     made = merger.piece(claim, claim.expert) if merger and claim.expert is not None else None
-    return OutputTensor(name, info.dtype, info.shape, (made or Piece(info.file, info.start, info.nbytes),))
+    return OutputTensor(name, info.dtype, info.shape, (made or source_of(inventory.checkpoint, info),))
 
 
 def _renumbered(claim: Claim, inventory: Inventory, keep: list[int]) -> str | None:
@@ -160,16 +185,18 @@ def _renumbered(claim: Claim, inventory: Inventory, keep: list[int]) -> str | No
     raise AssertionError(f"{claim.info.name} was claimed by a prefix that it does not have")
 
 
-def _rows(claim: Claim, n: int, keep: list[int], merger: Merger | None) -> OutputTensor:
+def _rows(claim: Claim, inventory: Inventory, keep: list[int], merger: Merger | None) -> OutputTensor:
+    assert claim.layer is not None
+    n = inventory.experts_in(claim.layer)
     info, total = claim.info, n * claim.rows + claim.extra
     row = info.nbytes // total
     pieces: list[Piece | Made] = []
 
     def copy(begin: int, end: int) -> None:
         """Rows of the source; neighbours become one range."""
-        piece = Piece(info.file, info.start + begin * row, (end - begin) * row)
+        piece = source_of(inventory.checkpoint, info, begin * row, (end - begin) * row)
         last = pieces[-1] if pieces else None
-        if isinstance(last, Piece) and last.start + last.nbytes == piece.start:
+        if isinstance(last, Piece) and isinstance(piece, Piece) and last.start + last.nbytes == piece.start:
             pieces[-1] = Piece(info.file, last.start, last.nbytes + piece.nbytes)
         else:
             pieces.append(piece)
@@ -241,6 +268,7 @@ def apply_plan(
     out: Path,
     *,
     pad: bool = False,
+    requantise: bool = False,
     overwrite: bool = False,
     check_values: bool = True,
     max_shard: int | None = None,
@@ -251,6 +279,7 @@ def apply_plan(
 
     Args:
         pad: fill layers with fewer experts than others up, so that the result is stock (`surgery.uneven.pad`).
+        requantise: keep the format of a quantised source where experts are merged; otherwise everything is then written in bfloat16.
         check_values: look for NaN and inf in every chunk that is copied.
         texts: further files to write (relative path → content).
 
@@ -261,8 +290,19 @@ def apply_plan(
     prepare_target(out, inventory.checkpoint.path, overwrite)
     pad = pad and plan.uniform_count is None
     check_plan(plan, inventory, pad)
-    tensors = output_tensors(plan, inventory, pad)
+    if requantise:
+        check_requantise(plan, inventory)
+    inventory = written(plan, inventory, requantise)
+    decoded = isinstance(inventory.checkpoint, Floats)
+    merger = None
+    if plan.merges:
+        from expertsmith.surgery.merge import Merger
+
+        merger = Merger(plan, inventory)
+    tensors = output_tensors(plan, inventory, pad, merger)
     notes = list(plan.notes)
+    if decoded:
+        notes.append("the source is quantised, and merged experts are not: all weights were decoded, and are bfloat16 here")
     unused = [claim for claim in inventory.claims if claim.kind == "unused"]
     if unused and changes(plan, inventory):
         notes.append(
@@ -294,12 +334,22 @@ def apply_plan(
             output_config(plan, inventory, pad),
             source=inventory.checkpoint,
             texts=files,
+            without=SIDE_FILES if decoded else (),
             overwrite=overwrite,
             on_tensor=_Finite(routing_biases(inventory)) if check_values else None,
             progress=advance,
             max_shard=max_shard or MAX_SHARD,
         )
+    if merger is not None and requantise:
+        notes.append(cost_line("merged experts", merger.codes.error, merger.codes.norm))
+        (out / "README.md").write_text(model_card(plan, inventory, notes), encoding="utf-8")
     return notes
+
+
+def cost_line(what: str, error: float, norm: float) -> str:
+    """What quantising weights again cost: sqrt(sum (quantised - float)^2 / sum float^2)."""
+    share = (error / norm) ** 0.5 if norm else 0.0
+    return f"{what} were quantised again, in the source's own format: they differ from their float values by {share:.2%} (root mean square, relative)"
 
 
 FINITE_LIMITS: dict[

@@ -11,7 +11,7 @@ add up in the weights' own dtype).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -21,14 +21,17 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from expertsmith.arch import Architecture
-from expertsmith.arch.base import Layout
-from expertsmith.checkpoint.reader import TORCH_DTYPES
+from expertsmith.arch.base import Layout, roles_of, split
+from expertsmith.checkpoint.floats import Floats, bytes_of
+from expertsmith.checkpoint.formats import formats
+from expertsmith.checkpoint.reader import TORCH_DTYPES, TensorInfo
 from expertsmith.checkpoint.writer import Made
 from expertsmith.engine import LoadedModel
+from expertsmith.engine.experts import in_memory
 from expertsmith.errors import UserError
 from expertsmith.inventory import Claim, Inventory
 from expertsmith.plan import LayerPlan, Merge, Plan
-from expertsmith.weights import FLOATS, is_matrix, is_scale, layout_of, slice_of, split
+from expertsmith.weights import FLOATS, is_matrix, layout_of
 
 Edit = tuple[torch.Tensor, torch.Tensor]  # a view into a parameter, and what it becomes
 
@@ -51,11 +54,11 @@ def check_merges(plan: Plan, inventory: Inventory) -> None:
                     f"{where} merges experts {merge.sources}, which are in different expert_groups of the router",
                     "merge within expert_groups, or plan with --router-groups flatten",
                 )
-        for claim in inventory.by_layer[entry.layer]:
-            if (claim.kind in ("expert", "stacked") and claim.info.dtype not in FLOATS) or (claim.routed and is_scale(claim)):
+        for claim in inventory.floats.by_layer[entry.layer]:
+            if claim.kind in ("expert", "stacked") and claim.info.dtype not in FLOATS:
                 raise UserError(
-                    f"{claim.info.name} is {claim.info.dtype} of a quantised checkpoint: experts of it cannot be averaged",
-                    "merge a checkpoint in float or bfloat16 and quantise the result",
+                    f"{claim.info.name} is {claim.info.dtype}: experts in it cannot be averaged",
+                    "please report this checkpoint",
                 )
             if claim.routed and layout_of(claim, inventory) is None and any(merge.align != "none" for merge in entry.merge):
                 raise UserError(
@@ -134,11 +137,15 @@ def average(tensors: Iterable[torch.Tensor], weights: Sequence[float], dtype: to
 
 
 class Merger:
-    """The computed pieces of an output checkpoint. Sources are read when a piece is asked for, one at a time; the permutations of the last
-    decoder layer that was asked for are kept."""
+    """The computed pieces of an output checkpoint whose tensors are those of `inventory`: the source's own, or those of its float view. Sources
+    are read when a piece is asked for, one at a time, as floats; the permutations of the last decoder layer that was asked for are kept.
+
+    Pieces of quantised tensors are codes and scales of the merged weight, quantised again.
+    """
 
     def __init__(self, plan: Plan, inventory: Inventory) -> None:
-        self.inventory = inventory
+        self.inventory = inventory if isinstance(inventory.checkpoint, Floats) else inventory.floats
+        self.codes = Codes(inventory)
         self._merges = {(entry.layer, merge.into): merge for entry in plan.layers for merge in entry.merge}
         self._layer: int | None = None
         self._siblings: dict[tuple[int, str], Claim] = {}
@@ -152,6 +159,8 @@ class Merger:
             return None
         if not claim.routed and merge.router == "dominant" and not self._counts(claim, merge):
             return None
+        if self.codes.fixed(claim):
+            return None
         share = 1 if claim.kind == "expert" else claim.rows
         rows = 1 if claim.kind == "expert" else self.inventory.experts_in(claim.layer) * claim.rows + claim.extra
         return Made(claim.info.nbytes // rows * share, partial(self._bytes, claim, merge))
@@ -160,20 +169,28 @@ class Merger:
         return merge.log_count and _is_logit_bias(claim, self.inventory.architecture)
 
     def _bytes(self, claim: Claim, merge: Merge) -> memoryview:
+        weight = self.codes.weight(claim)
+        if weight is not None:
+            return bytes_of(self.codes.piece(claim, merge.into, lambda: self._merged(weight, merge)))
         dtype = _dtype(claim)
         if claim.routed:
             merged = average(self._sources(claim, merge), merge.weights, dtype)
         else:
-            rows = (slice_of(self.inventory, claim, expert) for expert in merge.sources)
+            rows = (self.inventory.rows(claim, expert) for expert in merge.sources)
             merged = router_row(rows, merge, self._counts(claim, merge), dtype)
-        return merged.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        return bytes_of(merged)
+
+    def _merged(self, claim: Claim, merge: Merge) -> torch.Tensor:
+        """The merged weight in float32, shaped as its rows of the tensor."""
+        part = average(self._sources(claim, merge), merge.weights, torch.float32)
+        return part if claim.kind == "expert" or claim.rows > 1 else part.unsqueeze(0)
 
     def _sources(self, claim: Claim, merge: Merge) -> Iterator[torch.Tensor]:
         assert claim.layer is not None
         self._enter(claim.layer)
         layout = layout_of(claim, self.inventory)
         for expert in merge.sources:
-            part = slice_of(self.inventory, self._sibling(claim, expert), expert)
+            part = self.inventory.rows(self._sibling(claim, expert), expert)
             yield ordered(layout, part, self._order(claim.layer, merge, expert))
 
     def _enter(self, layer: int) -> None:
@@ -209,17 +226,52 @@ class Merger:
         for role in ROLES:
             if role in found:
                 claim, layout = found[role]
-                mine = slice_of(self.inventory, claim, reference)
-                theirs = slice_of(self.inventory, self._sibling(claim, target), target)
+                mine = self.inventory.rows(claim, reference)
+                theirs = self.inventory.rows(self._sibling(claim, target), target)
                 yield role, split(layout, mine)[role], split(layout, theirs)[role]
 
 
+class Codes:
+    """Which tensors of an inventory are codes, scales and the like of a quantised weight, and what they become with other values."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        view = inventory.floats.checkpoint
+        self.view = view if isinstance(view, Floats) and not isinstance(inventory.checkpoint, Floats) else None
+        stored = self.view.stored.values() if self.view else ()
+        by_name = {claim.info.name: claim for claim in inventory.floats.claims} if self.view else {}
+        self._weights = {info.name: by_name[entry.name] for entry in stored for info in entry.parts.values()}
+        self._made: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
+        self.error = self.norm = 0.0  # sums of squares: (quantised - float), float
+
+    def weight(self, claim: Claim) -> Claim | None:
+        """The float weight that a tensor is a part of, None for a tensor of its own."""
+        return self._weights.get(claim.info.name)
+
+    def fixed(self, claim: Claim) -> bool:
+        """Whether a tensor stays as it is, whatever its weight becomes: a shape, or a scale of activations."""
+        weight = self.weight(claim)
+        if weight is None or self.view is None:
+            return False
+        entry = self.view.stored[weight.info.name]
+        role = next(role for role, info in entry.parts.items() if info.name == claim.info.name)
+        return role in formats()[entry.format].constant
+
+    def piece(self, claim: Claim, expert: int, values: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What a tensor (or an expert's rows of it) becomes where its weight becomes `values`; the last weight's tensors are kept."""
+        weight = self.weight(claim)
+        assert weight is not None
+        assert self.view is not None
+        key = (weight.info.name, expert)
+        if key not in self._made:
+            self._made.clear()
+            wanted = values()
+            self._made[key] = self.view.encoded(weight.info.name, wanted)
+            self.error += float((self.view.rounded(weight.info.name, wanted) - wanted).double().square().sum())
+            self.norm += float(wanted.double().square().sum())
+        return self._made[key][claim.info.name]
+
+
 ROLES = ("gate", "up", "down")
-
-
-def roles_of(layout: Layout) -> tuple[str, ...]:
-    """The projections that a tensor of this layout holds."""
-    return tuple(split(layout, torch.empty(2)))
 
 
 def router_row(rows: Iterable[torch.Tensor], merge: Merge, count: bool, dtype: torch.dtype) -> torch.Tensor:
@@ -233,15 +285,16 @@ def router_row(rows: Iterable[torch.Tensor], merge: Merge, count: bool, dtype: t
     return (row + math.log(len(merge.sources)) if count else row).to(dtype)
 
 
-def _dtype(claim: Claim) -> torch.dtype:
-    found: torch.dtype = getattr(torch, TORCH_DTYPES[claim.info.dtype])
+def _dtype(claim: Claim | TensorInfo) -> torch.dtype:
+    info = claim.info if isinstance(claim, Claim) else claim
+    found: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
     return found
 
 
 @contextmanager
 def merged(model: LoadedModel, plan: Plan, inventory: Inventory) -> Iterator[None]:
     """Within the context, the expert `into` of every merge is the merged one: its weights and router entries are computed from the model's
-    own tensors, rounded to the checkpoint's dtypes. The other sources stay as they are: mask them with `surgery.mask.masked`.
+    own tensors, rounded as `inventory` stores them (its dtypes, or its quantisation). The other sources stay as they are: mask them with `surgery.mask.masked`.
 
     In stream mode a layer is edited whenever it is brought in.
 
@@ -253,6 +306,7 @@ def merged(model: LoadedModel, plan: Plan, inventory: Inventory) -> Iterator[Non
     entries = {entry.layer: entry for entry in plan.layers if any(len(merge.sources) > 1 for merge in entry.merge)}
     with ExitStack() as stack:
         if model.memory == "stream":
+            model.whole()
             stack.callback(lambda: model.__dict__.pop("bring", None))
             model.bring = partial(_bring, model.bring, model, entries, inventory)  # type: ignore[method-assign]
         else:
@@ -290,12 +344,7 @@ def _edits(model: LoadedModel, entry: LayerPlan, inventory: Inventory) -> list[E
     layer = model.layers[entry.layer]
     block = layer.get_submodule(record.block) if record.block else layer
     experts = block.get_submodule(record.experts)
-    dtypes = {
-        (role, is_matrix(claim)): _dtype(claim)
-        for claim in inventory.by_layer[entry.layer]
-        if claim.routed and (layout := layout_of(claim, inventory)) is not None
-        for role in roles_of(layout)
-    }
+    codes = Codes(inventory)
     made: list[Edit] = []
     for merge in entry.merge:
         if len(merge.sources) == 1:
@@ -307,44 +356,51 @@ def _edits(model: LoadedModel, entry: LayerPlan, inventory: Inventory) -> list[E
             for expert in merge.sources:
                 pairs = ((role, mine[role, True], held[expert][role, True]) for role in ROLES if (role, True) in mine)
                 orders[expert] = alignment(pairs).to(model.device) if expert != merge.into else None
-        for (role, matrix), view in mine.items():
-            parts = (_reordered(held[expert][role, matrix], role, orders.get(expert)) for expert in merge.sources)
-            made.append((view, average(parts, merge.weights, dtypes[role, matrix])))
+        wanted = {
+            (role, matrix): average(
+                (_reordered(held[expert][role, matrix], role, orders.get(expert)) for expert in merge.sources),
+                merge.weights,
+                torch.float32 if codes.view else torch.float64,
+            )
+            for role, matrix in mine
+        }
+        for claim in inventory.floats.expert_claims(entry.layer)[merge.into]:
+            layout, matrix = layout_of(claim, inventory), is_matrix(claim)
+            if layout is None:
+                continue
+            made += _rounded_edits(claim, layout, matrix, mine, wanted, codes, inventory)
         made += _router_edits(block, merge, entry.layer, inventory)
     return made
+
+
+def _rounded_edits(
+    claim: Claim,
+    layout: Layout,
+    matrix: bool,
+    mine: Mapping[tuple[str, bool], torch.Tensor],
+    wanted: Mapping[tuple[str, bool], torch.Tensor],
+    codes: Codes,
+    inventory: Inventory,
+) -> list[Edit]:
+    """What the roles in one tensor become, rounded as that tensor is stored."""
+    roles = [role for role in roles_of(layout) if (role, matrix) in mine]
+    if codes.view is None or claim.info.name not in codes.view.stored:
+        kind = _dtype(inventory.checkpoint.tensors[claim.info.name])
+        return [(mine[role, matrix], wanted[role, matrix].to(kind)) for role in roles]
+    lead = claim.info.shape[:1] if claim.kind == "expert" else (claim.rows,)
+    part = torch.empty((*lead, *claim.info.shape[1:]))
+    slot = part if claim.kind == "expert" or claim.rows > 1 else part[0]
+    for role, view in split(layout, slot).items():
+        view.copy_(wanted[role, matrix])
+    part = codes.view.rounded(claim.info.name, part)
+    slot = part if claim.kind == "expert" or claim.rows > 1 else part[0]
+    return [(mine[role, matrix], view) for role, view in split(layout, slot).items()]
 
 
 def _reordered(part: torch.Tensor, role: str, order: torch.Tensor | None) -> torch.Tensor:
     if order is None or (role == "down" and part.dim() == 1):
         return part
     return part[:, order] if role == "down" else part[order]
-
-
-def in_memory(experts: nn.Module, record: Architecture, expert: int, count: int) -> dict[tuple[str, bool], torch.Tensor]:
-    """Views of one expert's weights in its experts module by (role, whether it is a matrix)."""
-    found: dict[tuple[str, bool], torch.Tensor] = {}
-    for name, parameter in experts.named_parameters():
-        matrix = not name.endswith("_bias")
-        if matrix and parameter.dim() == 2:  # experts * rows, as DBRX has it
-            rows = parameter.shape[0] // count
-            part = parameter[expert * rows : (expert + 1) * rows]
-        else:
-            part = parameter[expert]
-        for role, view in split(_memory_layout(experts, name.removesuffix("_bias"), record), part).items():
-            found[role, matrix] = view
-    return found
-
-
-def _memory_layout(experts: Any, name: str, record: Architecture) -> Layout:
-    """As transformers' decorator describes the module, or as the record describes the checkpoint's tensor of that name."""
-    if hasattr(experts, "is_transposed") and hasattr(experts, "is_concatenated"):
-        stem = {"gate_up_proj": "gate_up" if experts.is_concatenated else "alternating", "up_proj": "up", "down_proj": "down"}
-        layout: Any = stem[name] + ("_t" if experts.is_transposed else "")
-        return layout  # type: ignore[no-any-return]
-    layouts = {record.layout_of(entry.name) for entry in record.stacked if entry.name.endswith(f".{name}")}
-    if len(layouts) != 1 or None in layouts:
-        raise RuntimeError(f"{type(experts).__name__}.{name}: the record of {record.model_type} does not tell its layout")
-    return layouts.pop()  # type: ignore[return-value]
 
 
 def _router_edits(block: nn.Module, merge: Merge, layer: int, inventory: Inventory) -> list[Edit]:

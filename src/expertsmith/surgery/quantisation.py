@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
+from expertsmith.checkpoint.floats import SIDE_FILES, Floats
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory
 
@@ -105,10 +106,11 @@ def output_files(renumbering: Renumbering) -> dict[str, str]:
     Raises:
         UserError: as `output_quantisation`, or such a file that is not JSON.
     """
-    made = {}
-    folder = renumbering.inventory.checkpoint.path
-    for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
-        if "quant" not in file.name or file.name.endswith(".index.json"):
+    made: dict[str, str] = {}
+    if isinstance(renumbering.inventory.checkpoint, Floats):  # they do not go along
+        return made
+    for file in (renumbering.inventory.checkpoint.path / name for name in SIDE_FILES):
+        if not file.is_file():
             continue
         try:
             held = json.loads(file.read_text(encoding="utf-8"))

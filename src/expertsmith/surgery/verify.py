@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from expertsmith.checkpoint import Checkpoint
+from expertsmith.checkpoint.floats import quantisation_of
 from expertsmith.checkpoint.writer import CHUNK, OutputTensor, chunks
 from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of, load_model
 from expertsmith.engine.experts import expert_count, experts_of, is_grouped, routing_of
@@ -27,7 +28,7 @@ from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory
 from expertsmith.plan import Plan
 from expertsmith.progress import Progress, Silent
-from expertsmith.surgery.apply import check_plan, output_config, output_tensors, output_texts
+from expertsmith.surgery.apply import check_plan, output_config, output_tensors, output_texts, written
 from expertsmith.surgery.mask import masked
 from expertsmith.surgery.merge import merged
 from expertsmith.surgery.skip import is_padded
@@ -116,10 +117,11 @@ def verify(
     progress = progress or Silent()
     pad = is_padded(output.config)
     check_plan(plan, inventory, pad)
-    tensors, wrong = compare_bytes(plan, inventory, output, progress, pad)
-    expected = output_config(plan, inventory, pad)
+    held = written(plan, inventory, requantise=quantisation_of(output) is not None)
+    tensors, wrong = compare_bytes(plan, held, output, progress, pad)
+    expected = output_config(plan, held, pad)
     differs = sorted(key for key in {*expected, *output.config} if expected.get(key) != output.config.get(key))
-    for name, text in output_texts(plan, inventory, pad).items():
+    for name, text in output_texts(plan, held, pad).items():
         if not (output.path / name).is_file() or (output.path / name).read_text(encoding="utf-8") != text:
             differs.append(name)
     verdict = Verdict(
@@ -129,10 +131,10 @@ def verify(
         return verdict
     record = inventory.architecture
     overrides = record.one_group if plan.router_groups == "flatten" else {}
-    source = load_model(inventory.checkpoint, record, memory=memory, device=device, dtype=dtype, config_overrides=overrides)
+    source = load_model(held.checkpoint, record, memory=memory, device=device, dtype=dtype, config_overrides=overrides)
     pruned = load_model(output, record, memory=memory, device=device, dtype=dtype)
     masks = masked(source, plan.kept, inventory.counts)
-    with merged(source, plan, inventory), masks, progress.task("verify", len(source.layers), "layers") as advance:
+    with merged(source, plan, held), masks, progress.task("verify", len(source.layers), "layers") as advance:
         _compare_forwards(source, pruned, batches, verdict, advance)
     if plan.skip is not None:
         verdict.skipping = prove(pruned, batches, plan.thresholds, plan.skip.rule)

@@ -63,3 +63,4 @@ class Format:
     find: Callable[[Headers], Iterator[Stored]]
     decode: Callable[[Stored, Read, int, int], torch.Tensor]
     encode: Callable[[torch.Tensor, Stored], dict[str, torch.Tensor]] | None = None
+    constant: tuple[str, ...] = ()  # roles that do not depend on the values: a shape, a scale of activations

@@ -47,4 +47,26 @@ def _decode(stored: Stored, read: Read, first: int, last: int) -> torch.Tensor:
     return codes.mul_(scale)
 
 
-FORMATS = (Format(name="fp8", title="FP8", reference="transformers Fp8Dequantize", find=_find, decode=_decode),)
+def _encode(w, stored):
+    import torch
+
+    rows, columns = stored.settings["block"]
+    r, c = w.shape
+    R, C = -(-r // rows), -(-c // columns)
+    p = torch.zeros(R * rows, C * columns)
+    p[:r, :c] = w
+    b = p.reshape(R, rows, C, columns)
+    s = (b.abs().amax((1, 3)) / 448).clamp_min(1e-12)
+    kind = {"F32": torch.float32, "BF16": torch.bfloat16}[stored.parts["scale"].dtype]
+    s = s.to(kind)
+    q = (
+        (b / s.float()[:, None, :, None])
+        .clamp(-448, 448)
+        .reshape(R * rows, C * columns)[:r, :c]
+        .contiguous()
+        .to(torch.float8_e4m3fn)
+    )
+    return {"codes": q, "scale": s.reshape(stored.parts["scale"].shape)}
+
+
+FORMATS = (Format(name="fp8", title="FP8", reference="transformers Fp8Dequantize", find=_find, decode=_decode, encode=_encode),)

@@ -1,0 +1,120 @@
+"""A decoder layer whose routed experts do not fit into memory together: each is read when tokens are sent to it, and let go again.
+
+The experts module keeps its parameters on the meta device, and its class is exchanged for one whose forward reads the experts that were
+chosen, a few at a time, into a module of the stock class that holds only those. So every way of running experts works as it is. Each
+expert is a product of its own, so the results are those of the whole module, up to the last bit of activations whose vectorised kernels
+round the end of a tensor in another way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from expertsmith.arch import Architecture
+from expertsmith.arch.base import split
+from expertsmith.errors import UserError
+
+if TYPE_CHECKING:
+    from expertsmith.inventory import Inventory
+
+AT_ONCE = 2**29  # bytes of experts in memory at a time
+
+
+class Source:
+    """Where the experts of one decoder layer are read from."""
+
+    def __init__(self, inventory: Inventory, layer: int, record: Architecture, device: torch.device) -> None:
+        self.inventory, self.layer, self.record, self.device = inventory, layer, record, device
+
+    def fill(self, part: nn.Module, experts: range) -> None:
+        """Read `experts` of the layer into a module that holds only them.
+
+        Raises:
+            UserError: NaN or inf.
+        """
+        from expertsmith.engine.experts import in_memory
+
+        claims = self.inventory.expert_claims(self.layer)
+        for place, expert in enumerate(experts):
+            views = in_memory(part, self.record, place, len(experts))
+            for claim in claims[expert]:
+                layout = self.record.layout_of(claim.rest)
+                assert layout is not None
+                values = self.inventory.rows(claim, expert).to(self.device)
+                if not bool(torch.isfinite(values.sum(dtype=torch.float32))) and not bool(values.isfinite().all()):
+                    raise UserError(f"{claim.info.name} has NaN or inf", "the checkpoint is damaged: download it again")
+                matrix = values.dim() > 1
+                for role, view in split(layout, values).items():
+                    views[role, matrix].copy_(view)
+
+
+def install(experts: Any, source: Source) -> None:
+    """Have an experts module on the meta device read its experts from `source`."""
+    if not is_on_demand(experts):
+        experts.__class__ = _reading(type(experts))  # type: ignore[arg-type]
+    experts._source = source
+
+
+def remove(experts: Any) -> None:
+    """Make it the stock module again, which wants its parameters."""
+    if is_on_demand(experts):
+        experts.__class__ = type(experts).stock
+        del experts._source
+
+
+def is_on_demand(experts: Any) -> bool:
+    """Whether a module's experts are read when they are needed."""
+    return getattr(experts, "_source", None) is not None
+
+
+def parts(experts: Any, wanted: torch.Tensor | None = None) -> Iterator[tuple[range, Any]]:
+    """(experts, a stock module that holds only those), a few at a time; `wanted`: ids of the experts that are needed, all others are left out
+    where they stand at the ends of a part."""
+    count = experts.num_experts
+    ids = list(range(count)) if wanted is None else [e for e in sorted(set(wanted.tolist())) if e < count]
+    size = sum(p.numel() * p.element_size() for p in experts.parameters()) // count
+    most = max(1, AT_ONCE // max(1, size))
+    while ids:
+        held = range(ids[0], min(ids[0] + most, count))
+        inside = [e for e in ids if e in held]
+        held = range(held.start, inside[-1] + 1)
+        yield held, _part(experts, held)
+        ids = ids[len(inside) :]
+
+
+def _part(experts: Any, held: range) -> Any:
+    made = copy.copy(experts)
+    made.__class__ = type(experts).stock
+    made.__dict__ = {key: value for key, value in experts.__dict__.items() if key not in ("_source", "forward")}
+    made.num_experts = len(held)
+    source: Source = experts._source
+    made._parameters = {
+        name: nn.Parameter(
+            torch.empty((len(held), *value.shape[1:]), dtype=value.dtype, device=source.device), requires_grad=False
+        )
+        for name, value in experts._parameters.items()
+        if value is not None
+    }
+    source.fill(made, held)
+    return made
+
+
+@cache
+def _reading(stock: type[Any]) -> Any:
+    """The class of `stock` whose forward reads experts."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        from expertsmith.engine.experts import grouped_forward, routing_of
+
+        selected, weights = routing_of(args, kwargs)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        out: torch.Tensor = grouped_forward(self, x, selected.reshape(len(x), -1), weights)[0]
+        return out.reshape(hidden_states.shape)
+
+    return type(f"{stock.__name__}OnDemand", (stock,), {"forward": forward, "stock": stock, "__module__": stock.__module__})

@@ -1,0 +1,71 @@
+"""A quantised checkpoint written out as plain bfloat16, tensor by tensor, and read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertsmith.checkpoint import Checkpoint, open_checkpoint
+from expertsmith.checkpoint.floats import SIDE_FILES, floats, quantisation_of, source_of
+from expertsmith.checkpoint.writer import OutputTensor, prepare_target, write_checkpoint
+from expertsmith.errors import UserError
+from expertsmith.progress import Progress, Silent
+
+DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def dequantise(
+    checkpoint: Checkpoint, out: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write every quantised weight as the bfloat16 value nearest to what its codes stand for, all other tensors byte for byte; then read
+    the result and compare every weight with a second decoding. Memory holds one tensor at a time.
+
+    Returns sizes: tensors, weights (decoded ones), bytes [before, after].
+
+    Raises:
+        UserError: nothing is quantised, a format that cannot be decoded, NaN or inf, a full disk, a result that is not what was written.
+    """
+    progress = progress or Silent()
+    prepare_target(out, checkpoint.path, overwrite)
+    found = quantisation_of(checkpoint)
+    if found is None:
+        raise UserError(f"{checkpoint.source} is not quantised", "there is nothing to do")
+    view = floats(checkpoint, "BF16")
+    tensors = [OutputTensor(info.name, info.dtype, info.shape, (source_of(view, info),)) for info in view.tensors.values()]
+    config = dict(view.config)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.update({key: "bfloat16" for key in DTYPE_KEYS if part.get(key) == "float16"})
+    total = sum(tensor.nbytes for tensor in tensors)
+    card = (
+        f"# {checkpoint.path.name} in bfloat16\n\nMade by [expertsmith] from `{checkpoint.source}` ({found.title}): "
+        f"{len(found.stored):,} weights were decoded and rounded once to bfloat16, all other tensors are byte for byte the same.\n"
+    )
+    with progress.task("dequantise", total, "B") as advance:
+        write_checkpoint(
+            out,
+            tensors,
+            config,
+            source=checkpoint,
+            texts={"README.md": card},
+            without=SIDE_FILES,
+            overwrite=overwrite,
+            on_tensor=_refuse_non_finite,
+            progress=advance,
+        )
+    written = open_checkpoint(out)
+    with progress.task("verify", total, "B") as advance:
+        for name, info in view.tensors.items():
+            if (written.tensors[name].dtype, written.tensors[name].shape) != (info.dtype, info.shape) or not torch.equal(
+                written.read(name).reshape(-1).view(torch.uint8), view.read(name).reshape(-1).view(torch.uint8)
+            ):
+                raise UserError(f"{name} in {out} is not what was written", "the disk or its file system is damaged")
+            advance(info.nbytes)
+    return {"tensors": len(tensors), "weights": len(found.stored), "format": found.title, "bytes": [checkpoint.nbytes, total]}
+
+
+def _refuse_non_finite(tensor: OutputTensor, chunk: memoryview) -> None:
+    if tensor.dtype == "BF16" and not bool(torch.frombuffer(chunk, dtype=torch.bfloat16).isfinite().all()):
+        raise UserError(f"{tensor.name} has NaN or inf", "the source checkpoint is damaged: download it again")
