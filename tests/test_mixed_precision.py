@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import save_tiny
+from conftest import run_cli, save_tiny
 from expertsmith import api
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
@@ -226,6 +226,8 @@ def test_an_applied_plan(mixed: Path, tmp_path: Path) -> None:
     text = (out / "config.json").read_text()
     (out / "config.json").write_text(text.replace("experts.0.down_proj", "experts.1.down_proj"))
     assert api.verify(inventory, out, plan=plan, tokens=64, device="cpu").config_differs == ["quantization_config"]
+    (out / "config.json").write_text(text)
+    assert api.verify(inventory, out, plan=plan, tokens=64, device="cpu").passed
 
 
 def test_completeness_is_judged_on_the_float_weights(mixed: Path) -> None:
@@ -237,7 +239,39 @@ def test_completeness_is_judged_on_the_float_weights(mixed: Path) -> None:
     del state[f"{expert(1, 5)}.weight"]
     save_file(state, mixed / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"decoder layer 1 lacks down_proj\.weight of expert 5"):
-        _ = take_inventory(open_checkpoint(mixed)).floats
+        take_inventory(open_checkpoint(mixed))
+
+
+def test_inspect_counts_weights_and_names_the_format(source: Path, mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Parameters are those of the float model, bytes those on disk."""
+    plain, facts = api.inspect(source), api.inspect(mixed)
+    assert facts["parameters"] == plain["parameters"]
+    assert [row["parameters"] for row in facts["keep_ratios"]] == [row["parameters"] for row in plain["keep_ratios"]]
+    assert facts["bytes"] == open_checkpoint(mixed).nbytes < plain["bytes"]
+    assert plain["quantisation"] is None
+    assert "FP8" in facts["quantisation"]["formats"]
+    assert facts["quantisation"]["cannot_be_decoded"] is None
+    code, out, _ = run_cli(capsys, "inspect", mixed)
+    assert (code, "FP8" in out, "cannot be decoded" in out) == (0, True, False)
+
+
+def test_inspect_shows_what_cannot_be_decoded(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Looking is allowed, and says so; working on it is not."""
+    config = json.loads((mixed / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "novel"}
+    (mixed / "config.json").write_text(json.dumps(config))
+    state = {
+        name.replace("weight_scale", "weight_codebook"): value for name, value in load_file(mixed / "model.safetensors").items()
+    }
+    save_file(state, mixed / "model.safetensors", metadata={"format": "pt"})
+    facts = api.inspect(mixed)
+    assert facts["quantisation"]["formats"] == "quant_method novel"
+    assert facts["quantisation"]["cannot_be_decoded"]
+    code, out, _ = run_cli(capsys, "inspect", mixed)
+    assert (code, "cannot be decoded:" in out) == (0, True)
+    code, out, _ = run_cli(capsys, "inspect", mixed, "--json")
+    assert json.loads(out)["quantisation"] == facts["quantisation"]
+    assert run_cli(capsys, "plan", mixed, "-m", "random", "-k", "4", "-o", tmp_path / "plan.json")[0] == 2
 
 
 def test_a_side_file_that_is_not_json_is_named(mixed: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from expertsmith.checkpoint.floats import Floats, floats
 from expertsmith.engine.experts import experts_of, is_grouped
 from expertsmith.engine.on_demand import Source, install, remove
 from expertsmith.engine.uneven import causal_lm, read_config
-from expertsmith.errors import UserError
+from expertsmith.errors import UserError, install_line
 from expertsmith.inventory import Inventory, take_inventory
 
 Memory = Literal["resident", "stream"]
@@ -186,7 +186,13 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
     try:
         with quietly():  # transformers warns of layers with numbers of their own, which is what they are for
             config = read_config(checkpoint.path)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
+        package = install_line(error)
+        if package or isinstance(error, ImportError):
+            raise UserError(
+                f"{checkpoint.path}/config.json needs a package that is not installed: {_first_line(error)}",
+                package or "install what this message names",
+            ) from None
         raise UserError(
             f"{checkpoint.path}/config.json is not understood by transformers {transformers.__version__}: {_first_line(error)}"
         ) from None
@@ -258,6 +264,12 @@ def load_model(
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         if re.search(OUT_OF_MEMORY, str(error)):
             raise  # nothing is wrong with the checkpoint
+        package = install_line(error)
+        if package or isinstance(error, ImportError):
+            raise UserError(
+                f"{checkpoint.source} needs a package that is not installed: {_first_line(error)}",
+                package or "install what this message names",
+            ) from None
         raise UserError(
             f"transformers cannot load {checkpoint.source}: {_first_line(error)}",
             "is a shard damaged, or a tensor of a wrong shape?",
