@@ -566,10 +566,9 @@ def test_a_full_disk_is_said_wherever_it_happens(capsys, mixtral, tmp_path, monk
 )  # fmt: skip
 def test_the_package_behind_an_error(error: Exception, line: str | None) -> None:
     assert install_line(error) == line
-    try:
-        raise RuntimeError("Failed to import x") from error
-    except RuntimeError as outer:
-        assert install_line(outer) == line
+    outer = RuntimeError("Failed to import x")
+    outer.__cause__ = error
+    assert install_line(outer) == line
 
 
 @pytest.mark.parametrize("memory", ["resident", "stream"])

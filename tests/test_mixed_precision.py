@@ -17,6 +17,7 @@ from expertsmith import api
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory, take_inventory
+from expertsmith.lint import ENGINES
 from expertsmith.surgery.apply import output_config, renumbering_of
 from expertsmith.surgery.quantisation import renumbered
 
@@ -240,6 +241,14 @@ def test_completeness_is_judged_on_the_float_weights(mixed: Path) -> None:
     save_file(state, mixed / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"decoder layer 1 lacks down_proj\.weight of expert 5"):
         take_inventory(open_checkpoint(mixed))
+
+
+def test_lint_names_what_engines_cannot_mix(mixed: Path) -> None:
+    found = {finding.rule.id: finding for finding in api.lint(mixed)}
+    for engine in ("transformers", "vllm", "sglang"):
+        assert found[f"{engine}-mixed"].level == "error"
+        assert "experts.5." in found[f"{engine}-mixed"].message
+    assert not {f"{engine}-quant-method" for engine in ENGINES} & set(found)
 
 
 def test_inspect_counts_weights_and_names_the_format(source: Path, mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
