@@ -3,6 +3,9 @@
 A checkpoint of random weights is written layer by layer (12 GB by default, a vocabulary of 1024, calibration data as `input_ids`), then
 `expertsmith` runs stage by stage, each in a process that may not take more than `--limit` GB. Target: every stage exits with 0.
 
+DeepSeek-V3's own layers, cut in depth, as FP8: `--family deepseek_v3 --fp8 --hidden 7168 --width 2048 --experts 256 --heads 128 --limit 8 --verify`. The
+experts of one such layer take 22 GB in bfloat16, so they are read when tokens are sent to them.
+
 How the limit is set, the first that works here (`--limit-with` picks one):
 
 systemd   a transient scope (`systemd-run --scope -p MemoryMax=… -p MemorySwapMax=0`): counts the resident set and the page cache that cannot
@@ -101,7 +104,9 @@ def choose(name: str, limit: int) -> tuple[str, Wrap]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="qwen3_moe", choices=["qwen3_moe", "mixtral"])
+    parser.add_argument("--family", default="qwen3_moe", choices=["qwen3_moe", "mixtral", "deepseek_v3"])
+    parser.add_argument("--fp8", action="store_true", help="matrices in FP8 with scales of blocks")
+    parser.add_argument("--heads", type=int, help="of attention; default: hidden / 128")
     parser.add_argument("--gigabytes", type=float, default=12.0, help="size of the checkpoint, at least")
     parser.add_argument("--limit", type=float, default=6.0, help="GB of memory a process may take")
     parser.add_argument("--limit-with", default="auto", choices=["auto", *LIMITERS])
@@ -126,15 +131,17 @@ def main() -> None:
     limiter, wrap = choose(options.limit_with, limit)
     shape = Shape(
         options.family,
-        1,
+        2,
         options.hidden,
         options.width,
         options.experts,
         options.top_k,
-        heads=options.hidden // 128,
+        heads=options.heads or options.hidden // 128,
         kv_heads=4,
+        fp8=options.fp8,
     )
-    shape = replace(shape, layers=int(-(-options.gigabytes * 1e9 // shape.layer_bytes)))
+    dense = 1 if options.family == "deepseek_v3" else 0
+    shape = replace(shape, layers=dense + int(-(-options.gigabytes * 1e9 // shape.layer_bytes)))
     with scratch(options.work, options.keep_files) as folder:
         free = shutil.disk_usage(folder).free
         if free < 1.6 * options.gigabytes * 1e9:
@@ -149,7 +156,7 @@ def main() -> None:
         total = generate_in_child(model, shape)
         write_data(data, options.tokens, options.length, shape.vocab)
         print(
-            f"{options.family}: {total / 1e9:.2f} GB bfloat16, {shape.layers} layers of {shape.layer_bytes / 1e9:.2f} GB, {shape.experts} experts, top "
+            f"{options.family}: {total / 1e9:.2f} GB {'FP8' if options.fp8 else 'bfloat16'}, {shape.layers} layers of {shape.layer_bytes / 1e9:.2f} GB, {shape.experts} experts, top "
             f"{shape.top_k}; {options.tokens} tokens, {options.threads} threads\neach process limited to {options.limit:g} GB by {limiter}"
         )
         stages = {

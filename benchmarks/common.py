@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ BITS = {"float32": 4, "bfloat16": 2}
 class Shape:
     """A generated MoE model: every decoder layer is alike, and the small vocabulary leaves almost all bytes to the experts."""
 
-    family: str = "qwen3_moe"  # or mixtral
+    family: str = (
+        "qwen3_moe"  # or mixtral, deepseek_v3 (its first layer is dense, and attention has the proportions of DeepSeek-V3)
+    )
     layers: int = 4
     hidden: int = 512
     width: int = 256  # of an expert
@@ -41,6 +44,7 @@ class Shape:
     kv_heads: int = 4
     vocab: int = 1024
     dtype: str = "bfloat16"
+    fp8: bool = False  # matrices of the decoder layers, but for the router, in FP8 with a scale for each block of 128 × 128
 
     @property
     def head_dim(self) -> int:
@@ -50,9 +54,8 @@ class Shape:
     @property
     def layer_bytes(self) -> int:
         """Of one decoder layer, norms aside."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        experts = self.experts * (3 * self.hidden * self.width + self.hidden)
-        return (attention + experts) * BITS[self.dtype]
+        parts = [prod(shape) for _, shape in self.layer_tensors(self.layers - 1) if len(shape) > 1]
+        return int(sum(parts) * (1 + 4 / 128**2 if self.fp8 else BITS[self.dtype]))
 
     def config(self) -> dict[str, Any]:
         """config.json of the model."""
@@ -62,6 +65,18 @@ class Shape:
             "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
             "dtype": self.dtype, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "model_type": self.family,
         }  # fmt: skip
+        if self.fp8:
+            made["quantization_config"] = {
+                "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+            }  # fmt: skip
+        if self.family == "deepseek_v3":
+            groups = 8 if self.experts % 8 == 0 and self.experts >= 32 else 1
+            return {
+                **made, "architectures": ["DeepseekV3ForCausalLM"], "num_key_value_heads": self.heads, "n_routed_experts": self.experts,
+                "n_shared_experts": 1, "moe_intermediate_size": self.width, "intermediate_size": 9 * self.width, "first_k_dense_replace": 1,
+                "n_group": groups, "topk_group": max(1, groups // 2), "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+                "scoring_func": "sigmoid", "topk_method": "noaux_tc", **self.latent,
+            }  # fmt: skip
         if self.family == "mixtral":
             return {
                 **made,
@@ -78,6 +93,26 @@ class Shape:
             "decoder_sparse_step": 1,
         }
 
+    @property
+    def latent(self) -> dict[str, int]:
+        """Sizes of DeepSeek-V3's attention, in its proportions to the model's width."""
+        unit = max(8, self.hidden * 128 // 7168 // 8 * 8)
+        return {
+            "q_lora_rank": 12 * unit, "kv_lora_rank": 4 * unit, "qk_nope_head_dim": unit, "qk_rope_head_dim": max(8, unit // 2), "v_head_dim": unit,
+        }  # fmt: skip
+
+    def _deepseek_attention(self, head: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        sizes, h = self.latent, self.hidden
+        q, kv, rope = sizes["q_lora_rank"], sizes["kv_lora_rank"], sizes["qk_rope_head_dim"]
+        nope, v = sizes["qk_nope_head_dim"], sizes["v_head_dim"]
+        yield f"{head}.self_attn.q_a_proj.weight", (q, h)
+        yield f"{head}.self_attn.q_a_layernorm.weight", (q,)
+        yield f"{head}.self_attn.q_b_proj.weight", (self.heads * (nope + rope), q)
+        yield f"{head}.self_attn.kv_a_proj_with_mqa.weight", (kv + rope, h)
+        yield f"{head}.self_attn.kv_a_layernorm.weight", (kv,)
+        yield f"{head}.self_attn.kv_b_proj.weight", (self.heads * (nope + v), kv)
+        yield f"{head}.self_attn.o_proj.weight", (h, self.heads * v)
+
     def layer_tensors(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of one decoder layer, as the families' published checkpoints have them: one tensor an expert and matrix."""
         head, h, w, q, kv = (
@@ -89,6 +124,19 @@ class Shape:
         )
         yield f"{head}.input_layernorm.weight", (h,)
         yield f"{head}.post_attention_layernorm.weight", (h,)
+        if self.family == "deepseek_v3":
+            yield from self._deepseek_attention(head)
+            parts = {"gate_proj": (w, h), "up_proj": (w, h), "down_proj": (h, w)}
+            if layer == 0:
+                for name, shape in parts.items():
+                    yield f"{head}.mlp.{name}.weight", tuple(9 * n if n == w else n for n in shape)
+                return
+            yield f"{head}.mlp.gate.weight", (self.experts, h)
+            yield f"{head}.mlp.gate.e_score_correction_bias", (self.experts,)
+            for owner in ("shared_experts", *(f"experts.{expert}" for expert in range(self.experts))):
+                for name, shape in parts.items():
+                    yield f"{head}.mlp.{owner}.{name}.weight", shape
+            return
         for name, shape in (("q", (q, h)), ("k", (kv, h)), ("v", (kv, h)), ("o", (h, q))):
             yield f"{head}.self_attn.{name}_proj.weight", shape
         if self.family == "mixtral":
@@ -123,10 +171,17 @@ def generate(folder: Path, shape: Shape, seed: int = 0) -> int:
     dtype = getattr(torch, shape.dtype)
     groups = [list(shape.outer_tensors()), *(list(shape.layer_tensors(layer)) for layer in range(shape.layers))]
     weight_map, total = {}, 0
+    pool: dict[tuple[int, ...], Any] = {}
     for number, group in enumerate(groups, 1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors = {}
         for key, size in group:
+            if shape.fp8 and len(size) == 2 and "layers" in key and not key.endswith("gate.weight"):
+                made = fp8_of(size, pool, draw)
+                tensors |= {key: made[0], f"{key}_scale_inv": made[1]}
+                weight_map |= {key: name, f"{key}_scale_inv": name}
+                total += made[0].numel() + 4 * made[1].numel()
+                continue
             value = torch.empty(size, dtype=dtype)
             # embeddings of unit size; what leaves a block is small beside the residual stream, as in trained models
             spread = 1.0 if "embed" in key else size[-1] ** -0.5
@@ -139,6 +194,21 @@ def generate(folder: Path, shape: Shape, seed: int = 0) -> int:
     )
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=1))
     return total
+
+
+def fp8_of(size: tuple[int, ...], pool: dict[tuple[int, ...], Any], draw: Any) -> tuple[Any, Any]:
+    """Codes and block scales of a matrix with variance 1 / inputs. Codes of one shape are drawn once and rolled from matrix to matrix, scales differ:
+    drawing billions of normal numbers would take longer than what is measured."""
+    import torch
+
+    if size not in pool:
+        pool[size] = (
+            torch.empty(size).normal_(0.0, 80.0, generator=draw).clamp_(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+        )
+    by = int(torch.randint(0, size[0], (1,), generator=draw))
+    grid = (-(-size[0] // 128), -(-size[1] // 128))
+    scale = (0.5 + torch.rand(grid, generator=draw)) * size[1] ** -0.5 / 80.0
+    return torch.roll(pool[size], by, 0).view(torch.float8_e4m3fn), scale
 
 
 def write_data(file: Path, tokens: int, length: int, vocab: int, seed: int = 0) -> None:
