@@ -143,7 +143,7 @@ def test_a_directory_has_no_revision(source: Path, tmp_path: Path, capsys: pytes
         ("evaluate", source, "-d", "x.jsonl"), ("evaluate", source, "--speed"), ("analyze", source, "-o", tmp_path / "a"),
         ("compare", source, "-m", "random", "-k", "4", "-d", "x.jsonl", "-e", "x.jsonl", "-o", tmp_path / "c"),
         ("convert", source, "-m", "random", "-o", tmp_path / "o"), ("heal", source, "-t", source, "-d", "x.jsonl", "-o", tmp_path / "o"),
-        ("inspect", "demo"),
+        ("inspect", "demo"), ("dequantise", source, "-o", tmp_path / "o"),
     ):  # fmt: skip
         code, _, err = run_cli(capsys, *command, "--revision", "v1")
         assert (code, "is not a model of the hub" in err) == (2, True), (command, err)

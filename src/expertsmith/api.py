@@ -392,6 +392,7 @@ def dequantise(
     out: str | Path,
     *,
     overwrite: bool = False,
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -402,7 +403,9 @@ def dequantise(
     """
     from expertsmith.surgery.dequantise import dequantise as write
 
-    return write(open_checkpoint(model, allow_pickle=allow_pickle), Path(out), overwrite=overwrite, progress=progress)
+    return write(
+        open_checkpoint(model, allow_pickle=allow_pickle, revision=revision), Path(out), overwrite=overwrite, progress=progress
+    )
 
 
 def verify(

@@ -388,6 +388,7 @@ def apply(
 def dequantise(
     model: Model,
     out: Out,
+    revision: Revision = None,
     overwrite: Overwrite = False,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
@@ -399,7 +400,9 @@ def dequantise(
     """
     from expertsmith import api
 
-    found = api.dequantise(model, out, overwrite=overwrite, allow_pickle=allow_pickle, progress=progress_of(quiet))
+    found = api.dequantise(
+        model, out, revision=revision, overwrite=overwrite, allow_pickle=allow_pickle, progress=progress_of(quiet)
+    )
     if as_json:
         show.as_json({"out": str(out), **found})
         return
