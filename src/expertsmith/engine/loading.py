@@ -14,11 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from expertsmith.arch import Architecture, config_first, config_get, text_config
 from expertsmith.arch.base import roles_of
@@ -149,6 +151,21 @@ class LoadedModel:
             )
 
 
+class _LargeOnMeta(TorchFunctionMode):
+    """While a model is built: have large `torch.empty` on the meta device at once. accelerate moves a parameter there when it is registered,
+    so that the experts of one layer (15 GB in DeepSeek-V3) are allocated first, which a limit on the address space does not forgive."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            size = args[0] if args and not isinstance(args[0], int) else args
+            if prod(size or kwargs.get("size") or ()) >= CHECKED_AT_ONCE:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
 class _Unread:
     """A tensor of the checkpoint that is read when transformers takes it (`tensor[...]`, as with a safetensors slice), and not kept: so
     what is fused (experts' gate and up projections) is in memory while it is fused, and not all of a layer twice."""
@@ -266,7 +283,7 @@ def load_model(
         else:
             from accelerate import init_empty_weights
 
-            with init_empty_weights(include_buffers=False):
+            with init_empty_weights(include_buffers=False), _LargeOnMeta():
                 module = auto.from_config(config, dtype=chosen, trust_remote_code=False)
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         if re.search(OUT_OF_MEMORY, str(error)):
@@ -300,7 +317,8 @@ def load_model(
             loaded._experts = take_inventory(weights)
         for buffer_name, buffer in module.named_buffers():
             parent, _, leaf = buffer_name.rpartition(".")
-            module.get_submodule(parent)._buffers[leaf] = buffer.to(target)
+            held = torch.empty_like(buffer, device=target) if buffer.is_meta else buffer.to(target)
+            module.get_submodule(parent)._buffers[leaf] = held
         loaded._load(None)
         for index in range(len(layers)) if memory == "resident" else ():
             loaded._load(index)
