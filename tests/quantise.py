@@ -22,6 +22,7 @@ Parts = dict[str, torch.Tensor]  # what follows the module's name → tensor
 LINEAR = r"(attn|attention)\..*(proj\w*|w\w*)\.weight$|experts?\.(\d+\.)?.*\.weight$"
 FUSED = r"experts\.(\w+\.)?(gate_up_proj|down_proj|[wv]\d)$"
 BLOCK = (16, 16)
+FUSED_BLOCK = (8, 16)
 BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
 
 
@@ -104,9 +105,8 @@ def fp8_block(w: torch.Tensor, dtype: torch.dtype = torch.float32, block: tuple[
 
 
 def _fused_blocks(w: torch.Tensor) -> Parts:
-    """A grid of scales for each expert; a weight of two axes has its experts below each other, and blocks that do not cross them."""
-    block = BLOCK if w.dim() > 2 else (8, 16)
-    made = [fp8_block(part, block=block) for part in (w if w.dim() > 2 else [w])]
+    """A grid of scales for each expert; where a weight of two axes has its experts below each other, blocks do not cross them."""
+    made = [fp8_block(part, block=FUSED_BLOCK) for part in (w if w.dim() > 2 else [w])]
     stack: Callable[[list[torch.Tensor]], torch.Tensor] = torch.stack if w.dim() > 2 else torch.cat
     return {"": stack([m[".weight"] for m in made]), "_scale_inv": stack([m[".weight_scale_inv"] for m in made])}
 
@@ -354,7 +354,12 @@ KINDS: dict[str, Kind] = {
     "fp8_channel": Kind(fp8_channel, FP8_CHANNEL),
     "fp8_tensor": Kind(fp8_tensor, FP8_TENSOR),
     "fp8_modelopt": _modelopt(fp8_modelopt, "FP8"),
-    "fp8_fused": Kind(fp8_block, BLOCKS, ignore="modules_to_not_convert", fused=_fused_blocks),
+    "fp8_fused": Kind(
+        lambda w: fp8_block(w, block=FUSED_BLOCK),
+        {**BLOCKS, "weight_block_size": list(FUSED_BLOCK)},
+        ignore="modules_to_not_convert",
+        fused=_fused_blocks,
+    ),
     "fp8_fused_tensor": Kind(fp8_block, BLOCKS, ignore="modules_to_not_convert", fused=_fused_tensors),
     "mxfp8": Kind(mxfp8, MXFP8, 32),
     "int4": Kind(lambda w: _integers("pack-quantized", INT4, w), INT4, 8),
