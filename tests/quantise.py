@@ -20,7 +20,7 @@ Parts = dict[str, torch.Tensor]  # what follows the module's name → tensor
 
 # matrices of attention and experts; no routers, norms, embeddings, heads
 LINEAR = r"(attn|attention)\..*(proj\w*|w\w*)\.weight$|experts?\.(\d+\.)?.*\.weight$"
-FUSED = r"experts\.(\w+\.)?(gate_up_proj|down_proj|[wv]\d)$"
+FUSED = r"experts\.(\w+\.)?(gate_up_proj|down_proj|[wv]\d+(_weight)?|fc\d\.weight)$|(input|output)_linear\.weight$"
 BLOCK = (16, 16)
 FUSED_BLOCK = (8, 16)
 BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}

@@ -587,7 +587,9 @@ def fuse(folder: Path) -> None:
             leaf: [tensors.pop(f"{layer}.experts.{e}.{leaf}_proj.weight") for e in range(8)] for leaf in ("gate", "up", "down")
         }
         tensors[f"{layer}.experts.down_proj"] = torch.stack(held["down"])
-        tensors[f"{layer}.experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(held["gate"], held["up"], strict=True)])
+        tensors[f"{layer}.experts.gate_up_proj"] = torch.stack(
+            [torch.cat(pair) for pair in zip(held["gate"], held["up"], strict=True)]
+        )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
