@@ -69,6 +69,7 @@ class Floats(Checkpoint):
     raw: Checkpoint = field(kw_only=True)
     stored: Mapping[str, Stored] = field(kw_only=True)
     dtype: str = field(kw_only=True)  # safetensors' word for the dtype of decoded weights
+    zeros: frozenset[str] = field(default=frozenset(), kw_only=True)  # tensors that are in no file, see `filled`
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,6 +90,9 @@ class Floats(Checkpoint):
         import torch
 
         entry = self.stored.get(name)
+        if name in self.zeros:
+            info = self.tensors[name]
+            return torch.zeros(info.shape, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))[first:last]
         if entry is None:
             return self.raw.read(name, first, last)
         last = entry.shape[0] if last is None else last
@@ -134,6 +138,17 @@ class Floats(Checkpoint):
 
         entry = replace(entry, shape=tuple(values.shape), parts=parts)
         return formats()[entry.format].decode(entry, read, 0, values.shape[0], torch.float32)
+
+
+def filled(checkpoint: Checkpoint, like: Mapping[str, str]) -> Checkpoint:
+    """A checkpoint with further tensors of zeros (name → a tensor of the same shape), for weights that a class has and never uses."""
+    if not like:
+        return checkpoint
+    if not isinstance(checkpoint, Floats):
+        held = dict(checkpoint.tensors)
+        checkpoint = Floats(checkpoint.path, checkpoint.config, held, checkpoint.source, raw=checkpoint, stored={}, dtype="F32")
+    more = {name: replace(checkpoint.tensors[other], name=name) for name, other in like.items()}
+    return replace(checkpoint, tensors={**checkpoint.tensors, **more}, zeros=frozenset(more))
 
 
 def refuse_unencodable(found: Quantisation, names: Collection[str]) -> None:
