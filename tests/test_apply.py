@@ -102,7 +102,7 @@ def test_packed_codes_are_not_scored(checkpoints, tmp_path):
     for n in [n for n in tensors if ".experts." in n]:
         tensors[n] = torch.zeros(tensors[n].shape, dtype=torch.uint8)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"{name} is packed"):
+    with pytest.raises(UserError, match=f"{name} is U8, but nothing was found that tells what its codes are worth"):
         api.plan(source, "aimer", 4)
 
 

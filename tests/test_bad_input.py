@@ -232,10 +232,12 @@ def test_pickle_only(capsys, checkpoints, data, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_quantised_checkpoint_is_not_streamed_as_if_it_were_not(capsys, mixtral, data, tmp_path):
+def test_floats_that_config_json_calls_quantised(capsys, mixtral, data, tmp_path):
     edit_config(mixtral, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     calibrate = ["calibrate", mixtral, "-d", data[0], "-o", tmp_path / "s", *SMALL]
-    assert "is quantised" in refused(capsys, *calibrate, "--memory", "stream")
+    for memory in ("stream", "resident"):
+        assert "says quant_method 'fp8', but no tensor is quantised" in refused(capsys, *calibrate, "--memory", memory)
+    assert not (tmp_path / "s").exists()
 
 
 def test_pickle_that_would_run_code_is_not_run(capsys, checkpoints, tmp_path):

@@ -50,7 +50,7 @@ def test_statistics_and_proof_are_those_of_whole_layers(model_type, checkpoints,
 def test_merging_needs_whole_layers(checkpoints, data, tmp_path, monkeypatch):
     """`merged` changes weights in memory, so the layers are read whole from then on."""
     source = checkpoints("qwen3_moe")
-    made = api.plan(source, "m_smoe", 0.5, data=data, **CALIBRATION)
+    made = api.plan(source, "m_smoe", 0.5, data=data, out=tmp_path / "plan.json", **CALIBRATION)
     api.apply(source, made, tmp_path / "out")
     monkeypatch.setattr(loading, "SHARE_OF_A_LAYER", 0.0)
     assert api.verify(source, tmp_path / "out", tokens=64, memory="stream", device="cpu").passed

@@ -97,6 +97,8 @@ class Floats(Checkpoint):
             return self.raw.read(name, first, last)
         last = entry.shape[0] if last is None else last
         decode, kind = formats()[entry.format].decode, getattr(torch, TORCH_DTYPES[self.dtype])
+        if first >= last:
+            return torch.empty((0, *entry.shape[1:]), dtype=kind)
         row = max(1, self.tensors[name].numel // entry.shape[0])
         step = max(1, AT_ONCE // row) if len(entry.shape) > 2 else last - first
         if step >= last - first:

@@ -85,7 +85,7 @@ def compare_bytes(
 
 def _same_bytes(tensor: OutputTensor, output: Checkpoint, advance: Any) -> bool:
     info = output.tensors[tensor.name]
-    buffer = memoryview(bytearray(CHUNK))
+    buffer = memoryview(bytearray(min(CHUNK, max((piece.nbytes for piece in tensor.pieces), default=0))))
     with open(info.file, "rb", buffering=0) as theirs:
         theirs.seek(info.start)
         for piece in tensor.pieces:

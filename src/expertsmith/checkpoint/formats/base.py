@@ -142,7 +142,10 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     import torch
 
     if bits in (1, 2, 4, 8):  # never across a byte
-        data = words.contiguous().view(torch.uint8)
+        # a copy where the last axis is not dense: `contiguous` leaves an axis of length 1 as it is, and `view` wants stride 1
+        data = (words.contiguous() if words.stride(-1) == 1 else words.clone(memory_format=torch.contiguous_format)).view(
+            torch.uint8
+        )
         if bits == 8:
             return data[..., :count].to(torch.int16)
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator
+from math import prod
 from typing import TYPE_CHECKING, Any
 
-from expertsmith.checkpoint.formats.base import Format, Headers, Read, Stored, missing
+from expertsmith.checkpoint.formats.base import Format, Headers, Read, Stored, ceil_div, misfit, missing
 from expertsmith.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def _find_eight(headers: Headers) -> Iterator[Stored]:
         if scale not in headers.tensors:
             raise missing(name, scale)
         parts = {"codes": info, "scale": headers.tensors[scale]}
+        if parts["scale"].shape != info.shape[:1]:
+            raise misfit(parts["scale"], name, info.shape, info.shape[:1])
         if f"{name}_format" in headers.tensors:
             parts["layout"] = headers.tensors[f"{name}_format"]
         yield Stored(name, info.shape, "bitsandbytes_int8", parts)
@@ -43,9 +46,6 @@ def _four_bits(state: str, headers: Headers) -> Stored:
     for leaf in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"):
         if f"{weight}.{leaf}" in headers.tensors:
             parts[leaf] = headers.tensors[f"{weight}.{leaf}"]
-    for leaf in ("absmax", "quant_map"):
-        if leaf not in parts:
-            raise missing(weight, f"{weight}.{leaf}")
     try:
         described: dict[str, Any] = json.loads(bytes(headers.read(state).tolist()).decode("utf-8"))
         shape = tuple(int(n) for n in described["shape"])
@@ -53,14 +53,25 @@ def _four_bits(state: str, headers: Headers) -> Stored:
         raise UserError(
             f"{state} is not a description of a quantised weight", "the checkpoint is damaged: download it again"
         ) from None
-    size = 1
-    for n in shape:
-        size *= n
+    nested = "nested_blocksize" in described or ("absmax" in parts and parts["absmax"].dtype == "U8")
+    for leaf in ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if nested else ())):
+        if leaf not in parts:
+            raise missing(weight, f"{weight}.{leaf}")
+    size = prod(shape)
     if (size + 1) // 2 != parts["codes"].nbytes:
         raise UserError(
             f"{state} says {list(shape)}, which does not fit {weight} of {parts['codes'].nbytes} bytes",
             "the checkpoint is damaged",
         )
+    blocks = ceil_div(size, int(described.get("blocksize") or 64))
+    counts = {
+        "absmax": blocks,
+        "nested_absmax": ceil_div(blocks, int(described.get("nested_blocksize") or 256)),
+        "quant_map": 16,
+    }
+    for leaf, count in counts.items():
+        if leaf in parts and parts[leaf].numel != count:
+            raise misfit(parts[leaf], weight, shape, [count])
     return Stored(weight, shape, "bitsandbytes_4bit", parts, {"state": state, "type": described.get("quant_type", "nf4")})
 
 
@@ -79,6 +90,9 @@ def _decode_four(stored: Stored, read: Read, first: int, last: int, dtype: torch
     import torch
 
     functional = _library()
+    for role, info in stored.parts.items():
+        if info.dtype in ("F32", "F16", "BF16"):
+            stored.scale(role, read)  # refuses NaN and inf
     prefix = f"{stored.name}."
     held = {info.name.removeprefix(prefix): stored.part(role, read) for role, info in stored.parts.items() if role != "codes"}
     state = functional.QuantState.from_dict(

@@ -44,16 +44,21 @@ def _find_nv(headers: Headers) -> Iterator[Stored]:
         whole = headers.tensors[top]
         if prod(whole.shape) not in (1, prod(shape[:-2])):
             raise misfit(whole, weight, shape, "one number is expected")
-        said = headers.weights_of(weight.removesuffix(".weight"))
-        if said and (said.get("num_bits"), said.get("group_size") or 16) != (4, 16):
-            raise disagree(
-                weight, "4 bits in groups of", 16, f"{said.get('num_bits')} bits in groups of {said.get('group_size')}"
-            )
+        _agree(weight, 16, headers)
         yield Stored(weight, shape, "nvfp4", {"codes": info, "scale": scale, "top": whole}, {"divides": packed})
+
+
+def _agree(weight: str, size: int, headers: Headers) -> None:
+    said = headers.weights_of(weight.removesuffix(".weight"))
+    told = said.get("num_bits", 4), said.get("type") or "float", said.get("group_size") or size
+    if told != (4, "float", size):
+        raise disagree(weight, "4 bits of float in groups of", size, f"{told[0]} bits of {told[1]} in groups of {told[2]}")
 
 
 def _decode_nv(stored: Stored, read: Read, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
     top = stored.scale("top", read)
+    if not bool(top.all()):
+        raise UserError(f"{stored.parts['top'].name} is 0", "the checkpoint is damaged: download it again")
     scale = stored.scale("scale", read, first, last)
     if prod(top.shape) > 1:
         top = top.reshape(-1)[first:last].reshape(-1, *[1] * (scale.dim() - 1))
@@ -82,6 +87,7 @@ def _find_mx(headers: Headers) -> Iterator[Stored]:
             raise UserError(
                 f"{weight} is MXFP4 with zero points, which are not known to exist", "please report this checkpoint"
             )
+        _agree(weight, 32, headers)
         yield Stored(weight, (*lead, 2 * half), "mxfp4", {"codes": info, "scale": scale}, {"transposed": False})
 
 

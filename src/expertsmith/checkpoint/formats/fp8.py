@@ -60,16 +60,16 @@ def _block(info: TensorInfo, scale: TensorInfo, headers: Headers) -> tuple[int, 
     if len(shape) == len(lead) + 4 and shape[-3] == shape[-1] == 1:  # modelopt keeps the axes of a block
         shape = [*lead, shape[-4], shape[-2]]
     said = _said(info.name, headers)
+    wanted = said.get("block")
+    if wanted and shape == [*lead, ceil_div(rows, wanted[0]), ceil_div(columns, wanted[1])]:
+        return int(wanted[0]), int(wanted[1])
     if prod(shape) == 1 or (lead and shape in (lead, [*lead, 1], [*lead, 1, 1])):
         kind, block = "tensor", (rows, columns)
     elif shape in ([*lead, rows], [*lead, rows, 1]):
         kind, block = "channel", (1, columns)
     else:
         kind = "block"
-        wanted = said.get("block")
-        if wanted and shape == [*lead, ceil_div(rows, wanted[0]), ceil_div(columns, wanted[1])]:
-            block = (int(wanted[0]), int(wanted[1]))
-        elif shape == [*lead, rows, columns // 32] and columns % 32 == 0 and scale.dtype in POWERS:
+        if shape == [*lead, rows, columns // 32] and columns % 32 == 0 and scale.dtype in POWERS:
             block = (1, 32)
         elif wanted or len(shape) != len(lead) + 2 or rows % shape[-2] or columns % shape[-1] or shape[:-2] != lead:
             grid = f"one scale for {'blocks of ' + ' × '.join(map(str, wanted)) if wanted else 'each block'} is expected"
@@ -141,6 +141,8 @@ def _scaled(codes: torch.Tensor, scale: torch.Tensor, stored: Stored, first: int
         raw = codes.view(torch.int8)
         if int(codes.view(torch.uint8).bitwise_and(0x7F).amax()) == 0x7F:
             raise UserError(f"{info.name} has NaN", "the checkpoint is damaged: download it again")
+    elif not bool(codes.float().isfinite().all()):
+        raise UserError(f"{info.name} has NaN or inf", "the checkpoint is damaged: download it again")
     wide = scale if scale.shape[-1] == 1 else None
     made = torch.empty(codes.shape, dtype=dtype)
     for begin in range(0, len(codes), ROWS):
@@ -200,10 +202,10 @@ def _encode(values: torch.Tensor, stored: Stored) -> dict[str, torch.Tensor]:
 
 def _title(stored: Stored) -> str:
     rows, columns = stored.settings["block"]
-    if (rows, columns) == (1, 32):
+    if (rows, columns) == (1, 32) and stored.parts["scale"].dtype in POWERS:
         return "MXFP8"
     kind = f"blocks of {rows} × {columns}"
-    if prod(stored.parts["scale"].shape) == 1 or (rows, columns) == tuple(stored.shape[-2:]):
+    if (rows, columns) == tuple(stored.shape[-2:]):
         kind = "one scale a tensor"
     elif rows == 1 and columns >= stored.shape[-1]:
         kind = "one scale a channel"

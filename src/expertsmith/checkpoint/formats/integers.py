@@ -209,6 +209,8 @@ def _find_bytes(headers: Headers) -> Iterator[Stored]:
                 raise misfit(parts["zero"], name, info.shape, parts["scale"].shape)
         if said.get("type") not in (None, "int"):
             raise disagree(name, "codes of", "int", said["type"])
+        if said.get("symmetric") is not None and bool(said["symmetric"]) != ("zero" not in parts):
+            raise disagree(name, "symmetric", "zero" not in parts, said["symmetric"])
         size = _group(parts["scale"], stem, info.shape, said)
         bits = int(said.get("num_bits") or 8)
         yield Stored(name, info.shape, "int_bytes", parts, {"bits": bits, "group": size})
