@@ -10,6 +10,7 @@ import typer
 from expertsmith import show
 from expertsmith.cli.options import (
     FLOW,
+    As,
     AsJson,
     BatchTokens,
     Budget,
@@ -81,6 +82,7 @@ def compress(
     memory: Memory = "auto",
     resume: Resume = True,
     overwrite: Overwrite = False,
+    as_type: As = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -108,6 +110,7 @@ def compress(
         heal=heal,
         requantise=requantise,
         overwrite=overwrite,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         device=device,
         dtype=dtype,
@@ -173,6 +176,7 @@ def calibrate(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     resume: Resume = True,
+    as_type: As = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -202,6 +206,7 @@ def calibrate(
             dtype=dtype,
             memory=memory,
             resume=resume,
+            as_type=as_type,
             allow_pickle=allow_pickle,
             progress=progress_of(quiet or rank > 0),
         )
@@ -265,6 +270,7 @@ def plan(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     resume: Resume = True,
+    as_type: As = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -280,7 +286,7 @@ def plan(
         raise typer.BadParameter("a plan is made by a method or from a file: pass --method NAME or --from FILE")
     groups = word(router_groups, "router-groups", "keep", "flatten")
     if from_file is not None:
-        made = api.plan_from(model, from_file, keep, router_groups=groups, out=out, allow_pickle=allow_pickle)
+        made = api.plan_from(model, from_file, keep, router_groups=groups, out=out, as_type=as_type, allow_pickle=allow_pickle)
         _show_made(made, out, as_json)
         return
     assert method is not None
@@ -296,6 +302,7 @@ def plan(
         options=options_of(option),
         router_groups=groups,
         out=out,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         samples=samples,
         seq_len=seq_len,
@@ -337,6 +344,7 @@ def apply(
     ] = False,
     requantise: Requantise = False,
     overwrite: Overwrite = False,
+    as_type: As = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -358,6 +366,7 @@ def apply(
         requantise=requantise,
         overwrite=overwrite,
         check_values=check_values,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         progress=progress_of(quiet),
     )
@@ -396,6 +405,8 @@ def dequantise(
         f"{found['weights']:,} weights decoded ({show.escape(found['format'])}), {found['tensors']:,} tensors read back as written  "
         f"[bold]{show.escape(str(out))}[/bold]  {show.byte_count(found['bytes'][0])} → {show.byte_count(found['bytes'][1])}"
     )
+    for note in found["notes"]:
+        show.line(f"[dim]{show.escape(note)}[/dim]")
 
 
 @app.command(rich_help_panel=FLOW)
@@ -429,6 +440,7 @@ def skip(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     overwrite: Overwrite = False,
+    as_type: As = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -460,6 +472,7 @@ def skip(
         device=device,
         dtype=dtype,
         memory=memory,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         samples=samples,
         seq_len=seq_len,
@@ -490,6 +503,7 @@ def verify(
     device: Device = "auto",
     dtype: Dtype = "float32",
     memory: Memory = "auto",
+    as_type: As = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -508,6 +522,7 @@ def verify(
         device=device,
         dtype=dtype,
         memory=memory,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         progress=progress_of(quiet),
     )

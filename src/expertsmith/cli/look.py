@@ -10,6 +10,7 @@ import typer
 from expertsmith import show
 from expertsmith.cli.options import (
     LOOK,
+    As,
     AsJson,
     BatchTokens,
     Data,
@@ -77,6 +78,7 @@ def analyze(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     resume: Resume = True,
+    as_type: As = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -111,6 +113,7 @@ def analyze(
         dtype=dtype,
         memory=memory,
         resume=resume,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         progress=progress_of(quiet),
     )
@@ -123,11 +126,11 @@ def analyze(
 
 
 @app.command(rich_help_panel=LOOK)
-def inspect(model: Model, allow_pickle: Pickle = False, as_json: AsJson = False) -> None:
+def inspect(model: Model, as_type: As = None, allow_pickle: Pickle = False, as_json: AsJson = False) -> None:
     """What a checkpoint is, from config and headers only, and what each keep ratio would leave."""
     from expertsmith import api
 
-    facts = api.inspect(model, allow_pickle=allow_pickle)
+    facts = api.inspect(model, as_type=as_type, allow_pickle=allow_pickle)
     if as_json:
         show.as_json(facts)
         return
@@ -140,12 +143,13 @@ def lint(
     engine: Annotated[str | None, typer.Option(help="transformers, vllm, sglang or llama.cpp; default: all.")] = None,
     tensor_parallel: Annotated[int, typer.Option("--tp", help="Tensor-parallel size you will serve with.")] = 1,
     expert_parallel: Annotated[int, typer.Option("--ep", help="Expert-parallel size you will serve with.")] = 1,
+    as_type: As = None,
     as_json: AsJson = False,
 ) -> None:
     """Will this engine serve this expert count, router and group layout? Exit code 1 if not."""
     from expertsmith import api
 
-    findings = api.lint(model, engine=engine, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel)
+    findings = api.lint(model, as_type=as_type, engine=engine, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel)
     if as_json:
         show.as_json({"model": model, "findings": [finding.to_json() for finding in findings]})
     elif not findings:

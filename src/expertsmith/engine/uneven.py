@@ -8,11 +8,12 @@ transformers with `trust_remote_code=True` builds the same model; nothing of tha
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from expertsmith.arch import families
+from expertsmith.arch import Architecture, families, record_of, refuse_without_class, text_config
 from expertsmith.engine.heads import KEY, PrunedAttention, PrunedHeads
 from expertsmith.errors import UserError
 
@@ -78,6 +79,35 @@ def is_uneven(config: Any) -> bool:
         return False
     keys = {key.partition(".")[0] for key in record.experts_key}
     return not keys.isdisjoint(inner.per_layer_attributes)
+
+
+def read_config(path: str | Path, **where: Any) -> Any:
+    """`AutoConfig.from_pretrained` without remote code. A checkpoint that runs as another family gets that family's config, made of its language
+    model's part.
+
+    Raises:
+        UserError: transformers has no class for the family.
+        Exception: whatever transformers raises.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    held, _ = PreTrainedConfig.get_config_dict(path, **where)
+    record = record_of(held)
+    refuse_without_class(record, f"{path}/config.json")
+    if record is None or record.runs_as is None:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
+    inner = {key: value for key, value in text_config(held).items() if key != "auto_map"}
+    for key in ("dtype", "torch_dtype", "quantization_config"):  # a composite has them outside
+        if key in held:
+            inner.setdefault(key, held[key])
+    made = CONFIG_MAPPING[record.runs_as].from_dict({**inner, "model_type": record.runs_as})
+    made.name_or_path = str(path)
+    return made
+
+
+def key_mapping(record: Architecture | None) -> dict[str, str]:
+    """Regex → replacement: the checkpoint's tensor names as the classes know them, where these belong to the language model only."""
+    return {f"^{re.escape(record.text_prefix)}": ""} if record and record.text_prefix else {}
 
 
 def stock_class(config: Any) -> Any:
@@ -193,9 +223,9 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     Code in the checkpoint is never run. `kwargs` go to `from_pretrained` (dtype, device_map, …).
 
     Raises:
-        UserError: `trust_remote_code`, which this function does without.
+        UserError: `trust_remote_code`, which this function does without, or a family that transformers has no class for.
     """
-    from transformers import AutoConfig
+    from transformers import PreTrainedConfig
 
     if kwargs.pop("trust_remote_code", False):
         raise UserError("load runs no code of a checkpoint, so trust_remote_code means nothing here", "leave it out")
@@ -203,7 +233,10 @@ def load(path: str | Path, **kwargs: Any) -> Any:
         where = {
             key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "subfolder", "token") if key in kwargs
         }
-        kwargs["config"] = AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
+        kwargs["config"] = read_config(path, **where)
+        renamed = key_mapping(record_of(PreTrainedConfig.get_config_dict(path, **where)[0]))
+        if renamed:
+            kwargs["key_mapping"] = {**renamed, **kwargs.get("key_mapping", {})}
     model_class, kwargs["config"] = causal_lm(kwargs["config"])
     return model_class.from_pretrained(path, trust_remote_code=False, **kwargs)
 
