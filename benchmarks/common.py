@@ -70,6 +70,7 @@ class Shape:
                 "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
             }  # fmt: skip
         if self.family == "deepseek_v3":
+            del made["head_dim"]
             groups = 8 if self.experts % 8 == 0 and self.experts >= 32 else 1
             return {
                 **made, "architectures": ["DeepseekV3ForCausalLM"], "num_key_value_heads": self.heads, "n_routed_experts": self.experts,

@@ -163,7 +163,7 @@ def test_unknown_families_name_the_way_round(sources, tmp_path):
     source = tmp_path / "x"
     shutil.copytree(sources["foo_moe"][0], source)
     rewrite(source, auto_map=None)
-    with pytest.raises(UserError, match="no supported model family is called 'foo_moe'.*--as MODEL_TYPE"):
+    with pytest.raises(UserError, match=r"no supported model family is called 'foo_moe'.*--as MODEL_TYPE"):
         api.inspect(source)
 
 
@@ -224,7 +224,7 @@ def test_a_buffer_has_to_be_there_too(sources, tmp_path):
         sources["deepseek_v3"][0], tmp_path / "x", lambda t: t.pop("model.layers.1.mlp.gate.e_score_correction_bias")
     )
     rewrite(source, model_type="other")
-    with pytest.raises(UserError, match="lacks model.layers.1.mlp.gate.e_score_correction_bias"):
+    with pytest.raises(UserError, match=r"lacks model.layers.1.mlp.gate.e_score_correction_bias"):
         api.inspect(source, as_type="deepseek_v3")
 
 

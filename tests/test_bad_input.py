@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import run_cli as run
 from conftest import save_tiny
+from expertsmith.arch import families
+from expertsmith.checkpoint import open_checkpoint
+from expertsmith.errors import UserError, install_line
 
 SMALL = ["--seq-len", "24", "--no-pack", "--device", "cpu", "-q"]
 
@@ -542,3 +546,70 @@ def test_a_full_disk_is_said_wherever_it_happens(capsys, mixtral, tmp_path, monk
 
     monkeypatch.setattr(Plan, "save", full)
     assert "disk is full" in refused(capsys, "plan", mixtral, "-m", "random", "-k", "4", "-o", tmp_path / "p.json", "-q")
+
+
+# ---- packages that are not installed
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ImportError("Loading an AutoRound quantized model requires auto-round library (`pip install 'auto-round>=0.5'`)"), "pip install 'auto-round>=0.5'"),
+        (ImportError("x requires gptqmodel. Please install it with `pip install gptqmodel`"), "pip install gptqmodel"),
+        (ValueError("`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`."), "pip install tiktoken"),
+        (ImportError("\nLlamaTokenizer requires the SentencePiece library but it was not found in your environment. Check"), "pip install sentencepiece"),
+        (ModuleNotFoundError("No module named 'mamba_ssm'", name="mamba_ssm.ops"), "pip install mamba-ssm"),
+        (ModuleNotFoundError("No module named 'google'", name="google.protobuf"), "pip install protobuf"),
+        (RuntimeError("size mismatch"), None),
+        (ImportError("cannot import name 'x'"), None),
+    ],
+)  # fmt: skip
+def test_the_package_behind_an_error(error: Exception, line: str | None) -> None:
+    assert install_line(error) == line
+    outer = RuntimeError("Failed to import x")
+    outer.__cause__ = error
+    assert install_line(outer) == line
+
+
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+def test_a_model_that_needs_a_package(memory, checkpoints, monkeypatch):
+    """Its name and how to get it, and no word of damage; a package without an install line is told as transformers tells it."""
+    from expertsmith.engine import loading
+
+    def fails(error):
+        def build(*_, **__):
+            raise error
+
+        monkeypatch.setattr(
+            loading, "causal_lm", lambda config: (SimpleNamespace(from_pretrained=build, from_config=build), config)
+        )
+        with pytest.raises(UserError) as refused:
+            loading.load_model(open_checkpoint(checkpoints("mixtral")), families()["mixtral"], memory=memory)
+        assert "needs a package that is not installed" in str(refused.value)
+        assert "damaged" not in str(refused.value)
+        return refused.value.remedy
+
+    assert (
+        fails(ImportError("MambaMixer requires the timm library but it was not found in your environment."))
+        == "pip install timm"
+    )
+    assert fails(ImportError("Using FP8 on XPU requires kernels (`pip install kernels`)")) == "pip install kernels"
+    assert fails(ImportError("flash_attn seems to be of an old version")) == "install what this message names"
+
+
+def test_a_tokenizer_that_needs_a_package(tmp_path, monkeypatch):
+    import transformers
+
+    from expertsmith.calibration import data
+
+    def missing(*_, **__):
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`.")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", missing)
+    (tmp_path / "tiktoken.model").write_text("")
+    with pytest.raises(UserError, match=r"needs a package that is not installed.*; pip install tiktoken$"):
+        data.load_tokenizer(tmp_path)
+    monkeypatch.setattr(data, "_is_installed", lambda module: module == "sentencepiece")
+    (tmp_path / "tokenizer.model").write_text("")
+    with pytest.raises(UserError, match=r"tokenizer\.model has to be converted first; pip install protobuf tiktoken$"):
+        data.load_tokenizer(tmp_path)

@@ -78,8 +78,39 @@ GREEDY = replace(put(V2, topk_method="greedy"), groups=1, top_groups=1)
 
 PRUNED = replace(PLAIN, config={"expertsmith_attention": {"query_key": [[0, 4]], "value_width": [None]}})
 
+
+def quantised(subject: Subject = PLAIN, *, mixed: str = "", width: int = 1408, **config: Any) -> Subject:
+    """The subject with a quantisation config (`method` is its quant_method)."""
+    config["quant_method"] = config.pop("method")
+    return replace(subject, quantisation=config, mixed=mixed, width=width)
+
+
+def of_compressed_tensors(format: str, strategy: str = "channel", groups: int = 1, **more: Any) -> Subject:
+    config = {f"group_{i}": {"targets": ["Linear"], "weights": {"strategy": strategy}} for i in range(groups)}
+    return quantised(method="compressed-tensors", format=format, config_groups=config, **more)
+
+
+FP8 = quantised(method="fp8", weight_block_size=[128, 128])  # 1408 neurons are eleven blocks
+ODD = "experts.5.down_proj is stored in another way than experts.0.down_proj"
+GPTQ = quantised(method="gptq", bits=4, group_size=128, sym=True)
+
 # rule → (fires, silent)
 CASES: dict[str, tuple[Subject, Subject]] = {
+    "transformers-quant-method": (quantised(method="modelopt", quant_algo="FP8"), FP8),
+    "transformers-nvfp4": (of_compressed_tensors("nvfp4-pack-quantized"), of_compressed_tensors("pack-quantized", "group")),
+    "transformers-mixed": (replace(FP8, mixed=ODD), FP8),
+    "vllm-quant-method": (quantised(method="bitsandbytes"), quantised(method="auto-round")),
+    "vllm-mixed": (replace(GPTQ, mixed=ODD), GPTQ),
+    "vllm-fp8-blocks": (replace(FP8, tensor_parallel=88), replace(FP8, tensor_parallel=4)),
+    "vllm-fp8-refined": (replace(FP8, tensor_parallel=4), replace(FP8, tensor_parallel=4, expert_parallel=4)),
+    "vllm-marlin": (replace(GPTQ, tensor_parallel=2), GPTQ),
+    "sglang-quant-method": (quantised(method="hqq"), quantised(method="bitsandbytes")),
+    "sglang-gptq": (quantised(method="gptq", bits=4, sym=False), GPTQ),
+    "sglang-mixed": (replace(FP8, mixed=ODD), FP8),
+    "sglang-fp8-blocks": (replace(FP8, tensor_parallel=2), replace(FP8, tensor_parallel=11)),
+    "llama.cpp-quant-method": (quantised(method="awq"), GPTQ),
+    "llama.cpp-quant-format": (of_compressed_tensors("float-quantized", "tensor"), of_compressed_tensors("float-quantized")),
+    "llama.cpp-mixed": (of_compressed_tensors("nvfp4-pack-quantized", "tensor_group", mixed=ODD), replace(FP8, mixed=ODD)),
     "transformers-count": (replace(PLAIN, counts={0: 32, 1: 60}), PLAIN),
     "transformers-uneven": (UNEVEN, EVEN),
     "transformers-attention": (PRUNED, PLAIN),

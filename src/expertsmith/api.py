@@ -1,4 +1,5 @@
-"""The verbs of expertsmith as functions. Models are paths or hub ids; statistics and plans are paths or loaded objects. `as_type`: see `_treating`.
+"""The verbs of expertsmith as functions. Models are paths or hub ids; statistics and plans are paths or loaded objects. `revision` is the
+branch, tag or commit of a model on the hub; any hub id may also be written `owner/name@REVISION`. `as_type`: see `_treating`.
 
     calibrate → statistics → plan → apply → checkpoint → verify, evaluate
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from expertsmith.arch import refuse_without_class
-from expertsmith.checkpoint import open_checkpoint
+from expertsmith.checkpoint import open_checkpoint, pinned
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory, take_inventory
 from expertsmith.opening import beside, open_model, opened_as, token_data, window_of
@@ -54,20 +55,25 @@ def _treating(headers_only: bool = False) -> Callable[[Verb], Verb]:
 
 
 @_treating(headers_only=True)
-def inspect(model: str | Path, *, as_type: str | None = None, allow_pickle: bool = False) -> dict[str, Any]:
+def inspect(
+    model: str | Path, *, revision: str | None = None, as_type: str | None = None, allow_pickle: bool = False
+) -> dict[str, Any]:
     """What a checkpoint is and what each keep ratio would leave, from its config and headers only (no weight is read).
 
     Raises:
         UserError: not a checkpoint of a supported MoE family, or a damaged one.
     """
-    inventory = take_inventory(open_checkpoint(model, headers_only=True, allow_pickle=allow_pickle))
+    inventory = take_inventory(
+        open_checkpoint(model, headers_only=True, allow_pickle=allow_pickle, revision=revision), undecodable=True
+    )
     record, rules = inventory.architecture, inventory.rules
-    parameters, nbytes = inventory.size()
+    quantisation, weights = _quantisation(inventory)
+    parameters, nbytes = weights.size()[0], inventory.size()[1]
     ratios: list[dict[str, float]] = []
     for ratio in RATIOS:
         with suppress(UserError):  # a ratio below what the router needs is left out
             counts = {layer: keep_count(ratio, inventory.rules_of(layer)) for layer in inventory.layers}
-            after = inventory.size(counts)
+            after = weights.size(counts)[0], inventory.size(counts)[1]
             if counts != inventory.counts and not any(row["bytes"] == after[1] for row in ratios):
                 ratios.append(
                     {
@@ -96,13 +102,29 @@ def inspect(model: str | Path, *, as_type: str | None = None, allow_pickle: bool
         "least_experts": rules.least,
         "parameters": {
             "total": parameters,
-            "active": inventory.active_parameters,
-            "routed_experts": inventory.routed_parameters,
+            "active": weights.active_parameters,
+            "routed_experts": weights.routed_parameters,
         },
+        "quantisation": quantisation,
         "bytes": nbytes,
         "tensors": len(inventory.checkpoint.tensors),
         "keep_ratios": ratios,
     }
+
+
+def _quantisation(inventory: Inventory) -> tuple[dict[str, str | None] | None, Inventory]:
+    """(formats and, where they are not all known, why; None for an unquantised checkpoint), and the inventory that counts weights: of the
+    float weights, or of what stands there where it cannot be decoded."""
+    from expertsmith.checkpoint.floats import quantisation_config, quantisation_of
+
+    try:
+        found = quantisation_of(inventory.checkpoint)
+    except UserError as error:
+        method = quantisation_config(inventory.checkpoint).get("quant_method")
+        return {"formats": f"quant_method {method}" if method else "unknown", "cannot_be_decoded": str(error)}, inventory
+    if found is None:
+        return None, inventory
+    return {"formats": found.title, "cannot_be_decoded": None}, inventory.floats
 
 
 def _shared(inventory: Inventory) -> int | None:
@@ -112,6 +134,8 @@ def _shared(inventory: Inventory) -> int | None:
     record = inventory.architecture
     if record.shared_key:
         value = config_get(inventory.config, record.shared_key)
+        if isinstance(value, list):  # one number a layer
+            value = max((number for number in value if isinstance(number, int)), default=0)
         return int(value) if isinstance(value, int) else 0
     return 1 if record.shared else 0
 
@@ -124,11 +148,12 @@ def lint(
     tensor_parallel: int = 1,
     expert_parallel: int = 1,
     as_type: str | None = None,
+    revision: str | None = None,
 ) -> list[Finding]:
     """Whether serving engines will take this checkpoint's expert count, router and groups; from config and headers only."""
     from expertsmith.lint import lint as find
 
-    inventory = take_inventory(open_checkpoint(model, headers_only=True))
+    inventory = take_inventory(open_checkpoint(model, headers_only=True, revision=revision), undecodable=True)
     return find(inventory, engine, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel)
 
 
@@ -152,6 +177,7 @@ def calibrate(
     memory: str = "auto",
     resume: bool = True,
     as_type: str | None = None,
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Statistics:
@@ -171,6 +197,7 @@ def calibrate(
     from expertsmith.calibration.observers import Extras
     from expertsmith.calibration.runner import collect
 
+    model = pinned(model, revision)
     progress = progress or Silent()
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     tokens = token_data(
@@ -206,6 +233,7 @@ def plan(
     out: str | Path | None = None,
     work: str | Path | None = None,
     as_type: str | None = None,
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
     **calibration: Any,
@@ -228,6 +256,7 @@ def plan(
     """
     from expertsmith import planning
 
+    model = pinned(model, revision)
     progress = progress or Silent()
     inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     chosen, values, share, chosen_budget, rules = _request(inventory, method, keep, budget, options, router_groups)
@@ -272,6 +301,7 @@ def plan_from(
     router_groups: Literal["keep", "flatten"] = "keep",
     out: str | Path | None = None,
     as_type: str | None = None,
+    revision: str | None = None,
     allow_pickle: bool = False,
 ) -> Plan:
     """A plan from another tool's choice of experts: ordered lists (with `keep`), masks or retained experts; see `interchange`.
@@ -282,6 +312,7 @@ def plan_from(
     from expertsmith import interchange
     from expertsmith.surgery.apply import check_plan
 
+    model = pinned(model, revision)
     inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     made = interchange.plan_from(file, inventory, keep, router_groups)
     check_plan(made, inventory)
@@ -355,6 +386,7 @@ def apply(
     overwrite: bool = False,
     check_values: bool = True,
     as_type: str | None = None,
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
@@ -372,6 +404,7 @@ def apply(
     from expertsmith.surgery.apply import apply_plan
 
     loaded = plan if isinstance(plan, Plan) else load_plan(plan)
+    model = pinned(model, revision)
     inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     return apply_plan(
         loaded,
@@ -390,6 +423,7 @@ def dequantise(
     out: str | Path,
     *,
     overwrite: bool = False,
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -400,7 +434,9 @@ def dequantise(
     """
     from expertsmith.surgery.dequantise import dequantise as write
 
-    return write(open_checkpoint(model, allow_pickle=allow_pickle), Path(out), overwrite=overwrite, progress=progress)
+    return write(
+        open_checkpoint(model, allow_pickle=allow_pickle, revision=revision), Path(out), overwrite=overwrite, progress=progress
+    )
 
 
 @_treating()
@@ -417,6 +453,7 @@ def verify(
     dtype: str = "float32",
     memory: str = "auto",
     as_type: str | None = None,
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Verdict:
@@ -431,6 +468,7 @@ def verify(
     from expertsmith.engine.loading import choose_device, choose_memory
     from expertsmith.surgery import verify as proof
 
+    model = pinned(model, revision)
     progress = progress or Silent()
     inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     output = open_checkpoint(out)
@@ -486,6 +524,7 @@ def evaluate(
     dtype: str = "auto",
     memory: str = "auto",
     as_type: str | None = None,
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Quality:
@@ -512,6 +551,7 @@ def evaluate(
     from expertsmith.judging import asking
     from expertsmith.surgery.mask import in_force
 
+    model = pinned(model, revision)
     progress = progress or Silent()
     if not data and not tasks:
         raise UserError("there is nothing to measure", "pass --data FILE for text, or --tasks NAME for lm-eval tasks")
@@ -558,7 +598,12 @@ def evaluate(
 
 
 def speed(
-    model: str | Path, *, reference: str | Path | None = None, progress: Progress | None = None, **setting: Any
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    **setting: Any,
 ) -> dict[str, Any]:
     """Prefill and decode tokens a second, time to first token, peak memory and weight bytes of a model in an engine, and of a reference in
     turns with it in one run; medians over the rounds and ratios, see `evaluation.serving.compare`.
@@ -574,6 +619,7 @@ def speed(
     from expertsmith.evaluation.engines import RefusedError
     from expertsmith.evaluation.serving import Setting, compare
 
+    model = pinned(model, revision)
     models = {"model": model} if reference is None else {"reference": reference, "model": model}
     chosen = Setting(**setting)
     try:
@@ -613,6 +659,7 @@ def skip(
     dtype: str = "auto",
     memory: str = "auto",
     as_type: str | None = None,
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
     **calibration: Any,
@@ -641,6 +688,7 @@ def skip(
     from expertsmith.surgery import skip as surgery
     from expertsmith.surgery.mask import in_force
 
+    model = pinned(model, revision)
     progress = progress or Silent()
     target = Path(out)
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
@@ -692,7 +740,13 @@ def skip(
 
 
 def convert(
-    dense: str | Path, method: str, out: str | Path, *, progress: Progress | None = None, **options: Any
+    dense: str | Path,
+    method: str,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """A dense model as a Mixture of Experts, in a stock architecture and without weight updates; measured and proved.
 
@@ -711,7 +765,7 @@ def convert(
     for name in options:
         if name not in known:
             raise unknown("option of convert", name, known)
-    request = Request(dense=str(dense), method=method, out=Path(out), **options)
+    request = Request(dense=str(pinned(dense, revision)), method=method, out=Path(out), **options)
     return run_conversion(request, progress or Silent())
 
 
@@ -730,6 +784,7 @@ def analyze(
     neurons: int = 128,
     pairs: int = 32,
     as_type: str | None = None,
+    revision: str | None = None,
     allow_pickle: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -762,6 +817,7 @@ def analyze(
     from expertsmith.calibration.spec import refuse_missing
     from expertsmith.planning import matching_statistics
 
+    model = pinned(model, revision)
     progress, target = progress or Silent(), Path(out)
     folder.prepare(target)
     refuse_missing(data)
@@ -835,8 +891,13 @@ def load(path: str | Path, *, as_type: str | None = None, **kwargs: Any) -> Any:
     from expertsmith.engine.uneven import load as load_module
     from expertsmith.surgery.skip import skip_of
 
+    name, _, revision = str(path).partition("@")
+    if revision and not Path(path).exists():  # owner/name@REVISION
+        path, kwargs["revision"] = name, revision
     module = load_module(path, **kwargs)
-    config = open_checkpoint(path, headers_only=True).config  # the module's own may be the text part only
+    config = open_checkpoint(
+        path, headers_only=True, revision=kwargs.get("revision")
+    ).config  # the module's own may be the text part only
     found = skip_of(config)
     if found is not None:
         install(module, family_of(config, str(path)), found[1], found[0])
@@ -860,6 +921,7 @@ def heal(
     resume: bool = True,
     overwrite: bool = False,
     as_type: str | None = None,
+    revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
     **calibration: Any,
@@ -886,6 +948,7 @@ def heal(
     from expertsmith.healing.run import Healing
     from expertsmith.healing.run import heal as run_healing
 
+    model = pinned(model, revision)
     progress = progress or Silent()
     chosen = parse_healer(method, options or {})
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
@@ -938,6 +1001,7 @@ def compress(
     requantise: bool = False,
     overwrite: bool = False,
     as_type: str | None = None,
+    revision: str | None = None,
     allow_pickle: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -960,6 +1024,7 @@ def compress(
     from expertsmith.checkpoint.writer import prepare_target
     from expertsmith.surgery.card import model_card, quality_line
 
+    model = pinned(model, revision)
     progress = progress or Silent()
     seconds: dict[str, float] = {}
     target = Path(out)
@@ -1082,6 +1147,7 @@ def compare(
     out: str | Path,
     *,
     as_type: str | None = None,
+    revision: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Methods × ratios × budgets from one calibration, judged on held-out text: one table and one picture. Returns what comparison.json holds.
@@ -1102,7 +1168,7 @@ def compare(
     """
     from expertsmith.comparison.run import compare as run_comparison
 
-    return run_comparison(model, methods, keep, data, eval_data, out, **options)
+    return run_comparison(pinned(model, revision), methods, keep, data, eval_data, out, **options)
 
 
 def run(recipe: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:

@@ -53,8 +53,8 @@ class Claim:
 class Inventory:
     """A checkpoint seen as a Mixture of Experts.
 
-    `num_experts` and `rules` are those of config.json: for a layer that `overrides` gives a number of its own, see `experts_in` and
-    `rules_of`.
+    `num_experts`, `top_k` and `rules` are those of config.json, the largest where it has lists: for a layer that `overrides` or `chosen`
+    gives a number of its own, see `experts_in` and `rules_of`.
     """
 
     checkpoint: Checkpoint
@@ -63,7 +63,8 @@ class Inventory:
     top_k: int
     rules: Rules
     claims: tuple[Claim, ...]
-    overrides: Mapping[int, int] = field(default_factory=dict)  # decoder layer → experts, from per_layer_config
+    overrides: Mapping[int, int] = field(default_factory=dict)  # decoder layer → experts, from a list or per_layer_config
+    chosen: Mapping[int, int] = field(default_factory=dict)  # decoder layer → top_k, from the same
 
     @cached_property
     def floats(self) -> Inventory:
@@ -101,7 +102,7 @@ class Inventory:
 
     def rules_of(self, layer: int) -> Rules:
         """What a decoder layer has to respect: the model's rules, over its own experts."""
-        return replace(self.rules, num_experts=self.experts_in(layer))
+        return replace(self.rules, num_experts=self.experts_in(layer), top_k=self.chosen.get(layer, self.top_k))
 
     @cached_property
     def counts(self) -> dict[int, int]:
@@ -150,7 +151,11 @@ class Inventory:
     def active_parameters(self) -> int:
         """Parameters that one token uses: everything but the routed experts it is not sent to."""
         total = self.size()[0] - sum(claim.info.numel for claim in self.claims if claim.kind == "unused")
-        idle = sum(self._routed(claim) * (1 - self.top_k / self._here(claim)) for claim in self.claims if claim.routed)
+        idle = sum(
+            self._routed(claim) * (1 - self.chosen.get(claim.layer or 0, self.top_k) / self._here(claim))
+            for claim in self.claims
+            if claim.routed
+        )
         return round(total - idle)
 
     def rows(self, claim: Claim, expert: int) -> torch.Tensor:
@@ -177,8 +182,11 @@ class Inventory:
         return found
 
 
-def take_inventory(checkpoint: Checkpoint) -> Inventory:
+def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False) -> Inventory:
     """Claim every tensor of a checkpoint.
+
+    Args:
+        undecodable: take a checkpoint whose quantised tensors cannot be decoded too, to look at it; its experts are not compared then.
 
     Raises:
         UserError: dense or unsupported model, config without expert counts, tensors that contradict it (missing expert,
@@ -190,13 +198,19 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
     top_k = _count(config, record.top_k_key, checkpoint)
     own = per_layer_counts(config, record, f"{checkpoint.source}/config.json")
     depth = config.get("num_hidden_layers")
-    weights = _weights_of(checkpoint)
+    try:
+        weights, known = _weights_of(checkpoint), True
+    except UserError:
+        if not undecodable:
+            raise
+        weights, known = {}, False
     claims = tuple(
         _claim(info, record, config, experts, own, depth, weights.get(info.name)) for info in checkpoint.tensors.values()
     )
     groups, top_groups = _groups(record, config)
     rules = Rules(experts, top_k, groups, top_groups, record.group_minimum)
-    inventory = Inventory(checkpoint, record, experts, top_k, rules, claims, own)
+    chosen = per_layer_numbers(config, record.top_k_key, f"{checkpoint.source}/config.json")
+    inventory = Inventory(checkpoint, record, experts, top_k, rules, claims, own, chosen)
     if not inventory.layers:
         prefix = record.expert_prefix[0] if record.expert_prefix else record.stacked[0].name
         raise UserError(
@@ -209,24 +223,42 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
             raise UserError(
                 f"{checkpoint.source}/config.json has {count} experts{place} in {groups} expert_groups, which does not divide"
             )
-        _check_layer(inventory.floats, layer)  # quantised experts may be stored in different ways, but are of one shape
+        if known:
+            _check_layer(inventory.floats, layer)  # quantised experts may be stored in different ways, but are of one shape
     return inventory
 
 
 def per_layer_counts(config: Mapping[str, Any], record: Architecture, where: str = "config.json") -> dict[int, int]:
-    """Decoder layer → number of experts, for the layers to which `per_layer_config` of a text config gives one.
+    """`per_layer_numbers` of experts."""
+    return per_layer_numbers(config, record.experts_key, where)
+
+
+def per_layer_numbers(config: Mapping[str, Any], wanted: tuple[str, ...], where: str = "config.json") -> dict[int, int]:
+    """Decoder layer → number, for the layers to which a text config gives one of their own: in a list with one number a layer (0: none),
+    where they are not all equal, or in `per_layer_config`.
 
     Raises:
-        UserError: per_layer_config that is no mapping of layers to keys, or a count that is no positive number.
+        UserError: a list of another length, per_layer_config that is no mapping of layers to keys, or a count that is no positive number.
     """
-    found = {}
+    found: dict[int, int] = {}
+    held = config_first(config, wanted)
+    if held is not None and isinstance(held[1], list):
+        numbers = _numbers(held, where)
+        depth = config.get("num_hidden_layers")
+        if len(set(numbers)) > 1 and len(numbers) != depth:
+            raise UserError(
+                f"{where}: {held[0]} has {len(numbers)} different numbers for {depth} decoder layers",
+                "give one number a layer, or one for all",
+            )
+        if len(set(numbers)) > 1:
+            found = {layer: number for layer, number in enumerate(numbers) if number}
     layers = config.get("per_layer_config") or {}
     for name, keys in layers.items() if isinstance(layers, Mapping) else [(layers, None)]:
         if not str(name).isdigit() or not isinstance(keys, Mapping):
             raise UserError(
                 f"{where}: per_layer_config has the entry {name!r}, but it has to give config keys to numbers of decoder layers"
             )
-        held = config_first(keys, record.experts_key)
+        held = config_first(keys, wanted)
         if held is not None:
             found[int(name)] = _positive(held, f"{where}: per_layer_config, decoder layer {int(name)}")
     return found
@@ -236,7 +268,15 @@ def _count(config: Any, keys: tuple[str, ...], checkpoint: Checkpoint) -> int:
     found = config_first(config, keys)
     if found is None:
         raise UserError(f"{checkpoint.source}/config.json has no {' or '.join(keys)}")
-    return _positive(found, f"{checkpoint.source}/config.json")
+    where = f"{checkpoint.source}/config.json"
+    return max(_numbers(found, where)) if isinstance(found[1], list) else _positive(found, where)
+
+
+def _numbers(found: tuple[str, Any], where: str) -> list[int]:
+    key, values = found
+    if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values) or not any(values):
+        raise UserError(f"{where}: {key} is {values!r}, but its entries have to be positive numbers, one a decoder layer")
+    return list(values)
 
 
 def _positive(found: tuple[str, Any], where: str) -> int:

@@ -90,7 +90,10 @@ def tasks_for(
     from expertsmith.evaluation.tasks import find
 
     if tokenizer is None:
-        raise UserError("lm-eval tasks are text, but the model directory has no tokenizer (code of a checkpoint is not run)", "add the tokenizer files to it")
+        raise UserError(
+            "lm-eval tasks are text, but the model directory has no tokenizer (code of a checkpoint is not run)",
+            "add the tokenizer files to it",
+        )
     return find(names, folders, limit, progress)
 
 

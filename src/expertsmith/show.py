@@ -452,6 +452,7 @@ def show_inspection(facts: dict[str, Any]) -> None:
     groups = facts["router"]["expert_groups"]
     router = facts["router"]["score"] + (", selection bias" if facts["router"]["selection_bias"] else "")
     router += f", {groups['top_groups']} of {groups['groups']} expert_groups" if groups else ""
+    quantisation = facts["quantisation"]
     table = table_of("", "", title=facts["model"], header=False)
     moe = facts["moe_layers"]
     for name, value in (
@@ -464,12 +465,17 @@ def show_inspection(facts: dict[str, Any]) -> None:
             "parameters",
             f"{count(facts['parameters']['total'])} total, {count(facts['parameters']['active'])} active, {count(facts['parameters']['routed_experts'])} in routed experts",
         ),
+        *((("quantisation", quantisation["formats"]),) if quantisation else ()),
         ("bytes", byte_count(facts["bytes"])),
         ("least", f"{facts['least_experts']} experts a layer have to stay"),
         *((("note", facts["notes"]),) if facts["notes"] else ()),
     ):
         table.add_row(name, value)
     line(table)
+    if quantisation and quantisation["cannot_be_decoded"]:
+        line(
+            f"[yellow]warning[/yellow] cannot be decoded: {escape(quantisation['cannot_be_decoded'])} (parameters are counted as they are stored)"
+        )
     ratios = table_of("keep", "experts", "parameters", "bytes", "of the original")
     for row in facts["keep_ratios"]:
         ratios.add_row(

@@ -86,6 +86,9 @@ class Architecture:
     )
     shared_key: str | None = None  # number of shared experts, where the config counts them
     expert_width_key: tuple[str, ...] = ("moe_intermediate_size",)
+    same_as: tuple[
+        tuple[str, str], ...
+    ] = ()  # (key, another): what a key is where config.json lacks it and transformers guesses a number
     extra_config_keys: tuple[str, ...] = ()  # further keys that repeat the number of experts and change with it
 
     # the checkpoint's tensor names, relative to a decoder layer

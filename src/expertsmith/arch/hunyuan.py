@@ -1,8 +1,5 @@
 """Hunyuan of Tencent."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from expertsmith.arch.base import Architecture, Stacked
 
 BASE = {
@@ -20,18 +17,11 @@ BASE = {
 }
 
 
-def listed_experts(config: Mapping[str, Any]) -> str | None:
-    """Refuse configs with a list of expert counts."""
-    if isinstance(config.get("num_experts"), list):
-        return "num_experts is a list with one count a layer; only a single count is supported"
-    return None
-
-
 FAMILIES = (
     Architecture(
         model_type="hunyuan_v1_moe",
         title="Hunyuan-MoE V1 (tencent/Hunyuan-A13B-Instruct)",
-        notes="moe_topk may be a list with one number a layer.",
+        notes="moe_topk and num_experts may be lists with one number a layer.",
         top_k_key=("moe_topk", "num_experts_per_tok"),
         expert_width_key=("intermediate_size",),
         stacked=(
@@ -40,7 +30,6 @@ FAMILIES = (
             Stacked("mlp.experts.down_proj"),
         ),
         shared="shared_mlp",
-        refusal=listed_experts,
         tiny=dict(BASE, intermediate_size=24, num_experts=8, moe_topk=2, eod_token_id=3, sep_token_id=4),
     ),
     Architecture(

@@ -7,11 +7,12 @@ FAMILIES = (
         model_type="longcat_flash",
         title="LongCat-Flash (meituan-longcat/LongCat-Flash-Chat)",
         notes="The last zero_expert_num router classes return their input unchanged and always stay; transformers stores "
-        "unused gate and up projections for them as the experts from n_routed_experts on. The routed output skips the "
+        "unused gate and up projections for them as the experts from n_routed_experts on, which published checkpoints leave out. The routed output skips the "
         "layer's second attention and joins at the end, so the plain sum is not the layer's output.",
         experts_key=("n_routed_experts",),
         top_k_key=("moe_topk",),
         expert_width_key=("expert_ffn_hidden_size",),
+        same_as=(("head_dim", "qk_rope_head_dim"),),
         stacked=(
             Stacked("mlp.router.classifier.weight", "router", extra="zero_expert_num"),
             Stacked("mlp.router.classifier.bias", "router", extra="zero_expert_num"),

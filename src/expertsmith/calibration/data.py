@@ -8,6 +8,7 @@ the sequences taken. A record holds `input_ids`, or `text`, or `messages` (the t
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import random
 import re
@@ -21,7 +22,7 @@ import torch
 from expertsmith.calibration import corpus
 from expertsmith.calibration.spec import DEMO, SUFFIXES, Spec, demo_text, parse_spec
 from expertsmith.engine.walk import Batch
-from expertsmith.errors import UserError
+from expertsmith.errors import UserError, install_line
 
 FIELDS = "input_ids, text, messages, or prompt + response"
 HUB = re.compile(r"^(?P<name>[\w.\-]+/[\w.\-]+|[\w.\-]+)(?:\[(?P<subset>[^\]]+)\])?(?:\((?P<split>[^)]+)\))?$")
@@ -326,7 +327,9 @@ def _read_hub(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         table = datasets.load_dataset(match["name"], match["subset"], split=match["split"] or "train")
     except Exception as error:  # the hub client raises many unrelated types; all mean "not available"
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{source!r} is no file here, and the hub data set could not be loaded: {first}") from None
+        raise UserError(
+            f"{source!r} is no file here, and the hub data set could not be loaded: {first}", install_line(error) or ""
+        ) from None
     for number, record in enumerate(table, 1):
         yield f"{source} row {number}", record
 
@@ -345,15 +348,37 @@ def load_tokenizer(path: Path) -> Any | None:
     from transformers import AutoTokenizer
 
     from expertsmith.engine.loading import quietly
+    from expertsmith.engine.uneven import read_config
 
     try:
         with quietly():
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **_own_config(path))
+            try:
+                return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **_own_config(path))
+            except Exception as error:  # a config.json that its class does not take as it stands, see read_config
+                if "Validation" not in type(error).__name__:
+                    raise
+                return AutoTokenizer.from_pretrained(path, config=read_config(path), trust_remote_code=False)
     except Exception as error:  # tokenizer back ends raise bare Exceptions
         if "trust_remote_code" in str(error):
             return None
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the tokenizer in {path} cannot be loaded: {first}") from None
+        package = install_line(error)
+        if (
+            package and (path / "tokenizer.model").exists()
+        ):  # of sentencepiece or of tiktoken: transformers tries both, and names the last
+            parts = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf", "tiktoken": "tiktoken"}
+            package = "pip install " + " ".join(name for module, name in parts.items() if not _is_installed(module))
+            first = "tokenizer.model has to be converted first"
+        if package:
+            raise UserError(f"the tokenizer in {path} needs a package that is not installed: {first}", package) from None
+        raise UserError(f"the tokenizer in {path} cannot be loaded: {first}", "is one of its files damaged?") from None
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):  # its parent package is not there, or it was blocked
+        return False
 
 
 def _own_config(path: Path) -> dict[str, Any]:

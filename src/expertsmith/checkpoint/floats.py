@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertsmith.checkpoint.formats import Headers, Stored, formats
@@ -34,12 +35,16 @@ SIDE_FILES = (
 )  # that repeat quantization_config
 AT_ONCE = 2**24  # elements decoded at a time
 # scales of activations and of the key-value cache: they say nothing of weights
-ACTIVATIONS = re.compile(r"(^|[._])(input|output|activation|k|v|q|kv|prob)_(global_)?scale(_inv)?$|\.(k|v|q)_zero_point$")
+ACTIVATIONS = re.compile(
+    r"(^|[._])(input|output|activation|act|k|v|q|kv|prob)_(global_)?scale(_inv|_ub)?$|\.(k|v|q|kv)_zero_point$|\.(input|output)_zero_point$"
+)
 # leaves that only a quantised weight has
 COMPANION = re.compile(
-    r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|scale_inv|scale_2|global_scale|zero_point|shape|g_idx)|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$"
-    r"|(_proj|_weight|\.w[123])(_blocks|_scales|_scale|_scale_inv|_scale_2|_global_scale|_zero_point|_packed)$"
+    r"\.(qweight|qzeros|scales|g_idx|SCB|bitmask|row_offsets|compressed|pre_quant_scale|weight_format"
+    r"|weight_(packed|scale|scale_inv|scale_2|global_scale|zero_point|shape|g_idx)|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$"
+    r"|(_proj|_weight|\.w[123])(_blocks|_scales|_scale|_scale_inv|_scale_2|_global_scale|_zero_point|_packed|_weight_scale|_weight_scale_2)$"
 )
+CODES = ("U8", "I8", "I32", "U32", "I16", "U16")  # dtypes that hold codes, where a weight has them
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class Quantisation:
     @property
     def title(self) -> str:
         """The formats, most weights first: "FP8 in blocks"."""
-        counts = Counter(entry.format for entry in self.stored.values())
-        return ", ".join(formats()[name].title for name, _ in counts.most_common())
+        counts = Counter(formats()[entry.format].title(entry) for entry in self.stored.values())
+        return "; ".join(name for name, _ in counts.most_common())
 
 
 @dataclass
@@ -64,6 +69,7 @@ class Floats(Checkpoint):
     raw: Checkpoint = field(kw_only=True)
     stored: Mapping[str, Stored] = field(kw_only=True)
     dtype: str = field(kw_only=True)  # safetensors' word for the dtype of decoded weights
+    zeros: frozenset[str] = field(default=frozenset(), kw_only=True)  # tensors that are in no file, see `filled`
 
     @cached_property
     def fingerprint(self) -> str:
@@ -84,6 +90,9 @@ class Floats(Checkpoint):
         import torch
 
         entry = self.stored.get(name)
+        if name in self.zeros:
+            info = self.tensors[name]
+            return torch.zeros(info.shape, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))[first:last]
         if entry is None:
             return self.raw.read(name, first, last)
         last = entry.shape[0] if last is None else last
@@ -91,11 +100,11 @@ class Floats(Checkpoint):
         row = max(1, self.tensors[name].numel // entry.shape[0])
         step = max(1, AT_ONCE // row) if len(entry.shape) > 2 else last - first
         if step >= last - first:
-            return decode(entry, self.raw.read, first, last).to(kind)
+            return decode(entry, self.raw.read, first, last, kind)
         whole = torch.empty((last - first, *entry.shape[1:]), dtype=kind)
         for begin in range(first, last, step):
             end = min(begin + step, last)
-            whole[begin - first : end - first] = decode(entry, self.raw.read, begin, end)
+            whole[begin - first : end - first] = decode(entry, self.raw.read, begin, end, kind)
         return whole
 
     def encoded(self, name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -112,6 +121,8 @@ class Floats(Checkpoint):
 
     def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """The float32 values that `encoded` stands for."""
+        import torch
+
         entry, made = self.stored[name], self.encoded(name, values)
         parts = {
             role: replace(info, shape=tuple(made[info.name].shape)) if info.name in made else info
@@ -119,10 +130,23 @@ class Floats(Checkpoint):
         }
 
         def read(part: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-            return made[part][first:last] if part in made else self.raw.read(part, first, last)
+            if part not in made:
+                return self.raw.read(part, first, last)
+            return made[part] if first == 0 and last is None else made[part][first:last]
 
         entry = replace(entry, shape=tuple(values.shape), parts=parts)
-        return formats()[entry.format].decode(entry, read, 0, values.shape[0])
+        return formats()[entry.format].decode(entry, read, 0, values.shape[0], torch.float32)
+
+
+def filled(checkpoint: Checkpoint, like: Mapping[str, str]) -> Checkpoint:
+    """A checkpoint with further tensors of zeros (name → a tensor of the same shape), for weights that a class has and never uses."""
+    if not like:
+        return checkpoint
+    if not isinstance(checkpoint, Floats):
+        held = dict(checkpoint.tensors)
+        checkpoint = Floats(checkpoint.path, checkpoint.config, held, checkpoint.source, raw=checkpoint, stored={}, dtype="F32")
+    more = {name: replace(checkpoint.tensors[other], name=name) for name, other in like.items()}
+    return replace(checkpoint, tensors={**checkpoint.tensors, **more}, zeros=frozenset(more))
 
 
 def refuse_unencodable(found: Quantisation, names: Collection[str]) -> None:
@@ -139,7 +163,7 @@ def refuse_unencodable(found: Quantisation, names: Collection[str]) -> None:
 
 def _unencodable(entry: Stored) -> UserError:
     return UserError(
-        f"{entry.name} is {formats()[entry.format].title}, which cannot be quantised again without calibration data",
+        f"{entry.name} is {formats()[entry.format].title(entry)}, which cannot be quantised again without calibration data",
         "leave --requantise out: the result is then written in bfloat16",
     )
 
@@ -207,55 +231,84 @@ def quantisation_of(checkpoint: Checkpoint) -> Quantisation | None:
 
 def _find(checkpoint: Checkpoint) -> Quantisation | None:
     config = quantisation_config(checkpoint)
-    headers = Headers(checkpoint.tensors, config)
+    _refuse_unknown(config, checkpoint.source)
+    headers = Headers(checkpoint.tensors, config, checkpoint.read)
     stored: dict[str, Stored] = {}
-    held: dict[str, str] = {}
+    held: set[str] = set()
     for entry in formats().values():
         for weight in entry.find(headers):
-            for info in weight.parts.values():
-                if info.name in held:
-                    raise RuntimeError(f"{info.name} was claimed as {held[info.name]} and as {entry.name}")
-                held[info.name] = entry.name
-            if weight.name in stored or (weight.name in checkpoint.tensors and weight.name not in held):
-                raise UserError(f"{weight.name} stands in {checkpoint.source} twice: quantised and as it is")
+            if headers.method not in entry.methods:
+                raise UserError(
+                    f"{weight.name} is {entry.title(weight)}, but {checkpoint.source}/config.json says quant_method {headers.method!r}",
+                    "config.json and weights do not belong together",
+                )
+            names = {info.name for info in weight.parts.values()}
+            twice = weight.name in stored or (weight.name in checkpoint.tensors and weight.name not in names)
+            if twice or names & held:
+                raise UserError(f"{weight.name} stands in {checkpoint.source} twice", "it is not known which one is right")
+            held |= names
             stored[weight.name] = weight
-    quantised = bool(stored or config)
-    left = [name for name in checkpoint.tensors if name not in held]
-    activations = frozenset(name for name in left if quantised and ACTIVATIONS.search(name))
-    for name in left:
-        info = checkpoint.tensors[name]
-        if name in activations:
-            continue
-        if info.dtype in NARROW:
-            raise UserError(
-                f"{name} is {info.dtype}, but no scale of it was found that expertsmith knows how to use",
-                _known(config),
-            )
-        if quantised and COMPANION.search(name):
-            raise UserError(
-                f"{name} looks like a part of a quantised weight, but belongs to none that expertsmith can decode",
-                _known(config),
-            )
-    if not stored:
-        if config:
-            raise UserError(
-                f"{checkpoint.source}/config.json says quant_method {headers.method!r}, but no tensor is quantised in a format that expertsmith knows",
-                _known(config),
-            )
-        return None
-    return Quantisation(config, stored, activations)
+    left = [info for name, info in checkpoint.tensors.items() if name not in held]
+    activations = frozenset(info.name for info in left if stored and ACTIVATIONS.search(info.name))
+    for info in left:
+        if info.name not in activations:
+            _refuse_left(info, bool(stored or config))
+    if config and not stored:
+        raise UserError(
+            f"{checkpoint.source}/config.json says quant_method {headers.method!r}, but no tensor is quantised",
+            "if the weights are plain floats, remove quantization_config from config.json",
+        )
+    return Quantisation(config, stored, activations) if stored else None
 
 
-def _known(config: Mapping[str, Any]) -> str:
-    return f"formats that can be decoded: {', '.join(entry.title for entry in formats().values())}"
+def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:
+    """Refuse a quantisation that no decoder knows, or that does more than store weights."""
+    method = str(config.get("quant_method") or "")
+    known = sorted({name for entry in formats().values() for name in entry.methods if name})
+    if config and method not in known:
+        raise UserError(
+            f"{source}/config.json: quant_method {method!r} cannot be decoded"
+            if method
+            else f"{source}/config.json: quantization_config has no quant_method",
+            f"known are {', '.join(known)}",
+        )
+    for key in ("sparsity_config", "transform_config"):
+        part = config.get(key)
+        if (
+            isinstance(part, Mapping)
+            and part
+            and part.get("format") != "dense"
+            and (key != "transform_config" or part.get("config_groups"))
+        ):
+            raise UserError(
+                f"{source}/config.json: the quantisation has a {key}, which changes weights in a way that is not known here",
+                "use a checkpoint without it",
+            )
+
+
+def _refuse_left(info: TensorInfo, quantised: bool) -> None:
+    """Refuse a tensor that looks like a part of a quantised weight and is none."""
+    weight = re.search(r"(\.weight|_proj|_weight|\.w[123])$", info.name) is not None and len(info.shape) > 1
+    if info.dtype in NARROW or (info.dtype in CODES and weight):
+        raise UserError(
+            f"{info.name} is {info.dtype}, but nothing was found that tells what its codes are worth",
+            "its scales are missing, or this format is not known: `expertsmith inspect` names what can be decoded",
+        )
+    if quantised and COMPANION.search(info.name):
+        raise UserError(
+            f"{info.name} belongs to a quantised weight, but to none that can be decoded",
+            "a tensor is missing, or this format is not known",
+        )
 
 
 def quantisation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """What config.json (or NVIDIA's hf_quant_config.json beside it) says of the quantisation; empty where nothing does.
+    """What config.json, or else a file beside it, says of the quantisation; empty where nothing does.
 
     Raises:
         UserError: config.json says it twice.
     """
+    if isinstance(checkpoint, Floats):
+        return {}
     outer, inner = checkpoint.config.get(CONFIG), None
     text = checkpoint.config.get("text_config")
     if isinstance(text, Mapping):
@@ -266,9 +319,28 @@ def quantisation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
             "remove the one that is not true of the tensors",
         )
     found = outer or inner
-    if found is None and (checkpoint.path / MODELOPT).is_file():
-        written = json.loads((checkpoint.path / MODELOPT).read_text(encoding="utf-8"))
-        found = {"quant_method": "modelopt", **written.get("quantization", {})}
-    if found is not None and not isinstance(found, Mapping):
+    if not found:
+        found = _beside(checkpoint.path)
+    if found and not isinstance(found, Mapping):
         raise UserError(f"{checkpoint.source}/config.json: quantization_config is not an object")
     return found or {}
+
+
+def _beside(path: Path) -> Mapping[str, Any]:
+    """What a file beside config.json says of the quantisation, where config.json says nothing: modelopt's, or that of early GPTQ and AWQ tools."""
+    for name in SIDE_FILES:
+        if not (path / name).is_file():
+            continue
+        try:
+            found = json.loads((path / name).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path / name} is not JSON: {error}") from None
+        if name == MODELOPT:
+            return {"quant_method": "modelopt", **found.get("quantization", {})}
+        if name == "quantize_config.json" and "bits" in found:
+            return {"quant_method": "gptq", **found}
+        if name == "quant_config.json" and "w_bit" in found:
+            return {"quant_method": "awq", "bits": found["w_bit"], "group_size": found.get("q_group_size"), **found}
+        if "quant_method" in found:
+            return dict(found)
+    return {}

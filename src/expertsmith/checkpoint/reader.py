@@ -19,14 +19,13 @@ from importlib.resources import files as packaged
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expertsmith.checkpoint import hub
+from expertsmith.checkpoint.hub import DEMO, INDEX, OWN_LAYOUT, SINGLE
 from expertsmith.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-DEMO = "demo"  # the name of the model that comes with the package
 OWN_PAGES = 2**16  # bytes
 MAX_HEADER = 100 * 2**20  # the safetensors format's own limit
 
@@ -156,13 +155,15 @@ def open_checkpoint(
     """Open a local directory or a hub id, or "demo", the model that comes with the package.
 
     Args:
-        source: directory, "demo", or `owner/name` on the hub (then downloaded to the Hugging Face cache; with `headers_only` only the
-            config and the tensor headers are fetched).
+        source: directory, "demo", or `owner/name` or `owner/name@REVISION` on the hub (then downloaded to the Hugging Face cache; with
+            `headers_only` only the config and the tensor headers are fetched).
+        revision: branch, tag or commit on the hub.
         allow_pickle: convert a pickle-only checkpoint through `torch.load(weights_only=True)`; otherwise it is refused.
 
     Raises:
         UserError: whatever is wrong with the directory, naming the file and the rule.
     """
+    source = hub.pinned(source, revision)
     path = Path(source)
     if path.is_file():
         raise UserError(
@@ -171,11 +172,14 @@ def open_checkpoint(
     if str(source) == DEMO and not path.is_dir():
         path = Path(str(packaged("expertsmith"))) / "demo" / "model"
     if not path.is_dir():
-        if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
+        if not hub.is_hub_name(str(source)):
             raise UserError(f"there is no directory {source}")
         if headers_only:
-            return _open_hub_headers(str(source), revision)
-        path = _download(str(source), revision)
+            path, metadata = hub.headers(str(source))
+            if metadata is not None:
+                return _from_metadata(path, metadata, str(source))
+        else:
+            path = hub.download(str(source))
     config = _read_json(path / "config.json")
     files = _weight_files(path)
     keep_alive = None
@@ -297,7 +301,14 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
         return dict(sorted(files.items()))
     if (path / SINGLE).is_file():
         return {path / SINGLE: set()}
-    return {file: set() for file in sorted(path.glob("*.safetensors"))}
+    files_here = sorted(path.glob("*.safetensors"))
+    usual = [file for file in files_here if not file.name.startswith(OWN_LAYOUT)]
+    if files_here and not usual:
+        raise UserError(
+            f"{path} holds only {files_here[0].name}: the weights in Mistral's own layout, not in Hugging Face's",
+            "give a checkpoint with model.safetensors files",
+        )
+    return {file: set() for file in usual}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -330,32 +341,8 @@ def _convert_pickles(pickles: list[Path]) -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
-def _hub_error(source: str, error: Exception) -> UserError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(f"{source!r} is neither a directory here nor could it be fetched from the hub: {first}")
-
-
-def _download(source: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "*.tiktoken"]
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many unrelated types; all mean "not available"
-        raise _hub_error(source, error) from None
-
-
-def _open_hub_headers(source: str, revision: str | None) -> Checkpoint:
+def _from_metadata(folder: Path, metadata: Mapping[str, Any], source: str) -> Checkpoint:
     """Config and headers of a hub repository, without its weights."""
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
-
-    try:
-        config = _read_json(Path(hf_hub_download(source, "config.json", revision=revision)))
-        metadata = get_safetensors_metadata(source, revision=revision)
-    except UserError:
-        raise
-    except Exception as error:  # see _download
-        raise _hub_error(source, error) from None
     tensors = {
         name: TensorInfo(
             name,
@@ -365,7 +352,7 @@ def _open_hub_headers(source: str, revision: str | None) -> Checkpoint:
             entry.data_offsets[0],
             entry.data_offsets[1] - entry.data_offsets[0],
         )
-        for shard, part in metadata.files_metadata.items()
+        for shard, part in metadata.items()
         for name, entry in part.tensors.items()
     }
-    return Checkpoint(Path(source), config, tensors, source)
+    return Checkpoint(folder, _read_json(folder / "config.json"), tensors, source)

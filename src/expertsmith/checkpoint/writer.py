@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from expertsmith.checkpoint.code import code_files
-from expertsmith.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from expertsmith.checkpoint.hub import INDEX, SINGLE
+from expertsmith.checkpoint.reader import Checkpoint
 from expertsmith.errors import UserError
 
 CHUNK = 8 * 2**20

@@ -33,6 +33,7 @@ from expertsmith.cli.options import (
     Quiet,
     Requantise,
     Resume,
+    Revision,
     Samples,
     Seed,
     SeqLen,
@@ -81,6 +82,7 @@ def compress(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     resume: Resume = True,
+    revision: Revision = None,
     overwrite: Overwrite = False,
     as_type: As = None,
     allow_pickle: Pickle = False,
@@ -98,6 +100,7 @@ def compress(
         method,
         keep,
         out,
+        revision=revision,
         data=data or (),
         stats=stats,
         domains=domain or (),
@@ -177,6 +180,7 @@ def calibrate(
     memory: Memory = "auto",
     resume: Resume = True,
     as_type: As = None,
+    revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -193,6 +197,7 @@ def calibrate(
             model,
             data or (),
             out,
+            revision=revision,
             samples=samples,
             seq_len=seq_len,
             seed=seed,
@@ -271,6 +276,7 @@ def plan(
     memory: Memory = "auto",
     resume: Resume = True,
     as_type: As = None,
+    revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -286,7 +292,9 @@ def plan(
         raise typer.BadParameter("a plan is made by a method or from a file: pass --method NAME or --from FILE")
     groups = word(router_groups, "router-groups", "keep", "flatten")
     if from_file is not None:
-        made = api.plan_from(model, from_file, keep, router_groups=groups, out=out, as_type=as_type, allow_pickle=allow_pickle)
+        made = api.plan_from(
+            model, from_file, keep, router_groups=groups, out=out, revision=revision, as_type=as_type, allow_pickle=allow_pickle
+        )
         _show_made(made, out, as_json)
         return
     assert method is not None
@@ -294,6 +302,7 @@ def plan(
         model,
         method,
         keep,
+        revision=revision,
         stats=stats,
         data=data or (),
         domains=domain or (),
@@ -342,6 +351,7 @@ def apply(
             help="Layers with different numbers of experts: fill all up with dead experts, so that stock engines load it (selection biases only; saves no memory).",
         ),
     ] = False,
+    revision: Revision = None,
     requantise: Requantise = False,
     overwrite: Overwrite = False,
     as_type: As = None,
@@ -362,6 +372,7 @@ def apply(
         model,
         loaded,
         out,
+        revision=revision,
         pad=pad,
         requantise=requantise,
         overwrite=overwrite,
@@ -386,6 +397,7 @@ def apply(
 def dequantise(
     model: Model,
     out: Out,
+    revision: Revision = None,
     overwrite: Overwrite = False,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
@@ -397,7 +409,9 @@ def dequantise(
     """
     from expertsmith import api
 
-    found = api.dequantise(model, out, overwrite=overwrite, allow_pickle=allow_pickle, progress=progress_of(quiet))
+    found = api.dequantise(
+        model, out, revision=revision, overwrite=overwrite, allow_pickle=allow_pickle, progress=progress_of(quiet)
+    )
     if as_json:
         show.as_json({"out": str(out), **found})
         return
@@ -439,6 +453,7 @@ def skip(
     device: Device = "auto",
     dtype: Dtype = "auto",
     memory: Memory = "auto",
+    revision: Revision = None,
     overwrite: Overwrite = False,
     as_type: As = None,
     allow_pickle: Pickle = False,
@@ -462,6 +477,7 @@ def skip(
         model,
         data or (),
         out,
+        revision=revision,
         plan=plan_file,
         statistic=word(statistic, "statistic", "median", "mean", "quantile"),
         quantile=0.5 if quantile is None else quantile,
@@ -504,6 +520,7 @@ def verify(
     dtype: Dtype = "float32",
     memory: Memory = "auto",
     as_type: As = None,
+    revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -514,6 +531,7 @@ def verify(
     verdict = api.verify(
         model,
         out,
+        revision=revision,
         plan=plan_file,
         data=data or (),
         tokens=tokens,

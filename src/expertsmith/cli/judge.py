@@ -23,6 +23,7 @@ from expertsmith.cli.options import (
     Pickle,
     Quiet,
     Resume,
+    Revision,
     Samples,
     Seed,
     SeqLen,
@@ -90,6 +91,7 @@ def evaluate(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     as_type: As = None,
+    revision: Revision = None,
     allow_pickle: Pickle = False,
     speed: Annotated[
         bool,
@@ -136,6 +138,7 @@ def evaluate(
     if speed:
         measured = api.speed(
             model,
+            revision=revision,
             reference=reference,
             engine=engine,
             python=engine_python,
@@ -158,6 +161,7 @@ def evaluate(
     quality = api.evaluate(
         model,
         data or (),
+        revision=revision,
         reference=reference,
         tasks=tasks or (),
         task_path=task_path or (),
@@ -223,6 +227,7 @@ def compare(
     memory: Memory = "auto",
     resume: Resume = True,
     as_type: As = None,
+    revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -242,6 +247,7 @@ def compare(
         data or (),
         eval_data or (),
         out,
+        revision=revision,
         budgets=budget or ("uniform",),
         heal=heal or (),
         tasks=tasks or (),

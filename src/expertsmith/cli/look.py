@@ -24,6 +24,7 @@ from expertsmith.cli.options import (
     Pickle,
     Quiet,
     Resume,
+    Revision,
     Samples,
     Seed,
     SeqLen,
@@ -79,6 +80,7 @@ def analyze(
     memory: Memory = "auto",
     resume: Resume = True,
     as_type: As = None,
+    revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -94,6 +96,7 @@ def analyze(
     measures = api.analyze(
         model,
         out,
+        revision=revision,
         data=data or (),
         stats=stats,
         all_experts=all_experts,
@@ -126,11 +129,13 @@ def analyze(
 
 
 @app.command(rich_help_panel=LOOK)
-def inspect(model: Model, as_type: As = None, allow_pickle: Pickle = False, as_json: AsJson = False) -> None:
+def inspect(
+    model: Model, revision: Revision = None, as_type: As = None, allow_pickle: Pickle = False, as_json: AsJson = False
+) -> None:
     """What a checkpoint is, from config and headers only, and what each keep ratio would leave."""
     from expertsmith import api
 
-    facts = api.inspect(model, as_type=as_type, allow_pickle=allow_pickle)
+    facts = api.inspect(model, revision=revision, as_type=as_type, allow_pickle=allow_pickle)
     if as_json:
         show.as_json(facts)
         return
@@ -144,12 +149,20 @@ def lint(
     tensor_parallel: Annotated[int, typer.Option("--tp", help="Tensor-parallel size you will serve with.")] = 1,
     expert_parallel: Annotated[int, typer.Option("--ep", help="Expert-parallel size you will serve with.")] = 1,
     as_type: As = None,
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Will this engine serve this expert count, router and group layout? Exit code 1 if not."""
     from expertsmith import api
 
-    findings = api.lint(model, as_type=as_type, engine=engine, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel)
+    findings = api.lint(
+        model,
+        revision=revision,
+        as_type=as_type,
+        engine=engine,
+        tensor_parallel=tensor_parallel,
+        expert_parallel=expert_parallel,
+    )
     if as_json:
         show.as_json({"model": model, "findings": [finding.to_json() for finding in findings]})
     elif not findings:

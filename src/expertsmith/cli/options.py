@@ -42,6 +42,15 @@ As = Annotated[
         show_default=False,
     ),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="REV",
+        help="Branch, tag or commit of MODEL on the hub; owner/name@REV says the same of any model.",
+        show_default=False,
+    ),
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(

@@ -25,7 +25,7 @@ from expertsmith.conversion.training import Recipe, outcome, padded, train
 from expertsmith.engine import Batch, LoadedModel
 from expertsmith.engine.experts import experts_of, routing_of
 from expertsmith.engine.loading import load_model
-from expertsmith.errors import UserError
+from expertsmith.errors import UserError, install_line
 from expertsmith.progress import Progress
 
 MEASURED = 8  # every 8th calibration sequence is kept out of the fits and measured on
@@ -378,7 +378,7 @@ def from_gguf(source: str | Path, file: str, target: Path, progress: Progress) -
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"transformers cannot make a model of {folder / file}: {first}",
-            "is it a complete GGUF file of a dense Llama, Mistral or Qwen model?",
+            install_line(error) or "is it a complete GGUF file of a dense Llama, Mistral or Qwen model?",
         ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -20,13 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from expertsmith.arch import Architecture, text_config
+from expertsmith.arch import Architecture, config_first, config_get, text_config
+from expertsmith.arch.base import roles_of
 from expertsmith.checkpoint import Checkpoint
-from expertsmith.checkpoint.floats import Floats, floats
+from expertsmith.checkpoint.floats import Floats, filled, floats
 from expertsmith.engine.experts import experts_of, is_grouped
 from expertsmith.engine.on_demand import Source, install, remove
 from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
-from expertsmith.errors import UserError
+from expertsmith.errors import UserError, install_line
 from expertsmith.inventory import Inventory, take_inventory
 
 Memory = Literal["resident", "stream"]
@@ -186,7 +187,13 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
     try:
         with quietly():  # transformers warns of layers with numbers of their own, which is what they are for
             config = read_config(checkpoint.path)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
+        package = install_line(error)
+        if package or isinstance(error, ImportError):
+            raise UserError(
+                f"{checkpoint.path}/config.json needs a package that is not installed: {_first_line(error)}",
+                package or "install what this message names",
+            ) from None
         raise UserError(
             f"{checkpoint.path}/config.json is not understood by transformers {transformers.__version__}: {_first_line(error)}"
         ) from None
@@ -221,6 +228,8 @@ def load_model(
     target = torch.device(device)
     chosen = _dtype(dtype, checkpoint)
     weights = checkpoint if isinstance(checkpoint, Floats) else floats(checkpoint, WORDS.get(chosen, "F32"))
+    if architecture is not None:
+        weights = filled(weights, _never_used(weights, architecture))
     config = transformers_config(checkpoint)
     inner = config.get_text_config()
     if memory == "stream":
@@ -228,6 +237,10 @@ def load_model(
         # of them each (500 MB): memory that grows with depth. Both read their limit when the first of them is made.
         for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(name, "64")
+    given = text_config(checkpoint.config)
+    for key, other in architecture.same_as if architecture else ():
+        if key not in given and other in given:
+            setattr(inner, key, given[other])
     for key, value in (config_overrides or {}).items():
         setattr(inner, key, value)
     auto, config = causal_lm(config)
@@ -258,6 +271,12 @@ def load_model(
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         if re.search(OUT_OF_MEMORY, str(error)):
             raise  # nothing is wrong with the checkpoint
+        package = install_line(error)
+        if package or isinstance(error, ImportError):
+            raise UserError(
+                f"{checkpoint.source} needs a package that is not installed: {_first_line(error)}",
+                package or "install what this message names",
+            ) from None
         raise UserError(
             f"transformers cannot load {checkpoint.source}: {_first_line(error)}",
             "is a shard damaged, or a tensor of a wrong shape?",
@@ -302,6 +321,7 @@ def check_fits(checkpoint: Checkpoint, architecture: Architecture) -> None:
     from transformers.modeling_utils import LoadStateDictConfig
 
     weights = floats(checkpoint)
+    weights = filled(weights, _never_used(weights, architecture))
     try:
         auto, config = causal_lm(transformers_config(checkpoint))
         with init_empty_weights():
@@ -329,6 +349,31 @@ def check_fits(checkpoint: Checkpoint, architecture: Architecture) -> None:
             f"{checkpoint.source} cannot be treated as {architecture.runs_as or architecture.model_type}: {words}",
             "--as takes the family whose class has these tensors, by name and shape",
         ) from None
+
+
+def _never_used(weights: Checkpoint, architecture: Architecture) -> dict[str, str]:
+    """Weights of zero experts (which return their input) that the class has, and that published checkpoints leave out: name → the same tensor
+    of expert 0."""
+    config = text_config(weights.config)
+    found: dict[str, str] = {}
+    for entry in architecture.stacked:
+        layout = architecture.layout_of(entry.name)
+        if entry.role != "expert" or not entry.extra or layout is None:
+            continue
+        held = config_first(config, architecture.experts_key)
+        count = int(held[1]) if held else 0
+        extra = entry.extra if isinstance(entry.extra, int) else int(config_get(config, entry.extra) or 0)
+        for name in weights.tensors:
+            located = architecture.locate(name)
+            owner = architecture.expert_of(located[1]) if located else None
+            if located is None or owner is None or owner[0] != 0 or architecture.layout_of(located[1]) not in roles_of(layout):
+                continue
+            prefix = next(p for p in architecture.expert_prefix if located[1].startswith(p.format(expert=0)))
+            head, below = name.removesuffix(located[1]), located[1].removeprefix(prefix.format(expert=0))
+            others = [head + prefix.format(expert=count + k) + below for k in range(extra)]
+            if not any(other in weights.tensors for other in others):
+                found.update(dict.fromkeys(others, name))
+    return found
 
 
 def _too_large(weights: Checkpoint, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:

@@ -215,9 +215,10 @@ def check_rule(config: Any, architecture: Architecture, rule: str) -> None:
     if found is None:
         raise UserError(f"{kind}: the config has no {' or '.join(architecture.top_k_key)}")
     key, top_k = found
-    if top_k < 2:
+    several = top_k if isinstance(top_k, list) else [top_k]
+    if min(several) < 2:
         raise UserError(f"{kind}: {key} is {top_k}, so a token has no second expert to skip", "nothing is to be gained here")
-    if rule == "ratio" and top_k != 2:
+    if rule == "ratio" and set(several) != {2}:
         raise UserError(
             f"{kind}: {key} is {top_k}, and the ratio rule compares the two experts of a token", "use the rule tail"
         )

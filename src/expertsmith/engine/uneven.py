@@ -77,13 +77,14 @@ def is_uneven(config: Any) -> bool:
     record = families().get(inner.model_type)
     if record is None or not inner.is_heterogeneous:
         return False
-    keys = {key.partition(".")[0] for key in record.experts_key}
+    keys = {key.partition(".")[0] for key in record.experts_key + record.top_k_key}
     return not keys.isdisjoint(inner.per_layer_attributes)
 
 
 def read_config(path: str | Path, **where: Any) -> Any:
     """`AutoConfig.from_pretrained` without remote code. A checkpoint that runs as another family gets that family's config, made of its language
-    model's part.
+    model's part. Lists of counts, one number a layer, are taken where the config class does not: a list of equal numbers becomes that number,
+    another one `per_layer_config`.
 
     Raises:
         UserError: transformers has no class for the family.
@@ -94,15 +95,54 @@ def read_config(path: str | Path, **where: Any) -> Any:
     held, _ = PreTrainedConfig.get_config_dict(path, **where)
     record = record_of(held)
     refuse_without_class(record, f"{path}/config.json")
-    if record is None or record.runs_as is None:
+    if record is not None and record.runs_as is not None:
+        return _as_family(path, held, record.runs_as)
+    try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
+    except Exception as error:  # strict config classes raise validation errors of their own
+        if "Validation" not in type(error).__name__:
+            raise
+        config = held
+        inner = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+        if config.get("model_type") not in CONFIG_MAPPING or inner.get("model_type") not in CONFIG_MAPPING or not _lower(inner):
+            raise
+        read = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        read.name_or_path = str(path)
+        return read
+
+
+def _as_family(path: str | Path, held: dict[str, Any], model_type: str) -> Any:
+    from transformers import CONFIG_MAPPING
+
     inner = {key: value for key, value in text_config(held).items() if key != "auto_map"}
     for key in ("dtype", "torch_dtype", "quantization_config"):  # a composite has them outside
         if key in held:
             inner.setdefault(key, held[key])
-    made = CONFIG_MAPPING[record.runs_as].from_dict({**inner, "model_type": record.runs_as})
+    made = CONFIG_MAPPING[model_type].from_dict({**inner, "model_type": model_type})
     made.name_or_path = str(path)
     return made
+
+
+def _lower(inner: dict[str, Any]) -> bool:
+    """Lists of counts in a text config as numbers and `per_layer_config`; whether there were any."""
+    from transformers import CONFIG_MAPPING
+
+    record = families().get(inner["model_type"])
+    if record is None:
+        return False
+    keys = (*record.experts_key, *record.extra_config_keys, *record.top_k_key, *record.expert_width_key)
+    found = {key: inner[key] for key in keys if isinstance(inner.get(key), list) and inner[key]}
+    layers = {int(layer): dict(own) for layer, own in (inner.get("per_layer_config") or {}).items()}
+    names = CONFIG_MAPPING[inner["model_type"]].attribute_map
+    for key, numbers in found.items():
+        inner[key] = max(numbers)
+        if len(set(numbers)) > 1:
+            for layer, number in enumerate(numbers):
+                layers.setdefault(layer, {})[names.get(key, key)] = number
+    if layers:
+        inner["per_layer_config"] = {str(layer): own for layer, own in sorted(layers.items())}
+        inner["allow_global_per_layer_attribute_access"] = True
+    return bool(found)
 
 
 def key_mapping(record: Architecture | None) -> dict[str, str]:

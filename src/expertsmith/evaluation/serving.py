@@ -98,7 +98,7 @@ def _described(model: str | Path, setting: Setting) -> tuple[Path, int, int]:
         if not Path(model).is_file():
             raise UserError(f"{model} is not there", "name a GGUF file or a checkpoint")
         return Path(model), Path(model).stat().st_size, 1000
-    found = open_checkpoint(model, headers_only=True)
+    found = open_checkpoint(model)
     config = text_config(found.config)
     window, length = config.get("max_position_embeddings"), setting.prompt_len + setting.new_tokens
     if isinstance(window, int) and length > window:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from expertsmith.arch import config_get
+from expertsmith.arch import config_first, config_get
+from expertsmith.checkpoint.floats import quantisation_config, quantisation_of
+from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory
 
 Level = Literal["error", "warning", "info"]
@@ -30,8 +33,12 @@ class Subject:
     architectures: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)  # the text part of config.json
     counts: Mapping[int, int] = field(default_factory=dict)  # experts in the tensors of each decoder layer
-    declared: Mapping[int, int] = field(default_factory=dict)  # experts that per_layer_config gives decoder layers
+    declared: Mapping[int, int] = field(default_factory=dict)  # experts that config.json gives decoder layers of their own
+    chosen: Mapping[int, int] = field(default_factory=dict)  # top_k that it gives them
     extras: Mapping[str, Any] = field(default_factory=dict)  # what expertsmith itself wrote into config.json
+    quantisation: Mapping[str, Any] = field(default_factory=dict)  # what config.json (or hf_quant_config.json) says of it
+    mixed: str = ""  # experts of one decoder layer that are stored in different ways
+    width: int = 0  # neurons of an expert; 0 where config.json does not say
     tensor_parallel: int = 1
     expert_parallel: int = 1
     inventory: Inventory | None = None
@@ -46,6 +53,16 @@ class Subject:
         """Width of an attention head; 0 where config.json does not say."""
         heads = self._number("num_attention_heads")
         return self._number("head_dim") or (self.hidden_size // heads if heads else 0)
+
+    @property
+    def method(self) -> str:
+        """quant_method; "" where nothing is quantised."""
+        return str(self.quantisation.get("quant_method") or "").lower()
+
+    @property
+    def width_of_rank(self) -> int:
+        """Neurons of an expert on one rank: tensor parallelism splits them unless whole experts are dealt out."""
+        return self.width if self.expert_parallel > 1 else self.width // self.tensor_parallel
 
     @property
     def fewest(self) -> int:
@@ -133,16 +150,54 @@ def subject_of(inventory: Inventory, tensor_parallel: int = 1, expert_parallel: 
         architectures=tuple(str(name) for name in named),
         config=config,
         declared={layer: inventory.experts_in(layer) for layer in inventory.layers if layer in inventory.overrides},
+        chosen={layer: inventory.chosen[layer] for layer in inventory.layers if layer in inventory.chosen},
         extras=inventory.checkpoint.config.get("expertsmith") or {},
         # a stacked tensor holds what config.json says, or taking the inventory would have failed
         counts={
             layer: inventory.experts_in(layer) + max(0, len(held) - inventory.experts_in(layer) - zero)
             for layer, held in seen.items()
         },
+        quantisation=quantisation_config(inventory.checkpoint),
+        mixed=_mixed(inventory),
+        width=_width(inventory),
         tensor_parallel=tensor_parallel,
         expert_parallel=expert_parallel,
         inventory=inventory,
     )
+
+
+def _width(inventory: Inventory) -> int:
+    found = config_first(inventory.config, inventory.architecture.expert_width_key)
+    value = 0 if found is None else max(found[1], default=0) if isinstance(found[1], list) else found[1]
+    return value if isinstance(value, int) else 0
+
+
+def _mixed(inventory: Inventory) -> str:
+    """The first decoder layer whose experts are not all stored in one way: their tensors have other names or dtypes, or other bits."""
+    if not quantisation_config(inventory.checkpoint):
+        return ""
+    try:
+        found = quantisation_of(inventory.checkpoint)
+    except UserError:  # not decodable: names and dtypes tell
+        found = None
+    bits = {
+        info.name: entry.settings.get("bits")
+        for entry in (found.stored.values() if found else ())
+        for info in entry.parts.values()
+    }
+    for layer, count in inventory.counts.items():
+        ways: dict[str, set[tuple[str, str, Any]]] = {}
+        for claim in inventory.by_layer[layer]:
+            if claim.kind == "expert" and claim.expert is not None and claim.expert < count:
+                cut = re.search(r"\.(?=(weight|bias)($|[._]))|\.(?=[^.]+$)", claim.info.name)
+                assert cut is not None
+                module, leaf = claim.info.name[: cut.start()], claim.info.name[cut.end() :]
+                ways.setdefault(module, set()).add((leaf, claim.info.dtype, bits.get(claim.info.name)))
+        modules = sorted(ways)
+        odd = next((module for module in modules if ways[module] != ways[modules[0]]), None)
+        if odd is not None:
+            return f"{odd} is stored in another way than {modules[0]}"
+    return ""
 
 
 def _extra(extra: int | str, config: Mapping[str, Any]) -> int:
@@ -171,15 +226,47 @@ ROUTER_KEYS = 'copy "topk_method": "noaux_tc" and "scoring_func": "sigmoid" from
 MINIMAX_KEYS = 'copy "scoring_func": "sigmoid" and "use_routing_bias": true from the original model\'s config.json'
 
 
+FLOATS = "write it out in bfloat16 first: `expertsmith dequantise`"
+FEWER_RANKS = "use fewer tensor-parallel ranks, or expert parallelism, which leaves experts whole"
+
+
 # --- tests that several engines share ---
+
+
+def unknown_method(engine: str, known: frozenset[str]) -> Test:
+    """A quant_method that is not among the `known` ones."""
+
+    def test(s: Subject) -> str | None:
+        return f"{engine} has no quant_method {s.method!r}" if s.method and s.method not in known else None
+
+    return test
+
+
+def mixed_experts(s: Subject) -> str | None:
+    """Experts of one decoder layer that are stored in different ways."""
+    return s.mixed or None
+
+
+def unfit_blocks(s: Subject) -> str | None:
+    """FP8 blocks that the neurons of an expert on one rank do not divide into."""
+    block = s.quantisation.get("weight_block_size")
+    if s.method != "fp8" or not isinstance(block, list) or len(block) != 2 or not s.width:
+        return None
+    rows, columns = block
+    if s.width_of_rank % rows == 0 and (s.tensor_parallel == 1 or s.width_of_rank % columns == 0):
+        return None
+    return f"an expert has {s.width_of_rank} neurons on each rank, which do not divide into blocks of {rows} x {columns}"
 
 
 def too_few(s: Subject) -> str | None:
     """There are fewer experts than a token uses."""
-    if s.top_k <= s.fewest:
-        return None
-    place = "" if s.fewest == s.num_experts else " in decoder layer " + str(min(s.declared, key=lambda i: s.declared[i]))
-    return f"a token uses {s.top_k} experts, but there are {s.fewest}{place}"
+    short = []
+    for layer in {*s.counts, *s.chosen, *s.declared}:
+        top_k, count = s.chosen.get(layer, s.top_k), s.declared.get(layer, s.num_experts)
+        if top_k > count:
+            place = f" in decoder layer {layer}" if layer in s.chosen or layer in s.declared else ""
+            short.append((count, layer, f"a token uses {top_k} experts, but there are {count}{place}"))
+    return min(short)[2] if short else None
 
 
 def indivisible(s: Subject) -> str | None:

@@ -8,6 +8,7 @@ from functools import partial
 from expertsmith.lint.base import (
     COMPUTED,
     EVEN,
+    FLOATS,
     LAYOUT,
     MORE,
     POWERS,
@@ -25,6 +26,7 @@ from expertsmith.lint.base import (
     thresholds,
     too_few,
     uneven,
+    unknown_method,
 )
 
 VERSION = "llama.cpp 0c1e57098 (llama-cpp-python 0.3.36)"
@@ -38,6 +40,13 @@ UNREGISTERED = names(
 )
 # config keys that name the number of experts, in the order in which the converter looks
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+METHODS = names("bitnet fp8 gptq compressed-tensors modelopt mxfp4")
+NVFP4 = "nvfp4-pack-quantized"
+STRATEGIES = {  # compressed-tensors format → strategies that the converter takes
+    "float-quantized": ("channel", "block"), "int-quantized": ("channel", "block"), "naive-quantized": ("channel", "block"),
+    "pack-quantized": ("group",),
+}  # fmt: skip
 
 rule = partial(make_rule, VERSION)
 
@@ -122,7 +131,60 @@ def _eight(s: Subject) -> str | None:
     )
 
 
+def _undecoded(s: Subject) -> str | None:
+    """Why the converter does not decode it."""
+    held, groups = s.quantisation, s.quantisation.get("config_groups")
+    if s.method == "gptq" and held.get("bits") == 3:
+        return "the converter does not decode GPTQ with 3 bits"
+    if s.method != "compressed-tensors" or not isinstance(groups, dict) or not groups:
+        return None
+    kinds = [group.get("format") for group in groups.values()]
+    if held.get("format") == NVFP4 or (held.get("format") == "mixed-precision" and set(kinds) == {NVFP4}):
+        return None
+    if len(groups) > 1:
+        return f"the converter decodes compressed-tensors with one config group, and here are {len(groups)}"
+    weights = next(iter(groups.values())).get("weights") or {}
+    strategies = STRATEGIES.get(str(held.get("format")))
+    if strategies is None or weights.get("strategy") not in strategies:
+        return (
+            f"the converter does not decode compressed-tensors {held.get('format')} with strategy {weights.get('strategy')!r}"
+        )
+    return None
+
+
+def _mixed(s: Subject) -> str | None:
+    groups = s.quantisation.get("config_groups")
+    kinds = [g.get("format") for g in groups.values()] if isinstance(groups, dict) else []
+    is_nvfp4 = NVFP4 in (s.quantisation.get("format"), *kinds) or str(s.quantisation.get("quant_algo")).endswith("NVFP4")
+    return s.mixed if s.mixed and is_nvfp4 else None
+
+
 RULES: tuple[Rule, ...] = (
+    rule(
+        "llama.cpp-quant-method",
+        "The converter decodes or repacks bitnet, fp8, gptq, compressed-tensors, modelopt and (for gpt-oss) mxfp4, and nothing else.",
+        "conversion/base.py, ModelBase.dequant_model (Quant method is not yet supported); conversion/gpt_oss.py, repack_mxfp4",
+        "error",
+        unknown_method("llama.cpp's converter", METHODS),
+        FLOATS,
+    ),
+    rule(
+        "llama.cpp-quant-format",
+        "Of compressed-tensors it decodes one config group: float, int and naive-quantized by channel or block, pack-quantized by group, and "
+        "repacks NVFP4; of GPTQ 2, 4 and 8 bits.",
+        "conversion/base.py, ModelBase.dequant_model",
+        "error",
+        _undecoded,
+        FLOATS,
+    ),
+    rule(
+        "llama.cpp-mixed",
+        "NVFP4 experts of a layer are stacked as they are found, so that one in another precision is missing from the stack.",
+        "conversion/base.py, ModelBase._generate_nvfp4_tensors and _flush_nvfp4_experts",
+        "error",
+        _mixed,
+        f"quantise all experts of a layer alike, or {FLOATS}",
+    ),
     rule(
         "llama.cpp-nameless",
         "The converter finds a model by the architectures entry of config.json.",

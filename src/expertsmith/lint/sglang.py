@@ -7,6 +7,8 @@ from functools import partial
 from expertsmith.lint.base import (
     COMPUTED,
     EVEN,
+    FEWER_RANKS,
+    FLOATS,
     LAYOUT,
     MINIMAX_KEYS,
     MORE,
@@ -18,6 +20,7 @@ from expertsmith.lint.base import (
     lacks,
     make_rule,
     missing,
+    mixed_experts,
     nameless,
     names,
     padded,
@@ -28,6 +31,8 @@ from expertsmith.lint.base import (
     too_many_groups,
     uneven,
     uneven_ranks,
+    unfit_blocks,
+    unknown_method,
 )
 
 VERSION = "sglang 0.5.23"
@@ -48,6 +53,12 @@ TENSOR_PARALLEL = names(
     """afmoe cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 exaone_moe glm4_moe glm4_moe_lite
     glm_moe_dsa hunyuan_v1_moe laguna lfm2_moe longcat_flash mimo_v2_flash minimax_m2 minimax_m3_vl_text
     qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next zaya"""
+)
+
+METHODS = names(
+    """fp8 mxfp8 minimax_m3_nvfp4 blockwise_int8 modelopt modelopt_fp8 modelopt_fp4 modelopt_mixed w8a8_int8 w8a8_fp8 awq awq_marlin bitsandbytes
+    gguf gptq gptq_marlin moe_wna16 compressed-tensors w4afp8 petit_nvfp4 quark quark_mxfp4 auto-round auto-round-int8 modelslim
+    quark_int4fp8_moe humming mxfp_w4a8 mxfp4"""
 )
 
 rule = partial(make_rule, VERSION)
@@ -79,7 +90,47 @@ def _shared(s: Subject) -> str | None:
     return None
 
 
+def _gptq(s: Subject) -> str | None:
+    bits, sym = s.quantisation.get("bits"), s.quantisation.get("sym")
+    if s.method == "gptq" and (bits, sym) not in ((4, True), (8, True)):
+        return f"GPTQ with {bits} bits, {'symmetric' if sym else 'asymmetric'}, has no Marlin kernel, and on CUDA experts have no other"
+    return None
+
+
 RULES: tuple[Rule, ...] = (
+    rule(
+        "sglang-quant-method",
+        "Other values of quant_method are refused as unknown.",
+        "srt/configs/model_config.py, ModelConfig._verify_quantization; srt/layers/quantization/__init__.py, BASE_QUANTIZATION_METHODS",
+        "error",
+        unknown_method("sglang", METHODS),
+        f"use another engine, or {FLOATS}",
+    ),
+    rule(
+        "sglang-gptq",
+        "GPTQ experts run in Marlin only, which takes symmetric codes of 4 or 8 bits.",
+        "srt/layers/quantization/gptq/gptq.py, GPTQConfig.get_quant_method (does not support MoE) and GPTQMarlinConfig.TYPE_MAP",
+        "warning",
+        _gptq,
+        f"use another engine, or {FLOATS}",
+    ),
+    rule(
+        "sglang-mixed",
+        "The experts of a layer are one module, and its scheme is that of expert 0.",
+        "srt/layers/quantization/compressed_tensors/compressed_tensors.py, get_moe_scheme; srt/layers/quantization/utils.py, "
+        "get_dynamic_override",
+        "error",
+        mixed_experts,
+        f"quantise all experts of a layer alike, or {FLOATS}",
+    ),
+    rule(
+        "sglang-fp8-blocks",
+        "On each tensor-parallel rank an expert's neurons have to divide into the blocks.",
+        "srt/layers/quantization/fp8.py, Fp8MoEMethod.create_fp8_moe_weight_ (weight quantization block_n, block_k)",
+        "error",
+        unfit_blocks,
+        FEWER_RANKS,
+    ),
     rule(
         "sglang-nameless",
         "A model is found by the architectures entry of config.json.",

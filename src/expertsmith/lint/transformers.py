@@ -6,12 +6,15 @@ from functools import partial
 
 from expertsmith.arch import config_get
 from expertsmith.lint.base import (
+    FLOATS,
     LAYOUT,
     MORE,
     Rule,
     Subject,
     indivisible,
     make_rule,
+    mixed_experts,
+    names,
     out_of_reach,
     pruned_attention,
     sparsemixer,
@@ -20,10 +23,16 @@ from expertsmith.lint.base import (
     too_many_groups,
     uneven,
     uneven_ranks,
+    unknown_method,
 )
 
 VERSION = "transformers 5.23.0"
 rule = partial(make_rule, VERSION)
+METHODS = names(
+    """awq bitsandbytes gptq aqlm quanto quark fouroversix fp_quant eetq higgs hqq compressed-tensors fbgemm_fp8 torchao bitnet vptq spqr
+    fp8 gguf nvfp4 mxfp8 auto-round mxfp4 metal sinq gemma"""
+)
+STACKED = names("fp8 mxfp8 compressed-tensors")  # methods whose loading of experts was read
 
 
 def _group_default(s: Subject) -> str | None:
@@ -50,7 +59,44 @@ def _surplus(s: Subject) -> str | None:
     return None
 
 
+def _nvfp4(s: Subject) -> str | None:
+    groups = s.quantisation.get("config_groups")
+    formats = [s.quantisation.get("format")] + [g.get("format") for g in groups.values()] if isinstance(groups, dict) else []
+    if s.method == "compressed-tensors" and "nvfp4-pack-quantized" in formats:
+        return "the experts are NVFP4, and their weight_global_scale is left out: weights come out many times too large"
+    return None
+
+
+def _mixed(s: Subject) -> str | None:
+    return mixed_experts(s) if s.method in STACKED else None
+
+
 RULES: tuple[Rule, ...] = (
+    rule(
+        "transformers-quant-method",
+        "A quant_method that it does not know is skipped with a warning: codes are loaded as if they were weights.",
+        "quantizers/auto.py, AutoHfQuantizer.supports_quant_method and AUTO_QUANTIZER_MAPPING",
+        "error",
+        unknown_method("transformers", METHODS),
+        f"use another engine, or {FLOATS}",
+    ),
+    rule(
+        "transformers-nvfp4",
+        "compressed-tensors experts are unpacked from codes, scale and shape only, without the global scale that NVFP4 has.",
+        "integrations/compressed_tensors.py, CompressedTensorsDequantize.convert (DummyModule)",
+        "error",
+        _nvfp4,
+        f"use another engine, or {FLOATS}",
+    ),
+    rule(
+        "transformers-mixed",
+        "The experts of a layer become one stacked parameter, and scales are matched with experts by their order in it.",
+        "integrations/compressed_tensors.py, CompressedTensorsDequantize.convert (zip of weights and scales); "
+        "integrations/finegrained_fp8.py, FP8Experts",
+        "error",
+        _mixed,
+        f"quantise all experts of a layer alike, or {FLOATS}",
+    ),
     rule(
         "transformers-count",
         "A decoder layer's experts are one stacked parameter with as many entries as config.json says.",

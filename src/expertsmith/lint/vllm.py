@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 from expertsmith.lint.base import (
     COMPUTED,
     EVEN,
+    FEWER_RANKS,
+    FLOATS,
     LAYOUT,
     MINIMAX_KEYS,
     MORE,
@@ -19,6 +22,7 @@ from expertsmith.lint.base import (
     lacks,
     make_rule,
     missing,
+    mixed_experts,
     nameless,
     names,
     out_of_reach,
@@ -31,6 +35,8 @@ from expertsmith.lint.base import (
     too_many_groups,
     uneven,
     uneven_ranks,
+    unfit_blocks,
+    unknown_method,
 )
 
 VERSION = "vllm 0.32.0"
@@ -57,6 +63,11 @@ CPU_HEADS = frozenset({32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512})
 LATENTS = frozenset({320, 512, 576})
 # families whose attention runs as MLA, with one latent head
 MLA = names("axk1 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_linear longcat_flash")
+
+METHODS = names(
+    """awq auto_awq fp8 fbgemm_fp8 fp_quant modelopt modelopt_fp4 modelopt_mxfp8 modelopt_mixed auto_gptq gptq gptq_marlin awq_marlin humming
+    compressed-tensors experts_int8 quark moe_wna16 torchao inc auto-round mxfp4 gpt_oss_mxfp4 deepseek_v4_fp8 mxfp8"""
+)
 
 rule = partial(make_rule, VERSION)
 
@@ -154,7 +165,79 @@ def _cpu_latent(s: Subject) -> str | None:
     return None
 
 
+def _blocks(s: Subject) -> str | None:
+    return unfit_blocks(s) if _refined(s) < 32 else None
+
+
+def _refined_blocks(s: Subject) -> str | None:
+    found = unfit_blocks(s)
+    return (
+        f"{found}; they are refined to {_refined(s)} x {_refined(s)}, for which there are only Triton kernels"
+        if found and _refined(s) >= 32
+        else None
+    )
+
+
+def _refined(s: Subject) -> int:
+    """The finer blocks that fit a rank, of which the checkpoint's are made up."""
+    block = s.quantisation.get("weight_block_size")
+    return math.gcd(*block, s.width_of_rank, s.hidden_size) if isinstance(block, list) and len(block) == 2 else 0
+
+
+def _marlin(s: Subject) -> str | None:
+    group = s.quantisation.get("group_size")
+    if s.method not in ("gptq", "awq") or not isinstance(group, int) or not s.width or not s.hidden_size:
+        return None
+    if s.hidden_size % 128 == 0 and (group <= 0 or s.width_of_rank % group == 0) and group in (-1, 32, 64, 128):
+        return None
+    return f"{s.width_of_rank} neurons of an expert on each rank and hidden size {s.hidden_size} do not fit Marlin with groups of {group}"
+
+
 RULES: tuple[Rule, ...] = (
+    rule(
+        "vllm-quant-method",
+        "Other values of quant_method are refused as unknown.",
+        "config/model.py, ModelConfig._verify_quantization; model_executor/layers/quantization/__init__.py, QuantizationMethods; "
+        "quantization/inc/inc.py (auto-round)",
+        "error",
+        unknown_method("vllm", METHODS),
+        f"use another engine, or {FLOATS}",
+    ),
+    rule(
+        "vllm-mixed",
+        "The experts of a layer are one module with one scheme; what the quantisation config says of single experts is not looked up.",
+        "model_executor/layers/quantization/compressed_tensors/compressed_tensors_moe/compressed_tensors_moe.py (same quantization scheme); "
+        "auto_gptq.py, get_moe_quant_method (dynamic, for the prefix of all experts); utils/quant_utils.py, is_layer_skipped",
+        "error",
+        mixed_experts,
+        f"quantise all experts of a layer alike, or {FLOATS}",
+    ),
+    rule(
+        "vllm-fp8-blocks",
+        "On each tensor-parallel rank an expert's neurons have to divide into the blocks, or into finer ones of 32 or more.",
+        "model_executor/layers/quantization/utils/fp8_utils.py, validate_fp8_block_shape_moe; "
+        f"{MOE}/oracle/fp8.py, refine_fp8_moe_block_shape",
+        "error",
+        _blocks,
+        FEWER_RANKS,
+    ),
+    rule(
+        "vllm-fp8-refined",
+        "Blocks that do not fit a rank are made finer as it loads; only Triton kernels take other blocks than 128 x 128.",
+        f"{MOE}/oracle/fp8.py, refine_fp8_moe_block_shape",
+        "info",
+        _refined_blocks,
+        FEWER_RANKS,
+    ),
+    rule(
+        "vllm-marlin",
+        "GPTQ and AWQ experts run in Marlin where hidden size is a multiple of 128 and an expert's neurons on a rank are one of the "
+        "group size, which is 32, 64 or 128; others fall back to the WNA16 kernels.",
+        "model_executor/layers/quantization/utils/marlin_utils.py, check_moe_marlin_supports_config; auto_gptq.py and auto_awq.py, get_quant_method",
+        "info",
+        _marlin,
+        FEWER_RANKS,
+    ),
     rule(
         "vllm-nameless",
         "A config.json without architectures is taken for the family's base model, which has no language-model head.",

@@ -23,8 +23,17 @@ from expertsmith.plan import Plan
 from expertsmith.progress import Progress, Silent
 from expertsmith.selection import Rules, groups_of
 from expertsmith.surgery.card import model_card
+from expertsmith.surgery.quantisation import Renumbering, output_files, output_quantisation
 from expertsmith.surgery.skip import SKIPS, write_padding, write_skip
-from expertsmith.surgery.uneven import check_padding, check_uneven, code_for, refuse_padded, routing_biases, write_counts
+from expertsmith.surgery.uneven import (
+    check_padding,
+    check_uneven,
+    code_for,
+    is_listed,
+    refuse_padded,
+    routing_biases,
+    write_counts,
+)
 from expertsmith.surgery.uneven import pad as fill_up
 
 if TYPE_CHECKING:
@@ -214,6 +223,7 @@ def output_config(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[s
     record, counts = inventory.architecture, counts_of(plan)
     write_skip(config, plan)
     write_padding(config, counts if pad else None)
+    output_quantisation(config, renumbering_of(plan, inventory, pad))
     write_counts(config, dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory)
     if plan.router_groups == "flatten":
         inner.update(record.one_group)  # also where they are missing: the default may be more
@@ -224,6 +234,27 @@ def output_config(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[s
             if config_get(inner, key):
                 _set(inner, key, 0)
     return config
+
+
+def renumbering_of(plan: Plan, inventory: Inventory, pad: bool = False) -> Renumbering:
+    """Where the experts go: kept ones in ascending order, zero experts after them; with `pad` copies of the first kept one fill layers up."""
+    kept, most = plan.kept, max(map(len, plan.kept.values()))
+    new: dict[int, dict[int, tuple[int, ...]]] = {}
+    for layer, keep in kept.items():
+        ids: dict[int, tuple[int, ...]] = {expert: (place,) for place, expert in enumerate(keep)}
+        if pad:
+            ids[keep[0]] = (0, *range(len(keep), most))
+        n = inventory.experts_in(layer)
+        for claim in inventory.by_layer.get(layer, ()):
+            if claim.kind == "expert" and claim.expert is not None and claim.expert >= n:
+                ids[claim.expert] = (claim.expert - n + len(keep),)
+        new[layer] = ids
+    return Renumbering(inventory, new)
+
+
+def output_texts(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[str, str]:
+    """Name → text of the source's files that change with the experts."""
+    return output_files(renumbering_of(plan, inventory, pad))
 
 
 def _set(config: dict[str, Any], key: str, value: Any) -> None:
@@ -289,7 +320,8 @@ def apply_plan(
         )
     elif plan.uniform_count is None:
         notes.append(
-            f"layers keep {min(plan.counts)} to {max(plan.counts)} experts: load with expertsmith.load(…), or with transformers and trust_remote_code=True"
+            f"layers keep {min(plan.counts)} to {max(plan.counts)} experts: load with expertsmith.load(…)"
+            + ("" if is_listed(inventory) else ", or with transformers and trust_remote_code=True")
         )
     if plan.skip is not None:
         notes.append(SKIPS)
@@ -297,7 +329,8 @@ def apply_plan(
     notes += code_notes(inventory.checkpoint.path, inventory.checkpoint.config, config)
     counts = counts_of(plan)
     code = code_for(dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory)
-    files = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps(), **code, **(texts or {})}
+    own = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps()}
+    files = {**output_texts(plan, inventory, pad), **own, **code, **(texts or {})}
     with progress.task("apply", sum(tensor.nbytes for tensor in tensors), "B") as advance:
         write_checkpoint(
             out,

@@ -22,7 +22,7 @@ KEY = "expertsmith"  # of config.json: what only `expertsmith.load` puts in forc
 
 def rule_for(inventory: Inventory) -> Rule:
     """The paper's ratio rule for two experts a token, the tail rule of its appendix for more."""
-    return "ratio" if inventory.top_k == 2 else "tail"
+    return "ratio" if {inventory.rules_of(layer).top_k for layer in inventory.layers} == {2} else "tail"
 
 
 def skip_of(config: Mapping[str, Any]) -> tuple[Rule, dict[int, float]] | None:

@@ -13,10 +13,10 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from expertsmith.arch import config_present
+from expertsmith.arch import config_first, config_get, config_present
 from expertsmith.checkpoint.writer import Made, OutputTensor, Piece
 from expertsmith.errors import UserError
-from expertsmith.inventory import Claim, Inventory, per_layer_counts
+from expertsmith.inventory import Claim, Inventory
 from expertsmith.surgery.skip import is_padded
 
 ATTENTION_KEY = "expertsmith_attention"  # as in engine.heads, which needs torch
@@ -55,8 +55,9 @@ def refuse_padded(inventory: Inventory) -> None:
 def write_counts(config: dict[str, Any], counts: Mapping[int, int], inventory: Inventory) -> None:
     """Put the numbers of experts (decoder layer → number) into a config.json that was copied from the source.
 
-    The family's own key gets the largest. Where layers differ, `per_layer_config` names every layer's number under the key that
-    transformers' config class stores, and `auto_map` the class of `code_for`; where they do not, neither stays.
+    The family's own key gets the largest; a list with one number a layer stays one, and says all. Where layers differ otherwise,
+    `per_layer_config` names every layer's number under the key that transformers' config class stores, and `auto_map` the class of
+    `code_for`; where they do not, neither stays.
 
     Raises:
         UserError: layers differ and the family cannot have that, or transformers does not understand the source's config.json.
@@ -64,17 +65,18 @@ def write_counts(config: dict[str, Any], counts: Mapping[int, int], inventory: I
     inner: dict[str, Any] = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     record, most = inventory.architecture, max(counts.values())
     for key in config_present(inner, record.experts_key + record.extra_config_keys):
-        _set(inner, key, most)
+        before = config_get(inner, key)
+        _set(inner, key, _listed(before, counts, most) if isinstance(before, list) else most)
     held = "per_layer_config" in inner
     layers = {int(layer): dict(keys) for layer, keys in (inner.pop("per_layer_config", None) or {}).items()}
-    for layer in per_layer_counts(inventory.config, record):
+    for keys in layers.values():
         for key in record.experts_key:
-            layers[layer].pop(key.partition(".")[0], None)
+            keys.pop(key.partition(".")[0], None)
     if inventory.uneven:
         inner.pop(FLAG, None)
         if ATTENTION_KEY not in inner:
             config.pop("auto_map", None)
-    if len(set(counts.values())) > 1:
+    if len(set(counts.values())) > 1 and not is_listed(inventory):
         from expertsmith.engine.loading import transformers_config  # torch and transformers: for this only
         from expertsmith.engine.uneven import auto_map
 
@@ -90,6 +92,28 @@ def write_counts(config: dict[str, Any], counts: Mapping[int, int], inventory: I
         inner["per_layer_config"] = {str(layer): keys for layer, keys in sorted(layers.items()) if keys}
 
 
+def is_listed(inventory: Inventory) -> bool:
+    """Whether config.json gives the number of experts as a list, one a decoder layer."""
+    found = config_first(inventory.config, inventory.architecture.experts_key)
+    return found is not None and isinstance(found[1], list)
+
+
+def _listed(before: list[int], counts: Mapping[int, int], most: int) -> list[int]:
+    """A list of counts with new ones; a layer without experts keeps what stands there, up to the largest.
+
+    Raises:
+        UserError: layers differ, and the list has not one entry a layer.
+    """
+    if len(before) > max(counts):
+        return [counts.get(layer, min(number, most)) for layer, number in enumerate(before)]
+    if len(set(counts.values())) > 1:
+        raise UserError(
+            f"config.json has a list of {len(before)} expert counts, which cannot hold those of layer {max(counts)}",
+            "keep the same number in every layer: --uniform",
+        )
+    return [most] * len(before)
+
+
 def _set(config: dict[str, Any], key: str, value: Any) -> None:
     *path, last = key.split(".")
     for part in path:
@@ -99,7 +123,7 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
 
 def code_for(counts: Mapping[int, int], inventory: Inventory) -> dict[str, str]:
     """File name → text of the module that plain transformers needs where layers differ or attention was pruned; nothing where a stock class does."""
-    uneven = len(set(counts.values())) > 1
+    uneven = len(set(counts.values())) > 1 and not is_listed(inventory)
     if not uneven and ATTENTION_KEY not in inventory.config:
         return {}
     from expertsmith.engine.loading import transformers_config

@@ -30,7 +30,7 @@ from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory
 from expertsmith.plan import Plan
 from expertsmith.progress import Progress, Silent
-from expertsmith.surgery.apply import check_plan, output_config, output_tensors, written
+from expertsmith.surgery.apply import check_plan, output_config, output_tensors, output_texts, written
 from expertsmith.surgery.mask import masked
 from expertsmith.surgery.merge import merged
 from expertsmith.surgery.skip import is_padded
@@ -127,6 +127,9 @@ def verify(
     tensors, wrong = compare_bytes(plan, held, output, progress, pad)
     expected = output_config(plan, held, pad)
     differs = sorted(key for key in {*expected, *output.config} if expected.get(key) != output.config.get(key))
+    for name, text in output_texts(plan, held, pad).items():
+        if not (output.path / name).is_file() or (output.path / name).read_text(encoding="utf-8") != text:
+            differs.append(name)
     for name in code_files(inventory.checkpoint.path, expected):
         theirs = output.path / name
         if name != SHIM and (not theirs.is_file() or theirs.read_bytes() != (inventory.checkpoint.path / name).read_bytes()):
