@@ -29,9 +29,15 @@ ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
 
 def supported() -> str:
     """How many families there are, in a sentence."""
-    whole = sum(row.status == "full" for row in families().values())
-    part = sum(row.status == "partial" for row in families().values())
-    return f"{whole + part} model types of transformers 5.23, each tested through the whole flow on a tiny random model ({part} of them in part)."
+    rows = [row for row in families().values() if row.supported]
+    own = [row for row in rows if row.runs_as is None and row.no_class is None]
+    part = sum(row.status == "partial" for row in own)
+    aliases = ", ".join(f"`{row.model_type}` as `{row.runs_as}`" for row in rows if row.runs_as)
+    without = ", ".join(f"`{row.model_type}`" for row in rows if row.no_class)
+    return (
+        f"{len(own)} model types of transformers 5.23, each tested through the whole flow on a tiny random model ({part} of them in part). "
+        f"Run as one of them: {aliases}. Without a class that could run them, so from the weights alone: {without}."
+    )
 
 
 def family_table() -> str:

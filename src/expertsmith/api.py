@@ -1,5 +1,5 @@
 """The verbs of expertsmith as functions. Models are paths or hub ids; statistics and plans are paths or loaded objects. `revision` is the
-branch, tag or commit of a model on the hub; any hub id may also be written `owner/name@REVISION`.
+branch, tag or commit of a model on the hub; any hub id may also be written `owner/name@REVISION`. `as_type`: see `_treating`.
 
     calibrate → statistics → plan → apply → checkpoint → verify, evaluate
 
@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
+from expertsmith.arch import refuse_without_class
 from expertsmith.checkpoint import open_checkpoint, pinned
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory, take_inventory
-from expertsmith.opening import beside, open_model, token_data, window_of
+from expertsmith.opening import beside, open_model, opened_as, token_data, window_of
 from expertsmith.plan import Plan, load_plan
 from expertsmith.progress import Progress, Silent, timed
 from expertsmith.registry import unknown
@@ -32,11 +33,31 @@ if TYPE_CHECKING:
     from expertsmith.methods.base import Budget, Method
     from expertsmith.surgery.verify import Verdict
 
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 Keep = float | int | str
 RATIOS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 
-def inspect(model: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> dict[str, Any]:
+def _treating(headers_only: bool = False) -> Callable[[Verb], Verb]:
+    """Every verb with `as_type`: while it runs, the family that MODEL and all checkpoints of its model_type are treated as, which has to have
+    their tensors by name and shape. It is transformers' own name of the family where config.json has another."""
+
+    def wrap(verb: Verb) -> Verb:
+        @wraps(verb)
+        def run(model: Any, *args: Any, **kwargs: Any) -> Any:
+            opening = {key: kwargs[key] for key in ("allow_pickle", "revision") if key in kwargs}
+            with opened_as(model, kwargs.get("as_type"), headers_only=headers_only, **opening):
+                return verb(model, *args, **kwargs)
+
+        return cast(Verb, run)
+
+    return wrap
+
+
+@_treating(headers_only=True)
+def inspect(
+    model: str | Path, *, revision: str | None = None, as_type: str | None = None, allow_pickle: bool = False
+) -> dict[str, Any]:
     """What a checkpoint is and what each keep ratio would leave, from its config and headers only (no weight is read).
 
     Raises:
@@ -119,12 +140,14 @@ def _shared(inventory: Inventory) -> int | None:
     return 1 if record.shared else 0
 
 
+@_treating(headers_only=True)
 def lint(
     model: str | Path,
     *,
     engine: str | None = None,
     tensor_parallel: int = 1,
     expert_parallel: int = 1,
+    as_type: str | None = None,
     revision: str | None = None,
 ) -> list[Finding]:
     """Whether serving engines will take this checkpoint's expert count, router and groups; from config and headers only."""
@@ -134,6 +157,7 @@ def lint(
     return find(inventory, engine, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel)
 
 
+@_treating()
 def calibrate(
     model: str | Path,
     data: Sequence[str],
@@ -152,6 +176,7 @@ def calibrate(
     dtype: str = "auto",
     memory: str = "auto",
     resume: bool = True,
+    as_type: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -192,6 +217,7 @@ def calibrate(
     return collect(loaded, tokens, Path(out), batch_tokens=batch_tokens, extras=extras, resume=resume, progress=progress)
 
 
+@_treating()
 def plan(
     model: str | Path | Inventory,
     method: str,
@@ -206,6 +232,7 @@ def plan(
     router_groups: Literal["keep", "flatten"] = "keep",
     out: str | Path | None = None,
     work: str | Path | None = None,
+    as_type: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -265,6 +292,7 @@ def plan(
     return made
 
 
+@_treating()
 def plan_from(
     model: str | Path | Inventory,
     file: str | Path,
@@ -272,6 +300,7 @@ def plan_from(
     *,
     router_groups: Literal["keep", "flatten"] = "keep",
     out: str | Path | None = None,
+    as_type: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
 ) -> Plan:
@@ -346,6 +375,7 @@ def _model_and_tokens(
     return open_model(inventory, progress, router_groups=router_groups, **where), tokens
 
 
+@_treating()
 def apply(
     model: str | Path | Inventory,
     plan: str | Path | Plan,
@@ -355,6 +385,7 @@ def apply(
     requantise: bool = False,
     overwrite: bool = False,
     check_values: bool = True,
+    as_type: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -408,6 +439,7 @@ def dequantise(
     )
 
 
+@_treating()
 def verify(
     model: str | Path | Inventory,
     out: str | Path,
@@ -420,6 +452,7 @@ def verify(
     device: str = "auto",
     dtype: str = "float32",
     memory: str = "auto",
+    as_type: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -470,6 +503,7 @@ def verify(
     return verdict
 
 
+@_treating()
 def evaluate(
     model: str | Path,
     data: Sequence[str] = (),
@@ -489,6 +523,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     memory: str = "auto",
+    as_type: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -510,7 +545,7 @@ def evaluate(
     Raises:
         UserError: nothing to measure, lm-eval or a task's data missing, unknown tasks, models of different vocabularies.
     """
-    from expertsmith.arch import families, text_config
+    from expertsmith.arch import record_of
     from expertsmith.engine.loading import choose_device, choose_memory, load_model
     from expertsmith.evaluation.quality import Quality, measure
     from expertsmith.judging import asking
@@ -552,12 +587,7 @@ def evaluate(
     )
     where = choose_device(device)
     mode = choose_memory(memory, opened, where, dtype)
-    loaded = [
-        load_model(
-            entry, families().get(text_config(entry.config).get("model_type", "")), memory=mode, device=where, dtype=dtype
-        )
-        for entry in opened
-    ]
+    loaded = [load_model(entry, record_of(entry.config), memory=mode, device=where, dtype=dtype) for entry in opened]
     with ExitStack() as stack:
         for entry in loaded:
             stack.enter_context(in_force(entry))
@@ -612,6 +642,7 @@ def _against(model: str, engine: str) -> str:
     )
 
 
+@_treating()
 def skip(
     model: str | Path,
     data: Sequence[str],
@@ -627,6 +658,7 @@ def skip(
     device: str = "auto",
     dtype: str = "auto",
     memory: str = "auto",
+    as_type: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -737,6 +769,7 @@ def convert(
     return run_conversion(request, progress or Silent())
 
 
+@_treating()
 def analyze(
     model: str | Path,
     out: str | Path,
@@ -750,6 +783,7 @@ def analyze(
     reference_stats: str | Path | Statistics | None = None,
     neurons: int = 128,
     pairs: int = 32,
+    as_type: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     device: str = "auto",
@@ -844,7 +878,8 @@ def analyze(
     return measures
 
 
-def load(path: str | Path, **kwargs: Any) -> Any:
+@_treating(headers_only=True)
+def load(path: str | Path, *, as_type: str | None = None, **kwargs: Any) -> Any:
     """A transformers model of any checkpoint that expertsmith writes, ready to run: layers with different numbers of experts are built,
     and skip thresholds of its config.json are put in force. No code from the checkpoint is run.
 
@@ -869,6 +904,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     return module
 
 
+@_treating()
 def heal(
     model: str | Path,
     teacher: str | Path,
@@ -884,6 +920,7 @@ def heal(
     memory: str = "auto",
     resume: bool = True,
     overwrite: bool = False,
+    as_type: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -944,6 +981,7 @@ def heal(
     return {"out": str(out), **report}
 
 
+@_treating()
 def compress(
     model: str | Path,
     method: str,
@@ -962,6 +1000,7 @@ def compress(
     heal: str | None = None,
     requantise: bool = False,
     overwrite: bool = False,
+    as_type: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
     device: str = "auto",
@@ -992,6 +1031,8 @@ def compress(
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     prepare_target(target, inventory.checkpoint.path, overwrite)
     chosen = _request(inventory, method, keep, budget, options, router_groups)[0]
+    if not chosen.data_free or heal is not None or (measure and (eval_data or data)):
+        refuse_without_class(inventory.architecture, f"{inventory.checkpoint.source}/config.json")
     refuse_missing([*data, *(eval_data if measure else ())])
     if heal is not None:
         _check_heal(heal, data)
@@ -1096,6 +1137,7 @@ def _check_heal(method: str, data: Sequence[str]) -> None:
         raise UserError("healing needs text", "pass --data FILE")
 
 
+@_treating()
 def compare(
     model: str | Path,
     methods: Sequence[str],
@@ -1104,6 +1146,7 @@ def compare(
     eval_data: Sequence[str],
     out: str | Path,
     *,
+    as_type: str | None = None,
     revision: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:

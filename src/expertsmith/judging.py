@@ -90,7 +90,10 @@ def tasks_for(
     from expertsmith.evaluation.tasks import find
 
     if tokenizer is None:
-        raise UserError("lm-eval tasks are text, but the model directory has no tokenizer", "add the tokenizer files to it")
+        raise UserError(
+            "lm-eval tasks are text, but the model directory has no tokenizer (code of a checkpoint is not run)",
+            "add the tokenizer files to it",
+        )
     return find(names, folders, limit, progress)
 
 
@@ -118,14 +121,14 @@ def _tokenizer_of(opened: Sequence[Checkpoint]) -> tuple[Any | None, str]:
 @contextmanager
 def resident(entry: Checkpoint, *, device: str, dtype: str, memory: str) -> Iterator[LoadedModel]:
     """A whole model in memory, its weights checked, with its skip thresholds in force."""
-    from expertsmith.arch import families, text_config
+    from expertsmith.arch import record_of
     from expertsmith.engine.loading import choose_device, choose_memory, load_model
     from expertsmith.surgery.mask import in_force
 
     where = choose_device(device)
     if choose_memory(memory, [entry], where, dtype) == "stream":
         raise UserError(f"{WHOLE}, and {entry.source} does not fit", "use a larger machine, or measure --data only")
-    loaded = load_model(entry, families().get(text_config(entry.config).get("model_type", "")), device=where, dtype=dtype)
+    loaded = load_model(entry, record_of(entry.config), device=where, dtype=dtype)
     for index in range(len(loaded.layers)):
         loaded.bring(index)
     with in_force(loaded):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertsmith.arch import text_config
+from expertsmith.arch import record_of, refuse_without_class, text_config, treated_as
+from expertsmith.checkpoint import open_checkpoint
+from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory
 from expertsmith.progress import Progress
 
@@ -26,6 +30,35 @@ def window_of(config: Mapping[str, Any]) -> int:
     return ENDLESS
 
 
+@contextmanager
+def opened_as(model: Any, as_type: str | None, **opening: Any) -> Iterator[None]:
+    """Meanwhile treat MODEL, and every checkpoint of its model_type, as a family of another name; `opening` goes to `open_checkpoint`.
+
+    Raises:
+        UserError: a family that is not known, or whose class has other tensors than MODEL, or other shapes.
+    """
+    if as_type is None:
+        yield
+        return
+    if isinstance(model, Inventory):
+        raise UserError(f"the model is opened already, and cannot be treated as {as_type} now", "give its path")
+    checkpoint = open_checkpoint(model, **opening)
+    where = f"{checkpoint.source}/config.json"
+    with treated_as(checkpoint.config, as_type, _text_prefix(checkpoint.config, checkpoint.tensors), where) as record:
+        from expertsmith.engine.loading import check_fits
+
+        check_fits(checkpoint, record)
+        yield
+
+
+def _text_prefix(config: Mapping[str, Any], names: Iterable[str]) -> str:
+    """What the language model's tensor names begin with in a composite: "language_model." """
+    if text_config(config) is config:
+        return ""
+    found = (re.match(r"(.*?)model\.layers\.\d+\.", name) for name in names)
+    return next((match[1] for match in found if match), "")
+
+
 def token_data(
     path: Path,
     config: Mapping[str, Any],
@@ -36,7 +69,12 @@ def token_data(
     overlap: int = 0,
     **options: Any,
 ) -> TokenData:
-    """Token ids of `data` for the model in `path`; `options` are those of `calibration.data.DataOptions`."""
+    """Token ids of `data` for the model in `path`; `options` are those of `calibration.data.DataOptions`.
+
+    Raises:
+        UserError: a model that cannot be run, or data that cannot be read.
+    """
+    refuse_without_class(record_of(config), f"{path}/config.json")
     from expertsmith.calibration.data import DataOptions, load_tokenizer, load_tokens
 
     window = window_of(config)

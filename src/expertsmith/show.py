@@ -133,6 +133,12 @@ def show_verdict(verdict: Verdict, layers: bool = False) -> None:
         what += [f"config.json differs in {', '.join(verdict.config_differs)}"] if verdict.config_differs else []
         line("[bold red]verify: FAILED[/bold red] " + escape("; ".join(what)))
         return
+    if verdict.not_compared:
+        line(
+            f"[bold green]verify: passed[/bold green], bytes only  {verdict.tensors} tensors byte for byte as planned; "
+            + escape(f"outputs were not compared: {verdict.not_compared}")
+        )
+        return
     if layers:
         table = table_of("layer", "largest difference", "largest value")
         for row in verdict.layers:

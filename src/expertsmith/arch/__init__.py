@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,13 +20,23 @@ __all__ = [
     "config_present",
     "families",
     "family_of",
+    "record_of",
+    "refuse_without_class",
     "text_config",
+    "treated_as",
 ]
+AS = "if transformers has it under another name, say which: --as MODEL_TYPE"
+ALIAS_UNEVEN = "its config class is code of its own, which knows one number for all layers"
+_treated: dict[str, Architecture] = {}  # what `treated_as` has in force, by model_type
+
+
+def families() -> dict[str, Architecture]:
+    """Every record, by model_type, in alphabetical order; with what `treated_as` has in force."""
+    return _records() | _treated
 
 
 @cache
-def families() -> dict[str, Architecture]:
-    """Every record, by model_type, in alphabetical order."""
+def _records() -> dict[str, Architecture]:
     found: dict[str, Architecture] = {}
     for module in modules_of("expertsmith.arch"):
         for record in getattr(module, "FAMILIES", ()):
@@ -40,6 +52,64 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else config
 
 
+def record_of(config: Mapping[str, Any]) -> Architecture | None:
+    """The record of a config.json, or None: that of the whole, or that of its language model."""
+    found = families()
+    return found.get(str(config.get("model_type"))) or found.get(str(text_config(config).get("model_type")))
+
+
+@contextmanager
+def treated_as(
+    config: Mapping[str, Any], as_type: str, text_prefix: str = "", where: str = "config.json"
+) -> Iterator[Architecture]:
+    """Treat the model_type of a config.json as another family, for all checkpoints of it that are opened meanwhile.
+
+    Args:
+        text_prefix: what the language model's tensor names begin with in a composite.
+
+    Raises:
+        UserError: a family without record or class, or a config without model_type.
+    """
+    target, own = families().get(as_type), config.get("model_type")
+    if target is None or not target.supported:
+        raise unknown("supported model family", as_type, (name for name, entry in families().items() if entry.supported))
+    refuse_without_class(target, where)
+    if not isinstance(own, str) or not own:
+        raise UserError(f"{where} has no model_type, which could be treated as {as_type}", "add one to it")
+    if own == as_type:
+        yield target
+        return
+    before = _treated.get(own)
+    _treated[own] = replace(
+        target,
+        model_type=own,
+        title=f"{own}, treated as {target.title}",
+        runs_as=target.runs_as or as_type,
+        text_prefix=text_prefix,
+        uneven=target.uneven or ALIAS_UNEVEN,
+    )
+    try:
+        yield _treated[own]
+    finally:
+        if before is None:
+            del _treated[own]
+        else:
+            _treated[own] = before
+
+
+def refuse_without_class(record: Architecture | None, where: str) -> None:
+    """Refuse to run a model for which transformers has no class.
+
+    Raises:
+        UserError: with the reason.
+    """
+    if record is not None and record.no_class:
+        raise UserError(
+            f"{where}: a {record.model_type} model cannot be run: {record.no_class}",
+            "a method without data (aimer, moeits, random), plan, apply and verify do without",
+        )
+
+
 def family_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
     """The record of a checkpoint's family.
 
@@ -48,16 +118,16 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Architec
             dense model.
     """
     inner = text_config(config)
-    model_type = inner.get("model_type") or config.get("model_type")
+    record = record_of(config)
+    model_type = record.model_type if record else inner.get("model_type") or config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise UserError(
             f"{where} has no model_type, so the model family is unknown", "give the directory of a Hugging Face checkpoint"
         )
-    record = families().get(model_type)
     if record is None and config.get("auto_map"):
         raise UserError(
             f"{where}: model_type {model_type!r} comes with code of its own (auto_map), which expertsmith does not run",
-            "use a checkpoint of a family that transformers has built in (`expertsmith architectures` lists them)",
+            f"{AS} (`expertsmith architectures` lists the families)",
         )
     if record is None:
         expert_keys = [key for key in inner if "expert" in key and isinstance(inner[key], int) and inner[key] > 1]
@@ -66,7 +136,8 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Architec
                 f"{where}: model_type {model_type!r} is a dense model, it has no routed experts",
                 "give a Mixture-of-Experts checkpoint (`expertsmith architectures` lists the families), or make one with `expertsmith convert`",
             )
-        raise unknown("supported model family", model_type, (name for name, entry in families().items() if entry.supported))
+        error = unknown("supported model family", model_type, (name for name, entry in families().items() if entry.supported))
+        raise UserError(error.message, f"{error.remedy}; {AS}" if error.remedy else AS)
     if not record.supported:
         raise UserError(f"{where}: model_type {model_type!r} is not supported: {record.notes}")
     reason = record.refusal(inner) if record.refusal else None

@@ -1,8 +1,41 @@
 """Ling of inclusionAI (Bailing)."""
 
+from dataclasses import replace
+
 from expertsmith.arch.base import Architecture, Stacked
 
+OWN_CODE = "its classes are code of its own, which knows one number for all layers"
+NO_CLASS = "transformers has no class for it, and the code that comes with the checkpoint is not run"
+NOTES = "What needs no running model works (data-free methods, plan, apply, the bytes of verify), the rest is refused: transformers has no class for it."
+MOE = Architecture(
+    model_type="bailing_moe",
+    title="Ling 1.0 and 1.5 (inclusionAI/Ling-lite)",
+    status="partial",
+    notes=f"{NOTES} Ling 2.0 may also have this name: expert_groups and the selection bias count where they are there.",
+    group_key="n_group",
+    top_group_key="topk_group",
+    group_minimum=2,
+    shared_key="num_shared_experts",
+    stacked=(
+        Stacked("mlp.gate.weight", "router"),
+        Stacked("mlp.gate.expert_bias", "router"),
+    ),
+    shared="shared_experts",
+    selection_bias=("gate.expert_bias",),
+    uneven=OWN_CODE,
+    no_class=NO_CLASS,
+)
+
 FAMILIES = (
+    MOE,
+    replace(
+        MOE,
+        model_type="bailing_moe_v2",
+        title="Ling 2.0 and Ring 2.0 (inclusionAI/Ling-mini-2.0)",
+        notes=NOTES,
+        group_default=(8, 4),
+        score="sigmoid",
+    ),
     Architecture(
         model_type="bailing_hybrid",
         title="Ling 3.0 (inclusionAI/Ling-3.0-Flash)",

@@ -102,6 +102,13 @@ class Architecture:
 
     ignored: tuple[str, ...] = ()  # regexes of tensor names that the model's class does without, and rightly
 
+    # which class of transformers runs it
+    runs_as: str | None = None  # the model_type whose classes do, where transformers has none of this name; None: its own
+    text_prefix: str = ""  # what the names of the language model's tensors begin with, where those classes know them without
+    no_class: str | None = (
+        None  # why no class does: then nothing runs, and plan, data-free scores, apply and the bytes of verify remain
+    )
+
     # the module tree
     layers: str = "model.layers"  # from the causal LM to its decoder layers
     block: str = "mlp"  # from a decoder layer to the module that holds router and experts; "" = the layer itself

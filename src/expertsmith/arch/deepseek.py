@@ -1,6 +1,7 @@
-"""DeepSeek V2 to V4 and Kimi Linear."""
+"""DeepSeek V2 to V4, and Moonshot's Kimi, which K2 and VL is DeepSeek V3 under other names."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from expertsmith.arch.base import Architecture, Stacked
@@ -46,6 +47,23 @@ def hash_layers(config: Mapping[str, Any]) -> str | None:
     return "hash routing layers choose experts by a token-id table that names the experts" if hashed else None
 
 
+OWN_CODE = "its config class is code of its own, which knows one number for all layers"
+V3 = Architecture(
+    model_type="deepseek_v3",
+    title="DeepSeek V3 / R1 (DeepSeek-V3)",
+    experts_key=("n_routed_experts",),
+    group_key="n_group",
+    top_group_key="topk_group",
+    group_default=(8, 4),
+    group_minimum=2,
+    shared_key="n_shared_experts",
+    stacked=BIASED,
+    shared="shared_experts",
+    selection_bias=("gate.e_score_correction_bias",),
+    score="sigmoid",
+    tiny=BASE,
+)
+
 FAMILIES = (
     Architecture(
         model_type="deepseek_v2",
@@ -60,20 +78,23 @@ FAMILIES = (
         shared="shared_experts",
         tiny=dict(BASE, topk_method="group_limited_greedy", routed_scaling_factor=2.0),
     ),
-    Architecture(
-        model_type="deepseek_v3",
-        title="DeepSeek V3 / R1 (DeepSeek-V3)",
-        experts_key=("n_routed_experts",),
-        group_key="n_group",
-        top_group_key="topk_group",
-        group_default=(8, 4),
-        group_minimum=2,
-        shared_key="n_shared_experts",
-        stacked=BIASED,
-        shared="shared_experts",
-        selection_bias=("gate.e_score_correction_bias",),
-        score="sigmoid",
-        tiny=BASE,
+    V3,
+    replace(
+        V3,
+        model_type="kimi_k2",
+        title="Kimi K2 (moonshotai/Kimi-K2-Instruct)",
+        notes="DeepSeek V3 in all but the name, and run as such; layers hold the same number of experts.",
+        runs_as="deepseek_v3",
+        uneven=OWN_CODE,
+    ),
+    replace(
+        V3,
+        model_type="kimi_vl",
+        title="Kimi-VL (moonshotai/Kimi-VL-A3B-Instruct)",
+        notes="Its language model is DeepSeek V3, and run as such, on text; the tensors of vision tower and projector stay as they are.",
+        runs_as="deepseek_v3",
+        text_prefix="language_model.",
+        uneven=OWN_CODE,
     ),
     Architecture(
         model_type="deepseek_v32",

@@ -204,7 +204,7 @@ def tokenize(record: Mapping[str, Any], tokenizer: Any | None, place: str) -> tu
             return [], False
     if tokenizer is None:
         raise UserError(
-            f"{place} holds text, but the model directory has no tokenizer",
+            f"{place} holds text, but the model directory has no tokenizer (code of a checkpoint is not run)",
             "give records with input_ids, or add the tokenizer files to the model directory",
         )
     if isinstance(record.get("messages"), list):
@@ -335,7 +335,7 @@ def _read_hub(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def load_tokenizer(path: Path) -> Any | None:
-    """The tokenizer of a model directory, or None where it has none.
+    """The tokenizer of a model directory, or None where it has none that works without code of its own.
 
     Raises:
         UserError: there are tokenizer files, but they cannot be loaded.
@@ -353,12 +353,14 @@ def load_tokenizer(path: Path) -> Any | None:
     try:
         with quietly():
             try:
-                return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+                return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **_own_config(path))
             except Exception as error:  # a config.json that its class does not take as it stands, see read_config
                 if "Validation" not in type(error).__name__:
                     raise
                 return AutoTokenizer.from_pretrained(path, config=read_config(path), trust_remote_code=False)
     except Exception as error:  # tokenizer back ends raise bare Exceptions
+        if "trust_remote_code" in str(error):
+            return None
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         package = install_line(error)
         if (
@@ -377,3 +379,17 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ModuleNotFoundError, ValueError):  # its parent package is not there, or it was blocked
         return False
+
+
+def _own_config(path: Path) -> dict[str, Any]:
+    """The `config` that a tokenizer is loaded with where transformers does not know the model_type: what it then makes of config.json by itself can
+    fail on the keys of the model."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    try:
+        held = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(held, dict) or held.get("model_type") in CONFIG_MAPPING:
+        return {}
+    return {"config": PreTrainedConfig(tokenizer_class=held.get("tokenizer_class"))}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expertsmith.checkpoint.code import code_files
 from expertsmith.checkpoint.hub import INDEX, SINGLE
 from expertsmith.checkpoint.reader import Checkpoint
 from expertsmith.errors import UserError
@@ -82,7 +83,8 @@ def write_checkpoint(
     on_tensor: Callable[[OutputTensor, memoryview], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write shards, index, config, the source's tokenizer and generation files, and `texts` (relative path → content).
+    """Write shards, index, config, the source's tokenizer and generation files, the code files that `auto_map` entries name, and `texts`
+    (relative path → content).
 
     Args:
         shard_of: tensor → name of the file it goes to; otherwise files are filled up to `max_shard` bytes.
@@ -103,7 +105,7 @@ def write_checkpoint(
     try:
         partial.mkdir()
         _write_shards(partial, _named_shards(tensors, max_shard, shard_of), on_tensor, progress)
-        for file in companions(source.path):
+        for file in (*companions(source.path), *(source.path / name for name in code_files(source.path, config))):
             if file.name in without:
                 continue
             shutil.copyfile(file, partial / file.name)

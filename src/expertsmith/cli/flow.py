@@ -10,6 +10,7 @@ import typer
 from expertsmith import show
 from expertsmith.cli.options import (
     FLOW,
+    As,
     AsJson,
     BatchTokens,
     Budget,
@@ -83,6 +84,7 @@ def compress(
     resume: Resume = True,
     revision: Revision = None,
     overwrite: Overwrite = False,
+    as_type: As = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -111,6 +113,7 @@ def compress(
         heal=heal,
         requantise=requantise,
         overwrite=overwrite,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         device=device,
         dtype=dtype,
@@ -176,6 +179,7 @@ def calibrate(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     resume: Resume = True,
+    as_type: As = None,
     revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
@@ -207,6 +211,7 @@ def calibrate(
             dtype=dtype,
             memory=memory,
             resume=resume,
+            as_type=as_type,
             allow_pickle=allow_pickle,
             progress=progress_of(quiet or rank > 0),
         )
@@ -270,6 +275,7 @@ def plan(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     resume: Resume = True,
+    as_type: As = None,
     revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
@@ -287,7 +293,7 @@ def plan(
     groups = word(router_groups, "router-groups", "keep", "flatten")
     if from_file is not None:
         made = api.plan_from(
-            model, from_file, keep, router_groups=groups, out=out, revision=revision, allow_pickle=allow_pickle
+            model, from_file, keep, router_groups=groups, out=out, revision=revision, as_type=as_type, allow_pickle=allow_pickle
         )
         _show_made(made, out, as_json)
         return
@@ -305,6 +311,7 @@ def plan(
         options=options_of(option),
         router_groups=groups,
         out=out,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         samples=samples,
         seq_len=seq_len,
@@ -347,6 +354,7 @@ def apply(
     revision: Revision = None,
     requantise: Requantise = False,
     overwrite: Overwrite = False,
+    as_type: As = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -369,6 +377,7 @@ def apply(
         requantise=requantise,
         overwrite=overwrite,
         check_values=check_values,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         progress=progress_of(quiet),
     )
@@ -410,6 +419,8 @@ def dequantise(
         f"{found['weights']:,} weights decoded ({show.escape(found['format'])}), {found['tensors']:,} tensors read back as written  "
         f"[bold]{show.escape(str(out))}[/bold]  {show.byte_count(found['bytes'][0])} → {show.byte_count(found['bytes'][1])}"
     )
+    for note in found["notes"]:
+        show.line(f"[dim]{show.escape(note)}[/dim]")
 
 
 @app.command(rich_help_panel=FLOW)
@@ -444,6 +455,7 @@ def skip(
     memory: Memory = "auto",
     revision: Revision = None,
     overwrite: Overwrite = False,
+    as_type: As = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -476,6 +488,7 @@ def skip(
         device=device,
         dtype=dtype,
         memory=memory,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         samples=samples,
         seq_len=seq_len,
@@ -506,6 +519,7 @@ def verify(
     device: Device = "auto",
     dtype: Dtype = "float32",
     memory: Memory = "auto",
+    as_type: As = None,
     revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
@@ -526,6 +540,7 @@ def verify(
         device=device,
         dtype=dtype,
         memory=memory,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         progress=progress_of(quiet),
     )

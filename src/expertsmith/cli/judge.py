@@ -10,6 +10,7 @@ import typer
 from expertsmith import show
 from expertsmith.cli.options import (
     FLOW,
+    As,
     AsJson,
     BatchTokens,
     Data,
@@ -30,6 +31,7 @@ from expertsmith.cli.options import (
     progress_of,
     word,
 )
+from expertsmith.errors import UserError
 
 TaskNames = Annotated[
     list[str] | None,
@@ -88,6 +90,7 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     memory: Memory = "auto",
+    as_type: As = None,
     revision: Revision = None,
     allow_pickle: Pickle = False,
     speed: Annotated[
@@ -130,6 +133,8 @@ def evaluate(
     from expertsmith import api
 
     measured = None
+    if speed and as_type is not None:
+        raise UserError("--as says nothing to the engines of --speed, which load the checkpoint by themselves", "leave one out")
     if speed:
         measured = api.speed(
             model,
@@ -172,6 +177,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         memory=memory,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         progress=progress_of(quiet),
     ).to_json()
@@ -220,6 +226,7 @@ def compare(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     resume: Resume = True,
+    as_type: As = None,
     revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
@@ -256,6 +263,7 @@ def compare(
         dtype=dtype,
         memory=memory,
         resume=resume,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         progress=progress_of(quiet),
     )

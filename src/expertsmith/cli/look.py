@@ -10,6 +10,7 @@ import typer
 from expertsmith import show
 from expertsmith.cli.options import (
     LOOK,
+    As,
     AsJson,
     BatchTokens,
     Data,
@@ -78,6 +79,7 @@ def analyze(
     dtype: Dtype = "auto",
     memory: Memory = "auto",
     resume: Resume = True,
+    as_type: As = None,
     revision: Revision = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
@@ -114,6 +116,7 @@ def analyze(
         dtype=dtype,
         memory=memory,
         resume=resume,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         progress=progress_of(quiet),
     )
@@ -126,11 +129,13 @@ def analyze(
 
 
 @app.command(rich_help_panel=LOOK)
-def inspect(model: Model, revision: Revision = None, allow_pickle: Pickle = False, as_json: AsJson = False) -> None:
+def inspect(
+    model: Model, revision: Revision = None, as_type: As = None, allow_pickle: Pickle = False, as_json: AsJson = False
+) -> None:
     """What a checkpoint is, from config and headers only, and what each keep ratio would leave."""
     from expertsmith import api
 
-    facts = api.inspect(model, revision=revision, allow_pickle=allow_pickle)
+    facts = api.inspect(model, revision=revision, as_type=as_type, allow_pickle=allow_pickle)
     if as_json:
         show.as_json(facts)
         return
@@ -143,6 +148,7 @@ def lint(
     engine: Annotated[str | None, typer.Option(help="transformers, vllm, sglang or llama.cpp; default: all.")] = None,
     tensor_parallel: Annotated[int, typer.Option("--tp", help="Tensor-parallel size you will serve with.")] = 1,
     expert_parallel: Annotated[int, typer.Option("--ep", help="Expert-parallel size you will serve with.")] = 1,
+    as_type: As = None,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
@@ -150,7 +156,12 @@ def lint(
     from expertsmith import api
 
     findings = api.lint(
-        model, revision=revision, engine=engine, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel
+        model,
+        revision=revision,
+        as_type=as_type,
+        engine=engine,
+        tensor_parallel=tensor_parallel,
+        expert_parallel=expert_parallel,
     )
     if as_json:
         show.as_json({"model": model, "findings": [finding.to_json() for finding in findings]})

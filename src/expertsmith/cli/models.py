@@ -10,6 +10,7 @@ import typer
 from expertsmith import show
 from expertsmith.cli.options import (
     FLOW,
+    As,
     AsJson,
     BatchTokens,
     Data,
@@ -210,6 +211,7 @@ def heal(
     resume: Resume = True,
     revision: Revision = None,
     overwrite: Overwrite = False,
+    as_type: As = None,
     allow_pickle: Pickle = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -238,6 +240,7 @@ def heal(
         memory=memory,
         resume=resume,
         overwrite=overwrite,
+        as_type=as_type,
         allow_pickle=allow_pickle,
         samples=samples,
         seq_len=seq_len,

@@ -33,6 +33,15 @@ Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Checkpoint directory, owner/name on the Hugging Face hub, or demo (comes along)."),
 ]
+As = Annotated[
+    str | None,
+    typer.Option(
+        "--as",
+        metavar="MODEL_TYPE",
+        help="Treat MODEL as this family, for one that transformers has under another name; all tensors are checked by name and shape.",
+        show_default=False,
+    ),
+]
 Revision = Annotated[
     str | None,
     typer.Option(

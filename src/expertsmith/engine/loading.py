@@ -28,7 +28,7 @@ from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.floats import Floats, filled, floats
 from expertsmith.engine.experts import experts_of, is_grouped
 from expertsmith.engine.on_demand import Source, install, remove
-from expertsmith.engine.uneven import causal_lm, read_config
+from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
 from expertsmith.errors import UserError, install_line
 from expertsmith.inventory import Inventory, take_inventory
 
@@ -197,7 +197,7 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
     transformers sees them.
 
     Raises:
-        UserError: transformers does not understand it.
+        UserError: transformers does not understand it, or has no class for the family.
     """
     import transformers
 
@@ -264,7 +264,7 @@ def load_model(
     try:
         if memory == "resident" and checkpoint.converted:
             raise UserError("a pickle checkpoint is run with --memory stream only")
-        stock = memory == "resident" and not isinstance(weights, Floats)
+        stock = memory == "resident" and not isinstance(weights, Floats) and not (architecture and architecture.runs_as)
         if stock:
             with quietly():
                 module, info = auto.from_pretrained(
@@ -326,6 +326,47 @@ def load_model(
     _align(module, skip=layer_ids)
     _check_finite(module, "the model outside its decoder layers", skip=layer_ids)
     return loaded
+
+
+def check_fits(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Build the family's class without memory, and put every tensor of the checkpoint into it by name and shape.
+
+    Raises:
+        UserError: a tensor that the class has no place for, that has another shape there, or that is missing.
+    """
+    from accelerate import init_empty_weights
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    weights = floats(checkpoint)
+    weights = filled(weights, _never_used(weights, architecture))
+    try:
+        auto, config = causal_lm(transformers_config(checkpoint))
+        with init_empty_weights():
+            module = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        layers = list(module.get_submodule(architecture.layers))
+        meta = torch.device("meta")
+        loaded = LoadedModel(module, layers, checkpoint, architecture, "stream", meta, torch.float32, weights)
+        loaded._prefix = f"{architecture.layers}."
+        _group_names(loaded)
+        state = {
+            name: torch.empty(weights.tensors[name].shape, device=meta) for names in loaded._groups.values() for name in names
+        }
+        options = LoadStateDictConfig(weight_mapping=loaded._mapping, dtype=torch.float32, device_map={"": meta})
+        with quietly():
+            info, _ = convert_and_load_state_dict_in_model(module, state, options)
+        _refuse_mismatched(info.mismatched_keys)
+        if info.conversion_errors:
+            raise UserError(_first_line(Exception(sorted(map(str, info.conversion_errors.values()))[0])))
+        tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - dict(module.named_parameters()).keys()
+        for name in sorted(info.missing_keys - tied):
+            raise UserError(f"the checkpoint lacks {name}")
+    except (UserError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        words = error.message if isinstance(error, UserError) else _first_line(error)
+        raise UserError(
+            f"{checkpoint.source} cannot be treated as {architecture.runs_as or architecture.model_type}: {words}",
+            "--as takes the family whose class has these tensors, by name and shape",
+        ) from None
 
 
 def _never_used(weights: Checkpoint, architecture: Architecture) -> dict[str, str]:
@@ -462,7 +503,7 @@ def _group_names(loaded: LoadedModel) -> list[str]:
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     module: Any = loaded.module
-    loaded._mapping = get_model_conversion_mapping(module)
+    loaded._mapping = get_model_conversion_mapping(module, key_mapping(loaded.architecture))
     loaded._dtype_plan = module._get_dtype_plan(loaded.dtype)
     renamings = [entry for entry in loaded._mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in loaded._mapping if isinstance(entry, WeightConverter)]
@@ -494,7 +535,7 @@ def _group_names(loaded: LoadedModel) -> list[str]:
 
 def _left_out(loaded: LoadedModel) -> Callable[[str], bool]:
     """Whether a tensor is one that the model does without, and rightly: what the class itself declares, buffers that old versions
-    saved, what the family's record names, and layers after the last (multi-token prediction)."""
+    saved, what the family's record names, layers after the last (multi-token prediction), and what is not the language model's."""
     record = loaded.architecture
     declared = getattr(loaded.module, "_keys_to_ignore_on_load_unexpected", None) or ()
     known = re.compile("|".join(f"(?:{entry})" for entry in (*declared, *ALWAYS_LEFT_OUT, *(record.ignored if record else ()))))
@@ -502,6 +543,8 @@ def _left_out(loaded: LoadedModel) -> Callable[[str], bool]:
 
     def decide(name: str) -> bool:
         located = record.locate(name) if record else None
+        if record and not name.startswith(record.text_prefix):
+            return True  # another part of a composite
         return known.search(name) is not None or (located is not None and located[0] >= depth)
 
     return decide

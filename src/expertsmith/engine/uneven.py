@@ -8,11 +8,12 @@ transformers with `trust_remote_code=True` builds the same model; nothing of tha
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from expertsmith.arch import families
+from expertsmith.arch import Architecture, families, record_of, refuse_without_class, text_config
 from expertsmith.engine.heads import KEY, PrunedAttention, PrunedHeads
 from expertsmith.errors import UserError
 
@@ -81,26 +82,45 @@ def is_uneven(config: Any) -> bool:
 
 
 def read_config(path: str | Path, **where: Any) -> Any:
-    """`AutoConfig.from_pretrained`, also for a config.json with lists of counts, one number a layer, that the config class does not take:
-    a list of equal numbers becomes that number, another one `per_layer_config`.
+    """`AutoConfig.from_pretrained` without remote code. A checkpoint that runs as another family gets that family's config, made of its language
+    model's part. Lists of counts, one number a layer, are taken where the config class does not: a list of equal numbers becomes that number,
+    another one `per_layer_config`.
 
     Raises:
+        UserError: transformers has no class for the family.
         Exception: whatever transformers raises.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+    held, _ = PreTrainedConfig.get_config_dict(path, **where)
+    record = record_of(held)
+    refuse_without_class(record, f"{path}/config.json")
+    if record is not None and record.runs_as is not None:
+        return _as_family(path, held, record.runs_as)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
     except Exception as error:  # strict config classes raise validation errors of their own
         if "Validation" not in type(error).__name__:
             raise
-        config, _ = PreTrainedConfig.get_config_dict(path, **where)
+        config = held
         inner = config["text_config"] if isinstance(config.get("text_config"), dict) else config
         if config.get("model_type") not in CONFIG_MAPPING or inner.get("model_type") not in CONFIG_MAPPING or not _lower(inner):
             raise
         read = CONFIG_MAPPING[config["model_type"]].from_dict(config)
         read.name_or_path = str(path)
         return read
+
+
+def _as_family(path: str | Path, held: dict[str, Any], model_type: str) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    inner = {key: value for key, value in text_config(held).items() if key != "auto_map"}
+    for key in ("dtype", "torch_dtype", "quantization_config"):  # a composite has them outside
+        if key in held:
+            inner.setdefault(key, held[key])
+    made = CONFIG_MAPPING[model_type].from_dict({**inner, "model_type": model_type})
+    made.name_or_path = str(path)
+    return made
 
 
 def _lower(inner: dict[str, Any]) -> bool:
@@ -123,6 +143,11 @@ def _lower(inner: dict[str, Any]) -> bool:
         inner["per_layer_config"] = {str(layer): own for layer, own in sorted(layers.items())}
         inner["allow_global_per_layer_attribute_access"] = True
     return bool(found)
+
+
+def key_mapping(record: Architecture | None) -> dict[str, str]:
+    """Regex → replacement: the checkpoint's tensor names as the classes know them, where these belong to the language model only."""
+    return {f"^{re.escape(record.text_prefix)}": ""} if record and record.text_prefix else {}
 
 
 def stock_class(config: Any) -> Any:
@@ -238,8 +263,10 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     Code in the checkpoint is never run. `kwargs` go to `from_pretrained` (dtype, device_map, …).
 
     Raises:
-        UserError: `trust_remote_code`, which this function does without.
+        UserError: `trust_remote_code`, which this function does without, or a family that transformers has no class for.
     """
+    from transformers import PreTrainedConfig
+
     if kwargs.pop("trust_remote_code", False):
         raise UserError("load runs no code of a checkpoint, so trust_remote_code means nothing here", "leave it out")
     if "config" not in kwargs:
@@ -247,6 +274,9 @@ def load(path: str | Path, **kwargs: Any) -> Any:
             key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "subfolder", "token") if key in kwargs
         }
         kwargs["config"] = read_config(path, **where)
+        renamed = key_mapping(record_of(PreTrainedConfig.get_config_dict(path, **where)[0]))
+        if renamed:
+            kwargs["key_mapping"] = {**renamed, **kwargs.get("key_mapping", {})}
     model_class, kwargs["config"] = causal_lm(kwargs["config"])
     return model_class.from_pretrained(path, trust_remote_code=False, **kwargs)
 

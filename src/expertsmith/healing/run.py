@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from expertsmith.arch import families, text_config
+from expertsmith.arch import record_of
 from expertsmith.calibration.data import TokenData
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.checkpoint.floats import Floats, floats, quantisation_of, refuse_unencodable
@@ -208,8 +208,7 @@ def _distil(
 
 
 def _teacher(checkpoint: Checkpoint, memory: Memory, device: torch.device, dtype: str) -> LoadedModel:
-    record = families().get(text_config(checkpoint.config).get("model_type", ""))
-    return load_model(checkpoint, record, memory=memory, device=device, dtype=dtype)
+    return load_model(checkpoint, record_of(checkpoint.config), memory=memory, device=device, dtype=dtype)
 
 
 def _made_with(job: Healing) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def subject_of(inventory: Inventory, tensor_parallel: int = 1, expert_parallel: 
         if claim.kind == "expert" and claim.layer in seen and claim.expert is not None:
             seen[claim.layer].add(claim.expert)
     return Subject(
-        model_type=record.model_type,
+        model_type=record.runs_as or record.model_type,  # as far as engines know the family, they have it under the same name
         num_experts=inventory.num_experts,
         top_k=inventory.top_k,
         groups=rules.groups,

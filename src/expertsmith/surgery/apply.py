@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from expertsmith.arch import config_get
+from expertsmith.checkpoint.code import code_notes, drop_auto_map
 from expertsmith.checkpoint.floats import SIDE_FILES, Floats, floats, quantisation_of, refuse_unencodable, source_of
 from expertsmith.checkpoint.writer import MAX_SHARD, Made, OutputTensor, Piece, prepare_target, write_checkpoint
 from expertsmith.errors import UserError
@@ -215,8 +216,9 @@ def _rows(claim: Claim, inventory: Inventory, keep: list[int], merger: Merger | 
 
 
 def output_config(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[str, Any]:
-    """The source's config.json with the new counts, under the key names that it uses itself."""
+    """The source's config.json with the new counts, under the key names that it uses itself; without code where transformers needs none."""
     config = copy.deepcopy(dict(inventory.checkpoint.config))
+    drop_auto_map(config)
     inner = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     record, counts = inventory.architecture, counts_of(plan)
     write_skip(config, plan)
@@ -323,6 +325,8 @@ def apply_plan(
         )
     if plan.skip is not None:
         notes.append(SKIPS)
+    config = output_config(plan, inventory, pad)
+    notes += code_notes(inventory.checkpoint.path, inventory.checkpoint.config, config)
     counts = counts_of(plan)
     code = code_for(dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory)
     own = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps()}
@@ -331,7 +335,7 @@ def apply_plan(
         write_checkpoint(
             out,
             tensors,
-            output_config(plan, inventory, pad),
+            config,
             source=inventory.checkpoint,
             texts=files,
             without=SIDE_FILES if decoded else (),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
+from expertsmith.checkpoint.code import code_notes, drop_auto_map
 from expertsmith.checkpoint.floats import SIDE_FILES, floats, quantisation_of, source_of
 from expertsmith.checkpoint.writer import OutputTensor, prepare_target, write_checkpoint
 from expertsmith.errors import UserError
@@ -22,7 +24,7 @@ def dequantise(
     """Write every quantised weight as the bfloat16 value nearest to what its codes stand for, all other tensors byte for byte; then read
     the result and compare every weight with a second decoding. Memory holds one tensor at a time.
 
-    Returns sizes: tensors, weights (decoded ones), bytes [before, after].
+    Returns sizes: tensors, weights (decoded ones), bytes [before, after]; and notes.
 
     Raises:
         UserError: nothing is quantised, a format that cannot be decoded, NaN or inf, a full disk, a result that is not what was written.
@@ -34,14 +36,17 @@ def dequantise(
         raise UserError(f"{checkpoint.source} is not quantised", "there is nothing to do")
     view = floats(checkpoint, "BF16")
     tensors = [OutputTensor(info.name, info.dtype, info.shape, (source_of(view, info),)) for info in view.tensors.values()]
-    config = dict(view.config)
+    config = copy.deepcopy(dict(view.config))
+    drop_auto_map(config)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             part.update({key: "bfloat16" for key in DTYPE_KEYS if part.get(key) == "float16"})
     total = sum(tensor.nbytes for tensor in tensors)
+    notes = code_notes(checkpoint.path, checkpoint.config, config)
     card = (
         f"# {checkpoint.path.name} in bfloat16\n\nMade by [expertsmith] from `{checkpoint.source}` ({found.title}): "
         f"{len(found.stored):,} weights were decoded and rounded once to bfloat16, all other tensors are byte for byte the same.\n"
+        + "".join(f"\n- **Note**: {note}\n" for note in notes)
     )
     with progress.task("dequantise", total, "B") as advance:
         write_checkpoint(
@@ -63,7 +68,8 @@ def dequantise(
             ):
                 raise UserError(f"{name} in {out} is not what was written", "the disk or its file system is damaged")
             advance(info.nbytes)
-    return {"tensors": len(tensors), "weights": len(found.stored), "format": found.title, "bytes": [checkpoint.nbytes, total]}
+    sizes = {"tensors": len(tensors), "weights": len(found.stored), "format": found.title, "bytes": [checkpoint.nbytes, total]}
+    return {**sizes, "notes": notes}
 
 
 def _refuse_non_finite(tensor: OutputTensor, chunk: memoryview) -> None:

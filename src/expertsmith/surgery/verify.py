@@ -2,7 +2,7 @@
 
 Three findings: every tensor of the output is byte for byte what the plan says; every decoder layer's output, and the logits, equal those of
 the source with the same experts masked. The source runs masked (`surgery.mask`) and with merged weights set in place (`surgery.merge`), the
-output runs as any user would load it. Skipping, where the plan has thresholds, is compared layer by layer with the stock forward on the
+output runs as any user would load it. Where transformers has no class for the family, the first finding stands alone, and the verdict says so. Skipping, where the plan has thresholds, is compared layer by layer with the stock forward on the
 same inputs and the weights of skipped slots at zero.
 """
 
@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from expertsmith.checkpoint import Checkpoint
+from expertsmith.checkpoint.code import code_files
 from expertsmith.checkpoint.floats import quantisation_of
 from expertsmith.checkpoint.writer import CHUNK, OutputTensor, chunks
 from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of, load_model
 from expertsmith.engine.experts import expert_count, experts_of, is_grouped, routing_of
 from expertsmith.engine.loading import Memory
 from expertsmith.engine.skipping import Rule, keep_slots, rescaled_weights, skipping
+from expertsmith.engine.uneven import SHIM
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory
 from expertsmith.plan import Plan
@@ -50,6 +52,7 @@ class Verdict:
     logits_difference: float = 0.0
     logits_scale: float = 0.0
     top1_agreement: float = 1.0
+    not_compared: str | None = None  # why no outputs were compared: then `passed` speaks of bytes only; None: they were
     tokens: int = 0
     dtype: str = "float32"
     memory: str = "resident"
@@ -63,7 +66,10 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """The verdict as it is left in verify.json."""
-        return {"format": "expertsmith.verify", "version": 1, **asdict(self), "largest_relative_difference": self.largest}
+        held = {"format": "expertsmith.verify", "version": 1, **asdict(self), "largest_relative_difference": self.largest}
+        if self.not_compared:  # nothing was measured
+            held |= dict.fromkeys(("largest_relative_difference", "logits_difference", "logits_scale", "top1_agreement"))
+        return held
 
 
 def compare_bytes(
@@ -124,12 +130,19 @@ def verify(
     for name, text in output_texts(plan, held, pad).items():
         if not (output.path / name).is_file() or (output.path / name).read_text(encoding="utf-8") != text:
             differs.append(name)
+    for name in code_files(inventory.checkpoint.path, expected):
+        theirs = output.path / name
+        if name != SHIM and (not theirs.is_file() or theirs.read_bytes() != (inventory.checkpoint.path / name).read_bytes()):
+            differs.append(name)
     verdict = Verdict(
         False, tolerance, tensors, wrong, differs, tokens=sum(batch.tokens for batch in batches), dtype=dtype, memory=memory
     )
     if wrong or differs:
         return verdict
     record = inventory.architecture
+    if record.no_class:
+        verdict.passed, verdict.not_compared, verdict.tokens = True, record.no_class, 0
+        return verdict
     overrides = record.one_group if plan.router_groups == "flatten" else {}
     source = load_model(held.checkpoint, record, memory=memory, device=device, dtype=dtype, config_overrides=overrides)
     pruned = load_model(output, record, memory=memory, device=device, dtype=dtype)

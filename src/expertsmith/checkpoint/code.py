@@ -1,0 +1,80 @@
+"""Code files of a checkpoint, which `auto_map` entries name. They are copied and never run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+OWN = "modeling_expertsmith"  # the module that `engine.uneven` writes: its entries are no foreign code
+NAME = re.compile(r"^(\w+)\.\w+$")  # module.Class; with "owner/repo--" before it the file is elsewhere
+RELATIVE = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import\b|from\s+\.\s+import\s+(\w+))", re.MULTILINE)
+
+
+def drop_auto_map(config: dict[str, Any]) -> bool:
+    """Take `auto_map` out of a config.json (and its text_config) of a family that transformers has built in, in place; whether there was any.
+    Otherwise it stays: then the model is loaded with the code that it names."""
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict) and _foreign(part)]
+    if not parts or not _built_in(config.get("model_type")):
+        return False
+    for part in parts:
+        del part["auto_map"]
+    return True
+
+
+def code_files(path: Path, config: Mapping[str, Any]) -> list[str]:
+    """Names of the .py files in a checkpoint's folder that a config.json and the tokenizer's and processors' configs beside it name in
+    `auto_map`, and of those that these import from beside them."""
+    entries = list(_entries(config)) + list(_entries(config.get("text_config")))
+    for file in sorted(path.glob("*config.json")) if path.is_dir() else ():
+        if file.name != "config.json":
+            entries += _entries(_read(file))
+    wanted = [match[1] for entry in entries if (match := NAME.match(entry))]
+    found: set[str] = set()
+    while wanted:
+        name = f"{wanted.pop()}.py"
+        if name in found or not (path / name).is_file():
+            continue
+        found.add(name)
+        text = (path / name).read_text(encoding="utf-8", errors="replace")
+        wanted += [one or other for one, other in RELATIVE.findall(text)]
+    return sorted(found)
+
+
+def code_notes(path: Path, source: Mapping[str, Any], written: Mapping[str, Any]) -> list[str]:
+    """What a reader should know of the code: whether `auto_map` went, and which files came along."""
+    notes, files = [], [name for name in code_files(path, written) if name != f"{OWN}.py"]
+    if _foreign(source) and not _foreign(written):
+        notes.append(f"auto_map is not in config.json any more: transformers has {source.get('model_type')} built in")
+    if files:
+        loads = " (the model is loaded with it: trust_remote_code)" if _foreign(written) else ""
+        notes.append(f"code of the source came along, unchanged, and was not run{loads}: {', '.join(files)}")
+    return notes
+
+
+def _built_in(model_type: Any) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def _foreign(config: Mapping[str, Any]) -> bool:
+    return any(not entry.startswith(f"{OWN}.") for entry in _entries(config))
+
+
+def _entries(config: Any) -> Iterable[str]:
+    """What the `auto_map` of a config names: one name an entry, or a list in which some may be null."""
+    named = config.get("auto_map") if isinstance(config, Mapping) else None
+    for value in named.values() if isinstance(named, Mapping) else ():
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, str):
+                yield entry
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # it is copied as it is
