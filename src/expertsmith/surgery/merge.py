@@ -305,7 +305,7 @@ def merged(model: LoadedModel, plan: Plan, inventory: Inventory) -> Iterator[Non
     check_merges(plan, inventory)
     entries = {entry.layer: entry for entry in plan.layers if any(len(merge.sources) > 1 for merge in entry.merge)}
     with ExitStack() as stack:
-        if model.memory == "stream":
+        if model.memory == "stream" and entries:
             model.whole()
             stack.callback(lambda: model.__dict__.pop("bring", None))
             model.bring = partial(_bring, model.bring, model, entries, inventory)  # type: ignore[method-assign]
