@@ -28,9 +28,14 @@ def random_model(model_type: str, **overrides: object) -> torch.nn.Module:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    config = transformers.CONFIG_MAPPING[model_type](**{**families()[model_type].tiny, **overrides})
+    record = families()[model_type]
+    config = transformers.CONFIG_MAPPING[model_type](**{**record.tiny, **overrides})
+    auto = transformers.AutoModelForCausalLM
+    if record.composite:  # the published class of the whole, with a tiny vision tower
+        whole = transformers.CONFIG_MAPPING[record.composite]
+        config, auto = whole(text_config=config.to_dict(), **record.tiny_parts), transformers.AutoModelForImageTextToText
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = auto.from_config(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in model.state_dict().values():
@@ -95,11 +100,17 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def logits(path: Path, **kwargs: object) -> torch.Tensor:
     """What plain transformers computes for some ids, in float32."""
-    from transformers import AutoModelForCausalLM
-
     ids = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs)(ids).logits.float()
+        return auto_class(path).from_pretrained(path, **kwargs)(ids).logits.float()
+
+
+def auto_class(path: Path):
+    """The Auto class that a user would load a checkpoint with."""
+    import transformers
+
+    composite = "text_config" in json.loads((path / "config.json").read_text())
+    return transformers.AutoModelForImageTextToText if composite else transformers.AutoModelForCausalLM
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import SUPPORTED, random_model
 from expertsmith import api
-from expertsmith.arch import families
+from expertsmith.arch import families, text_config
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.checkpoint.reader import read_header
 from expertsmith.errors import UserError
@@ -37,8 +37,6 @@ def kept_of(plan) -> dict[int, list[int]]:
         torch.float64,
         torch.float8_e4m3fn,
         torch.float8_e5m2,
-        torch.int8,
-        torch.uint8,
     ],
 )
 def test_kept_tensors_keep_their_bytes_whatever_the_dtype(dtype, checkpoints, tmp_path):
@@ -177,7 +175,7 @@ def test_expert_groups_stay_equal_or_are_flattened(model_type, checkpoints, tmp_
     notes = api.apply(source, flat, tmp_path / "flat")
     assert any("n_group" in note for note in notes)
     record = families()[model_type]
-    config = json.loads((tmp_path / "flat" / "config.json").read_text())
+    config = text_config(json.loads((tmp_path / "flat" / "config.json").read_text()))
     assert config[record.group_key] == config[record.top_group_key] == 1
     assert api.verify(source, tmp_path / "flat", tokens=128, device="cpu").passed
 
@@ -351,3 +349,17 @@ def test_scales_of_fused_fp8_weights_are_sliced_and_read(tmp_path):
     for layer, keep in plan.kept.items():
         name = f"model.layers.{layer}.mlp.experts.down_proj_scale_inv"
         assert torch.equal(after[name], fused[name][keep])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_integers_of_no_known_format_are_refused(dtype, checkpoints, tmp_path):
+    """Codes with a scale beside them that no decoder claims: what they are worth is a guess."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("deepseek_v3"), source)
+    tensors = load_file(source / "model.safetensors")
+    for name in [n for n in tensors if ".mlp.experts." in n]:
+        tensors[name] = (20 * tensors[name]).clamp(0, 100).to(dtype)
+        tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"is [UI]8, but nothing was found that tells what its codes are worth"):
+        api.plan(source, "random", 4)

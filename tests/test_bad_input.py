@@ -507,7 +507,7 @@ def test_memory_limits_of_the_process_are_seen():
         "import resource, torch, psutil; from pathlib import Path; from types import SimpleNamespace; from expertsmith.engine.loading import choose_memory\n"
         "limit = psutil.Process().memory_info().vms + 600 * 2**20; resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "for numel in (2**20, 2**28):\n"
-        "    model = SimpleNamespace(converted=False, config={}, numel=numel, tensors={}, path=Path('.'), source='m')\n"
+        "    model = SimpleNamespace(converted=False, config={}, numel=numel, tensors={}, path=Path('.'), source='m', read=None)\n"
         "    print(choose_memory('auto', [model], torch.device('cpu'), 'float32'))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

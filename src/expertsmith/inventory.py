@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from expertsmith.arch import Architecture, Stacked, config_first, config_get, family_of, text_config
+from expertsmith.arch.base import Layout
 from expertsmith.checkpoint import Checkpoint, TensorInfo
 from expertsmith.checkpoint.floats import Floats, floats, quantisation_of
 from expertsmith.errors import UserError
@@ -157,6 +158,15 @@ class Inventory:
             if claim.routed
         )
         return round(total - idle)
+
+    def layout(self, claim: Claim) -> Layout | None:
+        """How a routed expert's tensor holds the projections. Where a family's experts are published transposed and saved again as they are in
+        memory, the shape decides, as in transformers: a tensor that fits as it is was not transposed."""
+        found = self.architecture.layout_of(claim.rest)
+        if found is None or not self.architecture.transposed_by_shape or len(claim.info.shape) < 3:
+            return found
+        width = claim.info.shape[-2 if found.startswith("down") else -1]
+        return found.removesuffix("_t") if width == self.config.get("hidden_size") else found  # type: ignore[return-value]
 
     def rows(self, claim: Claim, expert: int) -> torch.Tensor:
         """What a tensor holds of one expert, in its own dtype: the whole of a per-expert tensor, [rows, …] or its entry of a stacked one."""

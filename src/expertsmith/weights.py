@@ -65,7 +65,7 @@ class Projections:
 
 def layout_of(claim: Claim, inventory: Inventory) -> Layout | None:
     """How the tensor holds the projections of an expert."""
-    return inventory.architecture.layout_of(claim.rest)
+    return inventory.layout(claim)
 
 
 def _roles(claim: Claim, inventory: Inventory) -> tuple[str, ...]:

@@ -47,8 +47,9 @@ def _records() -> dict[str, Architecture]:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config: multi-modal configs keep it under `text_config`."""
-    inner = config.get("text_config")
+    """The language model's part of a config: multi-modal configs keep it under `text_config`, omni ones under `thinker_config.text_config`."""
+    thinker = config.get("thinker_config")
+    inner = (thinker if isinstance(thinker, Mapping) else config).get("text_config")
     return inner if isinstance(inner, Mapping) else config
 
 

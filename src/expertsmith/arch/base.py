@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 # the language model's decoder layers only: vision towers and multi-token-prediction stacks have layers too
 LAYER_PATTERN = re.compile(
-    r"^(?:(?:model|language_model|backbone|transformer|decoder|llm)\.)*(?:layers|blocks)\.(?P<layer>\d+)\.(?P<rest>.+)$"
+    r"^(?:(?:model|language_model|thinker|backbone|transformer|decoder|llm)\.)*(?:layers|blocks)\.(?P<layer>\d+)\.(?P<rest>.+)$"
 )
 
 
@@ -104,10 +104,15 @@ class Architecture:
 
     # which class of transformers runs it
     runs_as: str | None = None  # the model_type whose classes do, where transformers has none of this name; None: its own
+    composite: str | None = (
+        None  # the model_type of the whole that this is the language model of, where transformers runs only that
+    )
     text_prefix: str = ""  # what the names of the language model's tensors begin with, where those classes know them without
     no_class: str | None = (
         None  # why no class does: then nothing runs, and plan, data-free scores, apply and the bytes of verify remain
     )
+
+    transposed_by_shape: bool = False  # layouts with _t hold only where a tensor's shape is not that of the class already
 
     # the module tree
     layers: str = "model.layers"  # from the causal LM to its decoder layers
@@ -144,6 +149,7 @@ class Architecture:
 
     uneven: str | None = None  # why decoder layers cannot hold different numbers of experts; None: they can
     refusal: Callable[[Mapping[str, Any]], str | None] | None = None  # a config this family's record cannot handle: the reason
+    tiny_parts: Mapping[str, Any] = field(default_factory=dict)  # of a composite: the other parts' configs of a tiny model
     tiny: Mapping[str, Any] = field(default_factory=dict)  # config of a tiny random model: 8 experts, 3 layers, for tests
 
     @property

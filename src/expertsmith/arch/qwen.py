@@ -34,6 +34,29 @@ LINEAR = {
 }
 SHARED_NOTE = "The shared expert is multiplied by a sigmoid gate of its own."
 
+COMPOSITE_NOTE = (
+    "The language model runs inside the published class, on text; vision tensors and processor files are copied as they are."
+)
+WHOLE_ONLY = "transformers has the language model only as a part of the whole"
+VISION_TINY = {
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "num_position_embeddings": 16,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "deepstack_visual_indexes": [0],
+    },
+    "image_token_id": 124,
+    "video_token_id": 125,
+    "vision_start_token_id": 126,
+    "vision_end_token_id": 127,
+}
+
 FAMILIES = (
     Architecture(
         model_type="qwen2_moe",
@@ -99,6 +122,33 @@ FAMILIES = (
             indexer_head_dim=8,
             indexer_budget=8,
             indexer_compress_ratio=2,
+        ),
+    ),
+    Architecture(
+        model_type="qwen3_vl_moe_text",
+        title="Qwen3-VL-MoE (Qwen3-VL-30B-A3B-Instruct)",
+        notes=COMPOSITE_NOTE + " Experts are stored stacked and transposed: input axis before output axis.",
+        composite="qwen3_vl_moe",
+        experts_key=("num_experts", "num_local_experts"),
+        expert_prefix=(),
+        stacked=(
+            Stacked("mlp.gate.weight", "router"),
+            Stacked("mlp.experts.gate_up_proj", layout="gate_up_t"),
+            Stacked("mlp.experts.down_proj", layout="down_t"),
+        ),
+        transposed_by_shape=True,
+        uneven=WHOLE_ONLY,
+        tiny_parts=VISION_TINY,
+        tiny=dict(
+            BASE,
+            num_key_value_heads=2,
+            head_dim=8,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
         ),
     ),
 )

@@ -36,6 +36,9 @@ Memory = Literal["resident", "stream"]
 SHARE_OF_A_LAYER = 0.25  # of the free memory: what the experts of one decoder layer may take
 CHECKED_AT_ONCE = 2**22  # elements
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # safetensors' words
+OTHER_PARTS = (
+    r"^(model\.)?(vision|visual|audio|image|multi_modal|mm_|embed_vision|embed_audio|talker|code2wav)"  # of a composite
+)
 ALWAYS_LEFT_OUT = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)mtp(_|\.)")  # computed, or multi-token prediction
 OUT_OF_MEMORY = "allocate memory|out of memory"  # torch says it in the text of a RuntimeError
 
@@ -299,13 +302,8 @@ def load_model(
             "is a shard damaged, or a tensor of a wrong shape?",
         ) from None
     module.eval().requires_grad_(False)
-    path = architecture.layers if architecture else "model.layers"
-    try:
-        layers = list(module.get_submodule(path))  # type: ignore[arg-type]
-    except AttributeError:
-        raise UserError(
-            f"{type(module).__name__} has no {path}, so it cannot be walked layer by layer", "use a supported family"
-        ) from None
+    path = layers_of(module, architecture.layers if architecture else "model.layers")
+    layers = list(module.get_submodule(path))  # type: ignore[arg-type]
     loaded = LoadedModel(module, layers, checkpoint, architecture, memory, target, chosen, weights)
     loaded._prefix = f"{path}."
     buffers = _group_names(loaded)
@@ -367,6 +365,26 @@ def check_fits(checkpoint: Checkpoint, architecture: Architecture) -> None:
             f"{checkpoint.source} cannot be treated as {architecture.runs_as or architecture.model_type}: {words}",
             "--as takes the family whose class has these tensors, by name and shape",
         ) from None
+
+
+def layers_of(module: nn.Module, path: str) -> str:
+    """Where the decoder layers stand in a model: at `path`, or in a composite at the same place of its language model.
+
+    Raises:
+        UserError: nowhere.
+    """
+    names = dict(module.named_modules())
+    if path in names:
+        return path
+    decoder: Any = module.get_decoder() if hasattr(module, "get_decoder") else None  # type: ignore[operator]
+    roots = [name for name, entry in names.items() if entry is decoder]
+    places = [f"{root}.{inner}" for root in roots for inner in (path.rpartition(".")[2], path)]
+    found = next((place for place in places if place in names), None)
+    if found is None:
+        raise UserError(
+            f"{type(module).__name__} has no {path}, so it cannot be walked layer by layer", "use a supported family"
+        )
+    return found
 
 
 def _never_used(weights: Checkpoint, architecture: Architecture) -> dict[str, str]:
@@ -537,7 +555,12 @@ def _left_out(loaded: LoadedModel) -> Callable[[str], bool]:
     """Whether a tensor is one that the model does without, and rightly: what the class itself declares, buffers that old versions
     saved, what the family's record names, layers after the last (multi-token prediction), and what is not the language model's."""
     record = loaded.architecture
-    declared = getattr(loaded.module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    declared = tuple(getattr(loaded.module, "_keys_to_ignore_on_load_unexpected", None) or ())
+    if (
+        text_config(loaded.checkpoint.config) is not loaded.checkpoint.config
+        and loaded.config.get_text_config() is loaded.config
+    ):
+        declared = (*declared, OTHER_PARTS)  # the language model of a composite alone
     known = re.compile("|".join(f"(?:{entry})" for entry in (*declared, *ALWAYS_LEFT_OUT, *(record.ignored if record else ()))))
     depth = len(loaded.layers)
 

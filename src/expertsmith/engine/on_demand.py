@@ -44,7 +44,7 @@ class Source:
         for place, expert in enumerate(experts):
             views = in_memory(part, self.record, place, len(experts))
             for claim in claims[expert]:
-                layout = self.record.layout_of(claim.rest)
+                layout = self.inventory.layout(claim)
                 assert layout is not None
                 values = self.inventory.rows(claim, expert).to(self.device)
                 if not bool(torch.isfinite(values.sum(dtype=torch.float32))) and not bool(values.isfinite().all()):

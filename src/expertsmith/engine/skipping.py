@@ -39,7 +39,7 @@ from expertsmith.engine.experts import (
     routing_of,
     submodule,
 )
-from expertsmith.engine.loading import LoadedModel, has_experts
+from expertsmith.engine.loading import LoadedModel, has_experts, layers_of
 from expertsmith.errors import UserError
 
 Rule = Literal["ratio", "tail"]
@@ -163,7 +163,7 @@ def install(module: nn.Module, architecture: Architecture, thresholds: Mapping[i
         UserError: a rule, threshold or layer that cannot be, a model that routes every token to one expert or whose experts take other
             inputs than ids and weights, or weights that are not in memory (offloaded) or spread over processes by expert.
     """
-    layers = list(submodule(module, architecture.layers))
+    layers = list(submodule(module, layers_of(module, architecture.layers)))
     for layer, experts in _checked(module, layers, architecture, thresholds, rule).items():
         if any(parameter.is_meta for parameter in experts.parameters()):
             raise UserError(

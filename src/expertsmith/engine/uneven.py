@@ -103,7 +103,7 @@ def read_config(path: str | Path, **where: Any) -> Any:
         if "Validation" not in type(error).__name__:
             raise
         config = held
-        inner = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+        inner: dict[str, Any] = text_config(config)  # type: ignore[assignment]
         if config.get("model_type") not in CONFIG_MAPPING or inner.get("model_type") not in CONFIG_MAPPING or not _lower(inner):
             raise
         read = CONFIG_MAPPING[config["model_type"]].from_dict(config)
@@ -283,10 +283,14 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 
 def causal_lm(config: Any) -> tuple[Any, Any]:
     """(what has `from_pretrained` and `from_config`, the config to give them): transformers' Auto class where one stock config serves all
-    layers, else `custom_class` and the language model's part of the config."""
-    from transformers import AutoModelForCausalLM
+    layers (of a composite: that of the whole), else `custom_class` and the language model's part of the config."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
     if not is_uneven(config) and not has_pruned_attention(config):
+        composite = config.get_text_config() is not config
+        for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM) if composite else ():
+            if type(config) in auto._model_mapping:
+                return auto, config
         return AutoModelForCausalLM, config
     inner, whole = config.get_text_config(), getattr(config, "quantization_config", None)
     if whole is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expertsmith.arch import config_get
+from expertsmith.arch import config_get, text_config
 from expertsmith.checkpoint.code import code_notes, drop_auto_map
 from expertsmith.checkpoint.floats import SIDE_FILES, Floats, floats, quantisation_of, refuse_unencodable, source_of
 from expertsmith.checkpoint.writer import MAX_SHARD, Made, OutputTensor, Piece, prepare_target, write_checkpoint
@@ -219,7 +219,7 @@ def output_config(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[s
     """The source's config.json with the new counts, under the key names that it uses itself; without code where transformers needs none."""
     config = copy.deepcopy(dict(inventory.checkpoint.config))
     drop_auto_map(config)
-    inner = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    inner: dict[str, Any] = text_config(config)  # type: ignore[assignment]
     record, counts = inventory.architecture, counts_of(plan)
     write_skip(config, plan)
     write_padding(config, counts if pad else None)

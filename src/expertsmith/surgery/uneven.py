@@ -13,7 +13,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from expertsmith.arch import config_first, config_get, config_present
+from expertsmith.arch import config_first, config_get, config_present, text_config
 from expertsmith.checkpoint.writer import Made, OutputTensor, Piece
 from expertsmith.errors import UserError
 from expertsmith.inventory import Claim, Inventory
@@ -62,7 +62,7 @@ def write_counts(config: dict[str, Any], counts: Mapping[int, int], inventory: I
     Raises:
         UserError: layers differ and the family cannot have that, or transformers does not understand the source's config.json.
     """
-    inner: dict[str, Any] = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    inner: dict[str, Any] = text_config(config)  # type: ignore[assignment]
     record, most = inventory.architecture, max(counts.values())
     for key in config_present(inner, record.experts_key + record.extra_config_keys):
         before = config_get(inner, key)
