@@ -17,6 +17,7 @@ from expertsmith.arch import families
 from expertsmith.arch.dense import BLOCKED, DENSE
 from expertsmith.calibration.observers import STATISTICS
 from expertsmith.calibration.stats import JOINED, MAXIMA
+from expertsmith.checkpoint.formats import formats
 from expertsmith.healing.options import HEALERS
 from expertsmith.lint import ENGINES, RULES
 from expertsmith.methods import Method, methods
@@ -44,6 +45,27 @@ def family_table() -> str:
     """Every family with what is particular to it."""
     rows = [(f"`{row.model_type}`", row.title, row.status, row.notes) for row in families().values()]
     return table(("model_type", "family", "status", "what is particular"), rows)
+
+
+def format_table() -> str:
+    """Every quantised format × stage: what every command reads and what can be written again."""
+    rows = []
+    for row in formats().values():
+        again = "yes" if row.encode else "bfloat16 only"
+        asked = ", ".join(f"`{name}`" for name in row.methods if name)
+        rows.append((f"`{row.name}`", row.tensors, asked, "decoded", "bytes copied", again, row.reference))
+    return table(
+        (
+            "format",
+            "on disk",
+            "quant_method",
+            "calibrate, score, analyze, verify, evaluate, skip",
+            "apply",
+            "heal, merge with --requantise",
+            "tested against",
+        ),
+        rows,
+    )
 
 
 def dense_table() -> str:
@@ -183,6 +205,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "supported families": supported,
     "families": family_table,
     "dense families": dense_table,
+    "formats": format_table,
     "methods": method_table,
     "every method": method_sections,
     "healing": healing_sections,

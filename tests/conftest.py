@@ -17,9 +17,11 @@ torch.set_num_threads(1)
 
 from expertsmith.arch import families  # noqa: E402
 
-SUPPORTED = [  # families with a class of their own; the others are in test_aliases.py
+RUN = [  # families with a class of their own; the others are in test_aliases.py
     name for name, record in families().items() if record.supported and record.runs_as is None and record.no_class is None
 ]
+COMPOSITES = [name for name in RUN if families()[name].composite]  # language models that transformers runs in their whole only
+SUPPORTED = [name for name in RUN if name not in COMPOSITES]
 
 
 def random_model(model_type: str, **overrides: object) -> torch.nn.Module:

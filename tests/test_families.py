@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import CALIBRATION, SUPPORTED, auto_class
+from conftest import CALIBRATION, COMPOSITES, SUPPORTED, auto_class
 from expertsmith import api
 from expertsmith.arch import config_first, families, text_config
 from expertsmith.calibration.stats import layer_path, load_statistics
@@ -21,7 +21,7 @@ from expertsmith.methods import methods
 from expertsmith.plan import load_plan
 from expertsmith.surgery.mask import masked
 
-EVERY = pytest.mark.parametrize("model_type", SUPPORTED)
+EVERY = pytest.mark.parametrize("model_type", [*SUPPORTED, *COMPOSITES])
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conftest import CALIBRATION, SUPPORTED
+from conftest import CALIBRATION, COMPOSITES, SUPPORTED
 from expertsmith import api
 from expertsmith.arch import families
 from expertsmith.calibration.stats import layer_path, load_statistics
@@ -16,7 +16,7 @@ from expertsmith.engine.experts import experts_of, is_grouped
 from expertsmith.inventory import take_inventory
 
 
-@pytest.mark.parametrize("model_type", SUPPORTED)
+@pytest.mark.parametrize("model_type", [*SUPPORTED, *COMPOSITES])
 def test_statistics_and_proof_are_those_of_whole_layers(model_type, checkpoints, data, tmp_path, monkeypatch):
     source, record = checkpoints(model_type), families()[model_type]
     options = {**CALIBRATION, "output_sum": True, "all_outputs": True}
