@@ -283,15 +283,14 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 
 def causal_lm(config: Any) -> tuple[Any, Any]:
     """(what has `from_pretrained` and `from_config`, the config to give them): transformers' Auto class where one stock config serves all
-    layers (of a composite: that of the whole), else `custom_class` and the language model's part of the config."""
+    layers (of a composite without a language model of its own: that of the whole), else `custom_class` and the language model's part of the config."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
     if not is_uneven(config) and not has_pruned_attention(config):
-        composite = config.get_text_config() is not config
-        for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM) if composite else ():
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
             if type(config) in auto._model_mapping:
                 return auto, config
-        return AutoModelForCausalLM, config
+        return AutoModelForCausalLM, config  # which says what is wrong
     inner, whole = config.get_text_config(), getattr(config, "quantization_config", None)
     if whole is not None:
         inner.quantization_config = whole
