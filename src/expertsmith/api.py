@@ -73,8 +73,9 @@ def inspect(
     for ratio in RATIOS:
         with suppress(UserError):  # a ratio below what the router needs is left out
             counts = {layer: keep_count(ratio, inventory.rules_of(layer)) for layer in inventory.layers}
+            counts |= dict.fromkeys(inventory.mtp_layers, max(counts.values()))
             after = weights.size(counts)[0], inventory.size(counts)[1]
-            if counts != inventory.counts and not any(row["bytes"] == after[1] for row in ratios):
+            if after[1] != nbytes and not any(row["bytes"] == after[1] for row in ratios):
                 ratios.append(
                     {
                         "keep": ratio,
@@ -94,6 +95,7 @@ def inspect(
         "notes": record.notes,
         "layers": inventory.num_layers,
         "moe_layers": inventory.layers,
+        "multi_token_prediction": _mtp(inventory),
         "num_experts": inventory.num_experts,
         "experts_by_layer": inventory.counts,
         "top_k": inventory.top_k,
@@ -110,6 +112,14 @@ def inspect(
         "tensors": len(inventory.checkpoint.tensors),
         "keep_ratios": ratios,
     }
+
+
+def _mtp(inventory: Inventory) -> dict[str, Any] | None:
+    """Multi-token prediction: its layers with experts, and its bytes; None where there is none."""
+    held = [claim for claim in inventory.claims if claim.mtp]
+    if not held:
+        return None
+    return {"moe_layers": inventory.mtp_layers, "bytes": sum(claim.info.nbytes for claim in held)}
 
 
 def _quantisation(inventory: Inventory) -> tuple[dict[str, str | None] | None, Inventory]:
@@ -212,7 +222,7 @@ def calibrate(
         overlong=overlong,
         batch_tokens=batch_tokens,
     )
-    loaded = open_model(inventory, progress, device=device, dtype=dtype, memory=memory)
+    loaded = open_model(inventory, progress, device=device, dtype=dtype, memory=memory, mtp=True)
     extras = Extras(output_sum, all_outputs, sample_tokens, seed)
     return collect(loaded, tokens, Path(out), batch_tokens=batch_tokens, extras=extras, resume=resume, progress=progress)
 
@@ -230,6 +240,7 @@ def plan(
     uniform: bool = False,
     options: Mapping[str, Any] | None = None,
     router_groups: Literal["keep", "flatten"] = "keep",
+    mtp: Literal["keep", "drop"] = "keep",
     out: str | Path | None = None,
     work: str | Path | None = None,
     as_type: str | None = None,
@@ -248,6 +259,7 @@ def plan(
         uniform: of a budget that leaves layers different numbers, make the nearest plan with one number, and note what that costs.
         options: the method's own options, see `expertsmith methods`.
         router_groups: "keep" drops the same number from every expert_group; "flatten" gives up the groups (n_group = 1).
+        mtp: "keep" prunes multi-token-prediction layers with the others, to the same number of experts; "drop" leaves them out.
         work: folder for what is costly to compute again (measured weights, finished searches); default `<out>.measured`.
         calibration: options of `calibrate`, used with `data`.
 
@@ -264,6 +276,7 @@ def plan(
         raise UserError(f"method {method} reads no statistics, of which --domain could choose", "leave --domain out")
     place = None if work is None and out is None else Path(work) if work is not None else beside(out or "", "measured")
     job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress, work=place)
+    job.mtp = mtp
     job.batch_tokens = calibration.get("batch_tokens", job.batch_tokens)
     job.resume = calibration.get("resume", True)
     if chosen.reads == "model":
@@ -299,6 +312,7 @@ def plan_from(
     keep: Keep | None = None,
     *,
     router_groups: Literal["keep", "flatten"] = "keep",
+    mtp: Literal["keep", "drop"] = "keep",
     out: str | Path | None = None,
     as_type: str | None = None,
     revision: str | None = None,
@@ -314,7 +328,7 @@ def plan_from(
 
     model = pinned(model, revision)
     inventory = model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
-    made = interchange.plan_from(file, inventory, keep, router_groups)
+    made = interchange.plan_from(file, inventory, keep, router_groups, mtp)
     check_plan(made, inventory)
     if out is not None:
         made.save(out)
@@ -995,6 +1009,7 @@ def compress(
     uniform: bool = False,
     options: Mapping[str, Any] | None = None,
     router_groups: Literal["keep", "flatten"] = "keep",
+    mtp: Literal["keep", "drop"] = "keep",
     eval_data: Sequence[str] = (),
     measure: bool = True,
     heal: str | None = None,
@@ -1063,6 +1078,7 @@ def compress(
             uniform=uniform,
             options=options,
             router_groups=router_groups,
+            mtp=mtp,
             work=beside(out, "measured"),
             allow_pickle=allow_pickle,
             progress=progress,

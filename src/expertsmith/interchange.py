@@ -2,7 +2,7 @@
 
     ordered    JSONL, a line a layer: {"0": [106, 65, …]}, best expert first; what stays is a count or ratio of it (vllm-ascend's
                expert_list_file)
-    mask       JSON, a row a MoE layer: [[1, 0, …], …], 1 where an expert stays (EASY-EP's expert_mask), or layer → row
+    mask       JSON, a row a decoder layer with experts: [[1, 0, …], …], 1 where an expert stays (EASY-EP's expert_mask), or layer → row
     retained   JSON, layer → ids of the experts that stay: {"0": [2, 5], …}, or the lists in the order of the MoE layers
 
 A layer is named by its number in the checkpoint, or by a module path that holds it (model.layers.3.mlp). What a format cannot hold, merges and
@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from expertsmith.errors import UserError
 from expertsmith.inventory import Inventory
-from expertsmith.plan import LayerPlan, Method, Plan, Source, Summary
-from expertsmith.planning import rules_of
+from expertsmith.plan import LayerPlan, Method, Plan, Source
+from expertsmith.planning import by_weights, rules_of, summary_of
+from expertsmith.progress import Progress, Silent
 from expertsmith.registry import unknown
 from expertsmith.selection import keep_count, parse_keep
 
@@ -30,7 +31,12 @@ LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?:\.|$)")
 
 
 def plan_from(
-    path: str | Path, inventory: Inventory, keep: float | int | str | None = None, router_groups: str = "keep"
+    path: str | Path,
+    inventory: Inventory,
+    keep: float | int | str | None = None,
+    router_groups: str = "keep",
+    mtp: Literal["keep", "drop"] = "keep",
+    progress: Progress | None = None,
 ) -> Plan:
     """A plan from a file of any of the formats, which is recognised by what it holds.
 
@@ -42,9 +48,10 @@ def plan_from(
             experts than the router needs, or a keep that is missing or of no use.
     """
     rows, kind = _read(Path(path), inventory)
-    rules = rules_of(inventory, router_groups)
+    rules = rules_of(inventory, router_groups, mtp=True)
     entries = []
-    for layer in inventory.layers:
+    ahead = [layer for layer in inventory.mtp_layers if layer in rows and mtp == "keep"]
+    for layer in inventory.layers + ahead:
         count = inventory.experts_in(layer)
         where = f"{path}: layer {layer}"
         ids = _from_mask(rows[layer], count, where) if kind == "mask" else _checked(rows[layer], count, where)
@@ -57,22 +64,23 @@ def plan_from(
             elif len(ids) == count:
                 raise UserError(f"{path} orders all {count} experts of layer {layer}", "say how many stay with --keep")
         keep_count(len(ids), rules[layer], where)
-        entries.append(LayerPlan(layer=layer, num_experts=count, keep=sorted(ids)))
+        entries.append(LayerPlan(layer=layer, num_experts=count, keep=sorted(ids), mtp=True if layer in ahead else None))
     if keep is not None and kind != "ordered":
         raise UserError(f"{path} says itself which experts stay", "leave --keep out")
-    kept = {entry.layer: len(entry.keep) for entry in entries}
-    before, after = inventory.size(), inventory.size(kept)
+    notes: list[str] = []
+    if mtp == "keep" and inventory.mtp_layers != ahead:
+        most, why = max(len(entry.keep) for entry in entries), f"{Path(path).name} does not speak of it"
+        left = [layer for layer in inventory.mtp_layers if layer not in ahead]
+        entries += by_weights(inventory, left, most, router_groups, why, notes, progress or Silent()).values()
     options = {"file": Path(path).name, "format": kind, **({"keep": parse_keep(keep)} if keep is not None else {})}
     return Plan(
         method=Method(name="from_file", options=options),
         model=Source(model_type=inventory.architecture.model_type, fingerprint=inventory.checkpoint.fingerprint),
         router_groups="flatten" if router_groups == "flatten" else "keep",
+        mtp=mtp if inventory.has_mtp else None,
         layers=entries,
-        summary=Summary(
-            experts=(sum(inventory.counts.values()), sum(kept.values())),
-            parameters=(before[0], after[0]),
-            bytes=(before[1], after[1]),
-        ),
+        summary=summary_of(entries, inventory, mtp),
+        notes=notes,
     )
 
 
@@ -88,7 +96,7 @@ def export(plan: Plan, kind: str) -> str:
         what = "merges experts" if plan.merges else "has skip thresholds"
         raise UserError(f"the plan {what}, which {kind} lists cannot hold", "export a plan that only prunes")
     if kind == "mask":
-        rows = [[int(e in entry.keep) for e in range(entry.num_experts)] for entry in plan.layers]
+        rows = [[int(e in entry.keep) for e in range(entry.num_experts)] for entry in plan.layers if not entry.mtp]
         return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
     if kind == "retained":
         return "{\n" + ",\n".join(f'"{entry.layer}": {json.dumps(entry.keep)}' for entry in plan.layers) + "\n}\n"
@@ -165,7 +173,7 @@ def _numbered(data: list[Any], path: Path, inventory: Inventory) -> dict[int, An
 
 
 def _complete(rows: dict[int, Any], path: Path, inventory: Inventory) -> dict[int, Any]:
-    strange, missing = sorted(set(rows) - set(inventory.layers)), sorted(set(inventory.layers) - set(rows))
+    strange, missing = sorted(set(rows) - {*inventory.layers, *inventory.mtp_layers}), sorted(set(inventory.layers) - set(rows))
     if strange:
         raise UserError(
             f"{path} names layer {strange[0]}, but {inventory.checkpoint.source} has experts in layers {inventory.layers}"

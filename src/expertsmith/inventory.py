@@ -22,7 +22,12 @@ from expertsmith.selection import Rules
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["expert", "stacked", "other", "unused"]
+Kind = Literal["expert", "stacked", "other"]
+MTP_KEYS = (
+    "num_nextn_predict_layers",
+    "num_mtp_modules",
+    "mtp_num_hidden_layers",
+)  # layers of multi-token prediction in config.json
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Claim:
 
     kind "expert": the whole tensor belongs to routed expert `expert` of decoder layer `layer` (ids from num_experts on are zero
     experts, which always stay); "stacked": its rows run over the experts (`entry`, `rows` an expert, `extra` rows after them);
-    "unused": transformers does not load it (multi-token prediction); "other": everything else.
+    "other": everything else. `mtp`: it belongs to multi-token prediction, whose layers are numbered on after the last decoder layer.
     """
 
     info: TensorInfo
@@ -43,6 +48,7 @@ class Claim:
     rows: int = 0
     extra: int = 0
     row_axis: int = 0  # the axis that runs over experts: 1 after a leading axis of length 1
+    mtp: bool = False
 
     @property
     def routed(self) -> bool:
@@ -90,12 +96,27 @@ class Inventory:
     @cached_property
     def layers(self) -> list[int]:
         """Decoder layers with routed experts."""
-        return sorted({claim.layer for claim in self.claims if claim.routed and claim.layer is not None})
+        return sorted({claim.layer for claim in self.claims if claim.routed and claim.layer is not None and not claim.mtp})
+
+    @cached_property
+    def mtp_layers(self) -> list[int]:
+        """Multi-token-prediction layers with routed experts."""
+        return sorted({claim.layer for claim in self.claims if claim.routed and claim.layer is not None and claim.mtp})
+
+    @cached_property
+    def has_mtp(self) -> bool:
+        """Whether any tensor belongs to multi-token prediction."""
+        return any(claim.mtp for claim in self.claims)
 
     @cached_property
     def num_layers(self) -> int:
         """Decoder layers in all."""
-        return 1 + max((claim.layer for claim in self.claims if claim.layer is not None), default=-1)
+        return 1 + max((claim.layer for claim in self.claims if claim.layer is not None and not claim.mtp), default=-1)
+
+    def locate(self, name: str) -> tuple[int, str] | None:
+        """(layer, name below it) of a tensor, multi-token-prediction layers counted on after the last; None outside of layers."""
+        layer, rest = _located(name, self.architecture, self.config.get("num_hidden_layers"))[:2]
+        return None if layer is None else (layer, rest)
 
     def experts_in(self, layer: int) -> int:
         """Routed experts of a decoder layer."""
@@ -115,12 +136,12 @@ class Inventory:
         """Whether layers hold different numbers of experts, or another one than config.json's."""
         return any(count != self.num_experts for count in self.counts.values())
 
-    def size(self, counts: dict[int, int] | None = None) -> tuple[int, int]:
-        """(parameters, bytes) of the checkpoint with `counts` experts a layer (default: all)."""
+    def size(self, counts: dict[int, int] | None = None, mtp: bool = True) -> tuple[int, int]:
+        """(parameters, bytes) of the checkpoint with `counts` experts a layer (default: all), with or without multi-token prediction."""
         numel = nbytes = 0.0
         for claim in self.claims:
             share = 1.0
-            if claim.kind == "unused" and counts and any(count != self.experts_in(layer) for layer, count in counts.items()):
+            if claim.mtp and not mtp:
                 share = 0.0
             elif counts and claim.layer in counts and claim.kind in ("expert", "stacked"):
                 share = self._share(claim, counts[claim.layer])
@@ -139,8 +160,8 @@ class Inventory:
 
     @cached_property
     def routed_parameters(self) -> int:
-        """Parameters in routed experts."""
-        return round(sum(self._routed(claim) for claim in self.claims if claim.routed))
+        """Parameters in routed experts of the decoder layers."""
+        return round(sum(self._routed(claim) for claim in self.claims if claim.routed and not claim.mtp))
 
     def _routed(self, claim: Claim) -> float:
         here = self._here(claim)
@@ -151,11 +172,11 @@ class Inventory:
     @property
     def active_parameters(self) -> int:
         """Parameters that one token uses: everything but the routed experts it is not sent to."""
-        total = self.size()[0] - sum(claim.info.numel for claim in self.claims if claim.kind == "unused")
+        total = self.size()[0] - sum(claim.info.numel for claim in self.claims if claim.mtp)
         idle = sum(
             self._routed(claim) * (1 - self.chosen.get(claim.layer or 0, self.top_k) / self._here(claim))
             for claim in self.claims
-            if claim.routed
+            if claim.routed and not claim.mtp
         )
         return round(total - idle)
 
@@ -227,7 +248,8 @@ def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False) -> Inve
             f"{checkpoint.source} holds no routed experts (no tensors such as layers.0.{prefix}…)",
             "is this the right checkpoint for its config.json?",
         )
-    for layer, count in inventory.counts.items():
+    for layer in inventory.layers + inventory.mtp_layers:
+        count = inventory.experts_in(layer)
         if count % groups:
             place = f" in decoder layer {layer}" if layer in own else ""
             raise UserError(
@@ -317,33 +339,35 @@ def _weights_of(checkpoint: Checkpoint) -> dict[str, str]:
     return {info.name: entry.name for entry in stored for info in entry.parts.values()}
 
 
+def _located(name: str, record: Architecture, depth: Any) -> tuple[int | None, str, bool]:
+    """(layer, name below it, whether it belongs to multi-token prediction) of a tensor."""
+    ahead = record.locate_mtp(name, depth if isinstance(depth, int) else None)
+    layer, rest = ahead or record.locate(name) or (None, "")
+    return layer, rest, ahead is not None
+
+
 def _claim(
     info: TensorInfo, record: Architecture, config: Any, scalar: int, own: Mapping[int, int], depth: Any, weight: str | None
 ) -> Claim:
-    located = record.locate(info.name)
-    if located is None:
-        unused = info.name.startswith("mtp.") or ".mtp." in info.name
-        return Claim(info, "unused" if unused else "other")
-    layer, rest = located
+    layer, rest, mtp = _located(info.name, record, depth)
+    if layer is None:
+        return Claim(info, "other", mtp=mtp)
     experts = own.get(layer, scalar)
-    if isinstance(depth, int) and layer >= depth:
-        return Claim(info, "unused")
     owner = record.expert_of(rest)
     if owner is not None:
-        return Claim(info, "expert", layer, rest, expert=owner[0])
+        return Claim(info, "expert", layer, rest, expert=owner[0], mtp=mtp)
     entry = record.stacked_of(rest)
     if (
         entry is None and weight is not None and len(info.shape) > 1
     ):  # codes and scales of a fused weight run over the experts too
-        located = record.locate(weight)
-        entry = record.stacked_of(located[1]) if located else None
+        entry = record.stacked_of(_located(weight, record, depth)[1])
     if entry is None:
         if info.shape and info.shape[0] == experts and re.search(r"(^|\.)experts\.", rest):
             raise UserError(
                 f"{info.name} seems to run over the {experts} experts, but the {record.model_type} family is not known to have it",
                 "slicing a checkpoint around it would break it; please report this checkpoint",
             )
-        return Claim(info, "other", layer, rest)
+        return Claim(info, "other", layer, rest, mtp=mtp)
     extra = entry.extra if isinstance(entry.extra, int) else int(config_get(config, entry.extra) or 0)
     axis = 1 if len(info.shape) > 1 and info.shape[0] == 1 and experts + extra > 1 else 0
     rows = info.shape[axis] if info.shape else 0
@@ -354,7 +378,7 @@ def _claim(
             f"{info.name} has shape {list(info.shape)}, which does not fit {wanted} of config.json",
             "config.json and weights do not belong together, or the tensor is damaged",
         )
-    return Claim(info, "stacked", layer, rest, entry=entry, rows=per_expert, extra=extra, row_axis=axis)
+    return Claim(info, "stacked", layer, rest, entry=entry, rows=per_expert, extra=extra, row_axis=axis, mtp=mtp)
 
 
 def _check_layer(inventory: Inventory, layer: int) -> None:

@@ -101,8 +101,10 @@ def open_model(
     dtype: str = "auto",
     memory: str = "auto",
     router_groups: str = "keep",
+    mtp: bool = False,
 ) -> LoadedModel:
-    """The model of a checkpoint, resident or streamed; with `router_groups` "flatten" its router does without expert_groups."""
+    """The model of a checkpoint, resident or streamed; with `router_groups` "flatten" its router does without expert_groups; with `mtp` its
+    multi-token-prediction layer, where it can be run."""
     from expertsmith.engine.loading import choose_device, choose_memory, load_model
 
     where = choose_device(device)
@@ -110,7 +112,7 @@ def open_model(
     progress.note(f"{inventory.architecture.title}: {mode} on {where}")
     record = inventory.architecture
     overrides = record.one_group if router_groups == "flatten" else {}
-    return load_model(inventory.checkpoint, record, memory=mode, device=where, dtype=dtype, config_overrides=overrides)
+    return load_model(inventory.checkpoint, record, memory=mode, device=where, dtype=dtype, config_overrides=overrides, mtp=mtp)
 
 
 def beside(path: str | Path, suffix: str) -> Path:

@@ -56,10 +56,12 @@ class Merge(_Strict):
 
 
 class LayerPlan(_Strict):
-    """One decoder layer. Expert ids are those of the source checkpoint; `keep` ascends."""
+    """One decoder layer, or with `mtp` one of multi-token prediction, numbered on after the last. Expert ids are those of the source
+    checkpoint; `keep` ascends."""
 
     layer: int = Field(ge=0)
     num_experts: int = Field(ge=1)
+    mtp: Literal[True] | None = None
     keep: list[int]
     saliency: list[FiniteFloat] | None = None
     merge: list[Merge] = Field(default_factory=list)
@@ -131,7 +133,8 @@ class Summary(_Strict):
 
 class Plan(_Strict):
     """A whole plan. `router_groups` "flatten" sets n_group and topk_group to 1 in the output's config; `notes` tell a reader what the method
-    met on the way."""
+    met on the way. `mtp`: whether the output has the source's multi-token prediction, whose layers are then among `layers`, numbered on after
+    the last; None: the source has none, or the plan is of an old version, which left it out where experts went."""
 
     format: Literal["expertsmith.plan"] = "expertsmith.plan"
     version: Literal[1] = 1
@@ -139,6 +142,7 @@ class Plan(_Strict):
     model: Source
     calibration: CalibrationData | None = None
     router_groups: Literal["keep", "flatten"] = "keep"
+    mtp: Literal["keep", "drop"] | None = None
     skip: Skip | None = None
     layers: list[LayerPlan]
     summary: Summary | None = None
@@ -154,6 +158,11 @@ class Plan(_Strict):
         without = next((entry.layer for entry in self.layers if entry.skip_threshold is not None), None)
         if without is not None and self.skip is None:
             raise ValueError(f"layer {without} has a skip_threshold, but the plan has no skip rule")
+        ahead = next((entry.layer for entry in self.layers if entry.mtp), None)
+        if ahead is not None and (self.mtp != "keep" or not all(entry.mtp for entry in self.layers if entry.layer >= ahead)):
+            raise ValueError(
+                f"layer {ahead} is of multi-token prediction, which has to follow the decoder layers in a plan that keeps it"
+            )
         if self.skip is not None and without is None:
             raise ValueError(f"the plan has the skip rule {self.skip.rule}, but no layer has a skip_threshold")
         return self
@@ -175,12 +184,12 @@ class Plan(_Strict):
 
     @property
     def counts(self) -> list[int]:
-        """Kept experts of every layer."""
-        return [len(entry.keep) for entry in self.layers]
+        """Kept experts of every decoder layer."""
+        return [len(entry.keep) for entry in self.layers if not entry.mtp]
 
     @property
     def uniform_count(self) -> int | None:
-        """The number of experts every layer keeps, or None where layers differ."""
+        """The number of experts every decoder layer keeps, or None where layers differ."""
         return self.counts[0] if len(set(self.counts)) == 1 else None
 
     def save(self, path: Path | str) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from expertsmith.calibration import stats as storage
 from expertsmith.calibration.stats import LayerStatistics, Statistics, load_statistics
@@ -32,7 +32,8 @@ MEASURED = "expertsmith.measured"
 @dataclass
 class Job:
     """What a plan is made from. `work` is a folder for what is costly to compute again, taken over with `resume`; `open` loads model and tokens when a method runs
-    the model."""
+    the model. `mtp`: whether multi-token prediction stays; its layers
+    are planned after `layers`, by default the decoder layers with experts."""
 
     inventory: Inventory
     method: Method
@@ -48,6 +49,11 @@ class Job:
     batch_tokens: int = 8192
     notes: list[str] = field(default_factory=list)
     tokens: CalibrationData | None = None
+    mtp: Literal["keep", "drop"] = "keep"
+    layers: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.layers = self.layers or self.inventory.layers
 
     def facts(self, layer: int) -> Facts:
         """What the method may know of a layer."""
@@ -60,9 +66,9 @@ class Job:
         return keep_count(self.keep, self.rules[layer], f"decoder layer {layer} of {self.inventory.checkpoint.source}")
 
 
-def rules_of(inventory: Inventory, router_groups: str) -> dict[int, Rules]:
-    """What every layer's router needs; "flatten" gives up the expert_groups."""
-    rules = {layer: inventory.rules_of(layer) for layer in inventory.layers}
+def rules_of(inventory: Inventory, router_groups: str, mtp: bool = False) -> dict[int, Rules]:
+    """What every layer's router needs, with `mtp` also of multi-token prediction; "flatten" gives up the expert_groups."""
+    rules = {layer: inventory.rules_of(layer) for layer in inventory.layers + (inventory.mtp_layers if mtp else [])}
     if router_groups == "flatten":
         rules = {layer: Rules(entry.num_experts, entry.top_k) for layer, entry in rules.items()}
     return rules
@@ -98,10 +104,11 @@ def make_plan(job: Job, router_groups: Any, uniform: bool, options: Mapping[str,
     counts = {layer: len(entry.keep) for layer, entry in entries.items()}
     if uniform and len(set(counts.values())) > 1:
         entries = _even_out(job, entries, counts)
-    _warn(entries, job)
     inventory = job.inventory
-    kept = {layer: len(entry.keep) for layer, entry in entries.items()}
-    before, after = inventory.size(), inventory.size(kept)
+    ahead = inventory.mtp_layers if job.mtp == "keep" else []
+    if ahead:
+        entries = {**entries, **_ahead(job, ahead, max(len(entry.keep) for entry in entries.values()), router_groups)}
+    _warn(entries, job)
     used = {"budget": job.budget, **({"keep": job.keep} if job.keep is not None else {}), **job.values, **options}
     calibration = job.tokens
     if job.statistics:
@@ -111,14 +118,64 @@ def make_plan(job: Job, router_groups: Any, uniform: bool, options: Mapping[str,
         model=Source(model_type=inventory.architecture.model_type, fingerprint=inventory.checkpoint.fingerprint),
         calibration=calibration,
         router_groups=router_groups,
-        layers=[entries[layer] for layer in inventory.layers],
-        summary=Summary(
-            experts=(sum(rules.num_experts for rules in job.rules.values()), sum(kept.values())),
-            parameters=(before[0], after[0]),
-            bytes=(before[1], after[1]),
-        ),
+        mtp=job.mtp if inventory.has_mtp else None,
+        layers=[entries[layer] for layer in inventory.layers + ahead],
+        summary=summary_of(entries.values(), inventory, job.mtp),
         notes=job.notes,
     )
+
+
+def summary_of(entries: Iterable[LayerPlan], inventory: Inventory, mtp: str) -> Summary:
+    """What the layers of a plan come to."""
+    kept = {entry.layer: len(entry.keep) for entry in entries}
+    had = sum(inventory.experts_in(layer) for layer in inventory.layers + inventory.mtp_layers)
+    before, after = inventory.size(), inventory.size(kept, mtp=mtp == "keep")
+    return Summary(experts=(had, sum(kept.values())), parameters=(before[0], after[0]), bytes=(before[1], after[1]))
+
+
+def _ahead(job: Job, layers: list[int], count: int, router_groups: str) -> dict[int, LayerPlan]:
+    """Multi-token-prediction layers, with the number of experts that config.json will say: by the job's method, or by the weights where that
+    needs what is not known of them."""
+    if job.method.reads == "model":
+        why = f"method {job.method.name} searches the decoder layers only"
+    elif job.statistics is not None and not set(layers) <= set(job.statistics.layers):
+        from expertsmith.engine.mtp import why_not_played
+
+        why = why_not_played(job.inventory) or "the statistics are of an older version, which did not look at it"
+    elif "uniform" not in job.method.budgets:
+        why = f"method {job.method.name} has no uniform budget"
+    else:
+        rules = rules_of(job.inventory, router_groups, mtp=True)
+        # not from the work folder, which holds the decoder layers
+        inner = replace(job, layers=layers, keep=count, budget="uniform", rules=rules, work=None)
+        return _marked(_entries(inner))
+    return by_weights(job.inventory, layers, count, router_groups, why, job.notes, job.progress)
+
+
+def by_weights(
+    inventory: Inventory,
+    layers: Sequence[int],
+    count: int,
+    router_groups: str,
+    why: str,
+    notes: list[str],
+    progress: Progress,
+) -> dict[int, LayerPlan]:
+    """`count` experts of each of these multi-token-prediction layers, chosen by `aimer` because of `why`, which `notes` get to know."""
+    from expertsmith.methods import find
+
+    rules = rules_of(inventory, router_groups, mtp=True)
+    method = find("aimer")
+    notes.append(
+        f"experts of multi-token prediction (layer{'s' * (len(layers) > 1)} {ranges(list(layers))}) were chosen by their weights alone (aimer): {why}"
+    )
+    return _marked(
+        _entries(Job(inventory, method, method.parse_options({}), count, "uniform", rules, progress, layers=list(layers)))
+    )
+
+
+def _marked(entries: Mapping[int, LayerPlan]) -> dict[int, LayerPlan]:
+    return {layer: entry.model_copy(update={"mtp": True}) for layer, entry in entries.items()}
 
 
 def _entries(job: Job) -> dict[int, LayerPlan]:
@@ -192,8 +249,8 @@ def _by_saliency(job: Job) -> dict[int, LayerPlan]:
 def _scores(job: Job) -> Iterator[tuple[int, Array]]:
     from expertsmith.weights import expert_weights
 
-    with job.progress.task("score", len(job.inventory.layers), "layers") as advance:
-        for layer in job.inventory.layers:
+    with job.progress.task("score", len(job.layers), "layers") as advance:
+        for layer in job.layers:
             facts = job.facts(layer)
             if job.method.reads == "weights":
                 yield layer, job.method.function(expert_weights(job.inventory, layer), facts, **job.values)
@@ -252,13 +309,13 @@ def _by_order(job: Job) -> dict[int, LayerPlan]:
         entries[layer] = LayerPlan(layer=layer, num_experts=n, keep=[e for e in range(n) if e not in gone], why=why)
     for text in dict.fromkeys(text for text, _ in said):
         where = [layer for other, layer in said if other == text]
-        job.notes.append(f"{_place(where, len(orders))}: {text}")
+        job.notes.append(f"{_place(where, job)}: {text}")
     return entries
 
 
-def _place(layers: list[int], count: int) -> str:
+def _place(layers: list[int], job: Job) -> str:
     """ "all layers", "layer 3" or "layers 0–2 5"."""
-    if len(layers) == count:
+    if layers == job.inventory.layers:
         return "all layers"
     return f"layer{'s' if len(layers) > 1 else ''} {ranges(layers)}"
 
@@ -288,8 +345,8 @@ def _measured(job: Job) -> Iterator[tuple[int, dict[str, Array]]]:
     folder = job.work
     if folder is not None:
         _prepare(folder, job, {"method": job.method.name, "options": options})
-    with job.progress.task("measure", len(job.inventory.layers), "layers") as advance:
-        for layer in job.inventory.layers:
+    with job.progress.task("measure", len(job.layers), "layers") as advance:
+        for layer in job.layers:
             if folder is not None and storage.layer_path(folder, layer).exists():
                 arrays = dict(storage.load_layer(folder, layer).domains["weights"])
                 advance(1)
@@ -322,7 +379,7 @@ def _prepare(folder: Path, job: Job, made_with: Mapping[str, Any]) -> None:
 
 
 def _by_choice(job: Job) -> dict[int, LayerPlan]:
-    layers = job.inventory.layers
+    layers = job.layers
     assert job.keep is not None
     if job.budget == "global":
         refuse_groups(job.rules)
@@ -420,7 +477,7 @@ def statistics_for(inventory: Inventory, method: Method, given: Statistics | str
     Raises:
         UserError: of another model or other layers, or without what the method needs.
     """
-    statistics = matching_statistics(inventory, given, domains)
+    statistics = matching_statistics(inventory, given, domains, mtp=True)
     entry = next(iter(statistics.layers.values()))
     if method.all_outputs and not all("all_output_sum" in held for held in entry.domains.values()):
         raise UserError(
@@ -430,8 +487,10 @@ def statistics_for(inventory: Inventory, method: Method, given: Statistics | str
     return statistics
 
 
-def matching_statistics(inventory: Inventory, given: Statistics | str | Path, domains: Sequence[str] = ()) -> Statistics:
-    """Statistics of this checkpoint, of these domains (none: all).
+def matching_statistics(
+    inventory: Inventory, given: Statistics | str | Path, domains: Sequence[str] = (), *, mtp: bool = False
+) -> Statistics:
+    """Statistics of this checkpoint, of these domains (none: all); with `mtp` also those of multi-token-prediction layers, if there are any.
 
     Raises:
         UserError: of another model or other layers.
@@ -439,6 +498,8 @@ def matching_statistics(inventory: Inventory, given: Statistics | str | Path, do
     statistics = (given if isinstance(given, Statistics) else load_statistics(given)).select(domains)
     if statistics.header["model"]["fingerprint"] != inventory.checkpoint.fingerprint:
         raise UserError(f"the statistics are of another model than {inventory.checkpoint.source}", "calibrate this one")
-    if list(statistics.layers) != inventory.layers:
+    if [layer for layer in statistics.layers if layer not in inventory.mtp_layers] != inventory.layers:
         raise UserError("the statistics do not cover the same layers as the checkpoint", "calibrate again")
-    return statistics
+    if mtp:
+        return statistics
+    return Statistics(statistics.header, {layer: statistics.layers[layer] for layer in inventory.layers})

@@ -84,6 +84,7 @@ class PlanStep(_Step):
     uniform: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
     router_groups: Literal["keep", "flatten"] = "keep"
+    mtp: Literal["keep", "drop"] = "keep"
 
     @field_validator("method")
     @classmethod

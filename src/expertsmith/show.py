@@ -139,6 +139,11 @@ def show_verdict(verdict: Verdict, layers: bool = False) -> None:
             + escape(f"outputs were not compared: {verdict.not_compared}")
         )
         return
+    if verdict.mtp_not_compared:
+        line(
+            "[yellow]note[/yellow] multi-token prediction was compared byte for byte, its outputs were not: "
+            + escape(verdict.mtp_not_compared)
+        )
     if layers:
         table = table_of("layer", "largest difference", "largest value")
         for row in verdict.layers:
@@ -447,6 +452,13 @@ def _from_to(numbers: Iterable[int]) -> str:
     return str(held[0]) if len(held) == 1 else f"{held[0]} to {held[-1]}"
 
 
+def _mtp(found: dict[str, Any]) -> str:
+    size, layers = byte_count(found["bytes"]), found["moe_layers"]
+    if not layers:
+        return f"{size}, without experts: stays as it is"
+    return f"{size}, with experts (layer{'s' * (len(layers) > 1)} {ranges(layers)}): pruned with the others"
+
+
 def show_inspection(facts: dict[str, Any]) -> None:
     """What a checkpoint is, and what each keep ratio would leave."""
     groups = facts["router"]["expert_groups"]
@@ -460,6 +472,7 @@ def show_inspection(facts: dict[str, Any]) -> None:
         ("layers", f"{facts['layers']}, of which {len(moe)} with experts ({moe[0]}–{moe[-1]})"),
         ("routed experts", f"{_from_to(facts['experts_by_layer'].values())} a layer, a token uses {facts['top_k']}"),
         ("shared experts", str(facts["shared_experts"])),
+        *((("multi-token prediction", _mtp(facts["multi_token_prediction"])),) if facts["multi_token_prediction"] else ()),
         ("router", router),
         (
             "parameters",

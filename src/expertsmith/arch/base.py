@@ -17,6 +17,10 @@ LAYER_PATTERN = re.compile(
     r"^(?:(?:model|language_model|thinker|backbone|transformer|decoder|llm)\.)*(?:layers|blocks)\.(?P<layer>\d+)\.(?P<rest>.+)$"
 )
 
+# decoder layers of a multi-token-prediction stack that is not numbered on after the last layer
+MTP_LAYER_PATTERN = re.compile(r"^(?:(?:model|language_model)\.)*mtp\.layers\.(?P<number>\d+)\.(?P<rest>.+)$")
+MTP_PATTERN = re.compile(r"(^|\.)mtp[._]")  # all that belongs to one
+
 
 # how one expert's slice of a tensor holds its projections. gate, up: a row a neuron; down: a column a neuron; gate_up: gate rows, then up rows;
 # alternating: gate and up rows take turns; _t: the same transposed. A bias has the layout of its weight.
@@ -166,6 +170,16 @@ class Architecture:
         """(decoder layer, name below it) of a checkpoint tensor, or None for tensors outside the decoder layers."""
         match = LAYER_PATTERN.match(name)
         return (int(match["layer"]), match["rest"]) if match else None
+
+    def locate_mtp(self, name: str, depth: int | None) -> tuple[int | None, str] | None:
+        """(layer, name below it) of a tensor of multi-token prediction, whose layers are numbered from `depth`, the number of decoder layers;
+        (None, "") for one outside of such a layer, None for a tensor of the model itself."""
+        located, match = self.locate(name), MTP_LAYER_PATTERN.match(name)
+        if located is not None:
+            return located if depth is not None and located[0] >= depth else None
+        if match and depth is not None:
+            return depth + int(match["number"]), match["rest"]
+        return (None, "") if MTP_PATTERN.search(name) else None
 
     def expert_of(self, rest: str) -> tuple[int, str] | None:
         """(expert id, name below the expert) for a per-expert tensor name, or None."""

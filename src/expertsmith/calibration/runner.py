@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from expertsmith.calibration.observers import SAMPLES, Extras, LayerSums, choose
 from expertsmith.calibration.spill import Spill, clear, newest, read
 from expertsmith.engine import Batch, LoadedModel, Walk
 from expertsmith.engine.experts import expert_count, experts_of
+from expertsmith.engine.mtp import counted, shortened
 from expertsmith.errors import UserError
 from expertsmith.progress import Progress, Silent
 
@@ -93,19 +95,21 @@ def _observe(
     arch = model.architecture
     lengths = {domain: [len(row) for row in rows] for domain, rows in data.sequences.items()}
     counts = {domain: len(rows) for domain, rows in lengths.items()}
-    chosen = {}
-    if extras.sample_tokens:
-        chosen = {domain: choose_sample(rows, extras.sample_tokens, extras.seed, domain) for domain, rows in lengths.items()}
     now: list[Batch] = []
     watch = ExitStack()
     sums: LayerSums | None = None
 
     def begin(layer: int) -> LayerSums:
+        chosen = {}
+        if extras.sample_tokens:
+            for domain, rows in lengths.items():
+                there = shortened(rows) if layer >= model.depth else rows
+                chosen[domain] = choose_sample(there, extras.sample_tokens, extras.seed, domain)
         return LayerSums(expert_count(experts_of(model.layers[layer], arch)), counts, model.device, extras, chosen=chosen)
 
     def before(layer: int, number: int, batch: Batch) -> None:
         nonlocal sums
-        now[:] = [batch]
+        now[:] = [replace(batch, mask=counted(batch.mask)) if layer >= model.depth else batch]
         if number > 0:
             return
         states.layer_begins(layer)

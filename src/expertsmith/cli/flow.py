@@ -24,6 +24,7 @@ from expertsmith.cli.options import (
     Memory,
     Method,
     Model,
+    Mtp,
     Options,
     Out,
     Overlong,
@@ -63,6 +64,7 @@ def compress(
     uniform: Uniform = False,
     option: Options = None,
     router_groups: Groups = "keep",
+    mtp: Mtp = "keep",
     eval_data: EvalData = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure quality at the end.")] = True,
     heal: Annotated[
@@ -108,6 +110,7 @@ def compress(
         uniform=uniform,
         options=options_of(option),
         router_groups=word(router_groups, "router-groups", "keep", "flatten"),
+        mtp=word(mtp, "mtp", "keep", "drop"),
         eval_data=eval_data or (),
         measure=measure,
         heal=heal,
@@ -265,6 +268,7 @@ def plan(
     uniform: Uniform = False,
     option: Options = None,
     router_groups: Groups = "keep",
+    mtp: Mtp = "keep",
     samples: Samples = 128,
     seq_len: SeqLen = None,
     seed: Seed = 42,
@@ -290,10 +294,18 @@ def plan(
 
     if (method is None) == (from_file is None):
         raise typer.BadParameter("a plan is made by a method or from a file: pass --method NAME or --from FILE")
-    groups = word(router_groups, "router-groups", "keep", "flatten")
+    groups, ahead = word(router_groups, "router-groups", "keep", "flatten"), word(mtp, "mtp", "keep", "drop")
     if from_file is not None:
         made = api.plan_from(
-            model, from_file, keep, router_groups=groups, out=out, revision=revision, as_type=as_type, allow_pickle=allow_pickle
+            model,
+            from_file,
+            keep,
+            router_groups=groups,
+            mtp=ahead,
+            out=out,
+            revision=revision,
+            as_type=as_type,
+            allow_pickle=allow_pickle,
         )
         _show_made(made, out, as_json)
         return
@@ -310,6 +322,7 @@ def plan(
         uniform=uniform,
         options=options_of(option),
         router_groups=groups,
+        mtp=ahead,
         out=out,
         as_type=as_type,
         allow_pickle=allow_pickle,

@@ -94,6 +94,13 @@ Groups = Annotated[
         "--router-groups", help="Group-limited routers: keep drops the same number from each group; flatten sets n_group = 1."
     ),
 ]
+Mtp = Annotated[
+    str,
+    typer.Option(
+        "--mtp",
+        help="Multi-token-prediction layers: keep prunes them with the others, for speculative decoding; drop leaves them out.",
+    ),
+]
 Samples = Annotated[int, typer.Option(min=1, help="Sequences a domain, drawn with --seed.")]
 SeqLen = Annotated[
     int | None,

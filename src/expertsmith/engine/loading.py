@@ -23,10 +23,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from expertsmith.arch import Architecture, config_first, config_get, text_config
-from expertsmith.arch.base import roles_of
+from expertsmith.arch.base import MTP_PATTERN, roles_of
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.floats import Floats, filled, floats
 from expertsmith.engine.experts import experts_of, is_grouped
+from expertsmith.engine.mtp import Ahead, ahead_of, known_names, lengthen, why_not_played
 from expertsmith.engine.on_demand import Source, install, remove
 from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
 from expertsmith.errors import UserError, install_line
@@ -39,13 +40,16 @@ WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", tor
 OTHER_PARTS = (
     r"^(model\.)?(vision|visual|audio|image|multi_modal|mm_|embed_vision|embed_audio|talker|code2wav)"  # of a composite
 )
-ALWAYS_LEFT_OUT = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)mtp(_|\.)")  # computed, or multi-token prediction
+ALWAYS_LEFT_OUT = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", MTP_PATTERN.pattern)  # computed, or multi-token prediction
 OUT_OF_MEMORY = "allocate memory|out of memory"  # torch says it in the text of a RuntimeError
 
 
 @dataclass
 class LoadedModel:
-    """A causal LM whose decoder layers can be brought in and let go. In `resident` mode both do nothing."""
+    """A causal LM whose decoder layers can be brought in and let go. In `resident` mode both do nothing.
+
+    `ahead`: it was loaded with multi-token prediction, whose layer is then the last of `layers`; the model's own come before, `depth` of them.
+    """
 
     module: nn.Module
     layers: list[nn.Module]
@@ -60,12 +64,19 @@ class LoadedModel:
     _dtype_plan: dict[str, torch.dtype] = field(default_factory=dict, repr=False)
     _prefix: str = ""
     _checked: set[int] = field(default_factory=set, repr=False)
+    _names: Mapping[str, str | None] = field(default_factory=dict)  # of multi-token prediction: what the module knows them as
+    ahead: Ahead | None = None
     _experts: Inventory | None = None  # where the routed experts are read from when they are needed; None: with their layer
 
     @property
     def config(self) -> Any:
         """The transformers config that the model was built from."""
         return self.module.config
+
+    @property
+    def depth(self) -> int:
+        """Decoder layers without multi-token prediction."""
+        return len(self.layers) - (self.ahead is not None)
 
     @property
     def _selection_biases(self) -> frozenset[str]:
@@ -135,7 +146,7 @@ class LoadedModel:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        state = {name: _Unread(self.weights, name) for name in names}
+        state = {self._names.get(name) or name: _Unread(self.weights, name) for name in names}
         options = LoadStateDictConfig(
             weight_mapping=deepcopy(self._mapping), dtype=self.dtype, dtype_plan=self._dtype_plan, device_map={"": self.device}
         )
@@ -234,6 +245,7 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: str = "auto",
     config_overrides: Mapping[str, Any] | None = None,
+    mtp: bool = False,
 ) -> LoadedModel:
     """Build the transformers model of a checkpoint, in eval mode, without gradients and without remote code: the stock class, or one
     that gives every decoder layer its own number of experts where config.json does. Quantised weights are decoded to `dtype` as they are read.
@@ -241,6 +253,7 @@ def load_model(
     Args:
         architecture: record of the family, or None for a dense model (then its layers are looked for under `model.layers`).
         config_overrides: keys of the text config to change before the model is built.
+        mtp: with its multi-token-prediction layer, where it has one with experts that can be run (`engine.mtp`).
 
     Raises:
         UserError: transformers cannot build the model, the weights do not fit it, or some would not be loaded.
@@ -263,11 +276,21 @@ def load_model(
             setattr(inner, key, given[other])
     for key, value in (config_overrides or {}).items():
         setattr(inner, key, value)
+    whole = take_inventory(weights) if mtp and architecture is not None else None
+    if whole is not None and (not whole.mtp_layers or why_not_played(whole)):
+        whole = None
+    if whole is not None:
+        lengthen(inner, len(whole.mtp_layers))
     auto, config = causal_lm(config)
     try:
         if memory == "resident" and checkpoint.converted:
             raise UserError("a pickle checkpoint is run with --memory stream only")
-        stock = memory == "resident" and not isinstance(weights, Floats) and not (architecture and architecture.runs_as)
+        stock = (
+            memory == "resident"
+            and not isinstance(weights, Floats)
+            and not (architecture and architecture.runs_as)
+            and not whole
+        )
         if stock:
             with quietly():
                 module, info = auto.from_pretrained(
@@ -306,6 +329,7 @@ def load_model(
     layers = list(module.get_submodule(path))  # type: ignore[arg-type]
     loaded = LoadedModel(module, layers, checkpoint, architecture, memory, target, chosen, weights)
     loaded._prefix = f"{path}."
+    loaded._names = known_names(whole) if whole is not None else {}
     buffers = _group_names(loaded)
     if stock:
         # some families initialise buffers again after loading (Zaya's balancing biases in transformers 5.23): what the checkpoint says counts
@@ -320,6 +344,8 @@ def load_model(
         loaded._load(None)
         for index in range(len(layers)) if memory == "resident" else ():
             loaded._load(index)
+    if whole is not None:
+        loaded.ahead = ahead_of(module, path, weights, whole, target, chosen)
     layer_ids = {id(p) for layer in layers for p in layer.parameters()}
     _align(module, skip=layer_ids)
     _check_finite(module, "the model outside its decoder layers", skip=layer_ids)
@@ -531,9 +557,12 @@ def _group_names(loaded: LoadedModel) -> list[str]:
     buffers = []
     left_out = _left_out(loaded)
     for name in loaded.weights.tensors:
-        renamed, _ = rename_source_key(name, renamings, converters, module.base_model_prefix, targets)
-        if renamed not in targets and name in targets:
-            renamed = name
+        known = loaded._names.get(name, name)
+        if known is None:
+            continue
+        renamed, _ = rename_source_key(known, renamings, converters, module.base_model_prefix, targets)
+        if renamed not in targets and known in targets:
+            renamed = known
         if renamed not in targets:
             if left_out(name):
                 continue

@@ -47,7 +47,7 @@ def hidden_of(output: Any) -> torch.Tensor:
 
 
 class Walk:
-    """One passage of `batches` through `model`.
+    """One passage of `batches` through `model`, its multi-token-prediction layer last where it was loaded with one.
 
     Iterate `layers()` to advance; each step yields the index of the decoder layer that all batches have just left. Afterwards
     `outputs()` finishes the forwards one by one. Use as a context manager: leaving it drops unfinished forwards and restores
@@ -89,6 +89,7 @@ class Walk:
         self._results: dict[int, Any] = {}
         self._driver: greenlet | None = None
         self._current = -1  # the batch that runs
+        self._trunk: dict[int, Any] = {}  # batch → what the last layer of the model's own returned
         self.side_state = False  # a layer left something for later layers outside of what it returned (shared key-value states)
         self._guard = torch.no_grad()
 
@@ -109,6 +110,7 @@ class Walk:
             self.model.release(index)
         self._runs.clear()
         self._results.clear()
+        self._trunk.clear()
         self._guard.__exit__(None, None, None)
 
     def layers(self, until: int | None = None) -> Iterator[int]:
@@ -163,6 +165,8 @@ class Walk:
             self.arrive(index, self._current, *args)
         self._door()
         number = self._current
+        if index == self.model.depth:
+            kwargs, args = self._ahead_of(number, args, kwargs)
         if self.before:
             self.before(index, number, self.batches[number])
         shared = [value for value in kwargs.values() if isinstance(value, MutableMapping)]
@@ -174,4 +178,16 @@ class Walk:
             self.after(index, number, out)
         if index == len(self.model.layers) - 1:
             self._door()  # final norm and head run only when the outputs are asked for
-        return out
+        if index < self.model.depth:
+            return out
+        trunk = self._trunk.pop(number)
+        return (trunk, *out[1:]) if isinstance(out, tuple) else trunk
+
+    def _ahead_of(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        """The arguments of the multi-token-prediction layer, from those that the model would give it as one more decoder layer."""
+        assert self.model.ahead is not None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self._trunk[number] = hidden
+        ids = self.batches[number].input_ids.to(hidden.device)
+        given = self.model.ahead(ids, hidden)
+        return (kwargs, (given, *args[1:])) if args else ({**kwargs, "hidden_states": given}, args)

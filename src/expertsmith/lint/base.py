@@ -10,7 +10,7 @@ from typing import Any, Literal
 from expertsmith.arch import config_first, config_get
 from expertsmith.checkpoint.floats import quantisation_config, quantisation_of
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory
+from expertsmith.inventory import MTP_KEYS, Inventory
 
 Level = Literal["error", "warning", "info"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "info")
@@ -38,6 +38,7 @@ class Subject:
     extras: Mapping[str, Any] = field(default_factory=dict)  # what expertsmith itself wrote into config.json
     quantisation: Mapping[str, Any] = field(default_factory=dict)  # what config.json (or hf_quant_config.json) says of it
     mixed: str = ""  # experts of one decoder layer that are stored in different ways
+    mtp: bool = False  # there are tensors of multi-token prediction
     width: int = 0  # neurons of an expert; 0 where config.json does not say
     tensor_parallel: int = 1
     expert_parallel: int = 1
@@ -159,6 +160,7 @@ def subject_of(inventory: Inventory, tensor_parallel: int = 1, expert_parallel: 
         },
         quantisation=quantisation_config(inventory.checkpoint),
         mixed=_mixed(inventory),
+        mtp=inventory.has_mtp,
         width=_width(inventory),
         tensor_parallel=tensor_parallel,
         expert_parallel=expert_parallel,
@@ -341,6 +343,25 @@ def missing(engine: str, absent: frozenset[str]) -> Test:
         return f"{engine} has no model called {name}" if name in absent else None
 
     return test
+
+
+def speculative(engine: str, families: frozenset[str], option: str) -> Test:
+    """There is multi-token prediction: whether the engine decodes speculatively with it, and how."""
+
+    def test(s: Subject) -> str | None:
+        if not s.mtp:
+            return None
+        if s.model_type in families:
+            return f"its multi-token prediction serves speculative decoding: {option}"
+        return f"{engine} does not decode speculatively with multi-token prediction of {s.model_type}, which then only takes disk space"
+
+    return test
+
+
+def without_mtp(s: Subject) -> str | None:
+    """config.json has a key for layers of multi-token prediction, which says none."""
+    key = next((key for key in MTP_KEYS if s.config.get(key) == 0 and not isinstance(s.config[key], bool)), None)
+    return f"config.json has {key} = 0: there is no multi-token prediction to decode speculatively with" if key else None
 
 
 def nameless(s: Subject) -> str | None:

@@ -23,6 +23,7 @@ from expertsmith.lint.base import (
     names,
     padded,
     pruned_attention,
+    speculative,
     thresholds,
     too_few,
     uneven,
@@ -47,6 +48,12 @@ STRATEGIES = {  # compressed-tensors format → strategies that the converter ta
     "float-quantized": ("channel", "block"), "int-quantized": ("channel", "block"), "naive-quantized": ("channel", "block"),
     "pack-quantized": ("group",),
 }  # fmt: skip
+
+# families whose multi-token prediction the converter writes
+MTP = names(
+    """bailing_moe_v2 cohere2_moe deepseek_v32 dots3_note exaone_moe glm4_moe glm4_moe_lite glm_moe_dsa mimo_v2_flash qwen3_5_moe_text
+    qwen3_next solar_open"""
+)
 
 rule = partial(make_rule, VERSION)
 
@@ -336,5 +343,12 @@ RULES: tuple[Rule, ...] = (
         "src/llama-quant.cpp (n_expert == 8)",
         "info",
         _eight,
+    ),
+    rule(
+        "llama.cpp-mtp",
+        "Multi-token prediction of these families is converted, as further blocks; of others it is left out.",
+        "conversion/*.py (supports_mtp_export, add_nextn_predict_layers); conversion/deepseek.py, skip_mtp",
+        "info",
+        speculative("llama.cpp's converter", MTP, "--spec-type draft-mtp"),
     ),
 )

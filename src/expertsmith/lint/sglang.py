@@ -26,6 +26,7 @@ from expertsmith.lint.base import (
     padded,
     pruned_attention,
     small_tp,
+    speculative,
     thresholds,
     too_few,
     too_many_groups,
@@ -33,6 +34,7 @@ from expertsmith.lint.base import (
     uneven_ranks,
     unfit_blocks,
     unknown_method,
+    without_mtp,
 )
 
 VERSION = "sglang 0.5.23"
@@ -59,6 +61,15 @@ METHODS = names(
     """fp8 mxfp8 minimax_m3_nvfp4 blockwise_int8 modelopt modelopt_fp8 modelopt_fp4 modelopt_mixed w8a8_int8 w8a8_fp8 awq awq_marlin bitsandbytes
     gguf gptq gptq_marlin moe_wna16 compressed-tensors w4afp8 petit_nvfp4 quark quark_mxfp4 auto-round auto-round-int8 modelslim
     quark_int4fp8_moe humming mxfp_w4a8 mxfp4"""
+)
+
+# families whose multi-token prediction is a draft model
+MTP = names(
+    """bailing_hybrid bailing_moe bailing_moe_v2 deepseek_v3 deepseek_v32 dots3_note ernie4_5_moe exaone_moe glm4_moe glm4_moe_lite glm5_next
+    glm_moe_dsa longcat_flash mimo_v2_flash nemotron_h qwen3_5_moe_text qwen3_moe qwen3_next step3p5"""
+)
+MTP_OPTION = (
+    "--speculative-algorithm EAGLE --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2"
 )
 
 rule = partial(make_rule, VERSION)
@@ -268,5 +279,20 @@ RULES: tuple[Rule, ...] = (
         "srt/models/deepseek_v2.py, shared_experts_fusion_disable_reason",
         "info",
         _shared,
+    ),
+    rule(
+        "sglang-mtp",
+        "Multi-token prediction of these families is loaded from the same checkpoint as a draft model, with the number of experts that config.json has.",
+        "srt/configs/model_config.py, ModelConfig._config_draft_model; srt/models/*_nextn.py and *_mtp.py",
+        "info",
+        speculative("SGLang", MTP, MTP_OPTION),
+    ),
+    rule(
+        "sglang-no-mtp",
+        "The draft model's layers are looked for where config.json says how many there are.",
+        "srt/models/deepseek_nextn.py and others (num_nextn_predict_layers)",
+        "info",
+        without_mtp,
+        "leave --speculative-algorithm out, or pass another draft model",
     ),
 )

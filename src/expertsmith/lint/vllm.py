@@ -30,6 +30,7 @@ from expertsmith.lint.base import (
     pruned_attention,
     small_tp,
     sparsemixer,
+    speculative,
     thresholds,
     too_few,
     too_many_groups,
@@ -37,6 +38,7 @@ from expertsmith.lint.base import (
     uneven_ranks,
     unfit_blocks,
     unknown_method,
+    without_mtp,
 )
 
 VERSION = "vllm 0.32.0"
@@ -68,6 +70,13 @@ METHODS = names(
     """awq auto_awq fp8 fbgemm_fp8 fp_quant modelopt modelopt_fp4 modelopt_mxfp8 modelopt_mixed auto_gptq gptq gptq_marlin awq_marlin humming
     compressed-tensors experts_int8 quark moe_wna16 torchao inc auto-round mxfp4 gpt_oss_mxfp4 deepseek_v4_fp8 mxfp8"""
 )
+
+# families whose multi-token prediction is a draft model
+MTP = names(
+    """bailing_hybrid deepseek_v3 deepseek_v32 dots3_note ernie4_5_moe exaone_moe glm4_moe glm4_moe_lite glm5_next glm_moe_dsa hy_v3 hy_v4
+    longcat_flash mimo_v2_flash nemotron_h qwen3_5_moe_text qwen3_next qwen4_exp_text step3p5"""
+)
+MTP_OPTION = """--speculative-config '{"method": "mtp", "num_speculative_tokens": 1}'"""
 
 rule = partial(make_rule, VERSION)
 
@@ -479,5 +488,20 @@ RULES: tuple[Rule, ...] = (
         "warning",
         _cpu_heads,
         "serve it on a GPU or with transformers",
+    ),
+    rule(
+        "vllm-mtp",
+        "Multi-token prediction of these families is loaded from the same checkpoint as a draft model, with the number of experts that config.json has.",
+        "config/speculative.py, MTPModelTypes and SpeculativeConfig.hf_config_override; model_executor/models/*_mtp.py",
+        "info",
+        speculative("vLLM", MTP, MTP_OPTION),
+    ),
+    rule(
+        "vllm-no-mtp",
+        "The number of layers is read from config.json, and drafting divides by it.",
+        "config/speculative.py, SpeculativeConfig.hf_config_override (n_predict)",
+        "info",
+        without_mtp,
+        "leave method mtp out of --speculative-config",
     ),
 )

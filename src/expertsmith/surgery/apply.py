@@ -18,11 +18,12 @@ from expertsmith.checkpoint.code import code_notes, drop_auto_map
 from expertsmith.checkpoint.floats import SIDE_FILES, Floats, floats, quantisation_of, refuse_unencodable, source_of
 from expertsmith.checkpoint.writer import MAX_SHARD, Made, OutputTensor, Piece, prepare_target, write_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.inventory import Claim, Inventory, take_inventory
+from expertsmith.inventory import MTP_KEYS, Claim, Inventory, take_inventory
 from expertsmith.plan import Plan
 from expertsmith.progress import Progress, Silent
 from expertsmith.selection import Rules, groups_of
 from expertsmith.surgery.card import model_card
+from expertsmith.surgery.counts import changes, counts_of, drops_mtp, trunk_counts
 from expertsmith.surgery.quantisation import Renumbering, output_files, output_quantisation
 from expertsmith.surgery.skip import SKIPS, write_padding, write_skip
 from expertsmith.surgery.uneven import (
@@ -38,12 +39,6 @@ from expertsmith.surgery.uneven import pad as fill_up
 
 if TYPE_CHECKING:
     from expertsmith.surgery.merge import Merger
-
-MTP_KEYS = (
-    "num_nextn_predict_layers",
-    "num_mtp_modules",
-    "mtp_num_hidden_layers",
-)  # multi-token-prediction layers in config.json
 
 
 def check_plan(plan: Plan, inventory: Inventory, pad: bool = False) -> None:
@@ -61,10 +56,9 @@ def check_plan(plan: Plan, inventory: Inventory, pad: bool = False) -> None:
             f"the plan was made for another checkpoint (its fingerprint is not that of {where})",
             "make a plan for this one with `expertsmith plan`",
         )
-    if list(plan.kept) != inventory.layers:
-        raise UserError(
-            f"the plan has layers {_brief(list(plan.kept))}, but {where} has experts in layers {_brief(inventory.layers)}"
-        )
+    wanted = inventory.layers + (inventory.mtp_layers if plan.mtp == "keep" else [])
+    if list(plan.kept) != wanted:
+        raise UserError(f"the plan has layers {_brief(list(plan.kept))}, but {where} has experts in layers {_brief(wanted)}")
     flat = plan.router_groups == "flatten"
     for entry in plan.layers:
         rules = inventory.rules_of(entry.layer)
@@ -86,6 +80,16 @@ def check_plan(plan: Plan, inventory: Inventory, pad: bool = False) -> None:
                 f"layer {entry.layer} keeps {per_group} experts of the {rules.groups} expert_groups, but they have to stay equal in size",
                 "plan with the default --router-groups keep, or with flatten",
             )
+    for entry in plan.layers:
+        if bool(entry.mtp) != (entry.layer in inventory.mtp_layers):
+            raise UserError(
+                f"layer {entry.layer} of the plan is {'' if entry.mtp else 'not '}for multi-token prediction, that of the checkpoint is {'not' if entry.mtp else ''}"
+            )
+        if entry.mtp and len(entry.keep) != max(plan.counts):
+            raise UserError(
+                f"layer {entry.layer} of the plan, for multi-token prediction, keeps {len(entry.keep)} experts, but config.json will say {max(plan.counts)}",
+                "keep the same number there",
+            )
     if plan.merges or changes(plan, inventory):
         refuse_padded(inventory)
     if plan.merges:
@@ -96,16 +100,6 @@ def check_plan(plan: Plan, inventory: Inventory, pad: bool = False) -> None:
         check_padding(inventory, counts_of(plan), 1 if flat else inventory.rules.groups)
     elif plan.uniform_count is None:
         check_uneven(inventory)
-
-
-def counts_of(plan: Plan) -> dict[int, int]:
-    """Decoder layer → experts that stay."""
-    return {entry.layer: len(entry.keep) for entry in plan.layers}
-
-
-def changes(plan: Plan, inventory: Inventory) -> bool:
-    """Whether any expert goes."""
-    return counts_of(plan) != inventory.counts
 
 
 def _brief(layers: list[int]) -> str:
@@ -148,10 +142,10 @@ def output_tensors(plan: Plan, inventory: Inventory, pad: bool = False, merger: 
         from expertsmith.surgery.merge import Merger
 
         merger = Merger(plan, inventory)
-    pruned = changes(plan, inventory)
+    dropped = drops_mtp(plan, inventory)
     made = []
     for claim in inventory.claims:
-        if claim.kind == "unused" and pruned:
+        if claim.mtp and dropped:
             continue
         if claim.kind == "expert" and claim.layer in kept:
             name = _renumbered(claim, inventory, kept[claim.layer])
@@ -220,7 +214,7 @@ def output_config(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[s
     config = copy.deepcopy(dict(inventory.checkpoint.config))
     drop_auto_map(config)
     inner: dict[str, Any] = text_config(config)  # type: ignore[assignment]
-    record, counts = inventory.architecture, counts_of(plan)
+    record, counts = inventory.architecture, trunk_counts(plan)
     write_skip(config, plan)
     write_padding(config, counts if pad else None)
     output_quantisation(config, renumbering_of(plan, inventory, pad))
@@ -229,7 +223,7 @@ def output_config(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[s
         inner.update(record.one_group)  # also where they are missing: the default may be more
         if record.group_alias is not None and record.group_alias in inner:
             inner[record.group_alias] = 1
-    if changes(plan, inventory) and any(claim.kind == "unused" for claim in inventory.claims):
+    if drops_mtp(plan, inventory):
         for key in MTP_KEYS:
             if config_get(inner, key):
                 _set(inner, key, 0)
@@ -305,11 +299,9 @@ def apply_plan(
     notes = list(plan.notes)
     if decoded:
         notes.append("the source is quantised, and merged experts are not: all weights were decoded, and are bfloat16 here")
-    unused = [claim for claim in inventory.claims if claim.kind == "unused"]
-    if unused and changes(plan, inventory):
-        notes.append(
-            f"{len(unused)} tensors of multi-token-prediction layers were left out: they have experts of their own, which were not calibrated"
-        )
+    if drops_mtp(plan, inventory):
+        count = sum(claim.mtp for claim in inventory.claims)
+        notes.append(f"{count} tensors of multi-token prediction were left out: engines cannot decode speculatively with them")
     if plan.router_groups == "flatten" and inventory.rules.groups > 1:
         notes.append(
             f"n_group and topk_group are now 1 (were {inventory.rules.groups} and {inventory.rules.top_groups}): tokens may use experts of any group"
@@ -327,7 +319,7 @@ def apply_plan(
         notes.append(SKIPS)
     config = output_config(plan, inventory, pad)
     notes += code_notes(inventory.checkpoint.path, inventory.checkpoint.config, config)
-    counts = counts_of(plan)
+    counts = trunk_counts(plan)
     code = code_for(dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory)
     own = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps()}
     files = {**output_texts(plan, inventory, pad), **own, **code, **(texts or {})}

@@ -7,6 +7,7 @@ from typing import Any
 
 from expertsmith.inventory import Inventory
 from expertsmith.plan import Plan
+from expertsmith.surgery.counts import size_after
 
 
 def _from_to(counts: Sequence[int]) -> str:
@@ -16,7 +17,7 @@ def _from_to(counts: Sequence[int]) -> str:
 
 def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), quality: str = "") -> str:
     """Markdown: base model, method, ratio, calibration, sizes, measured quality (or that it was not measured)."""
-    before, after = inventory.size(), inventory.size({entry.layer: len(entry.keep) for entry in plan.layers})
+    before, after = inventory.size(), size_after(plan, inventory)
     had = _from_to(list(inventory.counts.values()))
     has = _from_to(plan.counts)
     share = f"{has} of {had}"
@@ -26,9 +27,11 @@ def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), qual
         calibration = f"{sum(plan.calibration.tokens.values()):,} tokens ({tokens}), data fingerprint `{plan.calibration.fingerprint[:23]}…`"
     else:
         calibration = "none (the method needs no data)"
-    kept = "The weights that stayed are byte for byte those of the base model."
+    stayed = "The weights that stayed are byte for byte those of the base model."
     if plan.merges:
-        kept = "Merged experts are weighted means of the base model's; all other weights that stayed are byte for byte its own."
+        stayed = (
+            "Merged experts are weighted means of the base model's; all other weights that stayed are byte for byte its own."
+        )
     lines = [
         "---",
         "tags: [expertsmith, mixture-of-experts, pruned]",
@@ -36,7 +39,7 @@ def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), qual
         "",
         f"# {inventory.checkpoint.path.name} with {share} experts",
         "",
-        f"Made by [expertsmith] from `{inventory.checkpoint.source}` ({inventory.architecture.title}). {kept}",
+        f"Made by [expertsmith] from `{inventory.checkpoint.source}` ({inventory.architecture.title}). {stayed}",
         "",
         "| | base | this |",
         "|---|---|---|",

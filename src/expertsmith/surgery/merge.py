@@ -304,6 +304,7 @@ def merged(model: LoadedModel, plan: Plan, inventory: Inventory) -> Iterator[Non
     """
     check_merges(plan, inventory)
     entries = {entry.layer: entry for entry in plan.layers if any(len(merge.sources) > 1 for merge in entry.merge)}
+    entries = {layer: entry for layer, entry in entries.items() if layer < len(model.layers)}  # without multi-token prediction
     with ExitStack() as stack:
         if model.memory == "stream" and entries:
             model.whole()

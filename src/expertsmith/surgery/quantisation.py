@@ -58,7 +58,7 @@ class Renumbering:
 
     def literal(self, name: str) -> tuple[str, ...] | None:
         """The output's names for the full name of an expert or of something in it; None for other names."""
-        located, numbered = self.inventory.architecture.locate(f"{name}."), NUMBERED.match(name)
+        located, numbered = self.inventory.locate(f"{name}."), NUMBERED.match(name)
         if located is None or numbered is None:
             return None
         ids = self.new.get(located[0])

@@ -74,13 +74,15 @@ def keep_all(inventory: Inventory) -> Plan:
 
 def with_thresholds(plan: Plan, found: Mapping[int, LayerThreshold], rule: Rule, statistic: str, tokens: TokenData) -> Plan:
     """The plan with a threshold in every layer, and in `why` what it was made from."""
-    layers = [
+    layers = [  # multi-token-prediction layers have no threshold
         entry.model_copy(
             update={
                 "skip_threshold": found[entry.layer].threshold,
                 "why": {**(entry.why or {}), "skip": found[entry.layer].why},
             }
         )
+        if entry.layer in found
+        else entry
         for entry in plan.layers
     ]
     calibration = CalibrationData(fingerprint=tokens.fingerprint, tokens=tokens.tokens)

@@ -24,10 +24,11 @@ from expertsmith.checkpoint.writer import CHUNK, OutputTensor, chunks
 from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of, load_model
 from expertsmith.engine.experts import expert_count, experts_of, is_grouped, routing_of
 from expertsmith.engine.loading import Memory
+from expertsmith.engine.mtp import counted, why_not_played
 from expertsmith.engine.skipping import Rule, keep_slots, rescaled_weights, skipping
 from expertsmith.engine.uneven import SHIM
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory
+from expertsmith.inventory import Inventory, take_inventory
 from expertsmith.plan import Plan
 from expertsmith.progress import Progress, Silent
 from expertsmith.surgery.apply import check_plan, output_config, output_tensors, output_texts, written
@@ -52,6 +53,9 @@ class Verdict:
     logits_difference: float = 0.0
     logits_scale: float = 0.0
     top1_agreement: float = 1.0
+    mtp_not_compared: str | None = (
+        None  # why the multi-token-prediction layer that stays was compared by bytes only; None: it was, or there is none
+    )
     not_compared: str | None = None  # why no outputs were compared: then `passed` speaks of bytes only; None: they were
     tokens: int = 0
     dtype: str = "float32"
@@ -144,9 +148,14 @@ def verify(
         verdict.passed, verdict.not_compared, verdict.tokens = True, record.no_class, 0
         return verdict
     overrides = record.one_group if plan.router_groups == "flatten" else {}
-    source = load_model(held.checkpoint, record, memory=memory, device=device, dtype=dtype, config_overrides=overrides)
-    pruned = load_model(output, record, memory=memory, device=device, dtype=dtype)
-    masks = masked(source, plan.kept, inventory.counts)
+    ahead = plan.mtp == "keep" and bool(inventory.mtp_layers)
+    if ahead:
+        verdict.mtp_not_compared = why_not_played(held) or why_not_played(take_inventory(output))
+    mtp = ahead and verdict.mtp_not_compared is None
+    source = load_model(held.checkpoint, record, memory=memory, device=device, dtype=dtype, config_overrides=overrides, mtp=mtp)
+    pruned = load_model(output, record, memory=memory, device=device, dtype=dtype, mtp=mtp)
+    experts = {entry.layer: entry.num_experts for entry in plan.layers}
+    masks = masked(source, plan.kept, experts)
     with merged(source, plan, held), masks, progress.task("verify", len(source.layers), "layers") as advance:
         _compare_forwards(source, pruned, batches, verdict, advance)
     if plan.skip is not None:
@@ -166,7 +175,8 @@ def _compare_forwards(
 
     def compare(layer: int, number: int, output: Any) -> None:
         theirs, hidden = reference.pop(number), hidden_of(output)
-        rows = batches[number].mask.to(hidden.device)
+        mask = batches[number].mask
+        rows = (counted(mask) if layer >= source.depth else mask).to(hidden.device)
         a, b = theirs[rows].float(), hidden[rows].float()
         row["difference"] = max(row["difference"], _largest(a - b))
         row["scale"] = max(row["scale"], _largest(a))

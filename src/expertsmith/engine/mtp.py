@@ -1,0 +1,157 @@
+"""Multi-token prediction: one decoder layer more, which is given the next token's embedding along with the last layer's output.
+
+    x_i = W [embedding_norm(e(t_{i+1})); hidden_norm(final_norm(h_i))],   h'_i = layer(x)_i
+
+with h the output of the last decoder layer, e the embedding and t the tokens, at the positions i of the trunk (DeepSeek-V3, section 2.2; GLM-4.5;
+Qwen3-Next). transformers 5.23 has no class that runs it, but its decoder layer is one of the model's own: a config with one layer more builds
+it, and what stands before it is three small weights. A place without a next token (the last of a sequence) does not count.
+
+vLLM sets the embedding at position 0 to zero, which the papers do not; so is not done here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from expertsmith.checkpoint import Checkpoint
+from expertsmith.inventory import Inventory
+
+PARTS = ("embedding_norm", "hidden_norm", "projection")
+LAYOUTS: tuple[Mapping[str, str], ...] = (  # how the names of the parts end, below "layers.N." or "mtp."
+    {  # DeepSeek-V3, GLM-4.5, and their like
+        "embedding_norm": "enorm.weight",
+        "hidden_norm": "hnorm.weight",
+        "projection": "eh_proj.weight",
+        "embedding": "embed_tokens.weight",
+    },
+    {  # Qwen3-Next, Qwen3.5
+        "embedding_norm": "pre_fc_norm_embedding.weight",
+        "hidden_norm": "pre_fc_norm_hidden.weight",
+        "projection": "fc.weight",
+        "embedding": "embed_tokens.weight",
+    },
+)
+OUTSIDE = ("shared_head.", "norm.weight", "lm_head.")  # what makes tokens of the layer's output: not needed for its experts
+LONGER = {"layer_types": "full_attention", "mlp_layer_types": "sparse"}  # lists of a config, one entry a decoder layer
+
+
+def parts_of(inventory: Inventory) -> dict[str, str]:
+    """Part → tensor name of what stands before the multi-token-prediction layer; empty where the names are not known."""
+    names = [claim.info.name for claim in inventory.claims if claim.mtp]
+    for layout in LAYOUTS:
+        found = {part: [name for name in names if name.endswith("." + end)] for part, end in layout.items()}
+        if all(len(found[part]) == 1 for part in PARTS):
+            return {part: held[0] for part, held in found.items() if len(held) == 1}
+    return {}
+
+
+def why_not_played(inventory: Inventory) -> str | None:
+    """Why the multi-token-prediction layers with experts cannot be run, or None: they can, or there are none."""
+    layers = inventory.mtp_layers
+    if not layers:
+        return None
+    if inventory.architecture.no_class:
+        return inventory.architecture.no_class
+    if len(layers) > 1 or layers != [inventory.num_layers]:
+        return f"there are {len(layers)} such layers, and only one right after the last decoder layer can be run"
+    if not parts_of(inventory):
+        return "what stands before its decoder layer has names that are not known"
+    if inventory.overrides:
+        return "config.json gives decoder layers numbers of experts of their own, and none for this one"
+    return None
+
+
+def lengthen(inner: Any, layers: int) -> None:
+    """Give a transformers text config `layers` decoder layers more, with full attention and experts."""
+    depth = inner.num_hidden_layers
+    for key, value in LONGER.items():
+        held = getattr(inner, key, None)
+        if isinstance(held, list) and len(held) == depth:
+            setattr(inner, key, held + [value] * layers)
+    inner.num_hidden_layers = depth + layers
+
+
+def known_names(inventory: Inventory) -> dict[str, str | None]:
+    """Tensor of multi-token prediction → its name as one of a further decoder layer; None: it has no place in one."""
+    first = next(claim for claim in inventory.claims if claim.layer is not None and not claim.mtp)
+    prefix = first.info.name.removesuffix(f"{first.layer}.{first.rest}")
+    outside = {*parts_of(inventory).values()}
+    return {
+        claim.info.name: f"{prefix}{claim.layer}.{claim.rest}"
+        if claim.layer in inventory.mtp_layers and claim.info.name not in outside and not claim.rest.startswith(OUTSIDE)
+        else None
+        for claim in inventory.claims
+        if claim.mtp
+    }
+
+
+@dataclass
+class Ahead:
+    """What stands before the multi-token-prediction layer, with its weights."""
+
+    embedding: Any
+    final_norm: Any
+    embedding_norm: Any
+    hidden_norm: Any
+    projection: torch.Tensor  # [hidden, 2 hidden]
+
+    def __call__(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's input [rows, length, hidden] from the token ids and the last decoder layer's output."""
+        following = self.embedding(torch.roll(input_ids, -1, dims=1))
+        both = torch.cat((self.embedding_norm(following), self.hidden_norm(self.final_norm(hidden))), dim=-1)
+        return nn.functional.linear(both, self.projection)
+
+
+def ahead_of(
+    module: Any, layers: str, weights: Checkpoint, inventory: Inventory, device: torch.device, dtype: torch.dtype
+) -> Ahead:
+    """`Ahead` of a built model whose decoder layers stand at `layers`.
+
+    The embedding is the model's own where the checkpoint's copy of it is the same, or where it has none.
+    """
+    parts = parts_of(inventory)
+    final_norm = module.get_submodule(layers.rpartition(".")[0]).norm
+
+    def read(part: str) -> torch.Tensor:
+        return weights.read(parts[part]).to(device=device, dtype=dtype)
+
+    def norm(part: str) -> Any:
+        made = copy.deepcopy(final_norm)
+        made.weight = nn.Parameter(
+            weights.read(parts[part]).to(device=device, dtype=final_norm.weight.dtype), requires_grad=False
+        )
+        return made
+
+    embedding = module.get_input_embeddings()
+    if "embedding" in parts and not _same(weights, parts["embedding"], embedding.weight):
+        embedding = copy.deepcopy(embedding)
+        embedding.weight = nn.Parameter(read("embedding"), requires_grad=False)
+    return Ahead(embedding, final_norm, norm("embedding_norm"), norm("hidden_norm"), read("projection"))
+
+
+def _same(weights: Checkpoint, name: str, held: torch.Tensor, rows: int = 4096) -> bool:
+    """Whether a tensor of the checkpoint has the values that are loaded, looked at in parts."""
+    if weights.tensors[name].shape != tuple(held.shape):
+        return False
+    return all(
+        torch.equal(weights.read(name, first, min(first + rows, len(held))).to(held), held[first : first + rows])
+        for first in range(0, len(held), rows)
+    )
+
+
+def counted(mask: torch.Tensor) -> torch.Tensor:
+    """Which places of a batch have a next token [rows, length], bool."""
+    following = torch.zeros_like(mask)
+    following[:, :-1] = mask[:, 1:]
+    return mask & following
+
+
+def shortened(lengths: Sequence[int]) -> list[int]:
+    """Tokens of sequences that have a next one."""
+    return [max(0, length - 1) for length in lengths]

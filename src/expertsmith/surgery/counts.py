@@ -1,0 +1,31 @@
+"""How many experts a plan leaves in a checkpoint's layers, and whether its multi-token prediction stays."""
+
+from __future__ import annotations
+
+from expertsmith.inventory import Inventory
+from expertsmith.plan import Plan
+
+
+def counts_of(plan: Plan) -> dict[int, int]:
+    """Layer → experts that stay."""
+    return {entry.layer: len(entry.keep) for entry in plan.layers}
+
+
+def trunk_counts(plan: Plan) -> dict[int, int]:
+    """`counts_of` the decoder layers, without multi-token prediction."""
+    return {entry.layer: len(entry.keep) for entry in plan.layers if not entry.mtp}
+
+
+def changes(plan: Plan, inventory: Inventory) -> bool:
+    """Whether any expert goes."""
+    return any(count != inventory.experts_in(layer) for layer, count in counts_of(plan).items())
+
+
+def drops_mtp(plan: Plan, inventory: Inventory) -> bool:
+    """Whether the source has multi-token prediction that the output has not."""
+    return inventory.has_mtp and (plan.mtp == "drop" or (plan.mtp is None and changes(plan, inventory)))
+
+
+def size_after(plan: Plan, inventory: Inventory) -> tuple[int, int]:
+    """(parameters, bytes) of the output."""
+    return inventory.size(counts_of(plan), mtp=not drops_mtp(plan, inventory))
