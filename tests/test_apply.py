@@ -180,29 +180,6 @@ def test_expert_groups_stay_equal_or_are_flattened(model_type, checkpoints, tmp_
     assert api.verify(source, tmp_path / "flat", tokens=128, device="cpu").passed
 
 
-@pytest.mark.parametrize(("model_type", "names"), [("deepseek_v3", "model.layers.3."), ("qwen3_next", "mtp.layers.0.")])
-def test_multi_token_prediction_layers(model_type, names, checkpoints, tmp_path):
-    """Kept by keep-all; left out, and switched off in the config, when experts go: they have experts of their own."""
-    source = tmp_path / "source"
-    shutil.copytree(checkpoints(model_type), source)
-    tensors = load_file(source / "model.safetensors")
-    extra = {f"{names}mlp.experts.{e}.up_proj.weight": torch.randn(4, 4) for e in range(8)} | {
-        f"{names}mlp.gate.weight": torch.randn(8, 32)
-    }
-    save_file({**tensors, **extra}, source / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    config["num_nextn_predict_layers"] = 1
-    (source / "config.json").write_text(json.dumps(config))
-    api.apply(source, api.plan(source, "random", 8), tmp_path / "all")
-    assert set(extra) <= set(open_checkpoint(tmp_path / "all").tensors)
-    assert json.loads((tmp_path / "all" / "config.json").read_text())["num_nextn_predict_layers"] == 1
-    notes = api.apply(source, api.plan(source, "random", 4), tmp_path / "half")
-    assert any("multi-token-prediction" in note for note in notes)
-    assert not set(extra) & set(open_checkpoint(tmp_path / "half").tensors)
-    assert json.loads((tmp_path / "half" / "config.json").read_text())["num_nextn_predict_layers"] == 0
-    assert api.verify(source, tmp_path / "half", tokens=64, device="cpu").passed
-
-
 def test_global_budget_is_planned_and_its_unequal_counts_are_refused(checkpoints, data, tmp_path):
     from conftest import CALIBRATION
 
