@@ -413,3 +413,26 @@ def test_dequantise_treats_code_as_apply_does(model_type, tmp_path):
     assert came >= {"processing_foo.py", "tokenization_foo.py"}
     assert report["notes"]
     assert ("auto_map" in after) == (model_type == "foo_moe") == ("modeling_foo.py" in came)
+
+
+def test_a_recipe_treats_a_model_as_another(sources, data, tmp_path):
+    from expertsmith.recipe import load_recipe, run_recipe
+
+    source, as_type = sources["foo_moe"]
+    steps = {
+        "model": str(source),
+        "as": as_type,
+        "device": "cpu",
+        "calibrate": {"data": data, "out": str(tmp_path / "stats"), "seq_len": 24, "pack": False},
+        "plan": {"method": "reap", "keep": 4, "out": str(tmp_path / "plan.json")},
+        "apply": {"out": str(tmp_path / "out")},
+        "verify": {},
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(steps))
+    assert run_recipe(load_recipe(tmp_path / "r.yaml"))["verify"].passed
+    (tmp_path / "r.yaml").write_text(json.dumps({**steps, "revision": "main"}))
+    with pytest.raises(UserError, match="not a model of the hub"):
+        run_recipe(load_recipe(tmp_path / "r.yaml"))
+    (tmp_path / "r.yaml").write_text(json.dumps({**steps, "convert": {"method": "cmoe", "out": str(tmp_path / "c")}}))
+    with pytest.raises(UserError, match="as: convert"):
+        load_recipe(tmp_path / "r.yaml")

@@ -270,9 +270,14 @@ class Compare(_Step):
 
 
 class Recipe(_Step):
-    """A whole job: convert → calibrate → analyze → plan → apply → verify → evaluate → skip → heal → compare; stages that are left out are skipped."""
+    """A whole job: convert → calibrate → analyze → plan → apply → verify → evaluate → skip → heal → compare; stages that are left out are skipped.
+
+    `revision` and `as` are the options `--revision` and `--as` of every command.
+    """
 
     model: str
+    revision: str | None = None
+    as_type: str | None = Field(None, alias="as")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     memory: Literal["auto", "resident", "stream"] = "auto"
@@ -326,6 +331,8 @@ def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
     for name, section in there.items():
         if isinstance(section, Mapping) and isinstance(section.get("out"), str):
             outs.setdefault(section["out"], []).append(name)
+    if sections.get("as") and "convert" in there:
+        faults.append("as: convert makes a dense model into one of a family that is known, so there is nothing to treat as another")
     faults += [f"{' and '.join(names)} have the same out, {out}" for out, names in outs.items() if len(names) > 1]
     if not there.keys() & WORK:
         faults.append(f"nothing to do: add {', '.join(sorted(WORK))}")
@@ -363,8 +370,9 @@ def load_recipe(path: str | Path) -> Recipe:
 
 def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
     """Run the sections in order; returns what each made, by section, and as `evaluate_healed` the quality after healing."""
-    from expertsmith import api
     from expertsmith.calibration.spec import refuse_missing
+    from expertsmith.checkpoint.hub import pinned
+    from expertsmith.opening import opened_as
 
     sections = [getattr(recipe, name) for name in Recipe.model_fields]
     refuse_missing([spec for section in sections for key in ("data", "eval_data") for spec in getattr(section, key, ())])
@@ -373,10 +381,18 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
             from expertsmith.evaluation import tasks
 
             tasks.refuse_missing(asking.task_path)
+    model = str(pinned(recipe.model, recipe.revision))
+    with opened_as(model, recipe.as_type):
+        return _run(recipe, model, progress)
+
+
+def _run(recipe: Recipe, model: str, progress: Progress | None) -> dict[str, Any]:
+    from expertsmith import api
+
     results: dict[str, Any] = {}
     where: dict[str, Any] = {"device": recipe.device, "memory": recipe.memory, "progress": progress}
     run: dict[str, Any] = {**where, "dtype": recipe.dtype}
-    model, stats = recipe.model, recipe.calibrate.out if recipe.calibrate else None
+    stats = recipe.calibrate.out if recipe.calibrate else None
     if recipe.convert:
         asked = recipe.convert.model_dump()
         results["convert"] = api.convert(
