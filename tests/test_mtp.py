@@ -124,16 +124,43 @@ def test_the_layer_is_given_the_formula(model_type, memory, sources):
     assert float((outputs.logits - stock).abs().max()) <= 1e-5 * float(stock.abs().max())
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe"])
+def test_the_layer_gives_what_transformers_gives(model_type, sources):
+    """`MtpModel`, which drafts tokens in transformers 5.23, on the same sequence."""
+    import transformers
+    from transformers.cache_utils import MtpCache
+    from transformers.modeling_layers import MtpModel
+
+    source, model = sources(model_type)
+    main = transformers.AutoModelForCausalLM.from_pretrained(source)
+    main._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{DEPTH}\..*"]  # it knows the numbers of published models only
+    drafts = MtpModel.from_pretrained(main).eval()
+    ids = torch.randint(3, 120, (1, 12), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        hidden = main(ids[:, :-1], output_hidden_states=True, use_cache=False).hidden_states[-1]
+        places = torch.arange(1, 12)[None]
+        theirs = drafts.forward_layer(0, hidden, places, MtpCache(config=main.config.get_mtp_config()), input_ids=ids[:, 1:])
+    mine = outputs_of(load_model(open_checkpoint(source), families()[model_type], dtype="float32", mtp=True), ids)[DEPTH]
+    normed = rms(mine, model.parts["norm"], main.config.rms_norm_eps, 0.0)[:, :-1]
+    assert float((normed - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+
+
+def outputs_of(loaded, ids: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Layer → what it returns."""
+    found = {}
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), "a", list(range(len(ids))))
+    with Walk(loaded, [batch], after=lambda layer, number, output: found.update({layer: hidden_of(output)})) as walk:
+        for _ in walk.layers():
+            pass
+    return found
+
+
 def test_an_embedding_of_its_own_is_used(tmp_path):
     model = save_with_mtp("deepseek_v3", tmp_path / "m", own_embedding=True)
     ids = torch.randint(3, 120, (1, 8), generator=torch.Generator().manual_seed(9))
     _, out, _ = played("deepseek_v3", model, ids)
     loaded = load_model(open_checkpoint(tmp_path / "m"), families()["deepseek_v3"], dtype="float32", mtp=True)
-    found = {}
-    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), "a", [0])
-    with Walk(loaded, [batch], after=lambda layer, number, output: found.update({layer: hidden_of(output)})) as walk:
-        for _ in walk.layers():
-            pass
+    found = outputs_of(loaded, ids)
     assert float((found[DEPTH] - out)[:, :-1].abs().max()) <= 1e-5 * float(out.abs().max())
 
 

@@ -332,7 +332,9 @@ def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
         if isinstance(section, Mapping) and isinstance(section.get("out"), str):
             outs.setdefault(section["out"], []).append(name)
     if sections.get("as") and "convert" in there:
-        faults.append("as: convert makes a dense model into one of a family that is known, so there is nothing to treat as another")
+        faults.append(
+            "as: convert makes a dense model into one of a family that is known, so there is nothing to treat as another"
+        )
     faults += [f"{' and '.join(names)} have the same out, {out}" for out, names in outs.items() if len(names) > 1]
     if not there.keys() & WORK:
         faults.append(f"nothing to do: add {', '.join(sorted(WORK))}")

@@ -3,10 +3,11 @@
     x_i = W [embedding_norm(e(t_{i+1})); hidden_norm(final_norm(h_i))],   h'_i = layer(x)_i
 
 with h the output of the last decoder layer, e the embedding and t the tokens, at the positions i of the trunk (DeepSeek-V3, section 2.2; GLM-4.5;
-Qwen3-Next). transformers 5.23 has no class that runs it, but its decoder layer is one of the model's own: a config with one layer more builds
-it, and what stands before it is three small weights. A place without a next token (the last of a sequence) does not count.
+Qwen3-Next). Its decoder layer is one of the model's own: a config with one layer more builds it, streams it and masks it as the others, and what
+stands before it is three small weights. transformers' own `MtpModel` drafts tokens for one sequence, and gives the same layer outputs
+(tests/test_mtp.py). A place without a next token (the last of a sequence) does not count.
 
-vLLM sets the embedding at position 0 to zero, which the papers do not; so is not done here.
+vLLM sets the embedding at position 0 to zero, which the papers and transformers do not; so is not done here.
 """
 
 from __future__ import annotations
@@ -62,18 +63,20 @@ def why_not_played(inventory: Inventory) -> str | None:
         return f"there are {len(layers)} such layers, and only one right after the last decoder layer can be run"
     if not parts_of(inventory):
         return "what stands before its decoder layer has names that are not known"
+    if inventory.config.get("mtp_hidden_states_first"):
+        return "config.json puts the hidden state before the embedding (mtp_hidden_states_first), which no layer with experts is known to have"
     if inventory.overrides:
         return "config.json gives decoder layers numbers of experts of their own, and none for this one"
     return None
 
 
 def lengthen(inner: Any, layers: int) -> None:
-    """Give a transformers text config `layers` decoder layers more, with full attention and experts."""
+    """Give a transformers text config `layers` decoder layers more: with experts, and with the attention that it names for them, or full."""
     depth = inner.num_hidden_layers
     for key, value in LONGER.items():
-        held = getattr(inner, key, None)
+        held, own = getattr(inner, key, None), getattr(inner, f"mtp_{key}", None)
         if isinstance(held, list) and len(held) == depth:
-            setattr(inner, key, held + [value] * layers)
+            setattr(inner, key, held + (list(own) if own and len(own) == layers else [value] * layers))
     inner.num_hidden_layers = depth + layers
 
 
