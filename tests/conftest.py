@@ -32,12 +32,15 @@ def random_model(model_type: str, **overrides: object) -> torch.nn.Module:
     transformers.logging.disable_progress_bar()
     record = families()[model_type]
     config = transformers.CONFIG_MAPPING[model_type](**{**record.tiny, **overrides})
-    auto = transformers.AutoModelForCausalLM
     if record.composite:  # the published class of the whole, with a tiny vision tower
-        whole = transformers.CONFIG_MAPPING[record.composite]
-        config, auto = whole(text_config=config.to_dict(), **record.tiny_parts), transformers.AutoModelForImageTextToText
+        whole, parts = transformers.CONFIG_MAPPING[record.composite], dict(record.tiny_parts)
+        if "thinker_config" in parts:
+            parts["thinker_config"] = {**parts["thinker_config"], "text_config": config.to_dict()}
+        else:
+            parts["text_config"] = config.to_dict()
+        config = whole(**parts)
     torch.manual_seed(0)
-    model = auto.from_config(config).eval()
+    model = auto_of(config).from_config(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in model.state_dict().values():
@@ -104,15 +107,28 @@ def logits(path: Path, **kwargs: object) -> torch.Tensor:
     """What plain transformers computes for some ids, in float32."""
     ids = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        return auto_class(path).from_pretrained(path, **kwargs)(ids).logits.float()
+        return loaded_plainly(path, **kwargs)(ids).logits.float()
+
+
+def loaded_plainly(path: Path, **kwargs: object) -> torch.nn.Module:
+    """The model as a user of transformers has it, from which an omni model's thinker is taken: the whole has no forward."""
+    model = auto_class(path).from_pretrained(path, **kwargs).eval()
+    return getattr(model, "thinker", model)
 
 
 def auto_class(path: Path):
     """The Auto class that a user would load a checkpoint with."""
     import transformers
 
-    composite = "text_config" in json.loads((path / "config.json").read_text())
-    return transformers.AutoModelForImageTextToText if composite else transformers.AutoModelForCausalLM
+    return auto_of(transformers.AutoConfig.from_pretrained(path))
+
+
+def auto_of(config: object):
+    """The first Auto class that has a model for a config."""
+    import transformers
+
+    names = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    return next(auto for auto in (getattr(transformers, name) for name in names) if type(config) in auto._model_mapping)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import CALIBRATION, COMPOSITES, SUPPORTED, auto_class
+from conftest import CALIBRATION, COMPOSITES, SUPPORTED, loaded_plainly
 from expertsmith import api
 from expertsmith.arch import config_first, families, text_config
 from expertsmith.calibration.stats import layer_path, load_statistics
@@ -393,7 +393,7 @@ def test_observing_does_not_change_the_model(model_type, checkpoints, data, tmp_
 
 def logits(path: Path, ids: torch.Tensor | None = None) -> torch.Tensor:
     """What plain transformers computes from a checkpoint."""
-    model = auto_class(path).from_pretrained(path).eval()
+    model = loaded_plainly(path)
     ids = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0)) if ids is None else ids
     with torch.no_grad():
         return model(ids).logits.float()

@@ -47,10 +47,12 @@ def _records() -> dict[str, Architecture]:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config: multi-modal configs keep it under `text_config`, omni ones under `thinker_config.text_config`."""
+    """The language model's part of a config: multi-modal configs keep it under `text_config` (old ones of Nemotron under `llm_config`), omni ones
+    under `thinker_config.text_config`."""
     thinker = config.get("thinker_config")
-    inner = (thinker if isinstance(thinker, Mapping) else config).get("text_config")
-    return inner if isinstance(inner, Mapping) else config
+    whole = thinker if isinstance(thinker, Mapping) else config
+    found = (whole.get(key) for key in ("text_config", "llm_config"))
+    return next((inner for inner in found if isinstance(inner, Mapping)), config)
 
 
 def record_of(config: Mapping[str, Any]) -> Architecture | None:

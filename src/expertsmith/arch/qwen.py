@@ -151,4 +151,47 @@ FAMILIES = (
             },
         ),
     ),
+    Architecture(
+        model_type="qwen3_omni_moe_text",
+        title="Qwen3-Omni-MoE (Qwen3-Omni-30B-A3B-Instruct)",
+        notes="The thinker runs inside its published class, on text; the talker, which has experts of its own, and all tensors of vision and sound "
+        "and processor files are copied as they are.",
+        composite="qwen3_omni_moe",
+        text_prefix="thinker.",
+        experts_key=("num_experts", "num_local_experts"),
+        stacked=STACKED,
+        uneven=WHOLE_ONLY,
+        tiny_parts={
+            "thinker_config": {
+                "vision_config": VISION_TINY["vision_config"],
+                "audio_config": {
+                    "d_model": 16,
+                    "encoder_layers": 1,
+                    "encoder_attention_heads": 2,
+                    "encoder_ffn_dim": 24,
+                    "num_mel_bins": 16,
+                    "output_dim": 32,
+                    "downsample_hidden_size": 8,
+                },
+                "image_token_id": 124,
+                "video_token_id": 125,
+                "audio_token_id": 126,
+                "vision_start_token_id": 122,
+                "vision_end_token_id": 123,
+                "audio_start_token_id": 120,
+            },
+            "enable_audio_output": False,
+        },
+        tiny=dict(
+            BASE,
+            num_key_value_heads=2,
+            head_dim=8,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 1, 1],
+                "interleaved": True,
+            },
+        ),
+    ),
 )

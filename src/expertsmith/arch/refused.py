@@ -2,6 +2,11 @@
 
 from expertsmith.arch.base import Architecture
 
+ERNIE_VL = (
+    "it has experts for text and experts for images in one list, and transformers builds as many of the one kind as of the other, so text experts "
+    "cannot go alone, and text does not show which of the image experts could"
+)
+
 FAMILIES = (
     Architecture(
         model_type="jetmoe",
@@ -16,5 +21,17 @@ FAMILIES = (
         status="refused",
         notes="its experts are single neurons (two embedding rows each) that product keys choose: an expert's number stands "
         "for a pair of keys, and each key serves sqrt(num_experts) experts, so no router row belongs to one expert alone",
+    ),
+    Architecture(
+        model_type="ernie4_5_vl_moe",
+        title="ERNIE 4.5 VL (baidu/ERNIE-4.5-VL-28B-A3B-PT)",
+        status="refused",
+        notes=ERNIE_VL,
+    ),
+    Architecture(
+        model_type="ernie4_5_moe_vl",
+        title="ERNIE 4.5 VL, as it is published",
+        status="refused",
+        notes=ERNIE_VL,
     ),
 )

@@ -98,7 +98,12 @@ def read_config(path: str | Path, **where: Any) -> Any:
     if record is not None and record.runs_as is not None:
         return _as_family(path, held, record.runs_as)
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
+        read = AutoConfig.from_pretrained(path, trust_remote_code=False, **where)
+        thinker = getattr(read, "thinker_config", None)
+        if thinker is None:
+            return read
+        thinker.name_or_path = str(path)  # an omni model speaks too, and has no forward: its thinker has
+        return thinker
     except Exception as error:  # strict config classes raise validation errors of their own
         if "Validation" not in type(error).__name__:
             raise
@@ -156,13 +161,13 @@ def stock_class(config: Any) -> Any:
     Raises:
         UserError: transformers has none.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.auto_factory import _get_model_class
 
-    try:
-        return _get_model_class(config, AutoModelForCausalLM._model_mapping)
-    except KeyError:
-        raise UserError(f"transformers has no causal LM for {type(config).__name__}") from None
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):  # Mistral 4's causal LM is under the latter only
+        if type(config) in auto._model_mapping:
+            return _get_model_class(config, auto._model_mapping)
+    raise UserError(f"transformers has no causal LM for {type(config).__name__}")
 
 
 def has_pruned_attention(config: Any) -> bool:

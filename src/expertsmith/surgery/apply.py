@@ -299,6 +299,10 @@ def apply_plan(
     notes = list(plan.notes)
     if decoded:
         notes.append("the source is quantised, and merged experts are not: all weights were decoded, and are bfloat16 here")
+    if plan.calibration and text_config(inventory.checkpoint.config) is not inventory.checkpoint.config:
+        notes.append(
+            "the calibration data are text: experts that serve images or sound were judged by text alone, so measure those too"
+        )
     if drops_mtp(plan, inventory):
         count = sum(claim.mtp for claim in inventory.claims)
         notes.append(f"{count} tensors of multi-token prediction were left out: engines cannot decode speculatively with them")
