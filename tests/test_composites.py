@@ -15,6 +15,8 @@ from expertsmith.arch import families, text_config
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.inventory import take_inventory
+from expertsmith.plan import parse_plan
+from expertsmith.selection import groups_of
 
 IMAGES = {"image_token_id": 124, "video_token_id": 125}
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
@@ -146,6 +148,25 @@ def test_the_language_model_is_pruned_and_nothing_else_changes(name, memory, sou
     with torch.no_grad():
         assert loaded_plainly(tmp_path / "out")(ids).logits.shape[:2] == (1, 9)
     assert int(take_inventory(open_checkpoint(tmp_path / "out")).num_experts) == 4
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_different_numbers_a_layer(name, sources, tmp_path):
+    """Refused before anything is written where the language model runs as a part of the whole only; elsewhere proved."""
+    source = sources(name)
+    inventory = take_inventory(open_checkpoint(source))
+    raw = api.plan(source, "aimer", 4).to_json()
+    last = raw["layers"][-1]
+    more = [next(e for e in group if e not in last["keep"]) for group in groups_of(inventory.rules)]
+    last["keep"] = sorted([*last["keep"], *more])
+    plan = parse_plan(raw, "the plan")
+    if name in ("dots3_note",):
+        api.apply(source, plan, tmp_path / "out")
+        assert api.verify(source, tmp_path / "out", tokens=64, device="cpu").passed
+        return
+    with pytest.raises(UserError, match="cannot hold different numbers of experts: transformers"):
+        api.apply(source, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_talker_and_a_vision_tower_with_experts_of_their_own(sources, tmp_path):

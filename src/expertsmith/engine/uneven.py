@@ -286,6 +286,13 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     return model_class.from_pretrained(path, trust_remote_code=False, **kwargs)
 
 
+def runs_as_a_whole(config: Any) -> bool:
+    """Whether a transformers config is of a composite whose language model has no causal LM of its own."""
+    from transformers import AutoModelForCausalLM
+
+    return config.get_text_config() is not config and type(config) not in AutoModelForCausalLM._model_mapping
+
+
 def causal_lm(config: Any) -> tuple[Any, Any]:
     """(what has `from_pretrained` and `from_config`, the config to give them): transformers' Auto class where one stock config serves all
     layers (of a composite without a language model of its own: that of the whole), else `custom_class` and the language model's part of the config."""

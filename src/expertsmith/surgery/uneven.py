@@ -26,15 +26,21 @@ FLOATS = {"F64": ("<d", 8, 1.7e308), "F32": ("<f", 4, 3.4e38), "F16": ("<e", 2, 
 
 
 def check_uneven(inventory: Inventory) -> None:
-    """Refuse a family whose layers cannot hold different numbers of experts.
+    """Refuse a family whose layers cannot hold different numbers of experts, and a checkpoint that runs only as a whole of several parts.
 
     Raises:
         UserError: with the reason.
     """
-    record = inventory.architecture
-    if record.uneven is not None:
+    record, why = inventory.architecture, inventory.architecture.uneven
+    if why is None and inventory.config != inventory.checkpoint.config and not is_listed(inventory):
+        from expertsmith.engine.loading import transformers_config  # torch and transformers: for this only
+        from expertsmith.engine.uneven import runs_as_a_whole
+
+        if runs_as_a_whole(transformers_config(inventory.checkpoint)):
+            why = "transformers runs this checkpoint's language model only as a part of the whole"
+    if why is not None:
         raise UserError(
-            f"the layers of a {record.model_type} model cannot hold different numbers of experts: {record.uneven}",
+            f"the layers of a {record.model_type} model cannot hold different numbers of experts: {why}",
             "keep the same number in every layer: --uniform",
         )
 
