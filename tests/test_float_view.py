@@ -122,6 +122,30 @@ def test_logits_are_those_of_the_floats(kind, family, made):
         assert (found - want).abs().max() <= 1e-5 * want.abs().max(), memory
 
 
+@every_case
+def test_load_gives_the_floats(kind, family, made):
+    """Also where transformers' own loading would run codes without their scales."""
+    import transformers
+
+    source, written = made(kind, family)
+    ids = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0))
+    model = api.load(source, dtype=torch.float32, device_map="cpu")
+    with torch.no_grad():
+        want = transformers.AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32).eval()(ids).logits
+        found = model(ids).logits
+    assert (found - want).abs().max() <= 1e-5 * want.abs().max()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_load_of_quantised_weights_takes_what_it_can_keep(made):
+    source = made(*CASES[0])[0]
+    with pytest.raises(UserError, match="attn_implementation"):
+        api.load(source, attn_implementation="eager")
+    with pytest.raises(UserError, match="on one device"):
+        api.load(source, device_map={"a": "cpu", "b": "cuda:0"})
+    assert api.load(source, dtype="bfloat16", device_map={"": "cpu"}).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(("kind", "family"), CASES[:1] + CASES[-6:])
 def test_dtype_means_what_it_says(kind, family, made):
     """A quantised model runs in the dtype that was asked for, its weights rounded once."""

@@ -352,6 +352,31 @@ def load_model(
     return loaded
 
 
+def load_decoded(
+    checkpoint: Checkpoint, architecture: Architecture | None, *, dtype: Any = "auto", device_map: Any = None, **others: Any
+) -> nn.Module:
+    """A quantised checkpoint as a plain model of `dtype` on one device, ready to run or to train.
+
+    Raises:
+        UserError: arguments that only `from_pretrained` has a use for, several devices, or as `load_model`.
+    """
+    if others:
+        raise UserError(
+            f"{checkpoint.source} is quantised and is loaded decoded, which {sorted(others)[0]} has no part in",
+            "leave it out, or write a plain checkpoint first with `expertsmith dequantise`",
+        )
+    places = set(device_map.values()) if isinstance(device_map, Mapping) else {"cpu" if device_map is None else device_map}
+    if len(places) > 1:
+        raise UserError(f"{checkpoint.source} is quantised and is loaded decoded, on one device", "give one in device_map")
+    where = next(iter(places))
+    name = str(dtype).removeprefix("torch.")
+    device = choose_device(where if isinstance(where, str) else str(torch.device(where)))
+    module = load_model(checkpoint, architecture, device=device, dtype=name).module
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return module
+
+
 def check_fits(checkpoint: Checkpoint, architecture: Architecture) -> None:
     """Build the family's class without memory, and put every tensor of the checkpoint into it by name and shape.
 
