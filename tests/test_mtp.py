@@ -410,6 +410,18 @@ def test_healing_and_skipping_leave_it_as_it_was_pruned(calibrated, tmp_path):
     assert api.verify(source, tmp_path / "skips", tokens=64, **RUN).passed
 
 
+def test_analysis_and_comparison_look_at_the_decoder_layers(sources, calibrated, tmp_path):
+    source, plan, stats, _ = calibrated("deepseek_v3")
+    data = [f"a={_data(tmp_path)}"]
+    found = api.analyze(source, tmp_path / "look", data=data, seq_len=5, device="cpu")
+    assert [row["layer"] for row in found["layers"]] == take_inventory(open_checkpoint(source)).layers
+    api.apply(source, plan, tmp_path / "half")
+    cut = api.analyze(tmp_path / "half", tmp_path / "cut", data=data, reference=source, seq_len=5, device="cpu")
+    assert cut
+    rows = api.compare(source, ["reap"], [4], data, data, tmp_path / "c", seq_len=5, samples=4, device="cpu")
+    assert rows
+
+
 def test_command_line(calibrated, tmp_path, capsys):
     source = calibrated("glm4_moe")[0]
     code, out, _ = run_cli(capsys, "inspect", source)

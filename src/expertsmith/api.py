@@ -856,6 +856,7 @@ def analyze(
         )
         if made.model.fingerprint != base.checkpoint.fingerprint:
             raise UserError(f"the plan was not made for {reference}", "give the original model of this plan as --reference")
+        made = made.of_decoder_layers()
         check_plan(made, str(reference), base.counts, inventory.counts, str(model))
         material.plan, material.reference_name = made, str(reference)
         if reference_stats is not None:
@@ -864,9 +865,11 @@ def analyze(
         material.statistics = matching_statistics(inventory, stats)
     options: dict[str, Any] = {**run, **calibration, "allow_pickle": allow_pickle, "progress": progress}
     if data and stats is None:
-        material.statistics = calibrate(model, data, target / "stats", **options)
+        material.statistics = matching_statistics(inventory, calibrate(model, data, target / "stats", **options))
     if data and base is not None and reference_stats is None:
-        material.reference = calibrate(base.checkpoint.source, data, target / "reference.stats", **options)
+        material.reference = matching_statistics(
+            base, calibrate(base.checkpoint.source, data, target / "reference.stats", **options)
+        )
     texts = {part.header["data"]["fingerprint"] for part in (material.statistics, material.reference) if part is not None}
     if len(texts) > 1:
         raise UserError(

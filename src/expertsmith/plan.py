@@ -192,6 +192,10 @@ class Plan(_Strict):
         """The number of experts every decoder layer keeps, or None where layers differ."""
         return self.counts[0] if len(set(self.counts)) == 1 else None
 
+    def of_decoder_layers(self) -> Plan:
+        """The plan without multi-token prediction."""
+        return self.model_copy(update={"layers": [entry for entry in self.layers if not entry.mtp]})
+
     def save(self, path: Path | str) -> None:
         """Write the plan; floats with the shortest digits that read back equal, one layer's lists on one line each."""
         target = Path(path)
