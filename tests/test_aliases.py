@@ -416,7 +416,7 @@ def test_dequantise_treats_code_as_apply_does(model_type, tmp_path):
 
 
 def test_a_recipe_treats_a_model_as_another(sources, data, tmp_path):
-    from expertsmith.recipe import load_recipe, run_recipe
+    from expertsmith.verbs.recipe import load_recipe, run_recipe
 
     source, as_type = sources["foo_moe"]
     steps = {

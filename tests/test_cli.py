@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from expertsmith.arch import families
 from expertsmith.calibration.stats import load_statistics
 from expertsmith.methods import methods
 from expertsmith.plan import load_plan
+from expertsmith.verbs.definition import VERBS
 
 SMALL = ["--seq-len", "24", "--no-pack", "--device", "cpu"]
 CALIBRATING = {"--data", "--samples", "--seq-len", "--seed", "--pack", "--no-pack", "--overlong", "--batch-tokens"}
@@ -234,7 +236,8 @@ def test_jobs_that_verify_exit_1_where_the_proof_fails(capsys, monkeypatch, chec
         damage(Path(out))
         return notes
 
-    monkeypatch.setattr(api, "apply", write_and_damage)
+    for place in ("recipe", "compress"):
+        monkeypatch.setattr(f"expertsmith.verbs.{place}.apply", write_and_damage)
     recipe = {
         "model": str(source), "device": "cpu", "apply": {"out": str(tmp_path / "out")}, "verify": {"tokens": 64},
         "plan": {"method": "random", "keep": 0.5, "out": str(tmp_path / "p.json")},
@@ -295,7 +298,7 @@ def test_ctrl_c_exits_130(capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "inspect", interrupted)
+    monkeypatch.setitem(VERBS, "inspect", dataclasses.replace(VERBS["inspect"], function=interrupted))
     code, out, err = run(capsys, "inspect", "here")
     assert (code, out) == (130, "")
     assert "Traceback" not in err

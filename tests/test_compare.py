@@ -302,7 +302,7 @@ def test_nothing_is_made_twice_and_changes_are_made_again(checkpoints, data, tmp
     source, judged, planned = checkpoints("mixtral"), [], []
     measure, plan = run._judged, api.plan
     monkeypatch.setattr(run, "_judged", lambda *a: judged.append(1) or measure(*a))
-    monkeypatch.setattr(api, "plan", lambda *a, **k: planned.append(a[1]) or plan(*a, **k))
+    monkeypatch.setattr("expertsmith.verbs.compare.plan", lambda *a, **k: planned.append(a[1]) or plan(*a, **k))
 
     def again(methods=("reap",), eval_data=data[:1], **more) -> tuple[int, int, dict]:
         judged.clear(), planned.clear()
@@ -384,7 +384,7 @@ def test_a_method_that_refuses_is_noted_and_the_others_go_on(checkpoints, data, 
             raise UserError("packed codes", "use another method")
         return plan(model, method, *args, **options)
 
-    monkeypatch.setattr(api, "plan", refuses)
+    monkeypatch.setattr("expertsmith.verbs.compare.plan", refuses)
     made = api.compare(checkpoints("mixtral"), ["reap", "aimer"], [0.5], data, data, tmp_path / "out", **SHAPE)
     assert made["notes"] == ["aimer-0.5: packed codes; use another method"]
     assert {row["method"] for row in all_rows(made)} == {"reap", "random:seed=0", "random:seed=1", "random:seed=2"}

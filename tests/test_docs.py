@@ -154,7 +154,7 @@ def test_the_plan_page_knows_every_part_of_a_plan():
 
 
 def test_recipes_in_the_pages_are_valid(tmp_path):
-    from expertsmith.recipe import load_recipe
+    from expertsmith.verbs.recipe import load_recipe
 
     found = [block for _, block in blocks("yaml")]
     assert found

@@ -411,7 +411,7 @@ def test_healing_and_skipping_leave_it_as_it_was_pruned(calibrated, tmp_path):
 
 
 def test_analysis_and_comparison_look_at_the_decoder_layers(sources, calibrated, tmp_path):
-    source, plan, stats, _ = calibrated("deepseek_v3")
+    source, plan, _, _ = calibrated("deepseek_v3")
     data = [f"a={_data(tmp_path)}"]
     found = api.analyze(source, tmp_path / "look", data=data, seq_len=5, device="cpu")
     assert [row["layer"] for row in found["layers"]] == take_inventory(open_checkpoint(source)).layers

@@ -21,9 +21,9 @@ from expertsmith.methods.base import Choice, Order, method
 from expertsmith.plan import Plan, load_plan
 from expertsmith.planning import Job, choose_budget, make_plan, rules_of
 from expertsmith.progress import Silent
-from expertsmith.recipe import load_recipe, run_recipe
 from expertsmith.selection import Rules
 from expertsmith.surgery.skip import is_padded
+from expertsmith.verbs.recipe import load_recipe, run_recipe
 
 NEW = ("expert_sparsity", "moeits", "hc_smoe", "m_smoe")
 SHORT = ("--seq-len", 24, "--no-pack", "--batch-tokens", 72)

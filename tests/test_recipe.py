@@ -15,8 +15,8 @@ from expertsmith.calibration import corpus
 from expertsmith.calibration.data import read_records
 from expertsmith.errors import UserError
 from expertsmith.methods import methods
-from expertsmith.recipe import Recipe, load_recipe
 from expertsmith.recipes import copy, shipped
+from expertsmith.verbs.recipe import Recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "src" / "expertsmith").rglob("*.yaml"))
 SYSTEMS = (
@@ -466,7 +466,7 @@ def test_tasks_of_a_recipe(tmp_path, monkeypatch):
     found = api.run(written(tmp_path, recipe))["evaluate"].to_json()
     assert [row["documents"] for row in found["tasks"]["rows"]] == [2, 2]
     section["task_path"] = ["nowhere"]
-    monkeypatch.setattr(api, "evaluate", lambda *_, **__: pytest.fail("refused before anything runs"))
+    monkeypatch.setattr("expertsmith.verbs.recipe.evaluate", lambda *_, **__: pytest.fail("refused before anything runs"))
     with pytest.raises(UserError, match="there is no task folder nowhere"):
         api.run(written(tmp_path, recipe))
 

@@ -35,7 +35,7 @@ ALONE = ["mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe", "gpt_oss", "dbrx", "
 UNGROUPED = (
     """afmoe deepseek_v4 gpt_oss hy_v3 inkling_text inkling2_text kolibri1 laguna lfm2_moe minimax_m2 minimax_m3_vl_text"""
 )
-GROUPED = """axk1 axk2 beam deepseek_v3 deepseek_v32 dots1 exaone_moe glm4_moe glm4_moe_lite glm_moe_dsa hy_v4 mimo_v2_flash nemotron_h
+GROUPED = """dots3_note_text axk1 axk2 beam deepseek_v3 deepseek_v32 dots1 exaone_moe glm4_moe glm4_moe_lite glm_moe_dsa hy_v4 mimo_v2_flash nemotron_h
     solar_open"""
 PADDED = {  # family → overrides of its tiny config, without which it has expert_groups
     **{model_type: {} for model_type in UNGROUPED.split()},

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType
 from typing import Any
@@ -35,11 +36,13 @@ __all__ = [*_API, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _API:
-        from expertsmith import api
-
-        return getattr(api, name)
+    if name in _API:  # by name: the verbs import this package
+        return getattr(importlib.import_module("expertsmith.api"), name)
     raise AttributeError(f"module 'expertsmith' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 class _Package(ModuleType):

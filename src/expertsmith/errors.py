@@ -17,6 +17,10 @@ class UserError(Exception):
         self.remedy = remedy
 
 
+class UsageError(UserError):
+    """Options that do not go together, or one that is missing: the command line shows how it is used."""
+
+
 PACKAGES = {  # module → the package that has it, where the names differ by more than _ and -
     "google": "protobuf",
     "PIL": "pillow",

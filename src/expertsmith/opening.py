@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from expertsmith.arch import record_of, refuse_without_class, text_config, treated_as
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory
+from expertsmith.inventory import Inventory, take_inventory
 from expertsmith.progress import Progress
 
 if TYPE_CHECKING:
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from expertsmith.engine import LoadedModel
 
 ENDLESS = 2**31  # the window of a model whose config.json names none
+
+
+def inventory_of(model: Any, allow_pickle: bool = False) -> Inventory:
+    """The experts of a checkpoint that is named, or opened already."""
+    return model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
 
 
 def window_of(config: Mapping[str, Any]) -> int:

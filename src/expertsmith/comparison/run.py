@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertsmith import api
 from expertsmith.calibration.spec import refuse_missing
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.comparison.cells import Cell, cells_of, load, parse_heal, save
@@ -42,9 +41,21 @@ class Tasks:
     scores: Callable[[LoadedModel], Mapping[str, float]]
 
 
+@dataclass(frozen=True)
+class Stages:
+    """The verbs that a comparison is made of."""
+
+    calibrate: Callable[..., Any]
+    plan: Callable[..., Plan]
+    apply: Callable[..., Any]
+    heal: Callable[..., dict[str, Any]]
+
+
 @dataclass
 class Comparison:
     """What is compared, on what, and where it goes. `shape` are the options of `calibrate` that say how text becomes sequences."""
+
+    stages: Stages
 
     inventory: Inventory
     data: Sequence[str]
@@ -112,6 +123,7 @@ def compare(
     eval_data: Sequence[str],
     out: str | Path,
     *,
+    stages: Stages,
     budgets: Sequence[str] = ("uniform",),
     heal: Sequence[str] = (),
     tasks: Sequence[str] = (),
@@ -130,7 +142,7 @@ def compare(
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """See `api.compare`."""
+    """See `verbs.compare`."""
     from expertsmith.comparison.results import together, write
 
     folder, progress = Path(out), progress or Silent()
@@ -154,7 +166,7 @@ def compare(
         "batch_tokens": batch_tokens,
     }
     where = {"device": device, "dtype": dtype, "memory": memory}
-    job = Comparison(inventory, data, eval_data, folder, cells, notes, shape, where, progress, resume, asked)
+    job = Comparison(stages, inventory, data, eval_data, folder, cells, notes, shape, where, progress, resume, asked)
     held = {cell.name: load(_result(job, cell), job.made_with(cell)) for cell in cells}
     missing = [cell for cell in cells if not _complete(held[cell.name], asked)]
     if len(missing) < len(cells):
@@ -253,7 +265,7 @@ def _plans(job: Comparison, missing: Sequence[Cell]) -> dict[str, dict[str, Any]
                 options = {"data": job.data, **job.shape, **job.where}
             place = name if method.reads == "model" else cell.contender.method.name  # weights are measured once for all ratios
             with footprint() as took:
-                made = api.plan(
+                made = job.stages.plan(
                     job.inventory,
                     method.name,
                     cell.keep,
@@ -288,7 +300,7 @@ def _statistics(job: Comparison) -> Any:
     target, everything = statistics_folder(job), any(cell.contender.method.all_outputs for cell in job.cells)
     options = {"all_outputs": everything, "resume": job.resume, "progress": job.progress, **job.shape, **job.where}
     with footprint() as took:
-        made = api.calibrate(job.inventory.checkpoint.source, job.data, target, **options)
+        made = job.stages.calibrate(job.inventory.checkpoint.source, job.data, target, **options)
     mark, made_with = target.with_suffix(".json"), {"model": job.inventory.checkpoint.fingerprint, "data": job.text}
     if load(mark, made_with) is None:  # else a finished pass was only read
         save(mark, made_with, {"calibration": took})
@@ -325,7 +337,7 @@ def _heal(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any], 
         assert cell.heal is not None
         name, options = parse_heal(cell.heal)
         made, written, healed = load_plan(_plan_file(job, cell)), job.folder / WORK / "unhealed", job.folder / WORK / cell.name
-        api.apply(job.inventory, made, written, overwrite=True, progress=job.progress)
+        job.stages.apply(job.inventory, made, written, overwrite=True, progress=job.progress)
         shape, run = job.shape, {key: job.where[key] for key in ("device", "memory")}
         with footprint() as took:
             job_options: dict[str, Any] = {
@@ -334,7 +346,7 @@ def _heal(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any], 
                 "resume": job.resume,
                 "progress": job.progress,
             }
-            report = api.heal(written, source, job.data, healed, method=name, **job_options, **shape, **run)
+            report = job.stages.heal(written, source, job.data, healed, method=name, **job_options, **shape, **run)
         student = _open(job, take_inventory(open_checkpoint(healed)))
         found = _judged(job, student, _open(job, job.inventory))
         _finish(job, cell, made, planned, held, {**found, "healing": {**took, "accepted": report["accepted"]}})

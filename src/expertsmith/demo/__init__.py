@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from expertsmith import api
+from expertsmith import api, show
 from expertsmith.errors import UserError
 from expertsmith.plan import Plan
 from expertsmith.progress import Progress, Silent
+from expertsmith.verbs.definition import MORE, Opt, verb
 
 if TYPE_CHECKING:
     from expertsmith.calibration.stats import Statistics
@@ -25,6 +27,31 @@ CALIBRATION_SEQUENCES = 24
 EVALUATION_SEQUENCES = 24
 PROBED = 256  # tokens a domain on which all experts run
 MARK = "expertsmith-demo.json"
+
+
+def _show(result: Any, given: Mapping[str, Any]) -> None:
+    names, target = result["domains"], result["target"]
+    heads = (f"{name}\nperplexity" for name in names)
+    table = show.table_of("kept experts", *heads, "verify", title=f"Half of the experts, chosen for {target}")
+    for row in result["rows"]:
+        values = {name: f"{row['perplexity'][name]:.1f}" for name in names}
+        cells = (f"[bold]{value}[/bold]" if name == target else value for name, value in values.items())
+        table.add_row(row["label"], *cells, row["verify"])
+    show.line(table)
+    show.line(show.escape(result["summary"]))
+    show.line(f"[bold]{show.escape(result['report'])}[/bold]")
+    show.line(f"[bold]{show.escape(result['analysis'])}[/bold]  (what the experts do)")
+
+
+@verb(MORE, show=_show)
+def demo(
+    out: Annotated[str | Path, Opt("Folder for the report and the checkpoints.", "--out", "-o", kind=Path)] = Path(
+        "demo-output"
+    ),
+    progress: Annotated[Progress | None, Opt("")] = None,
+) -> dict[str, Any]:
+    """Run the whole flow on a small model that comes with the package: offline, under a minute on two cores."""
+    return run_demo(Path(out), progress)
 
 
 def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:

@@ -162,12 +162,22 @@ def stock_class(config: Any) -> Any:
         UserError: transformers has none.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.auto_factory import _get_model_class
 
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):  # Mistral 4's causal LM is under the latter only
-        if type(config) in auto._model_mapping:
-            return _get_model_class(config, auto._model_mapping)
+        found = _own_class(auto, config)
+        if found is not None:
+            return found
     raise UserError(f"transformers has no causal LM for {type(config).__name__}")
+
+
+def _own_class(auto: Any, config: Any) -> Any | None:
+    """transformers' own class for a config, or None. Code of a checkpoint that was loaded in this process before is registered too."""
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    if type(config) not in auto._model_mapping:
+        return None
+    found = _get_model_class(config, auto._model_mapping)
+    return found if found.__module__.startswith("transformers.") else None
 
 
 def has_pruned_attention(config: Any) -> bool:
@@ -290,7 +300,7 @@ def runs_as_a_whole(config: Any) -> bool:
     """Whether a transformers config is of a composite whose language model has no causal LM of its own."""
     from transformers import AutoModelForCausalLM
 
-    return config.get_text_config() is not config and type(config) not in AutoModelForCausalLM._model_mapping
+    return config.get_text_config() is not config and _own_class(AutoModelForCausalLM, config) is None
 
 
 def causal_lm(config: Any) -> tuple[Any, Any]:
@@ -300,7 +310,7 @@ def causal_lm(config: Any) -> tuple[Any, Any]:
 
     if not is_uneven(config) and not has_pruned_attention(config):
         for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-            if type(config) in auto._model_mapping:
+            if _own_class(auto, config) is not None:
                 return auto, config
         return AutoModelForCausalLM, config  # which says what is wrong
     inner, whole = config.get_text_config(), getattr(config, "quantization_config", None)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of
-from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import Quality, add_batch
 from expertsmith.healing.experts import LayerExperts, Routed, Skip, Tapped
+from expertsmith.healing.halted import SMALL, Halted
 from expertsmith.healing.least_squares import Problem, solve
 from expertsmith.healing.options import LayerLocal, LeastSquares
 from expertsmith.healing.refine import refine
@@ -30,42 +30,8 @@ from expertsmith.inventory import Inventory
 from expertsmith.progress import Progress
 
 DOWN = ("down",)
-SMALL = 1e-12
 LOOK, SOLVE, REFINE = 0.1, 0.2, 0.6  # shares of a layer's time, for the bar
 ALL = ("router", "gate", "up", "down")
-
-
-@dataclass
-class Halted:
-    """A layer at which all batches stand: its experts, and for every batch its call, target, and the tokens that count and are held out
-    ([rows, length] bool)."""
-
-    index: int
-    experts: LayerExperts
-    calls: list[Call]
-    targets: list[torch.Tensor]
-    masks: list[torch.Tensor]
-    held: list[torch.Tensor]
-
-    def error(self, output: Any, number: int) -> torch.Tensor:
-        """Target minus output, 0 at tokens that do not count."""
-        hidden = hidden_of(output)
-        target, mask = self.targets[number], self.masks[number]
-        if hidden.shape != target.shape:
-            raise UserError(
-                f"decoder layer {self.index} of the student puts out {list(hidden.shape)}, that of the teacher {list(target.shape)}",
-                "give the model that the student was made from",
-            )
-        return (target.to(hidden.dtype) - hidden) * mask.reshape(*mask.shape, *(1 for _ in hidden.shape[2:])).to(hidden.dtype)
-
-    def share(self, output: Any, number: int, chosen: torch.Tensor) -> torch.Tensor:
-        """Sum over the tokens `chosen` ([rows, length] bool) of ||target - output||^2 / ||target||^2."""
-        wrong, target = (value[chosen].float() for value in (self.error(output, number), self.targets[number]))
-        return (wrong.flatten(1).square().sum(1) / target.flatten(1).square().sum(1).clamp_min(SMALL)).sum()
-
-    def held_error(self, output: Any, number: int) -> float:
-        """`share` of the held-out tokens."""
-        return float(self.share(output, number, self.held[number]))
 
 
 @dataclass

@@ -8,18 +8,16 @@ start is one of the candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from expertsmith.healing.halted import Halted
 from expertsmith.healing.options import LayerLocal
 from expertsmith.healing.written import trainable_router
 from expertsmith.inventory import Inventory
 from expertsmith.surgery.merge import router_tensor
-
-if TYPE_CHECKING:
-    from expertsmith.healing.layerwise import Halted
 
 RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # tried from the highest down, until one is worse than the one before it
 TRIAL = 5  # a trial of a learning rate has one step for so many of the full run

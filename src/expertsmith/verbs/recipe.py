@@ -1,28 +1,56 @@
-"""A recipe: the stages of one job in a YAML file, checked as a whole before anything runs."""
+"""A recipe: the stages of one job in a YAML file, checked as a whole before anything runs. Its sections are the options of the verbs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
-    ValidationInfo,
+    create_model,
     field_validator,
     model_validator,
 )
 
+from expertsmith.checkpoint import pinned
 from expertsmith.errors import UserError
+from expertsmith.opening import opened_as
 from expertsmith.plan import explain
 from expertsmith.progress import Progress
 from expertsmith.registry import unknown
+from expertsmith.verbs.analyze import analyze
+from expertsmith.verbs.apply import apply
+from expertsmith.verbs.calibrate import calibrate
+from expertsmith.verbs.compare import compare
+from expertsmith.verbs.convert import convert
+from expertsmith.verbs.definition import VERBS, Option, options_of
+from expertsmith.verbs.evaluate import evaluate
+from expertsmith.verbs.heal import heal
+from expertsmith.verbs.plan import plan
+from expertsmith.verbs.skip import skip
+from expertsmith.verbs.verify import verify
+
+WIDE = {
+    "model",
+    "dense",
+    "teacher",
+    "device",
+    "dtype",
+    "memory",
+    "revision",
+    "as_type",
+    "allow_pickle",
+    "progress",
+    "resume",
+}  # the recipe's
 
 
 def _all_faults(checks: Iterable[Callable[[], object]]) -> None:
@@ -44,47 +72,79 @@ def _specs(value: list[str]) -> list[str]:
     return value
 
 
+def _sensible_keep(value: float | int | str) -> float | int | str:
+    from expertsmith.selection import parse_keep
+
+    _all_faults([partial(parse_keep, value)])
+    return value
+
+
 Specs = Annotated[list[str], AfterValidator(_specs)]  # [DOMAIN=]SOURCE[:N] each
+Share = Annotated[float | int | str, AfterValidator(_sensible_keep)]
+BudgetName = Literal["uniform", "global", "threshold"]
 
 
 class _Step(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Calibrate(_Step):
-    """Options of `expertsmith calibrate`."""
+def _field(option: Option) -> tuple[Any, Any]:
+    """(type, default) of an option in YAML."""
+    kind: Any = option.type
+    optional = get_origin(kind) is UnionType and NoneType in get_args(kind)
+    kinds = [part for part in (get_args(kind) if get_origin(kind) is UnionType else [kind]) if part is not NoneType]
+    if option.name in ("data", "eval_data"):
+        kind = Specs
+    elif option.name == "keep":
+        kind = list[Share] if get_origin(kinds[0]) is Sequence else Share
+    elif option.name == "budget":
+        kind = BudgetName
+    elif option.name == "budgets":
+        kind = tuple[BudgetName, ...]
+    elif any(get_origin(part) is Mapping for part in kinds):
+        kind, optional = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)], False
+    elif get_origin(kinds[0]) is Sequence:
+        kind = list[str]
+    elif option.opt.kind is not None:
+        kind = str
+    else:
+        kind = kinds[0] if len(kinds) == 1 else kind
+    bounds: dict[str, Any] = {} if option.opt.least is None else {"ge": option.opt.least}
+    if get_origin(option.type) is Sequence and option.required:
+        bounds["min_length"] = 1
+    default = ... if option.required else option.default
+    if get_origin(option.type) is Sequence and not option.required:
+        default = list(option.default) if option.name != "budgets" else tuple(option.default)
+    if option.name == "budgets":
+        bounds["min_length"] = 1
+    return (kind | None if optional else kind), Field(default, validate_default=False, **bounds)
 
-    data: Specs = Field(min_length=1)
-    out: str
-    samples: int = Field(128, ge=1)
-    seq_len: int | None = Field(None, ge=2)
-    seed: int = 42
-    pack: bool | None = None
-    overlong: Literal["refuse", "truncate", "drop"] = "refuse"
-    batch_tokens: int = Field(8192, ge=1)
-    output_sum: bool = False
-    all_outputs: bool = False
-    sample_tokens: int = Field(0, ge=0)
+
+def _section(verb: Any, *, without: Sequence[str] = (), needed: Sequence[str] = (), doc: str = "", **changed: Any) -> Any:
+    """The options of a verb as a section: all but those that the recipe has for all sections, and `without`.
+
+    Args:
+        needed: options that a section has to have.
+        changed: name → (type, default) of fields that are other than the verb's.
+    """
+    name = verb.__name__
+    options = VERBS[name].options if name in VERBS and VERBS[name].function is verb else options_of(verb.__wrapped__)
+    fields = {option.name: _field(option) for option in options if option.name not in {*WIDE, *without}}
+    for key in needed:
+        fields[key] = (fields[key][0], ...)
+    return create_model(
+        name.title(), __base__=_Step, __doc__=doc or f"Options of `expertsmith {name}`.", **{**fields, **changed}
+    )
 
 
-class PlanStep(_Step):
+PLAN: Any = _section(
+    plan, without=("from_file", "work", "pack", "overlong", "batch_tokens"), needed=("out",), method=(str, ...)
+)
+
+
+class PlanStep(PLAN):  # type: ignore[misc]
     """Options of `expertsmith plan`. `stats` defaults to what `calibrate` of the same recipe makes; `data` is for methods that run the
     model themselves."""
-
-    method: str
-    keep: float | int | str | None = None
-    out: str
-    stats: str | None = None
-    data: Specs = Field(default_factory=list)
-    samples: int = Field(128, ge=1)
-    seq_len: int | None = Field(None, ge=2)
-    seed: int = 42
-    domains: list[str] = Field(default_factory=list)
-    budget: Literal["uniform", "global", "threshold"] | None = None
-    uniform: bool = False
-    options: dict[str, Any] = Field(default_factory=dict)
-    router_groups: Literal["keep", "flatten"] = "keep"
-    mtp: Literal["keep", "drop"] = "keep"
 
     @field_validator("method")
     @classmethod
@@ -94,155 +154,48 @@ class PlanStep(_Step):
         _all_faults([partial(find, value)])
         return value
 
-    @field_validator("keep")
-    @classmethod
-    def _sensible_keep(cls, value: float | int | str | None) -> float | int | str | None:
-        from expertsmith.selection import parse_keep
-
-        if value is not None:
-            _all_faults([partial(parse_keep, value)])
-        return value
-
-    @field_validator("options")
-    @classmethod
-    def _known_options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    @model_validator(mode="after")
+    def _known_options(self) -> PlanStep:
         from expertsmith.methods import find
 
-        if "method" in info.data:  # else the method itself is the fault
-            method = find(info.data["method"])
-            _all_faults([partial(method.parse_options, {name: given}) for name, given in value.items()])
-        return value
-
-
-class Apply(_Step):
-    """Options of `expertsmith apply`."""
-
-    out: str
-    pad: bool = False
-    requantise: bool = False
-    overwrite: bool = False
-
-
-class Verify(_Step):
-    """Options of `expertsmith verify`."""
-
-    data: Specs = Field(default_factory=list)
-    tokens: int = Field(1024, ge=1)
-    tolerance: float = Field(1e-4, gt=0)
-
-
-class Evaluate(_Step):
-    """Options of `expertsmith evaluate`; the recipe's model is the reference unless `reference` is false."""
-
-    data: Specs = Field(default_factory=list)
-    tasks: list[str] = Field(default_factory=list)
-    task_path: list[str] = Field(default_factory=list)
-    limit: int | None = Field(None, ge=1)
-    reference: bool = True
-    samples: int = Field(128, ge=1)
-    seq_len: int | None = Field(None, ge=2)
-    seed: int = 42
-
-
-class Convert(_Step):
-    """Options of `expertsmith convert`: the recipe's model is dense, and what this makes of it is the model of every later section."""
-
-    model_config = ConfigDict(extra="allow")
-    method: str
-    out: str
-    data: Specs = Field(default_factory=list)
-    eval_data: Specs = Field(default_factory=list)
-
-    @model_validator(mode="after")
-    def _request(self) -> Convert:
-        from expertsmith.conversion.settings import WAYS, Request
-
-        known = [name for name in Request.__dataclass_fields__ if name not in ("dense", "device", "dtype")]
-        extra = self.__pydantic_extra__ or {}
-        faults = [unknown("option of convert", name, known) for name in extra if name not in known]
-        if self.method not in WAYS:
-            faults.append(unknown("way of converting", self.method, WAYS))
-        if faults:
-            raise ValueError("; ".join(map(str, faults)))
-        try:
-            TypeAdapter(Request).validate_python({"dense": "", **self.model_dump()})
-        except ValidationError as error:
-            raise ValueError(explain(error)) from None
+        method, options = find(self.method), self.options or {}
+        _all_faults([partial(method.parse_options, {name: given}) for name, given in options.items()])
         return self
 
 
-class Analyze(_Step):
-    """Options of `expertsmith analyze`, of the model before anything is removed. `stats` defaults to what `calibrate` of the same recipe makes."""
+class Convert(_section(convert)):  # type: ignore[misc]
+    """Options of `expertsmith convert`: the recipe's model is dense, and what this makes of it is the model of every later section."""
 
-    out: str
-    data: Specs = Field(default_factory=list)
-    stats: str | None = None
-    all_experts: int = Field(0, ge=0)
-    dense: str | None = None
-    neurons: int = Field(128, ge=2)
-    pairs: int = Field(32, ge=1)
-    samples: int = Field(128, ge=1)
-    seq_len: int | None = Field(None, ge=2)
-    seed: int = 42
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        from expertsmith.conversion.settings import WAYS
 
-
-class SkipStep(_Step):
-    """Options of `expertsmith skip`, with the recipe's plan if it has one."""
-
-    data: Specs = Field(min_length=1)
-    out: str
-    statistic: Literal["median", "mean", "quantile"] = "median"
-    quantile: float = Field(0.5, ge=0, le=1)
-    active: float | None = Field(None, gt=0)
-    eval_data: Specs = Field(default_factory=list)
-    measure: bool = True
-    samples: int = Field(128, ge=1)
-    seq_len: int | None = Field(None, ge=2)
-    seed: int = 42
-    overwrite: bool = False
+        if not isinstance(given, Mapping):
+            return given
+        faults = [unknown("option of convert", name, cls.model_fields) for name in given if name not in cls.model_fields]
+        if isinstance(given.get("method"), str) and given["method"] not in WAYS:
+            faults.append(unknown("way of converting", given["method"], WAYS))
+        if faults:
+            raise ValueError("; ".join(map(str, faults)))
+        return given
 
 
-class Heal(_Step):
+class HealStep(_section(heal, without=("pack", "overlong", "batch_tokens"))):  # type: ignore[misc]
     """Options of `expertsmith heal`: what `apply` wrote, towards the recipe's model. What is healed is evaluated again."""
 
-    data: Specs = Field(min_length=1)
-    out: str
-    method: str = "least_squares"
-    options: dict[str, Any] = Field(default_factory=dict)
-    requantise: bool = False
-    samples: int = Field(128, ge=1)
-    seq_len: int | None = Field(None, ge=2)
-    seed: int = 42
-    overwrite: bool = False
-
     @model_validator(mode="after")
-    def _known(self) -> Heal:
+    def _known(self) -> HealStep:
         from expertsmith.healing.options import parse_healer
 
-        one_by_one = [partial(parse_healer, self.method, {name: value}) for name, value in self.options.items()]
+        options = self.options or {}
+        one_by_one = [partial(parse_healer, self.method, {name: value}) for name, value in options.items()]
         _all_faults(one_by_one or [partial(parse_healer, self.method, {})])
         return self
 
 
-class Compare(_Step):
+class CompareStep(_section(compare)):  # type: ignore[misc]
     """Options of `expertsmith compare`."""
-
-    methods: list[str] = Field(min_length=1)
-    keep: list[float | int | str] = Field(min_length=1)
-    data: Specs = Field(min_length=1)
-    eval_data: Specs = Field(min_length=1)
-    out: str
-    budgets: tuple[Literal["uniform", "global", "threshold"], ...] = Field(("uniform",), min_length=1)
-    heal: list[str] = Field(default_factory=list)
-    tasks: list[str] = Field(default_factory=list)
-    task_path: list[str] = Field(default_factory=list)
-    limit: int | None = Field(None, ge=1)
-    samples: int = Field(128, ge=1)
-    seq_len: int | None = Field(None, ge=2)
-    seed: int = 42
-    pack: bool | None = None
-    overlong: Literal["refuse", "truncate", "drop"] = "refuse"
-    batch_tokens: int = Field(8192, ge=1)
 
     @field_validator("methods")
     @classmethod
@@ -260,13 +213,28 @@ class Compare(_Step):
         _all_faults([partial(parse_heal, text) for text in value])
         return value
 
-    @field_validator("keep")
-    @classmethod
-    def _sensible_keep(cls, value: list[float | int | str]) -> list[float | int | str]:
-        from expertsmith.selection import parse_keep
 
-        _all_faults([partial(parse_keep, share) for share in value])
-        return value
+Calibrate = _section(calibrate)
+Analyze = _section(
+    analyze,
+    without=("reference", "plan", "reference_stats"),
+    doc="Options of `expertsmith analyze`, of the model before anything is removed. `stats` defaults to what `calibrate` of the recipe makes.",
+)
+Apply = _section(apply, without=("plan", "check_values"))
+Verify = _section(verify, without=("out", "plan", "seq_len"), tolerance=(float, Field(1e-4, gt=0)))
+Evaluate = _section(
+    evaluate,
+    without=("out", "generate", "formats", "batch_tokens"),
+    doc="Options of `expertsmith evaluate`; the recipe's model is the reference unless `reference` is false.",
+    reference=(bool, True),
+)
+SkipStep = _section(
+    skip,
+    without=("plan", "pack", "overlong", "batch_tokens"),
+    doc="Options of `expertsmith skip`, with the recipe's plan if it has one.",
+    quantile=(float | None, Field(None, ge=0, le=1)),
+    active=(float | None, Field(None, gt=0)),
+)
 
 
 class Recipe(_Step):
@@ -282,15 +250,15 @@ class Recipe(_Step):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     memory: Literal["auto", "resident", "stream"] = "auto"
     convert: Convert | None = None
-    calibrate: Calibrate | None = None
-    analyze: Analyze | None = None
+    calibrate: Calibrate | None = None  # type: ignore[valid-type]
+    analyze: Analyze | None = None  # type: ignore[valid-type]
     plan: PlanStep | None = None
-    apply: Apply | None = None
-    verify: Verify | None = None
-    evaluate: Evaluate | None = None
-    skip: SkipStep | None = None
-    heal: Heal | None = None
-    compare: Compare | None = None
+    apply: Apply | None = None  # type: ignore[valid-type]
+    verify: Verify | None = None  # type: ignore[valid-type]
+    evaluate: Evaluate | None = None  # type: ignore[valid-type]
+    skip: SkipStep | None = None  # type: ignore[valid-type]
+    heal: HealStep | None = None
+    compare: CompareStep | None = None
 
 
 WORK = {"convert", "calibrate", "analyze", "plan", "evaluate", "skip", "compare"}  # sections that need no other one
@@ -373,8 +341,6 @@ def load_recipe(path: str | Path) -> Recipe:
 def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
     """Run the sections in order; returns what each made, by section, and as `evaluate_healed` the quality after healing."""
     from expertsmith.calibration.spec import refuse_missing
-    from expertsmith.checkpoint.hub import pinned
-    from expertsmith.opening import opened_as
 
     sections = [getattr(recipe, name) for name in Recipe.model_fields]
     refuse_missing([spec for section in sections for key in ("data", "eval_data") for spec in getattr(section, key, ())])
@@ -389,53 +355,49 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
 
 
 def _run(recipe: Recipe, model: str, progress: Progress | None) -> dict[str, Any]:
-    from expertsmith import api
-
     results: dict[str, Any] = {}
     where: dict[str, Any] = {"device": recipe.device, "memory": recipe.memory, "progress": progress}
     run: dict[str, Any] = {**where, "dtype": recipe.dtype}
     stats = recipe.calibrate.out if recipe.calibrate else None
     if recipe.convert:
         asked = recipe.convert.model_dump()
-        results["convert"] = api.convert(
+        results["convert"] = convert(
             model, asked.pop("method"), asked.pop("out"), device=recipe.device, dtype=recipe.dtype, progress=progress, **asked
         )
         model = recipe.convert.out
     if recipe.calibrate:
-        results["calibrate"] = api.calibrate(model, **recipe.calibrate.model_dump(), **run)
+        results["calibrate"] = calibrate(model, **recipe.calibrate.model_dump(), **run)
     if recipe.analyze:
         options = recipe.analyze.model_dump()
         options["stats"] = options["stats"] or stats
-        results["analyze"] = api.analyze(model, options.pop("out"), **options, **run)
+        results["analyze"] = analyze(model, options.pop("out"), **options, **run)
     if recipe.plan:
         options = recipe.plan.model_dump()
         options["stats"] = options["stats"] or stats
-        results["plan"] = api.plan(model, **options, **run)
+        results["plan"] = plan(model, **options, **run)
     if recipe.apply:
-        results["apply"] = api.apply(model, results["plan"], **recipe.apply.model_dump(), progress=progress)
+        results["apply"] = apply(model, results["plan"], **recipe.apply.model_dump(), progress=progress)
     if recipe.verify and recipe.apply:
-        results["verify"] = api.verify(model, recipe.apply.out, **recipe.verify.model_dump(), **where)
+        results["verify"] = verify(model, recipe.apply.out, **recipe.verify.model_dump(), **where)
     if recipe.evaluate:
         results["evaluate"] = _evaluate(recipe.evaluate, recipe.apply.out if recipe.apply else model, model, run)
     if recipe.skip:
         options = recipe.skip.model_dump()
-        results["skip"] = api.skip(model, options.pop("data"), options.pop("out"), plan=results.get("plan"), **options, **run)
+        results["skip"] = skip(model, options.pop("data"), options.pop("out"), plan=results.get("plan"), **options, **run)
     if recipe.heal and recipe.apply:
         options = recipe.heal.model_dump()
         dtype = "float32" if recipe.dtype == "auto" else recipe.dtype  # what `heal` itself takes
-        results["heal"] = api.heal(
+        results["heal"] = heal(
             recipe.apply.out, model, options.pop("data"), options.pop("out"), dtype=dtype, **options, **where
         )
         if recipe.evaluate:
             results["evaluate_healed"] = _evaluate(recipe.evaluate, recipe.heal.out, model, run)
     if recipe.compare:
-        results["compare"] = api.compare(model, **recipe.compare.model_dump(), **run)
+        results["compare"] = compare(model, **recipe.compare.model_dump(), **run)
     return results
 
 
-def _evaluate(section: Evaluate, target: str, model: str, run: Mapping[str, Any]) -> Any:
-    from expertsmith import api
-
+def _evaluate(section: Any, target: str, model: str, run: Mapping[str, Any]) -> Any:
     options = section.model_dump()
     against = model if options.pop("reference") and target != model else None
-    return api.evaluate(target, reference=against, **options, **run)
+    return evaluate(target, reference=against, **options, **run)

@@ -1,0 +1,224 @@
+"""The command line: a command per verb, made from its definition. Tables go to stdout, progress to stderr.
+
+Typer with this adapter was held against cyclopts, which reads annotated signatures itself: it needs an adapter of about the same length for
+groups in a TypedDict, `--json`, `--quiet` and the reference, and its errors and help would change what scripts see.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from types import NoneType
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+
+import typer
+
+import expertsmith.api
+import expertsmith.demo  # noqa: F401
+from expertsmith import show
+from expertsmith.errors import UsageError, UserError
+from expertsmith.progress import Bar, Silent
+from expertsmith.verbs.definition import MISSING, VERBS, Option, Verb
+
+ORDER = [
+    "compress",
+    "calibrate",
+    "plan",
+    "apply",
+    "dequantise",
+    "skip",
+    "verify",
+    "evaluate",
+    "compare",
+    "convert",
+    "heal",
+    "analyze",
+    "inspect",
+    "lint",
+    "methods",
+    "architectures",
+    "export",
+    "demo",
+    "recipes",
+    "run",
+]  # of the help, by the groups in which it shows them
+JSON = typer.Option("--json", help="Print one machine-readable object on stdout, and nothing else.")
+QUIET = typer.Option("--quiet", "-q", help="No progress on stderr.")
+
+app = typer.Typer(
+    name="expertsmith",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Remove the experts that you do not need from a Mixture-of-Experts language model, and prove the result right.
+
+    model + data ─calibrate→ statistics ─plan→ plan.json ─apply→ checkpoint ─verify, evaluate→ report
+
+    Each arrow leaves a file, and every stage can rerun alone from the file before it. `compress` does all of it in one go; `demo` shows
+    it offline in under a minute.""",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if version:
+        from expertsmith import __version__
+
+        print(f"expertsmith {__version__}")
+        raise typer.Exit
+
+
+def command(verb: Verb) -> Callable[..., None]:
+    """The function that Typer makes a command of."""
+    options = [option for option in verb.options if option.name != "progress"]
+
+    def run(**values: Any) -> None:
+        now = VERBS[verb.name]
+        as_json, quiet = values.pop("as_json"), values.pop("quiet", False)
+        given = {option.name: _read(option, values[option.name]) for option in options}
+        with _ranks(now, given.get("device")) as (rank, where):
+            if where is not None:
+                given["device"] = where
+            bar = {"progress": Silent() if quiet or rank > 0 else Bar()} if len(options) < len(verb.options) else {}
+            try:
+                result = now.function(**given, **bar)
+            except UsageError as error:
+                raise typer.BadParameter(str(error)) from None
+        if rank > 0:
+            return
+        if as_json:
+            show.as_json(now.plain(result, given))
+        else:
+            now.show(result, given)
+        if not now.passed(result):
+            raise typer.Exit(1)
+
+    parameters = [_parameter(option) for option in options]
+    parameters.append(
+        inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, JSON])
+    )
+    if len(options) < len(verb.options):  # it has progress to show
+        parameters.append(
+            inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, QUIET])
+        )
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {entry.name: entry.annotation for entry in parameters}
+    run.__name__, run.__doc__ = verb.name, verb.doc
+    return run
+
+
+def _ranks(verb: Verb, device: Any) -> Any:
+    if not verb.ranks:
+        return nullcontext((0, None))
+    from expertsmith.calibration.distributed import ranks
+
+    return ranks(device)
+
+
+def _parts(option: Option) -> tuple[Any, bool, bool]:
+    """(type of a value, whether several may be given, whether it may be left out) on the command line."""
+    kinds = (
+        [option.type]
+        if get_origin(option.type) in (Literal, None) or isinstance(option.type, type)
+        else list(get_args(option.type))
+    )
+    if get_origin(option.type) in (Sequence, Mapping):
+        kinds = [option.type]
+    optional = NoneType in kinds
+    kind = next(kind for kind in kinds if kind is not NoneType)
+    if get_origin(kind) is Mapping:
+        return str, True, True
+    if get_origin(kind) is Sequence:
+        return option.opt.kind or get_args(kind)[0], True, True
+    return option.opt.kind or (str if get_origin(kind) is Literal else kind), False, optional
+
+
+def _words(option: Option) -> tuple[str, ...]:
+    return get_args(option.type) if get_origin(option.type) is Literal else ()
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    kind, several, optional = _parts(option)
+    opt = option.opt
+    default = opt.cli if opt.cli is not MISSING else None if several else option.default
+    if default is MISSING and optional:
+        default = None
+    more: dict[str, Any] = {"help": opt.help, "show_default": opt.shown and default is not None}
+    if opt.metavar or _words(option):
+        more["metavar"] = opt.metavar or "|".join(_words(option))
+    if opt.least is not None:
+        more["min"] = opt.least
+    made = typer.Argument(**more) if opt.argument else typer.Option(*opt.flags, **more)
+    hint = list[kind] | None if several else kind | None if optional else kind  # type: ignore[valid-type]
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, made])
+
+
+def _read(option: Option, value: Any) -> Any:
+    """A value as the verb takes it."""
+    if get_origin(option.type) is Sequence:
+        return list(value or ())
+    if any(get_origin(kind) is Mapping for kind in (option.type, *get_args(option.type))):
+        return _pairs(value)
+    words = _words(option)
+    if words and value not in words:
+        flag = option.opt.flags[0] if option.opt.flags else f"--{option.name.replace('_', '-')}"
+        raise UserError(f"{flag} is {value!r}", f"choose {' or '.join(words)}")
+    return value
+
+
+def _pairs(pairs: Sequence[str] | None) -> dict[str, str]:
+    """KEY=VALUE pairs as a dictionary."""
+    values = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"-O {pair!r} is not KEY=VALUE")
+        values[key] = value
+    return values
+
+
+for _name in ORDER:
+    app.command(_name, rich_help_panel=VERBS[_name].panel)(command(VERBS[_name]))
+
+
+def main() -> None:
+    """Run the command line. A user's mistake ends in one line and exit code 2; `--debug` shows where it came from."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments, prog_name="expertsmith")
+    except UserError as error:
+        if debug:
+            raise
+        _fail(str(error))
+    except (MemoryError, OSError, RuntimeError) as error:
+        if debug:
+            raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _fail(f"the disk is full{f' ({error.filename})' if error.filename else ''}")
+        if not _out_of_memory(error):
+            raise
+        _fail("memory ran out; run with --memory stream and a smaller --batch-tokens, or on a larger machine")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether the system or torch had no more memory to give (torch says so in a RuntimeError's text)."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)

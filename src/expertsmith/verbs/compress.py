@@ -1,0 +1,209 @@
+"""`compress`: the whole flow in one go."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Unpack
+
+from expertsmith import show
+from expertsmith.arch import refuse_without_class
+from expertsmith.errors import UserError
+from expertsmith.opening import beside, inventory_of
+from expertsmith.progress import timed
+from expertsmith.verbs.apply import apply
+from expertsmith.verbs.calibrate import calibrate
+from expertsmith.verbs.definition import FLOW, Opt, verb
+from expertsmith.verbs.evaluate import evaluate
+from expertsmith.verbs.heal import heal as heal_model
+from expertsmith.verbs.options import (
+    Budget,
+    Calibrating,
+    Calibration,
+    Data,
+    Domains,
+    Drawing,
+    EvalData,
+    Groups,
+    Keep,
+    Measure,
+    Method,
+    Mtp,
+    Named,
+    Opened,
+    Options,
+    Out,
+    Overwrite,
+    Placing,
+    Requantise,
+    Running,
+    Stats,
+    Text,
+    Uniform,
+    part,
+)
+from expertsmith.verbs.plan import plan, request
+from expertsmith.verbs.verify import verify
+
+
+def _show(result: Any, given: Mapping[str, Any]) -> None:
+    show.show_plan(result["plan"])
+    for note in result["notes"][len(result["plan"].notes) :]:
+        show.line(f"[yellow]note[/yellow] {show.escape(note)}")
+    show.show_verdict(result["verify"])
+    if "heal" in result:
+        show.show_healing({"out": result["out"], **result["heal"]})
+    if result["quality"]:
+        own = "the calibration text itself (flattering; pass --eval-data)"
+        show.show_quality(result["quality"], "held-out text" if result["quality"]["held_out"] else own)
+    show.line("seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
+    show.line(f"[bold]{show.escape(result['out'])}[/bold]  (plan inside: expertsmith/plan.json)")
+
+
+@verb(
+    FLOW,
+    show=_show,
+    plain=lambda result, given: {**result, "plan": result["plan"].to_json(), "verify": result["verify"].to_json()},
+    passed=lambda result: result["verify"].passed,
+)
+def compress(
+    model: Named,
+    method: Method,
+    keep: Keep,
+    out: Out,
+    *,
+    data: Data = (),
+    stats: Stats = None,
+    domains: Domains = (),
+    budget: Budget = None,
+    uniform: Uniform = False,
+    options: Options = None,
+    router_groups: Groups = "keep",
+    mtp: Mtp = "keep",
+    eval_data: EvalData = (),
+    measure: Measure = True,
+    heal: Annotated[
+        str | None,
+        Opt("Then heal on the same text: least_squares or layer_local (see `expertsmith heal`).", shown=False),
+    ] = None,
+    requantise: Requantise = False,
+    overwrite: Overwrite = False,
+    **given: Unpack[Calibrating],
+) -> dict[str, Any]:
+    """Calibrate, plan, apply, verify and measure in one go.
+
+    [dim]expertsmith compress mistralai/Mixtral-8x7B-v0.1 -m easy_ep -k 0.5 -d math=math.jsonl -e math=heldout.jsonl -o mixtral-math[/dim]
+
+    Args:
+        eval_data: held-out text to measure quality on; without it, the calibration text is used (which flatters the result).
+        measure: False leaves the quality measurement out.
+        heal: a layer-wise way of healing on the same data, after the unhealed checkpoint was verified.
+        requantise: write merged or healed weights of a quantised model in its own format; otherwise all weights are then bfloat16.
+
+    Returns what was done, found and measured. The statistics stay in `<out>.stats` (measured weights and searches in `<out>.measured`), so that
+    an interrupted run resumes and further plans need no calibration.
+    """
+    from expertsmith.calibration.spec import refuse_missing
+    from expertsmith.checkpoint.writer import prepare_target
+    from expertsmith.surgery.card import model_card, quality_line
+
+    progress = given["progress"]
+    seconds: dict[str, float] = {}
+    target = Path(out)
+    inventory = inventory_of(model, given["allow_pickle"])
+    prepare_target(target, inventory.checkpoint.path, overwrite)
+    chosen = request(inventory, method, keep, budget, options, router_groups)[0]
+    if not chosen.data_free or heal is not None or (measure and (eval_data or data)):
+        refuse_without_class(inventory.architecture, f"{inventory.checkpoint.source}/config.json")
+    refuse_missing([*data, *(eval_data if measure else ())])
+    if heal is not None:
+        _check_heal(heal, data)
+    written = target if heal is None else beside(out, "unhealed")
+    quiet = part(Opened, given) | {"as_type": None, "revision": None}  # both are in force
+    run = part(Placing, given)
+    if stats is None and data and chosen.reads == "statistics":
+        with timed(seconds, "calibrate"):
+            stats = calibrate(
+                model,
+                data,
+                beside(out, "stats"),
+                all_outputs=chosen.all_outputs,
+                **given,
+            )
+    with timed(seconds, "plan"):
+        made = plan(
+            inventory,
+            method,
+            keep,
+            stats=stats,
+            domains=domains,
+            data=data,
+            budget=budget,
+            uniform=uniform,
+            options=options,
+            router_groups=router_groups,
+            mtp=mtp,
+            work=beside(out, "measured"),
+            **part(Calibration, given),
+            **quiet,
+        )
+    with timed(seconds, "apply"):
+        if requantise and not (made.merges or heal):
+            raise UserError("--requantise has nothing to do: no expert is merged or healed", "leave it out")
+        again = requantise and bool(made.merges)
+        notes = apply(inventory, made, written, requantise=again, overwrite=overwrite or heal is not None, progress=progress)
+    with timed(seconds, "verify"):
+        verdict = verify(inventory, written, plan=made, progress=progress, **run)
+    report = None
+    if heal is not None:
+        with timed(seconds, "heal"):
+            report = heal_model(
+                written,
+                model,
+                data,
+                out,
+                method=heal,
+                requantise=requantise,
+                overwrite=overwrite,
+                resume=given["resume"],
+                **part(Text, given),
+                **run,
+                **quiet,
+            )
+        shutil.rmtree(written)
+    quality = None
+    texts = list(eval_data) or list(data)
+    if measure and texts:
+        with timed(seconds, "evaluate"):
+            quality = evaluate(
+                target,
+                texts,
+                reference=inventory.checkpoint.path,
+                **part(Drawing, given),
+                **part(Running, given),
+                **quiet,
+            ).to_json()
+        quality["held_out"] = bool(eval_data)
+        card = model_card(made, inventory, notes, quality_line(quality))
+        if report is not None:
+            from expertsmith.healing.run import healed_card
+
+            card = healed_card(card, report, measured_after=True)
+        (target / "README.md").write_text(card, encoding="utf-8")
+    result = {"out": str(target), "plan": made, "notes": notes, "verify": verdict, "quality": quality, "seconds": seconds}
+    return result if report is None else {**result, "heal": report}
+
+
+def _check_heal(method: str, data: Sequence[str]) -> None:
+    """What can be known of a healing before anything is computed."""
+    from expertsmith.healing.options import LAYERWISE, parse_healer
+
+    parse_healer(method, {})
+    if method not in LAYERWISE:
+        raise UserError(
+            f"compress heals layer by layer, but --heal is {method}",
+            f"choose {' or '.join(LAYERWISE)}, or run `expertsmith heal`",
+        )
+    if not data:
+        raise UserError("healing needs text", "pass --data FILE")

@@ -1,0 +1,198 @@
+"""What a verb is: a function whose signature says all of its options once. The command line, the recipe's sections and the reference are made
+from it.
+
+An option is `Annotated[type, Opt(help, …)]`; several that go together are a `TypedDict` of such options, which a verb takes whole
+(`**given: Unpack[Group]`) and hands on whole.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, wraps
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+from expertsmith.checkpoint import pinned
+from expertsmith.opening import opened_as
+from expertsmith.progress import Silent
+from expertsmith.registry import unknown
+
+FLOW, LOOK, MORE = "The flow", "Look", "More"
+MISSING = inspect.Parameter.empty
+
+
+class Opt:
+    """What the command line says of an option.
+
+    Args:
+        help: one or two short sentences.
+        flags: its spellings, where they are not --name-of-the-parameter; an argument has none and a `metavar`.
+        kind: the type that the command line reads, where Python takes more.
+        least: the smallest number allowed.
+        default: of a group's option, which has no other place for it.
+        shown: whether the help shows the default.
+        cli: the default of the command line, where it is another.
+    """
+
+    def __init__(
+        self,
+        help: str,
+        *flags: str,
+        metavar: str | None = None,
+        argument: bool = False,
+        kind: Any = None,
+        least: int | None = None,
+        default: Any = MISSING,
+        shown: bool = True,
+        cli: Any = MISSING,
+    ) -> None:
+        self.help, self.flags, self.metavar, self.argument = help, flags, metavar, argument
+        self.kind, self.least, self.default, self.shown, self.cli = kind, least, default, shown, cli
+
+
+@dataclass(frozen=True)
+class Option:
+    """One parameter of a verb."""
+
+    name: str
+    type: Any
+    opt: Opt
+    default: Any = MISSING
+
+    @property
+    def required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is MISSING
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A function as a command.
+
+    `show(result, given)` prints what it returned, `plain` makes JSON of it, and `passed` says whether the exit code is 0. `ranks`: it runs
+    under torchrun. Options `python_only` are not the command line's.
+    """
+
+    name: str
+    panel: str
+    function: Callable[..., Any]
+    show: Callable[[Any, Mapping[str, Any]], None]
+    plain: Callable[[Any, Mapping[str, Any]], Any]
+    passed: Callable[[Any], bool]
+    ranks: bool = False
+    options: tuple[Option, ...] = field(default=())
+
+    @cached_property
+    def doc(self) -> str:
+        """Its docstring up to `Args:` or `Raises:`."""
+        text = inspect.getdoc(self.function) or ""
+        for mark in ("\nArgs:", "\nRaises:", "\nReturns:"):
+            text = text.partition(mark)[0]
+        return text.strip()
+
+
+VERBS: dict[str, Verb] = {}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def options_of(function: Callable[..., Any]) -> tuple[Option, ...]:
+    """The options of a function: its annotated parameters, then those of the group that it takes whole, but for those that it has itself."""
+    hints = _hints(function)
+    found: dict[str, Option] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            group = get_args(hints[name])[0] if name in hints and get_args(hints[name]) else None
+            for key, hint in (get_type_hints(group, include_extras=True) if group else {}).items():
+                made = _option(key, hint, MISSING)
+                if made is not None and key not in found:
+                    found[key] = made
+            continue
+        made = _option(name, hints[name], parameter.default)
+        if made is not None:
+            found[name] = made
+    return tuple(found.values())
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations of the parameters. That of the result may be a name that only a type checker knows."""
+    own = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
+    return get_type_hints(type("_", (), {"__annotations__": own, "__module__": function.__module__}), include_extras=True)
+
+
+def _option(name: str, hint: Any, default: Any) -> Option | None:
+    if get_origin(hint) is not Annotated:
+        return None
+    kind, *extras = get_args(hint)
+    opt = next((extra for extra in extras if isinstance(extra, Opt)), None)
+    if opt is None:
+        return None
+    return Option(name, kind, opt, opt.default if default is MISSING else default)
+
+
+def filled(function: F, headers_only: bool = False) -> F:
+    """A function that takes a group whole, with the defaults of what is not given, and a signature that names every option.
+
+    Where it has the options of `options.Opening`, its first argument is a model: that of the revision that is asked for, and treated as the
+    family `as_type` for as long as the function runs.
+
+    Args:
+        headers_only: no weights of the model are needed.
+
+    Raises (when it is called):
+        TypeError: an option that neither the function nor the group has, with the one that was meant.
+    """
+    options = {option.name: option for option in options_of(function)}
+    signature = inspect.signature(function)
+    own = [name for name, entry in signature.parameters.items() if entry.kind is not entry.VAR_KEYWORD]
+    group = {name: option.default for name, option in options.items() if name not in own}
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs.keys() - {*own, *group}:
+            raise TypeError(str(unknown(f"option of {function.__name__}", name, [*own, *group])))
+        bound = signature.bind(*args, **group | kwargs)
+        bound.apply_defaults()
+        rest = next((name for name, entry in signature.parameters.items() if entry.kind is entry.VAR_KEYWORD), "")
+        given = bound.arguments.pop(rest, {})
+        values = {**bound.arguments, **given}
+        if values.get("progress", MISSING) is None:
+            values["progress"] = Silent()
+        if values.get("revision") is not None:
+            values[own[0]], values["revision"] = pinned(values[own[0]], values["revision"]), None
+        with opened_as(
+            values[own[0]] if own else None,
+            values.get("as_type"),
+            headers_only=headers_only,
+            allow_pickle=values.get("allow_pickle", False),
+        ):
+            return function(**values)
+
+    shown = [entry for entry in signature.parameters.values() if entry.kind is not entry.VAR_KEYWORD]
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=options[name].type)
+        for name, default in group.items()
+    ]
+    run.__signature__ = signature.replace(parameters=[*shown, *more])  # type: ignore[attr-defined]
+    return run  # type: ignore[return-value]
+
+
+def verb(
+    panel: str,
+    *,
+    name: str | None = None,
+    show: Callable[[Any, Mapping[str, Any]], None],
+    plain: Callable[[Any, Mapping[str, Any]], Any] = lambda result, given: result,
+    passed: Callable[[Any], bool] = lambda result: True,
+    ranks: bool = False,
+    headers_only: bool = False,
+) -> Callable[[F], F]:
+    """Register a function as a command of the command line."""
+
+    def register(function: F) -> F:
+        made = filled(function, headers_only)
+        title = name or function.__name__
+        VERBS[title] = Verb(title, panel, made, show, plain, passed, ranks, options_of(function))
+        return made
+
+    return register

@@ -1,0 +1,31 @@
+"""`export`: a plan in the formats of other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from expertsmith import show
+from expertsmith.plan import Plan, load_plan
+from expertsmith.verbs.definition import MORE, Opt, verb
+from expertsmith.verbs.options import Out, PlanFile
+
+
+@verb(
+    MORE,
+    show=lambda result, given: show.line(f"[bold]{show.escape(str(given['out']))}[/bold]"),
+    plain=lambda result, given: {"out": str(given["out"]), "format": given["format"]},
+)
+def export(
+    plan: PlanFile, format: Annotated[str, Opt("ordered (JSONL), mask or retained (JSON).", "--format", "-f")], out: Out
+) -> None:
+    """Write a plan's choice of experts in a format that other tools read; `plan --from FILE` reads them.
+
+    Raises:
+        UserError: an unknown format, or a plan that says more than the format holds.
+    """
+    from expertsmith.interchange import export as text_of
+
+    text = text_of(plan if isinstance(plan, Plan) else load_plan(plan), format)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(text, encoding="utf-8")

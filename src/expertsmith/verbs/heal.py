@@ -1,0 +1,101 @@
+"""`heal`: recover a compressed model towards its original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Unpack
+
+from expertsmith import show
+from expertsmith.checkpoint import open_checkpoint
+from expertsmith.opening import inventory_of, token_data
+from expertsmith.verbs.definition import FLOW, Opt, verb
+from expertsmith.verbs.evaluate import evaluate
+from expertsmith.verbs.options import (
+    Data,
+    Drawing,
+    Dtype,
+    EvalData,
+    Opened,
+    Options,
+    Overwrite,
+    Placing,
+    Requantise,
+    Resume,
+    Text,
+    part,
+)
+
+
+class Healing(Text, Placing, Opened, total=False):
+    """Text, and where the two models are."""
+
+
+@verb(FLOW, show=lambda report, given: show.show_healing(report))
+def heal(
+    model: Annotated[str | Path, Opt("The compressed checkpoint.", argument=True, metavar="OUT", kind=str)],
+    teacher: Annotated[str | Path, Opt("The original model.", "--teacher", "-t", kind=str)],
+    data: Data,
+    out: Annotated[str | Path, Opt("Where the healed checkpoint goes.", "--out", "-o", metavar="OUT2", kind=Path)],
+    *,
+    method: Annotated[str, Opt("least_squares, layer_local, router or lora.", "--method", "-m")] = "least_squares",
+    options: Options = None,
+    requantise: Requantise = False,
+    eval_data: EvalData = (),
+    dtype: Dtype = "float32",
+    resume: Resume = True,
+    overwrite: Overwrite = False,
+    **given: Unpack[Healing],
+) -> dict[str, Any]:
+    """Recover a compressed model towards its original. A result that is worse on held-out tokens is not accepted.
+
+    least_squares: down projections in closed form, layer by layer, resident or streamed. layer_local: the same, then router, gate, up and down
+    projections by gradients within each layer. router: router rows by distillation. lora: merged adapters (needs peft).
+
+    [dim]expertsmith heal mixtral-half --teacher mistralai/Mixtral-8x7B-v0.1 -m layer_local -d c4.jsonl -o mixtral-half-healed[/dim]
+
+    Returns the report that also stands in `OUT/expertsmith/heal.json`. Finished layers stay in `<out>.healing` until the end, so that an
+    interrupted run resumes from there.
+
+    Args:
+        model: a pruned, merged or converted checkpoint.
+        teacher: the original, or the dense model that a converted one was made of.
+        options: of the method, see `healing.options`.
+        requantise: write healed weights of a quantised model in its own format, and measure what that costs; otherwise all weights are
+            written in bfloat16.
+        eval_data: further held-out text, on which the model is measured before and after.
+
+    Raises:
+        UserError: teacher and student that do not match, too little data, or an unknown method or option.
+    """
+    from expertsmith.healing.options import parse_healer
+    from expertsmith.healing.run import Healing as Job
+    from expertsmith.healing.run import heal as run_healing
+
+    progress = given["progress"]
+    chosen = parse_healer(method, options or {})
+    inventory = inventory_of(model, given["allow_pickle"])
+    source = inventory.checkpoint
+    tokens = token_data(source.path, source.config, data, progress, **part(Text, given))
+    original = open_checkpoint(teacher, allow_pickle=given["allow_pickle"])
+    run: dict[str, Any] = {**part(Placing, given), "dtype": dtype}
+    job = Job(
+        inventory,
+        original,
+        tokens,
+        method,
+        chosen,
+        Path(out),
+        given["batch_tokens"],
+        requantise=requantise,
+        resume=resume,
+        overwrite=overwrite,
+        **run,
+    )
+    report = run_healing(job, progress)
+    if eval_data:
+        asked = {**part(Drawing, given), **part(Opened, given), **run}
+        report["quality"] = {
+            name: evaluate(path, eval_data, reference=teacher, **asked).to_json()
+            for name, path in (("before", model), ("after", out))
+        }
+    return {"out": str(out), **report}

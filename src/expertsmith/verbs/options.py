@@ -1,0 +1,206 @@
+"""The options that several verbs have, each defined once, and the groups in which they are handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict
+
+from expertsmith.progress import Progress
+from expertsmith.verbs.definition import Opt
+
+if TYPE_CHECKING:
+    from expertsmith.calibration.stats import Statistics
+    from expertsmith.inventory import Inventory
+    from expertsmith.plan import Plan
+else:  # named in annotations only, which must not import what runs models
+    Statistics: TypeAlias = Any
+    Inventory: TypeAlias = Any
+    Plan: TypeAlias = Any
+
+Ratio: TypeAlias = float | int | str
+SPECS = "[DOMAIN=]SOURCE[:N]"
+
+Model = Annotated[
+    str | Path | Inventory,
+    Opt(
+        "Checkpoint directory, owner/name on the Hugging Face hub, or demo (comes with the package).",
+        argument=True,
+        metavar="MODEL",
+        kind=str,
+    ),
+]
+Named = Annotated[  # where the verb opens it itself
+    str | Path,
+    Opt(
+        "Checkpoint directory, owner/name on the Hugging Face hub, or demo (comes with the package).",
+        argument=True,
+        metavar="MODEL",
+        kind=str,
+    ),
+]
+Out = Annotated[str | Path, Opt("Where the result goes.", "--out", "-o", metavar="OUT", kind=Path)]
+Data = Annotated[
+    Sequence[str],
+    Opt(
+        "Text: .jsonl/.json/.txt/.md/.parquet file, folder, hub data set name\\[subset](split), or demo:code/calib (text of the Python package). Records hold text, messages, prompt + response, or input_ids. Repeatable.",
+        "--data",
+        "-d",
+        metavar=SPECS,
+    ),
+]
+EvalData = Annotated[
+    Sequence[str],
+    Opt(
+        "Held-out text to measure quality on. Default: the calibration text. Repeatable.",
+        "--eval-data",
+        "-e",
+        metavar=SPECS,
+    ),
+]
+Method = Annotated[str, Opt("How experts are scored; see `expertsmith methods`.", "--method", "-m")]
+Keep = Annotated[
+    Ratio | None,
+    Opt(
+        "Routed experts to keep in each layer: a ratio (0.5, 50%) or a count (4). Optional for methods with a built-in threshold.",
+        "--keep",
+        "-k",
+        kind=str,
+    ),
+]
+Stats = Annotated[
+    str | Path | Statistics | None, Opt("Statistics folder made by `expertsmith calibrate`.", "--stats", "-s", kind=Path)
+]
+Domains = Annotated[Sequence[str], Opt("Use only this domain of the statistics. Repeatable.", "--domain")]
+Budget = Annotated[
+    str | None,
+    Opt(
+        "uniform: every layer keeps the same number; global: the layers share one total; threshold: the method's own. Default: the method's usual.",
+        shown=False,
+    ),
+]
+Uniform = Annotated[bool, Opt("Round to the same number of experts in every layer, and report the cost.", "--uniform")]
+Options = Annotated[Mapping[str, Any] | None, Opt("Option of the method. Repeatable.", "--option", "-O", metavar="KEY=VALUE")]
+Groups = Annotated[
+    Literal["keep", "flatten"],
+    Opt("Routers with expert groups: keep drops the same number from each group; flatten sets n_group = 1.", "--router-groups"),
+]
+Mtp = Annotated[
+    Literal["keep", "drop"],
+    Opt(
+        "Multi-token-prediction layers: keep prunes them like the others, for speculative decoding; drop leaves them out.",
+        "--mtp",
+    ),
+]
+Measure = Annotated[bool, Opt("Measure quality at the end.", "--measure/--no-measure")]
+Resume = Annotated[bool, Opt("Complete what an interrupted run left, or start again.", "--resume/--fresh")]
+Overwrite = Annotated[bool, Opt("Replace an existing output.", "--overwrite")]
+Requantise = Annotated[
+    bool,
+    Opt(
+        "Write merged or healed weights of a quantised model in its own format, and report the cost. Default: all weights in bfloat16.",
+        "--requantise",
+    ),
+]
+PlanFile = Annotated[str | Path | Plan, Opt("plan.json", argument=True, metavar="PLAN", kind=Path)]
+BatchTokens = Annotated[int, Opt("Tokens per batch.", least=1)]
+SeqLen = Annotated[
+    int | None, Opt("Longest sequence in tokens. Default: 2048, or the model's window if less.", shown=False, least=2)
+]
+Dtype = Annotated[str, Opt("auto (as stored), float32 or bfloat16.")]
+
+
+class Report(TypedDict, total=False):
+    """Where progress goes: on the command line to stderr, unless --quiet."""
+
+    progress: Annotated[Progress, Opt("", default=None)]
+
+
+class Opening(TypedDict, total=False):
+    """How a model is opened."""
+
+    as_type: Annotated[
+        str | None,
+        Opt(
+            "Treat MODEL as this family, if transformers has it under another name. Names and shapes of all tensors are checked.",
+            "--as",
+            metavar="MODEL_TYPE",
+            default=None,
+            shown=False,
+        ),
+    ]
+    revision: Annotated[
+        str | None,
+        Opt(
+            "Branch, tag or commit of MODEL on the hub; owner/name@REV works too.",
+            "--revision",
+            metavar="REV",
+            default=None,
+            shown=False,
+        ),
+    ]
+    allow_pickle: Annotated[bool, Opt("Read a pickle-only checkpoint (with weights_only).", "--allow-pickle", default=False)]
+
+
+class Placing(TypedDict, total=False):
+    """Where a model is."""
+
+    device: Annotated[str, Opt("auto, cpu, cuda or cuda:0.", default="auto")]
+    memory: Annotated[
+        str, Opt("resident: whole model; stream: one decoder layer at a time; auto: by free memory.", default="auto")
+    ]
+
+
+class Running(Placing, total=False):
+    """How a model is run."""
+
+    dtype: Annotated[str, Opt("auto (as stored), float32 or bfloat16.", default="auto")]
+
+
+class Drawing(TypedDict, total=False):
+    """How many texts are drawn, and how long they are."""
+
+    samples: Annotated[int, Opt("Sequences per domain, drawn with --seed.", least=1, default=128)]
+    seq_len: Annotated[
+        int | None,
+        Opt("Longest sequence in tokens. Default: 2048, or the model's window if less.", least=2, default=None, shown=False),
+    ]
+    seed: Annotated[int, Opt("Seed of the sampling.", default=42)]
+
+
+class Text(Drawing, total=False):
+    """How text becomes sequences and batches."""
+
+    pack: Annotated[
+        bool | None,
+        Opt(
+            "Join texts into full sequences, or one record per sequence. Default: texts are packed, demonstrations are not.",
+            "--pack/--no-pack",
+            default=None,
+            shown=False,
+        ),
+    ]
+    overlong: Annotated[
+        Literal["refuse", "truncate", "drop"],
+        Opt("A record longer than the window, without packing: refuse, truncate or drop.", default="refuse"),
+    ]
+    batch_tokens: Annotated[int, Opt("Tokens per batch.", least=1, default=8192)]
+
+
+class Calibration(Text, Running, total=False):
+    """One pass of a model over text."""
+
+    resume: Annotated[bool, Opt("Complete what an interrupted run left, or start again.", "--resume/--fresh", default=True)]
+
+
+class Calibrating(Calibration, Opening, Report, total=False):
+    """`Calibration` of a model that the verb opens."""
+
+
+class Opened(Opening, Report, total=False):
+    """A model that is opened and not run."""
+
+
+def part(group: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `given` belongs to a group, to hand it on."""
+    return {name: given[name] for name in group.__annotations__ if name in given}

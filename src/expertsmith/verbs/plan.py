@@ -1,0 +1,178 @@
+"""`plan`: which experts stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
+
+from expertsmith import show
+from expertsmith.errors import UsageError, UserError
+from expertsmith.inventory import Inventory
+from expertsmith.opening import beside, inventory_of, open_model, token_data
+from expertsmith.plan import Plan
+from expertsmith.selection import Rules, keep_count, parse_keep
+from expertsmith.verbs.calibrate import calibrate
+from expertsmith.verbs.definition import FLOW, Opt, verb
+from expertsmith.verbs.options import (
+    Budget,
+    Calibrating,
+    Data,
+    Domains,
+    Groups,
+    Keep,
+    Model,
+    Mtp,
+    Options,
+    Running,
+    Stats,
+    Text,
+    Uniform,
+    part,
+)
+
+if TYPE_CHECKING:
+    from expertsmith.methods.base import Budget as BudgetName
+    from expertsmith.methods.base import Method
+
+
+def _show(made: Any, given: Mapping[str, Any]) -> None:
+    show.show_plan(made)
+    if given["out"] is not None:
+        show.line(f"[bold]{show.escape(str(given['out']))}[/bold]")
+
+
+@verb(FLOW, show=_show, plain=lambda made, given: made.to_json())
+def plan(
+    model: Model,
+    method: Annotated[str | None, Opt("How experts are scored; see `expertsmith methods`.", "--method", "-m")] = None,
+    keep: Keep = None,
+    *,
+    from_file: Annotated[
+        str | Path | None,
+        Opt("Instead of a method: ordered lists (JSONL, with --keep), a mask or retained experts (JSON).", "--from", kind=Path),
+    ] = None,
+    out: Annotated[
+        str | Path | None, Opt("Where the plan goes.", "--out", "-o", metavar="OUT", kind=Path, cli=Path("plan.json"))
+    ] = None,
+    stats: Stats = None,
+    data: Data = (),
+    domains: Domains = (),
+    budget: Budget = None,
+    uniform: Uniform = False,
+    options: Options = None,
+    router_groups: Groups = "keep",
+    mtp: Mtp = "keep",
+    work: str | Path | None = None,
+    **given: Unpack[Calibrating],
+) -> Plan:
+    """Choose which experts stay, and which are merged → plan.json, small enough to read and to review.
+
+    Seconds from statistics; with --data instead of --stats the calibration runs first. Costly results (measured weights, searches) are kept
+    in OUT.measured, and an interrupted run resumes from there.
+
+    Args:
+        keep: a ratio (0.5, "50%") or a count (4, "4"); None for methods with a threshold of their own.
+        from_file: instead of a method, another tool's choice of experts; see `interchange`.
+        stats: statistics of `calibrate`; without them `data` is calibrated first (into `<out>.stats`).
+        domains: use only these domains of the statistics.
+        budget: "uniform" (every layer alike), "global" (the layers share one total) or "threshold" (the method's own); None: the method's usual.
+        uniform: of a budget that leaves layers different numbers, make the nearest plan with one number, and note what that costs.
+        options: the method's own options, see `expertsmith methods`.
+        router_groups: "keep" drops the same number from every expert_group; "flatten" gives up the groups (n_group = 1).
+        mtp: "keep" prunes multi-token-prediction layers with the others, to the same number of experts; "drop" leaves them out.
+        work: folder for what is costly to compute again (measured weights, finished searches); default `<out>.measured`.
+
+    Raises:
+        UserError: unknown method or option, a keep that the router cannot work with, statistics of another model, a file that fits no format.
+    """
+    from expertsmith import planning
+
+    if (method is None) == (from_file is None):
+        raise UsageError("a plan is made by a method or from a file", "pass --method NAME or --from FILE")
+    progress = given["progress"]
+    inventory = inventory_of(model, given["allow_pickle"])
+    if method is None:
+        assert from_file is not None
+        made = _from_file(inventory, from_file, keep, router_groups, mtp, progress)
+        if out is not None:
+            made.save(out)
+        return made
+    chosen, values, share, chosen_budget, rules = request(inventory, method, keep, budget, options, router_groups)
+    if domains and (chosen.reads == "model" or chosen.data_free):
+        raise UserError(f"method {method} reads no statistics, of which --domain could choose", "leave --domain out")
+    place = None if work is None and out is None else Path(work) if work is not None else beside(out or "", "measured")
+    job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress, work=place)
+    job.mtp = mtp
+    job.batch_tokens = given["batch_tokens"]
+    job.resume = given["resume"]
+    if chosen.reads == "model":
+        if not data:
+            raise UserError(f"method {method} runs the model on text", "pass --data FILE")
+        job.open = partial(model_and_tokens, inventory, data, given, router_groups)
+    elif not chosen.data_free:
+        if stats is None:
+            if not data:
+                raise UserError(
+                    f"method {method} needs calibration", "pass --stats STATS (made by `expertsmith calibrate`) or --data FILE"
+                )
+            stats = calibrate(
+                inventory.checkpoint.source,
+                data,
+                beside(out or "plan.json", "stats"),
+                all_outputs=chosen.all_outputs,
+                **given,
+            )
+        job.statistics = planning.statistics_for(inventory, chosen, stats, domains)
+    made = planning.make_plan(job, router_groups, uniform, {"domains": list(domains)} if domains else {})
+    if out is not None:
+        made.save(out)
+    return made
+
+
+def _from_file(inventory: Inventory, file: str | Path, keep: Any, router_groups: Any, mtp: Any, progress: Any) -> Plan:
+    from expertsmith import interchange
+    from expertsmith.surgery.apply import check_plan
+
+    made = interchange.plan_from(file, inventory, keep, router_groups, mtp, progress)
+    check_plan(made, inventory)
+    return made
+
+
+def plan_from(model: str | Path | Inventory, file: str | Path, keep: Any = None, **options: Any) -> Plan:
+    """`plan` with `from_file`: another tool's choice of experts as a plan."""
+    return plan(model, None, keep, from_file=file, **options)
+
+
+def request(
+    inventory: Inventory,
+    method: str,
+    keep: float | int | str | None,
+    budget: str | None,
+    options: Mapping[str, Any] | None,
+    router_groups: str,
+) -> tuple[Method, dict[str, Any], float | int | None, BudgetName, dict[int, Rules]]:
+    """Everything that was asked for, checked before anything is computed."""
+    from expertsmith import methods as registered
+    from expertsmith import planning
+    from expertsmith.surgery.uneven import refuse_padded
+
+    chosen = registered.find(method)
+    values = chosen.parse_options(options or {})
+    share = None if keep is None else parse_keep(keep)
+    refuse_padded(inventory)
+    chosen_budget = planning.choose_budget(chosen, budget, share)
+    rules = planning.rules_of(inventory, router_groups)
+    if share is not None:
+        where = inventory.checkpoint.source
+        for layer, entry in rules.items():
+            keep_count(share, entry, where if len(set(rules.values())) == 1 else f"decoder layer {layer} of {where}")
+    return chosen, values, share, chosen_budget, rules
+
+
+def model_and_tokens(inventory: Inventory, data: Sequence[str], given: Mapping[str, Any], router_groups: str = "keep") -> Any:
+    """(model, token data) for what runs the model on text."""
+    source, progress = inventory.checkpoint, given["progress"]
+    tokens = token_data(source.path, source.config, data, progress, **part(Text, given))
+    return open_model(inventory, progress, router_groups=router_groups, **part(Running, given)), tokens
