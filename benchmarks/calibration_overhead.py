@@ -41,7 +41,7 @@ def measure(dtype: str, folder: Path, options: argparse.Namespace) -> list[list[
     from expertsmith.calibration.runner import collect
     from expertsmith.checkpoint import open_checkpoint
     from expertsmith.engine import load_model
-    from expertsmith.inventory import take_inventory
+    from expertsmith.experts.inventory import take_inventory
 
     shape = Shape(options.family, options.layers, options.hidden, options.width, options.experts, options.top_k, dtype=dtype)
     path = folder / dtype

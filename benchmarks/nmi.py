@@ -20,7 +20,7 @@ import time
 import numpy as np
 
 from common import alternate, ratio, spread, table, verdict
-from expertsmith.information import Codes, codes, nmi, nmi_matrix
+from expertsmith.methods.information import Codes, codes, nmi, nmi_matrix
 
 TARGET, AIM, AGREE = 30.0, 60.0, 1e-10
 # layers, experts a layer, shape of an expert's matrices (three of them)

@@ -38,9 +38,9 @@ def measure(name: str, dtype: str, folder: Path, options: argparse.Namespace) ->
     from expertsmith.calibration.ratios import collect_ratios, thresholds
     from expertsmith.checkpoint import open_checkpoint
     from expertsmith.engine import load_model
-    from expertsmith.engine.experts import experts_of
+    from expertsmith.engine.layout import experts_of
     from expertsmith.engine.skipping import skipping
-    from expertsmith.inventory import take_inventory
+    from expertsmith.experts.inventory import take_inventory
 
     shape = replace(SHAPES[name], dtype=dtype)
     path = folder / f"{name}-{dtype}"

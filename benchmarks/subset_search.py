@@ -28,7 +28,7 @@ def build(folder: Path, shape: Shape, options: argparse.Namespace) -> tuple[Any,
     from expertsmith.calibration.data import DataOptions, load_tokens
     from expertsmith.checkpoint import open_checkpoint
     from expertsmith.engine import load_model
-    from expertsmith.inventory import take_inventory
+    from expertsmith.experts.inventory import take_inventory
 
     generate(folder, shape)
     write_data(folder / "data.jsonl", options.tokens, options.length, shape.vocab)

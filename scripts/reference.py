@@ -21,7 +21,7 @@ from expertsmith.checkpoint.formats import formats
 from expertsmith.healing.options import HEALERS
 from expertsmith.lint import ENGINES, RULES
 from expertsmith.methods import Method, methods
-from expertsmith.show import NEEDS
+from expertsmith.views.show import NEEDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -19,8 +19,8 @@ from expertsmith.calibration.stats import layer_path
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine.loading import load_model
 from expertsmith.errors import UserError
-from expertsmith.inventory import take_inventory
-from expertsmith.plan import load_plan
+from expertsmith.experts.inventory import take_inventory
+from expertsmith.planning.plan import load_plan
 
 BOOM = 'raise RuntimeError("code of a checkpoint was run")\n'
 MOE = {"num_experts": 8, "num_shared_experts": 1, "num_experts_per_tok": 2}

@@ -16,8 +16,8 @@ from expertsmith.analysis.static import Sampling, measure_layer
 from expertsmith.calibration.all_experts import LayerSample
 from expertsmith.calibration.stats import LayerStatistics, Statistics
 from expertsmith.errors import UserError
-from expertsmith.plan import CalibrationData, LayerPlan, Merge, Method, Plan, Source
-from expertsmith.selection import Rules
+from expertsmith.experts.rules import Rules
+from expertsmith.planning.plan import CalibrationData, LayerPlan, Merge, Method, Plan, Source
 
 E, F, D = 6, 10, 12
 

@@ -19,12 +19,12 @@ from expertsmith import api
 from expertsmith.analysis.study import plain
 from expertsmith.arch import families
 from expertsmith.calibration.all_experts import sample_layers
+from expertsmith.calibration.opening import open_model, token_data
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.inventory import take_inventory
-from expertsmith.opening import open_model, token_data
-from expertsmith.progress import Silent
-from expertsmith.weights import Projections
+from expertsmith.experts.inventory import take_inventory
+from expertsmith.experts.weights import Projections
+from expertsmith.views.progress import Silent
 
 OPTIONS = {**CALIBRATION, "memory": "resident", "dtype": "float32"}
 

@@ -20,7 +20,7 @@ from expertsmith.arch import families, text_config
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.checkpoint.reader import read_header
 from expertsmith.errors import UserError
-from expertsmith.inventory import take_inventory
+from expertsmith.experts.inventory import take_inventory
 from expertsmith.surgery.apply import apply_plan
 
 

@@ -474,7 +474,7 @@ def test_verify_sees_wrong_experts(checkpoints, tmp_path):
     """Same shapes, other experts: the forward comparison alone has to notice it."""
     from expertsmith import api
     from expertsmith.checkpoint import open_checkpoint
-    from expertsmith.inventory import take_inventory
+    from expertsmith.experts.inventory import take_inventory
     from expertsmith.surgery import verify
 
     source = checkpoints("qwen3_moe")
@@ -541,7 +541,7 @@ def test_unknown_tensors_that_run_over_experts_are_named(capsys, mixtral):
 
 
 def test_a_full_disk_is_said_wherever_it_happens(capsys, mixtral, tmp_path, monkeypatch):
-    from expertsmith.plan import Plan
+    from expertsmith.planning.plan import Plan
 
     def full(self, path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))

@@ -22,7 +22,7 @@ from expertsmith import __version__, api, cli
 from expertsmith.arch import families
 from expertsmith.calibration.stats import load_statistics
 from expertsmith.methods import methods
-from expertsmith.plan import load_plan
+from expertsmith.planning.plan import load_plan
 from expertsmith.verbs.definition import VERBS
 
 SMALL = ["--seq-len", "24", "--no-pack", "--device", "cpu"]

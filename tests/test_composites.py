@@ -14,9 +14,9 @@ from expertsmith import api
 from expertsmith.arch import families, text_config
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.inventory import take_inventory
-from expertsmith.plan import parse_plan
-from expertsmith.selection import groups_of
+from expertsmith.experts.inventory import take_inventory
+from expertsmith.experts.rules import groups_of
+from expertsmith.planning.plan import parse_plan
 
 IMAGES = {"image_token_id": 124, "video_token_id": 125}
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}

@@ -16,7 +16,7 @@ from expertsmith import api
 from expertsmith.arch import config_first, families
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory, take_inventory
+from expertsmith.experts.inventory import Inventory, take_inventory
 
 TYPES = ["hunyuan_v1_moe", "mixtral", "qwen3_moe"]  # the first one's config class takes a list of top_k, the others none at all
 

@@ -17,7 +17,7 @@ import pytest
 
 from expertsmith.methods import methods
 
-plan_format = importlib.import_module("expertsmith.plan")  # expertsmith.plan is the verb
+plan_format = importlib.import_module("expertsmith.planning.plan")  # expertsmith.plan is the verb
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -124,7 +124,7 @@ def test_python_imports_and_calls_fit(page, code):
 
 
 def test_verbs_stay_functions_when_modules_of_the_same_name_are_imported():
-    code = "import expertsmith, expertsmith.plan, expertsmith.lint; print(all(callable(getattr(expertsmith, name)) for name in expertsmith._API))"
+    code = "import expertsmith, expertsmith.planning.plan, expertsmith.lint, expertsmith.verbs.plan; print(all(callable(getattr(expertsmith, name)) for name in expertsmith._API))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
 
 

@@ -18,10 +18,10 @@ from expertsmith.calibration.probe import Probe, _Tables, probe_bytes, search_la
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine import Batch, LoadedModel, load_model
 from expertsmith.errors import UserError
-from expertsmith.inventory import take_inventory
+from expertsmith.experts.inventory import take_inventory
+from expertsmith.experts.rules import Rules
 from expertsmith.methods.base import Choice
 from expertsmith.methods.expert_sparsity import every_subset, exchange, expert_sparsity, subsets
-from expertsmith.selection import Rules
 from expertsmith.surgery.mask import masked
 
 SUBSETS = [(1,), (0, 4), (1, 2, 5, 6)]  # of 8 experts; the last two take equally many of two expert_groups

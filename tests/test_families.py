@@ -16,9 +16,9 @@ from expertsmith.calibration.stats import layer_path, load_statistics
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine import Batch, Walk, hidden_of, load_model
 from expertsmith.errors import UserError
-from expertsmith.inventory import take_inventory
+from expertsmith.experts.inventory import take_inventory
 from expertsmith.methods import methods
-from expertsmith.plan import load_plan
+from expertsmith.planning.plan import load_plan
 from expertsmith.surgery.mask import masked
 
 EVERY = pytest.mark.parametrize("model_type", [*SUPPORTED, *COMPOSITES])
@@ -312,7 +312,7 @@ class RebuildLayer:
         self.layer, self.record, self.handles = layer, record, []
 
     def __enter__(self):
-        from expertsmith.engine.experts import submodule
+        from expertsmith.engine.layout import submodule
 
         record = self.record
         self.block = submodule(self.layer, record.block)
@@ -350,7 +350,7 @@ class RebuildLayer:
             handle.remove()
 
     def result(self, shape):
-        from expertsmith.engine.experts import submodule
+        from expertsmith.engine.layout import submodule
 
         record, out = self.record, self.out.reshape(shape)
         if not self.whole:
@@ -371,7 +371,7 @@ class RebuildLayer:
 def test_observing_does_not_change_the_model(model_type, checkpoints, data, tmp_path):
     """Logits while everything is observed against logits of the plain model."""
     from expertsmith.calibration.observers import LayerSums, observing
-    from expertsmith.engine.experts import expert_count, experts_of
+    from expertsmith.engine.layout import expert_count, experts_of
 
     checkpoint = open_checkpoint(checkpoints(model_type))
     record = families()[model_type]

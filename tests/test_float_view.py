@@ -23,7 +23,7 @@ from expertsmith.checkpoint.floats import floats, quantisation_of
 from expertsmith.checkpoint.formats import formats
 from expertsmith.engine import Walk, load_model
 from expertsmith.errors import UserError
-from expertsmith.inventory import take_inventory
+from expertsmith.experts.inventory import take_inventory
 from quantise import KINDS, WIDE, quantise_checkpoint
 
 pytest.importorskip("compressed_tensors")

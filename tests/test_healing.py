@@ -19,15 +19,15 @@ from expertsmith.arch import families
 from expertsmith.calibration.data import TokenData
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
+from expertsmith.experts.inventory import take_inventory
+from expertsmith.experts.weights import layout_of
 from expertsmith.healing.experts import Routed
 from expertsmith.healing.least_squares import Problem, solve
 from expertsmith.healing.options import parse_healer
 from expertsmith.healing.streams import held_out
 from expertsmith.healing.tail import wanted_change
-from expertsmith.inventory import take_inventory
-from expertsmith.plan import LayerPlan, Merge, Method, Plan, Source
-from expertsmith.progress import Silent
-from expertsmith.weights import layout_of
+from expertsmith.planning.plan import LayerPlan, Merge, Method, Plan, Source
+from expertsmith.views.progress import Silent
 
 CORE = ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "dbrx", "llama4_text", "longcat_flash", "gemma4_text"]
 EVERY = pytest.mark.parametrize("model_type", SUPPORTED)

@@ -9,8 +9,8 @@ import pytest
 from conftest import run_cli
 from expertsmith import api
 from expertsmith.errors import UserError
-from expertsmith.interchange import FORMATS, export
-from expertsmith.plan import LayerPlan, Merge, Method, Plan, Source
+from expertsmith.planning.interchange import FORMATS, export
+from expertsmith.planning.plan import LayerPlan, Merge, Method, Plan, Source
 
 
 @pytest.fixture(scope="module")

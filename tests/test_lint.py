@@ -15,7 +15,7 @@ import pytest
 from conftest import save_tiny
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.inventory import take_inventory
+from expertsmith.experts.inventory import take_inventory
 from expertsmith.lint import ENGINES, RULES, Subject, check, lint, llama_cpp, sglang, subject_of, transformers, vllm
 from expertsmith.lint.base import LEVELS
 

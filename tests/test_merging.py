@@ -23,16 +23,16 @@ from expertsmith.checkpoint import OutputTensor, open_checkpoint, write_checkpoi
 from expertsmith.checkpoint.writer import Made, chunks
 from expertsmith.engine import Batch, Walk, load_model
 from expertsmith.errors import UserError
-from expertsmith.inventory import take_inventory
+from expertsmith.experts.inventory import take_inventory
+from expertsmith.experts.rules import Rules
+from expertsmith.experts.weights import split
 from expertsmith.methods import find
 from expertsmith.methods.base import Facts
 from expertsmith.methods.merging import agglomerate, cut, join_dominants, k_means, logit_similarity, m_smoe_budget, shares
-from expertsmith.plan import LayerPlan, Merge, Method, Plan, Source
-from expertsmith.selection import Rules
+from expertsmith.planning.plan import LayerPlan, Merge, Method, Plan, Source
 from expertsmith.surgery.apply import apply_plan
 from expertsmith.surgery.mask import masked
 from expertsmith.surgery.merge import alignment, check_merges, merged, ordered, router_row
-from expertsmith.weights import split
 
 LINKAGES = ("average", "single", "complete", "ward")
 POINTS = np.array([[0.0], [1.0], [3.0], [7.0], [8.0]])

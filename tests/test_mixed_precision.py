@@ -16,7 +16,7 @@ from conftest import run_cli, save_tiny
 from expertsmith import api
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory, take_inventory
+from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.lint import ENGINES
 from expertsmith.surgery.apply import output_config, renumbering_of
 from expertsmith.surgery.quantisation import renumbered

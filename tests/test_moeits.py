@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import SUPPORTED
-from expertsmith import information
 from expertsmith.errors import UserError
-from expertsmith.information import codes, edges, joint_counts, joint_entropy, nmi, nmi_matrix
+from expertsmith.experts.rules import Rules
+from expertsmith.methods import information
 from expertsmith.methods.base import Facts
+from expertsmith.methods.information import codes, edges, joint_counts, joint_entropy, nmi, nmi_matrix
 from expertsmith.methods.moeits import Path, choose, combine, grouped_path, measure, moeits, removal_path, threshold
-from expertsmith.selection import Rules
 
 always = settings(derandomize=True, deadline=None, max_examples=60)  # the same examples in every run
 numpy_caps = pytest.mark.skipif(
@@ -338,7 +338,7 @@ def test_a_worker_that_dies_is_named(monkeypatch):
 
 
 def test_information_and_its_workers_need_no_torch():
-    script = "import sys, expertsmith.information; sys.exit('torch' in sys.modules)"
+    script = "import sys, expertsmith.methods.information; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], env={**os.environ}).returncode == 0
 
 
@@ -628,8 +628,8 @@ def test_a_matrix_that_cannot_be_binned_is_named():
 def test_every_family(model_type, checkpoints):
     """Read from a checkpoint, each role's matrices are compared with their namesakes: numbers of the plain formula."""
     from expertsmith.checkpoint.reader import open_checkpoint
-    from expertsmith.inventory import take_inventory
-    from expertsmith.weights import Projections
+    from expertsmith.experts.inventory import take_inventory
+    from expertsmith.experts.weights import Projections
 
     inventory = take_inventory(open_checkpoint(checkpoints(model_type)))
     layer = inventory.layers[0]

@@ -16,8 +16,8 @@ from expertsmith.arch import families, text_config
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine import Batch, Walk, hidden_of, load_model
 from expertsmith.errors import UserError
-from expertsmith.inventory import take_inventory
-from expertsmith.plan import load_plan
+from expertsmith.experts.inventory import take_inventory
+from expertsmith.planning.plan import load_plan
 from mtp import UNDER_MTP, WITH_EXPERTS, save_with_mtp
 from quantise import quantise_checkpoint
 

@@ -12,8 +12,8 @@ from expertsmith.arch import families
 from expertsmith.calibration.stats import layer_path, load_statistics
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine import load_model, loading, on_demand
-from expertsmith.engine.experts import experts_of, is_grouped
-from expertsmith.inventory import take_inventory
+from expertsmith.engine.layout import experts_of, is_grouped
+from expertsmith.experts.inventory import take_inventory
 
 
 @pytest.mark.parametrize("model_type", [*SUPPORTED, *COMPOSITES])

@@ -15,7 +15,18 @@ from conftest import CALIBRATION
 from expertsmith import api
 from expertsmith.calibration.stats import layer_path
 from expertsmith.errors import UserError
-from expertsmith.plan import CalibrationData, LayerPlan, Merge, Method, Plan, Skip, Source, Summary, load_plan, parse_plan
+from expertsmith.planning.plan import (
+    CalibrationData,
+    LayerPlan,
+    Merge,
+    Method,
+    Plan,
+    Skip,
+    Source,
+    Summary,
+    load_plan,
+    parse_plan,
+)
 
 always = settings(derandomize=True, deadline=None, max_examples=50)  # the same examples in every run
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -12,18 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import CALIBRATION, run_cli, save_tiny
-from expertsmith import api, planning
+from expertsmith import api
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory, take_inventory
+from expertsmith.experts.inventory import Inventory, take_inventory
+from expertsmith.experts.rules import Rules
 from expertsmith.methods import find, methods
 from expertsmith.methods.base import Choice, Order, method
-from expertsmith.plan import Plan, load_plan
-from expertsmith.planning import Job, choose_budget, make_plan, rules_of
-from expertsmith.progress import Silent
-from expertsmith.selection import Rules
+from expertsmith.planning import build as planning
+from expertsmith.planning.build import Job, choose_budget, make_plan, rules_of
+from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.surgery.skip import is_padded
 from expertsmith.verbs.recipe import load_recipe, run_recipe
+from expertsmith.views.progress import Silent
 
 NEW = ("expert_sparsity", "moeits", "hc_smoe", "m_smoe")
 SHORT = ("--seq-len", 24, "--no-pack", "--batch-tokens", 72)

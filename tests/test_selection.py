@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from expertsmith.errors import UserError
-from expertsmith.selection import Rules, keep_count, over_layers, parse_keep, uniform
+from expertsmith.experts.rules import Rules, keep_count, over_layers, parse_keep, uniform
 
 always = settings(derandomize=True, deadline=None, max_examples=80)  # the same examples in every run
 TIES = st.sampled_from(["keep_lower", "keep_higher"])

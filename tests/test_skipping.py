@@ -20,7 +20,7 @@ from expertsmith.calibration.data import DataOptions, TokenData, load_tokens
 from expertsmith.calibration.ratios import collect_ratios, thresholds
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine import Walk, load_model
-from expertsmith.engine.experts import experts_of, is_grouped
+from expertsmith.engine.layout import experts_of, is_grouped
 from expertsmith.engine.skipping import install, keep_slots, rescaled_weights, skipping, skipping_forward
 from expertsmith.errors import UserError
 

@@ -18,7 +18,7 @@ from expertsmith.evaluation.engines import engine, python_of
 from expertsmith.evaluation.engines.runner import answer
 from expertsmith.evaluation.serving import Setting
 from expertsmith.evaluation.speed import alternate
-from expertsmith.progress import Silent
+from expertsmith.views.progress import Silent
 
 
 @pytest.fixture(scope="module")

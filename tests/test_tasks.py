@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import run_cli as run
-from expertsmith import api, judging
+from expertsmith import api
 from expertsmith.arch import families
 from expertsmith.checkpoint import open_checkpoint
+from expertsmith.comparison import judging
 from expertsmith.demo import MODEL
 from expertsmith.engine import load_model
 from expertsmith.errors import UserError
@@ -25,7 +26,7 @@ from expertsmith.evaluation import generation, questions
 from expertsmith.evaluation import tasks as lm_tasks
 from expertsmith.evaluation.generation import Run, formats_of, loop, of_domain, repetition
 from expertsmith.evaluation.paired import estimate, pooled
-from expertsmith.progress import Silent
+from expertsmith.views.progress import Silent
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "tasks"
 needs_lm_eval = pytest.mark.skipif(not __import__("importlib.util").util.find_spec("lm_eval"), reason="extra eval")
@@ -314,7 +315,7 @@ def test_an_interrupted_run_goes_on_and_changed_documents_are_asked_again(half, 
 
 @needs_lm_eval
 def test_the_table_marks_what_is_clear(capsys, monkeypatch):
-    from expertsmith import show
+    from expertsmith.views import show
 
     monkeypatch.setenv("COLUMNS", "160")
     row = {"task": "t", "metric": "acc", "filter": "none", "higher_is_better": True, "shots": 5, "documents": 20, "cut": 3}

@@ -27,7 +27,7 @@ from expertsmith.conversion.start import start_layer
 from expertsmith.conversion.training import Recipe, Student, batch_of, outcome, padded, train
 from expertsmith.engine.loading import load_model
 from expertsmith.errors import UserError
-from expertsmith.progress import Silent
+from expertsmith.views.progress import Silent
 
 EXACT = 1e-5  # of the largest logit
 TRAIN = {"seq_len": 20, "measure": False, "max_growth": 9}

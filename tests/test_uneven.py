@@ -23,8 +23,8 @@ from expertsmith.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from expertsmith.engine import load, load_model
 from expertsmith.engine.uneven import SHIM, is_uneven
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory, per_layer_counts, take_inventory
-from expertsmith.plan import LayerPlan, Method, Plan, Source
+from expertsmith.experts.inventory import Inventory, per_layer_counts, take_inventory
+from expertsmith.planning.plan import LayerPlan, Method, Plan, Source
 from expertsmith.surgery.apply import output_tensors
 from expertsmith.surgery.mask import masked
 from expertsmith.surgery.uneven import check_padding, check_uneven, code_for, pad, routing_biases, write_counts

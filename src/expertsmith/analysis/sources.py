@@ -15,8 +15,8 @@ from expertsmith.arch.base import split
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.floats import floats
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory
-from expertsmith.weights import FLOATS, Projections, is_matrix
+from expertsmith.experts.inventory import Inventory
+from expertsmith.experts.weights import FLOATS, Projections, is_matrix
 
 SHARED = re.compile(r"(?:^|\.)(?:shared_experts?|shared_mlp)\.(?P<leaf>\w+)(?:\.weight)?$")
 DENSE = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<layer>\d+)\.(?:mlp|feed_forward|ffn)\.(?P<leaf>\w+)\.weight$")

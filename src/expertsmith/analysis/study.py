@@ -20,9 +20,9 @@ from expertsmith.analysis.summary import summarise
 from expertsmith.analysis.usage import FLAT, measure_usage, super_experts
 from expertsmith.calibration.stats import Statistics
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory
-from expertsmith.plan import Plan
-from expertsmith.progress import Progress, Silent
+from expertsmith.experts.inventory import Inventory
+from expertsmith.planning.plan import Plan
+from expertsmith.views.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from expertsmith.calibration.all_experts import LayerSample

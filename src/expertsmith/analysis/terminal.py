@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expertsmith.analysis.folder import MEASURES, PAGE
-from expertsmith.show import escape, line, table_of
+from expertsmith.views.show import escape, line, table_of
 
 COLOURS = {"supported": "green", "partly": "yellow", "not supported": "red", "not testable": "dim"}
 COLUMNS = {

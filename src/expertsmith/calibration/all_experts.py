@@ -23,10 +23,11 @@ from expertsmith.calibration.observers import scores_of
 from expertsmith.calibration.probe import Places, sample_places
 from expertsmith.calibration.replay import RoutedBlock, Seen, router_extras
 from expertsmith.engine import Batch, LoadedModel, Walk
-from expertsmith.engine.experts import flattened_outputs, hidden_of_all, is_grouped, run_all, submodule
+from expertsmith.engine.experts import flattened_outputs, hidden_of_all, run_all
+from expertsmith.engine.layout import is_grouped, submodule
 from expertsmith.errors import UserError
-from expertsmith.progress import Progress, Silent
-from expertsmith.selection import Rules
+from expertsmith.experts.rules import Rules
+from expertsmith.views.progress import Progress, Silent
 
 Array = np.ndarray[Any, Any]
 AT_ONCE = 2**24  # elements of all experts' outputs in memory at once

@@ -16,15 +16,8 @@ import torch
 from torch import nn
 
 from expertsmith.arch import Architecture
-from expertsmith.engine.experts import (
-    Slots,
-    flattened_forward,
-    grouped_forward,
-    is_grouped,
-    outputs_of_all,
-    routing_of,
-    submodule,
-)
+from expertsmith.engine.experts import Slots, flattened_forward, grouped_forward, outputs_of_all
+from expertsmith.engine.layout import is_grouped, routing_of, submodule
 from expertsmith.engine.walk import Batch
 from expertsmith.errors import UserError
 

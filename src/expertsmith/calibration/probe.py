@@ -28,8 +28,8 @@ from expertsmith.calibration.replay import RoutedBlock, Seen, router_extras
 from expertsmith.engine import Batch, LoadedModel, Walk
 from expertsmith.engine.loading import free_memory
 from expertsmith.errors import UserError
-from expertsmith.progress import Progress, Silent
-from expertsmith.selection import Rules
+from expertsmith.experts.rules import Rules
+from expertsmith.views.progress import Progress, Silent
 
 Loss = Literal["global", "authors"]
 FEW_COLUMNS = 16

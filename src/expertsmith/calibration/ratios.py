@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from expertsmith.calibration.data import TokenData
 from expertsmith.engine import Batch, LoadedModel, Walk
-from expertsmith.engine.experts import expert_count, experts_of, routing_of
+from expertsmith.engine.layout import expert_count, experts_of, routing_of
 from expertsmith.engine.skipping import Rule, check_rule, critical_values, routed_sizes, skipped_at
 from expertsmith.errors import UserError
-from expertsmith.progress import Progress, Silent
+from expertsmith.views.progress import Progress, Silent
 
 Weights = NDArray[np.float32]  # [tokens, top_k], every row descending
 Statistic = Literal["median", "mean", "quantile"]

@@ -17,8 +17,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from expertsmith.arch import Architecture, config_get
-from expertsmith.engine.experts import routing_of, run_all, submodule
-from expertsmith.selection import Rules
+from expertsmith.engine.experts import run_all
+from expertsmith.engine.layout import routing_of, submodule
+from expertsmith.experts.rules import Rules
 
 
 @dataclass

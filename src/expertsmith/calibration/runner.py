@@ -18,10 +18,10 @@ from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.observers import SAMPLES, Extras, LayerSums, choose_sample, observing
 from expertsmith.calibration.spill import Spill, clear, newest, read
 from expertsmith.engine import Batch, LoadedModel, Walk
-from expertsmith.engine.experts import expert_count, experts_of
+from expertsmith.engine.layout import expert_count, experts_of
 from expertsmith.engine.mtp import counted, shortened
 from expertsmith.errors import UserError
-from expertsmith.progress import Progress, Silent
+from expertsmith.views.progress import Progress, Silent
 
 
 def collect(

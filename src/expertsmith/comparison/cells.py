@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from expertsmith.errors import UserError
+from expertsmith.experts.rules import parse_keep
 from expertsmith.healing.options import as_options, parse_healer
 from expertsmith.methods import Method, find, methods
 from expertsmith.methods.base import Budget
-from expertsmith.selection import parse_keep
 
+CELLS, WORK = "cells", "work"  # folders of a comparison
 BASELINE, SEEDS = "random", (0, 1, 2)
 ALL = "all"
 FORMAT = "expertsmith.comparison.cell"

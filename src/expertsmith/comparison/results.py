@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertsmith.comparison.cells import BASELINE, Cell, load, short_names
-from expertsmith.show import byte_count, count
+from expertsmith.comparison.cells import BASELINE, CELLS, WORK, Cell, load, short_names
+from expertsmith.views.show import byte_count, count
 
 if TYPE_CHECKING:
     from expertsmith.comparison.run import Comparison
@@ -21,7 +20,6 @@ WORSE = "†"
 def together(job: Comparison, held: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The content of comparison.json: `groups` of rows that keep the same share with the same budget, each sorted by the mean rise."""
     from expertsmith import __version__
-    from expertsmith.comparison.run import original_file, statistics_folder
 
     groups: dict[tuple[Any, str], list[Row]] = {}
     names = short_names(cell.contender.label for cell in job.cells)
@@ -297,18 +295,12 @@ def _line(texts: Iterable[str]) -> str:
     return "| " + " | ".join(texts) + " |"
 
 
-def write(folder: Path, found: Mapping[str, Any]) -> None:
-    """All four results, each complete or not at all."""
-    from expertsmith.comparison.page import page
-    from expertsmith.comparison.picture import svg
+def original_file(job: Comparison) -> Path:
+    """Where the original's own task results lie."""
+    return job.folder / CELLS / "original.json"
 
-    texts = {
-        "comparison.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n",
-        "comparison.md": markdown(found),
-        "comparison.svg": svg(found),
-        "comparison.html": page(found),
-    }
-    for name, text in texts.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
+
+def statistics_folder(job: Comparison) -> Path:
+    """Where the statistics lie; beside it, in a file of the same name with .json, what calibrating took."""
+    everything = any(cell.contender.method.all_outputs for cell in job.cells)
+    return job.folder / WORK / ("statistics-all-outputs" if everything else "statistics")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -12,16 +13,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expertsmith.calibration.opening import open_model, token_data
 from expertsmith.calibration.spec import refuse_missing
 from expertsmith.checkpoint import open_checkpoint
-from expertsmith.comparison.cells import Cell, cells_of, load, parse_heal, save
+from expertsmith.comparison.cells import CELLS, WORK, Cell, cells_of, load, parse_heal, save
+from expertsmith.comparison.judging import refuse_stream
+from expertsmith.comparison.results import markdown, original_file, statistics_folder
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory, take_inventory
-from expertsmith.judging import refuse_stream
-from expertsmith.opening import open_model, token_data
-from expertsmith.plan import Plan, load_plan
-from expertsmith.progress import Progress, Silent
-from expertsmith.selection import keep_count
+from expertsmith.experts.inventory import Inventory, take_inventory
+from expertsmith.experts.rules import keep_count
+from expertsmith.planning.plan import Plan, load_plan
+from expertsmith.views.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from expertsmith.calibration.data import TokenData
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from expertsmith.evaluation.quality import Quality
 
 JUDGED_TOKENS = 4096  # that run at once where logits over the vocabulary are held
-PLANS, CELLS, WORK = "plans", "cells", "work"
+PLANS = "plans"
 RESULTS = ("comparison.json", "comparison.html", "comparison.svg", "comparison.md")
 
 
@@ -143,7 +145,7 @@ def compare(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """See `verbs.compare`."""
-    from expertsmith.comparison.results import together, write
+    from expertsmith.comparison.results import together
 
     folder, progress = Path(out), progress or Silent()
     cells, notes = cells_of(methods, keep, budgets, heal)
@@ -193,8 +195,8 @@ def _tasks(
     progress: Progress,
 ) -> Tasks:
     from expertsmith.calibration.data import load_tokenizer
+    from expertsmith.comparison.judging import tasks_for
     from expertsmith.evaluation import tasks
-    from expertsmith.judging import tasks_for
 
     refuse_stream(memory)
     tokenizer = load_tokenizer(inventory.checkpoint.path)
@@ -204,7 +206,7 @@ def _tasks(
 
 def _check(inventory: Inventory, cells: Sequence[Cell]) -> None:
     """Refuse what no cell of its kind could be made of, before anything is computed."""
-    from expertsmith.selection import refuse_groups
+    from expertsmith.experts.rules import refuse_groups
     from expertsmith.surgery.uneven import check_uneven, refuse_padded
 
     refuse_padded(inventory)
@@ -227,11 +229,6 @@ def _prepare(folder: Path, resume: bool) -> None:
     if not resume:
         for name in (PLANS, CELLS, WORK):
             shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def original_file(job: Comparison) -> Path:
-    """Where the original's own task results lie."""
-    return job.folder / CELLS / "original.json"
 
 
 def _result(job: Comparison, cell: Cell) -> Path:
@@ -286,12 +283,6 @@ def _plans(job: Comparison, missing: Sequence[Cell]) -> dict[str, dict[str, Any]
             continue
         found[name] = save(mark, job.planned_with(cell), {"planning": took})
     return found
-
-
-def statistics_folder(job: Comparison) -> Path:
-    """Where the statistics lie; beside it, in a file of the same name with .json, what calibrating took."""
-    everything = any(cell.contender.method.all_outputs for cell in job.cells)
-    return job.folder / WORK / ("statistics-all-outputs" if everything else "statistics")
 
 
 def _statistics(job: Comparison) -> Any:
@@ -394,3 +385,20 @@ def _finish(
     held[cell.name] = save(_result(job, cell), job.made_with(cell), more)
     mean, error = found["rise"]["mean"]
     job.progress.note(f"{cell.name}: {mean:+.4f} ± {error:.4f} nats a token")
+
+
+def write(folder: Path, found: Mapping[str, Any]) -> None:
+    """All four results, each complete or not at all."""
+    from expertsmith.comparison.page import page
+    from expertsmith.comparison.picture import svg
+
+    texts = {
+        "comparison.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n",
+        "comparison.md": markdown(found),
+        "comparison.svg": svg(found),
+        "comparison.html": page(found),
+    }
+    for name, text in texts.items():
+        partial = folder / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / name)

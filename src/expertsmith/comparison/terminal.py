@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expertsmith import show
 from expertsmith.comparison.results import cells, columns, heading, original_cells, sentences, shown
+from expertsmith.views import show
 
 
 def show_comparison(found: Mapping[str, Any], out: Path) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from expertsmith.arch import families
 from expertsmith.arch.dense import TARGETS
 from expertsmith.calibration.data import TokenData
+from expertsmith.calibration.opening import beside, token_data
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.checkpoint.writer import prepare_target
 from expertsmith.conversion import export, flow
@@ -24,9 +25,8 @@ from expertsmith.engine import Batch, LoadedModel
 from expertsmith.engine.loading import choose_device, load_model
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import measure as measure_quality
-from expertsmith.opening import beside, token_data
-from expertsmith.progress import Progress, timed
 from expertsmith.surgery.card import quality_line
+from expertsmith.views.progress import Progress, timed
 
 FREE_SAMPLES = 32  # sequences a domain that training-free methods look at
 WATCHED = 4  # sequences that ToMoE's training is watched on

@@ -23,10 +23,10 @@ from expertsmith.conversion.split import Split, chosen, mlps_of, sparse_forward
 from expertsmith.conversion.start import Start, start_layer
 from expertsmith.conversion.training import Recipe, outcome, padded, train
 from expertsmith.engine import Batch, LoadedModel
-from expertsmith.engine.experts import experts_of, routing_of
+from expertsmith.engine.layout import experts_of, routing_of
 from expertsmith.engine.loading import load_model
 from expertsmith.errors import UserError, install_line
-from expertsmith.progress import Progress
+from expertsmith.views.progress import Progress
 
 MEASURED = 8  # every 8th calibration sequence is kept out of the fits and measured on
 START_TOKENS = 12_288  # that ToMoE's start is made from

@@ -11,7 +11,7 @@ import torch
 
 from expertsmith.conversion.split import Split, mlps_of, sparse_forward
 from expertsmith.engine import Batch, LoadedModel, Walk
-from expertsmith.progress import Progress
+from expertsmith.views.progress import Progress
 
 Decide = Callable[[int, Any, torch.Tensor, torch.Tensor], Split | None]
 

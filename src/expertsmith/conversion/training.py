@@ -24,7 +24,7 @@ from expertsmith.conversion.sampling import BIAS, gumbel, keep_probability, samp
 from expertsmith.conversion.split import Split, activations, mlps_of, sparse
 from expertsmith.conversion.tomoe import Losses, MaskNet
 from expertsmith.errors import UserError
-from expertsmith.progress import Progress
+from expertsmith.views.progress import Progress
 
 ROWS = 256  # positions whose logits over the vocabulary are held at a time
 STATE = "state.pt"

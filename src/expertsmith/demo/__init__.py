@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from expertsmith import api, show
+from expertsmith import api
 from expertsmith.errors import UserError
-from expertsmith.plan import Plan
-from expertsmith.progress import Progress, Silent
+from expertsmith.planning.plan import Plan
 from expertsmith.verbs.definition import MORE, Opt, verb
+from expertsmith.views import show
+from expertsmith.views.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from expertsmith.calibration.stats import Statistics

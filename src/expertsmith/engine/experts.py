@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from expertsmith.arch import Architecture
-from expertsmith.arch.base import Layout, split
-from expertsmith.engine.on_demand import is_on_demand, parts
-from expertsmith.errors import UserError
+from expertsmith.engine.layout import is_grouped, routing_of
+from expertsmith.engine.on_demand import Source, is_on_demand, parts
 
 
 @dataclass(frozen=True)
@@ -27,66 +27,6 @@ class Slots:
     weight: torch.Tensor
     token: torch.Tensor
     inside: bool = False
-
-
-def submodule(root: nn.Module, path: str) -> Any:
-    """The module at a dotted path; the root itself for an empty path."""
-    return root.get_submodule(path) if path else root
-
-
-def experts_of(layer: nn.Module, architecture: Architecture) -> Any:
-    """The experts module of a decoder layer."""
-    return submodule(submodule(layer, architecture.block), architecture.experts)
-
-
-def expert_count(experts: nn.Module) -> int:
-    """Routed experts, counted on the family's own module (a checkpoint may hold different numbers a layer).
-
-    Raises:
-        UserError: a module that does not tell.
-    """
-    for name in ("num_routed_experts", "num_experts"):
-        if isinstance(getattr(experts, name, None), int):
-            return int(getattr(experts, name))
-    raise UserError(f"the experts module {type(experts).__name__} does not tell its number of experts")
-
-
-def is_grouped(experts: nn.Module) -> bool:
-    """Whether transformers' experts decorator described the module's layout."""
-    return all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
-
-
-def routing_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(selected_experts, routing_weights) from what follows the hidden states in a call of an experts module; families differ in order."""
-    first, second = [*args, *kwargs.values()][:2]
-    return (second, first) if first.is_floating_point() else (first, second)
-
-
-def in_memory(experts: nn.Module, record: Architecture, expert: int, count: int) -> dict[tuple[str, bool], torch.Tensor]:
-    """Views of one expert's weights in its experts module by (role, whether it is a matrix)."""
-    found: dict[tuple[str, bool], torch.Tensor] = {}
-    for name, parameter in experts.named_parameters():
-        matrix = not name.endswith("_bias")
-        if matrix and parameter.dim() == 2:  # experts * rows, as DBRX has it
-            rows = parameter.shape[0] // count
-            part = parameter[expert * rows : (expert + 1) * rows]
-        else:
-            part = parameter[expert]
-        for role, view in split(_memory_layout(experts, name.removesuffix("_bias"), record), part).items():
-            found[role, matrix] = view
-    return found
-
-
-def _memory_layout(experts: Any, name: str, record: Architecture) -> Layout:
-    """As transformers' decorator describes the module, or as the record describes the checkpoint's tensor of that name."""
-    if hasattr(experts, "is_transposed") and hasattr(experts, "is_concatenated"):
-        stem = {"gate_up_proj": "gate_up" if experts.is_concatenated else "alternating", "up_proj": "up", "down_proj": "down"}
-        layout: Any = stem[name] + ("_t" if experts.is_transposed else "")
-        return layout  # type: ignore[no-any-return]
-    layouts = {record.layout_of(entry.name) for entry in record.stacked if entry.name.endswith(f".{name}")}
-    if len(layouts) != 1 or None in layouts:
-        raise RuntimeError(f"{type(experts).__name__}.{name}: the record of {record.model_type} does not tell its layout")
-    return layouts.pop()  # type: ignore[return-value]
 
 
 def grouped_outputs(experts: Any, x: torch.Tensor, token: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
@@ -252,3 +192,23 @@ def run_all(experts: Any, x: torch.Tensor, count: int, architecture: Architectur
     raw = torch.zeros(count, *x.shape, dtype=slots.raw.dtype, device=x.device)
     raw[slots.expert, slots.token] = slots.raw
     return raw
+
+
+def install(experts: Any, source: Source) -> None:
+    """Have an experts module on the meta device read its experts from `source`."""
+    if not is_on_demand(experts):
+        experts.__class__ = _reading(type(experts))  # type: ignore[arg-type]
+    experts._source = source
+
+
+@cache
+def _reading(stock: type[Any]) -> Any:
+    """The class of `stock` whose forward reads experts."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        selected, weights = routing_of(args, kwargs)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        out: torch.Tensor = grouped_forward(self, x, selected.reshape(len(x), -1), weights)[0]
+        return out.reshape(hidden_states.shape)
+
+    return type(f"{stock.__name__}OnDemand", (stock,), {"forward": forward, "stock": stock, "__module__": stock.__module__})

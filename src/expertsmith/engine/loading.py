@@ -26,12 +26,13 @@ from expertsmith.arch import Architecture, config_first, config_get, text_config
 from expertsmith.arch.base import MTP_PATTERN, roles_of
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.floats import Floats, filled, floats
-from expertsmith.engine.experts import experts_of, is_grouped
+from expertsmith.engine.experts import install
+from expertsmith.engine.layout import experts_of, is_grouped
 from expertsmith.engine.mtp import Ahead, ahead_of, known_names, lengthen, why_not_played
-from expertsmith.engine.on_demand import Source, install, remove
+from expertsmith.engine.on_demand import Source, remove
 from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
 from expertsmith.errors import UserError, install_line
-from expertsmith.inventory import Inventory, take_inventory
+from expertsmith.experts.inventory import Inventory, take_inventory
 
 Memory = Literal["resident", "stream"]
 SHARE_OF_A_LAYER = 0.25  # of the free memory: what the experts of one decoder layer may take

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from expertsmith.checkpoint import Checkpoint
-from expertsmith.inventory import Inventory
+from expertsmith.experts.inventory import Inventory
 
 PARTS = ("embedding_norm", "hidden_norm", "projection")
 LAYOUTS: tuple[Mapping[str, str], ...] = (  # how the names of the parts end, below "layers.N." or "mtp."

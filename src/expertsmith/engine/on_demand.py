@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ from expertsmith.arch.base import split
 from expertsmith.errors import UserError
 
 if TYPE_CHECKING:
-    from expertsmith.inventory import Inventory
+    from expertsmith.experts.inventory import Inventory
 
 AT_ONCE = 2**29  # bytes of experts in memory at a time
 
@@ -38,7 +37,7 @@ class Source:
         Raises:
             UserError: NaN or inf.
         """
-        from expertsmith.engine.experts import in_memory
+        from expertsmith.engine.layout import in_memory
 
         claims = self.inventory.expert_claims(self.layer)
         for place, expert in enumerate(experts):
@@ -52,13 +51,6 @@ class Source:
                 matrix = values.dim() > 1
                 for role, view in split(layout, values).items():
                     views[role, matrix].copy_(view)
-
-
-def install(experts: Any, source: Source) -> None:
-    """Have an experts module on the meta device read its experts from `source`."""
-    if not is_on_demand(experts):
-        experts.__class__ = _reading(type(experts))  # type: ignore[arg-type]
-    experts._source = source
 
 
 def remove(experts: Any) -> None:
@@ -103,18 +95,3 @@ def _part(experts: Any, held: range) -> Any:
     }
     source.fill(made, held)
     return made
-
-
-@cache
-def _reading(stock: type[Any]) -> Any:
-    """The class of `stock` whose forward reads experts."""
-
-    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        from expertsmith.engine.experts import grouped_forward, routing_of
-
-        selected, weights = routing_of(args, kwargs)
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        out: torch.Tensor = grouped_forward(self, x, selected.reshape(len(x), -1), weights)[0]
-        return out.reshape(hidden_states.shape)
-
-    return type(f"{stock.__name__}OnDemand", (stock,), {"forward": forward, "stock": stock, "__module__": stock.__module__})

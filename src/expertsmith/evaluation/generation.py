@@ -13,7 +13,7 @@ import torch
 from expertsmith.engine import LoadedModel
 from expertsmith.errors import UserError
 from expertsmith.evaluation.paired import estimate
-from expertsmith.progress import Progress
+from expertsmith.views.progress import Progress
 
 NGRAM = 4
 TIMES = 3

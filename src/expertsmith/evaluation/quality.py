@@ -18,7 +18,7 @@ import torch
 
 from expertsmith.engine import Batch, LoadedModel, Walk
 from expertsmith.errors import UserError
-from expertsmith.progress import Progress, Silent
+from expertsmith.views.progress import Progress, Silent
 
 ROWS = 1024  # predicted tokens whose full distributions are held in float32 at a time
 

@@ -15,7 +15,7 @@ from typing import Any
 from expertsmith.engine import LoadedModel
 from expertsmith.evaluation import generation, tasks
 from expertsmith.evaluation.generation import Run
-from expertsmith.progress import Progress
+from expertsmith.views.progress import Progress
 
 
 @dataclass(frozen=True)

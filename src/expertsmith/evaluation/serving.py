@@ -16,7 +16,7 @@ from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.evaluation.engines import Ask, convert, engine
 from expertsmith.evaluation.speed import alternate
-from expertsmith.progress import Progress
+from expertsmith.views.progress import Progress
 
 
 @dataclass(frozen=True)

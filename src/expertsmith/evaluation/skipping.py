@@ -11,7 +11,7 @@ import torch
 from expertsmith.engine import Batch, LoadedModel
 from expertsmith.evaluation.quality import measure
 from expertsmith.evaluation.speed import prefill_and_decode
-from expertsmith.progress import Progress
+from expertsmith.views.progress import Progress
 
 Counters = dict[int, tuple[int, int]]
 PROMPT = 512  # tokens of the prefill that is timed, at most

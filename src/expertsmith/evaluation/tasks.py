@@ -19,8 +19,8 @@ from typing import Any
 from expertsmith.engine import LoadedModel
 from expertsmith.errors import UserError
 from expertsmith.evaluation.paired import estimate, pooled
-from expertsmith.progress import Progress
 from expertsmith.registry import unknown
+from expertsmith.views.progress import Progress
 
 INSTALL = 'pip install "expertsmith[eval]"'
 LOCAL = ("json", "csv", "text", "parquet", "arrow", "pandas", "xml", "sql")  # builders of `datasets` that read files

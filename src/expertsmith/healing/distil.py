@@ -19,14 +19,14 @@ import torch
 from torch import nn
 
 from expertsmith.engine import Batch, LoadedModel
-from expertsmith.engine.experts import submodule
+from expertsmith.engine.layout import submodule
 from expertsmith.errors import UserError
+from expertsmith.experts.inventory import Inventory
 from expertsmith.healing.options import Distilled
 from expertsmith.healing.work import Work
 from expertsmith.healing.written import trainable_router
-from expertsmith.inventory import Inventory
-from expertsmith.progress import Progress
 from expertsmith.surgery.merge import router_tensor
+from expertsmith.views.progress import Progress
 
 LOGITS = 2**24  # logits that exist at a time
 TRIAL = 5  # a trial of a learning rate has one step for so many of the full run

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from expertsmith.arch import Architecture
-from expertsmith.engine.experts import expert_count, experts_of, in_memory, is_grouped, routing_of, submodule
+from expertsmith.engine.layout import expert_count, experts_of, in_memory, is_grouped, routing_of, submodule
 from expertsmith.engine.skipping import Rule, keep_slots, rescaled_weights
 
 Skip = tuple[float, Rule]  # threshold and rule of a layer whose tokens skip experts

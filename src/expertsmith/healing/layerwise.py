@@ -17,6 +17,7 @@ import torch
 
 from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of
 from expertsmith.evaluation.quality import Quality, add_batch
+from expertsmith.experts.inventory import Inventory
 from expertsmith.healing.experts import LayerExperts, Routed, Skip, Tapped
 from expertsmith.healing.halted import SMALL, Halted
 from expertsmith.healing.least_squares import Problem, solve
@@ -26,8 +27,7 @@ from expertsmith.healing.streams import Call, HaltingWalk
 from expertsmith.healing.tail import wanted_change
 from expertsmith.healing.work import Work
 from expertsmith.healing.written import into_memory, to_checkpoint
-from expertsmith.inventory import Inventory
-from expertsmith.progress import Progress
+from expertsmith.views.progress import Progress
 
 DOWN = ("down",)
 LOOK, SOLVE, REFINE = 0.1, 0.2, 0.6  # shares of a layer's time, for the bar

@@ -19,12 +19,12 @@ from torch import nn
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.checkpoint.reader import TORCH_DTYPES
 from expertsmith.engine import LoadedModel
-from expertsmith.engine.experts import submodule
+from expertsmith.engine.layout import submodule
 from expertsmith.engine.loading import quietly
 from expertsmith.errors import UserError
+from expertsmith.experts.inventory import Inventory
+from expertsmith.experts.weights import FLOATS
 from expertsmith.healing.options import LORA_TARGETS, Lora
-from expertsmith.inventory import Inventory
-from expertsmith.weights import FLOATS
 
 ADAPTER = "default"
 

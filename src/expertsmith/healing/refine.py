@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from expertsmith.experts.inventory import Inventory
 from expertsmith.healing.halted import Halted
 from expertsmith.healing.options import LayerLocal
 from expertsmith.healing.written import trainable_router
-from expertsmith.inventory import Inventory
 from expertsmith.surgery.merge import router_tensor
 
 RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # tried from the highest down, until one is worse than the one before it

@@ -22,6 +22,7 @@ from expertsmith.engine import Batch, LoadedModel, load_model
 from expertsmith.engine.loading import Memory, choose_device, choose_memory
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import Quality, measure
+from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.healing.distil import Distillation, router_weights
 from expertsmith.healing.experts import LayerExperts
 from expertsmith.healing.layerwise import Layerwise
@@ -30,10 +31,9 @@ from expertsmith.healing.options import LAYERWISE, Lora, as_options
 from expertsmith.healing.streams import check_pair, held_batches, held_out
 from expertsmith.healing.work import Work
 from expertsmith.healing.written import ROUTER, check_floats, into_memory, to_checkpoint, write_healed
-from expertsmith.inventory import Inventory, take_inventory
-from expertsmith.progress import Progress
 from expertsmith.surgery.mask import in_force
 from expertsmith.surgery.skip import skip_of
+from expertsmith.views.progress import Progress
 
 REPORT = "expertsmith/heal.json"
 TRAINED_BATCH = 512  # tokens: small batches are what a step of training is put together from

@@ -14,12 +14,12 @@ from expertsmith.checkpoint.floats import SIDE_FILES, Floats, bytes_of, source_o
 from expertsmith.checkpoint.reader import TORCH_DTYPES
 from expertsmith.checkpoint.writer import Made, OutputTensor, write_checkpoint
 from expertsmith.errors import UserError
+from expertsmith.experts.inventory import Claim, Inventory
+from expertsmith.experts.weights import FLOATS, is_matrix, layout_of
 from expertsmith.healing.experts import LayerExperts
-from expertsmith.inventory import Claim, Inventory
-from expertsmith.progress import Progress
 from expertsmith.surgery.merge import router_tensor
 from expertsmith.surgery.uneven import code_for
-from expertsmith.weights import FLOATS, is_matrix, layout_of
+from expertsmith.views.progress import Progress
 
 ROUTER = "router"
 

@@ -7,7 +7,7 @@ hardware says so in its message, since the hardware is not known here.
 
 from __future__ import annotations
 
-from expertsmith.inventory import Inventory
+from expertsmith.experts.inventory import Inventory
 from expertsmith.lint import llama_cpp, sglang, transformers, vllm
 from expertsmith.lint.base import LEVELS, Finding, Rule, Subject, subject_of
 from expertsmith.registry import unknown

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from expertsmith.arch import config_first, config_get
 from expertsmith.checkpoint.floats import quantisation_config, quantisation_of
 from expertsmith.errors import UserError
-from expertsmith.inventory import MTP_KEYS, Inventory
+from expertsmith.experts.inventory import MTP_KEYS, Inventory
 
 Level = Literal["error", "warning", "info"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "info")

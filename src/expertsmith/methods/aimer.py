@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from expertsmith.methods.base import Array, ExpertWeights, Facts, every, method
+from expertsmith.experts.weights import ExpertWeights
+from expertsmith.methods.base import Array, Facts, every, method
 
 
 @method(

@@ -21,8 +21,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args, get_
 import numpy as np
 
 from expertsmith.errors import UserError
+from expertsmith.experts.rules import Rules
+from expertsmith.experts.weights import ExpertWeights
 from expertsmith.registry import unknown
-from expertsmith.selection import Rules
 
 Array = np.ndarray[Any, Any]
 Reads = Literal["statistics", "weights", "arrays", "model", "nothing"]
@@ -38,14 +39,6 @@ class AtLeast(NamedTuple):
 
 Natural = Annotated[int, AtLeast(0)]
 Positive = Annotated[int, AtLeast(1)]
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """The weight matrices of one expert, in float32 (whatever their names are)."""
-
-    expert: int
-    matrices: tuple[Array, ...]
 
 
 class Projections(Protocol):

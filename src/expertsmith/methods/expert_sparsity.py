@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 from typing import Any, Literal, Protocol
 
+from expertsmith.experts.rules import Rules, keep_count
 from expertsmith.methods.base import Array, Choice, Natural, Positive, method
-from expertsmith.selection import Rules, keep_count
 
 REPORTED = 1000  # subsets that a layer's report lists
 Drop = tuple[int, ...]

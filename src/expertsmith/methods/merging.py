@@ -14,8 +14,8 @@ from scipy.spatial.distance import cdist, pdist, squareform
 
 from expertsmith.calibration.stats import LayerStatistics
 from expertsmith.errors import UserError
+from expertsmith.experts.rules import groups_of
 from expertsmith.methods.base import Array, Choice, Facts, Natural, method
-from expertsmith.selection import groups_of
 
 Linkage = Literal["average", "single", "complete", "ward"]
 Weights = Literal["frequency", "average", "authors"]

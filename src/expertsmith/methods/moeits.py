@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 
 from expertsmith.errors import UserError
-from expertsmith.information import BinRule, Codes, Precision, codes, nmi, nmi_matrix
 from expertsmith.methods.base import Array, Facts, Order, Projections, method
+from expertsmith.methods.information import BinRule, Codes, Precision, codes, nmi, nmi_matrix
 
 ROLES = ("gate", "up", "down")
 EQUAL = (1.0, 1.0, 1.0)
@@ -52,7 +52,7 @@ def measure(
     """NMI of the weight matrices of every two experts, role by role: entry t of one is paired with entry t of the other.
 
     NMI = I / sqrt(H H) of the entries in the equal-width bins of numpy's rule "auto", each matrix in its own bins: see
-    `expertsmith.information`, with `bins` (numpy2 caps their number, numpy1 does not) and `precision` (of edges and comparisons). For each
+    `expertsmith.methods.information`, with `bins` (numpy2 caps their number, numpy1 does not) and `precision` (of edges and comparisons). For each
     role r of "gate", "up", "down" that the experts have:
 
         r            [E, E] float64, symmetric, zero diagonal

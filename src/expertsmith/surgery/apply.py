@@ -18,10 +18,9 @@ from expertsmith.checkpoint.code import code_notes, drop_auto_map
 from expertsmith.checkpoint.floats import SIDE_FILES, Floats, floats, quantisation_of, refuse_unencodable, source_of
 from expertsmith.checkpoint.writer import MAX_SHARD, Made, OutputTensor, Piece, prepare_target, write_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.inventory import MTP_KEYS, Claim, Inventory, take_inventory
-from expertsmith.plan import Plan
-from expertsmith.progress import Progress, Silent
-from expertsmith.selection import Rules, groups_of
+from expertsmith.experts.inventory import MTP_KEYS, Claim, Inventory, take_inventory
+from expertsmith.experts.rules import Rules, groups_of
+from expertsmith.planning.plan import Plan
 from expertsmith.surgery.card import model_card
 from expertsmith.surgery.counts import changes, counts_of, drops_mtp, trunk_counts
 from expertsmith.surgery.quantisation import Renumbering, output_files, output_quantisation
@@ -36,6 +35,7 @@ from expertsmith.surgery.uneven import (
     write_counts,
 )
 from expertsmith.surgery.uneven import pad as fill_up
+from expertsmith.views.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from expertsmith.surgery.merge import Merger

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from expertsmith.inventory import Inventory
-from expertsmith.plan import Plan
+from expertsmith.experts.inventory import Inventory
+from expertsmith.planning.plan import Plan
 from expertsmith.surgery.counts import size_after
 
 

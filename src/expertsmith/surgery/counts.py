@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from expertsmith.inventory import Inventory
-from expertsmith.plan import Plan
+from expertsmith.experts.inventory import Inventory
+from expertsmith.planning.plan import Plan
 
 
 def counts_of(plan: Plan) -> dict[int, int]:

@@ -13,7 +13,7 @@ from expertsmith.checkpoint.code import code_notes, drop_auto_map
 from expertsmith.checkpoint.floats import SIDE_FILES, floats, quantisation_of, source_of
 from expertsmith.checkpoint.writer import OutputTensor, prepare_target, write_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.progress import Progress, Silent
+from expertsmith.views.progress import Progress, Silent
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
 

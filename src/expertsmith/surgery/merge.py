@@ -27,11 +27,11 @@ from expertsmith.checkpoint.formats import formats
 from expertsmith.checkpoint.reader import TORCH_DTYPES, TensorInfo
 from expertsmith.checkpoint.writer import Made
 from expertsmith.engine import LoadedModel
-from expertsmith.engine.experts import in_memory
+from expertsmith.engine.layout import in_memory
 from expertsmith.errors import UserError
-from expertsmith.inventory import Claim, Inventory
-from expertsmith.plan import LayerPlan, Merge, Plan
-from expertsmith.weights import FLOATS, is_matrix, layout_of
+from expertsmith.experts.inventory import Claim, Inventory
+from expertsmith.experts.weights import FLOATS, is_matrix, layout_of
+from expertsmith.planning.plan import LayerPlan, Merge, Plan
 
 Edit = tuple[torch.Tensor, torch.Tensor]  # a view into a parameter, and what it becomes
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from expertsmith.checkpoint.floats import SIDE_FILES, Floats
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory
+from expertsmith.experts.inventory import Inventory
 
 CONFIGS = ("quantization_config", "compression_config", "quantization")  # keys of config.json
 PART = re.compile(r"\.(weight|bias|qweight|qzeros|scales|g_idx|input_scale|output_scale)([._].*)?$")  # what a module holds

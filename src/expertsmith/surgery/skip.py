@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertsmith.inventory import Inventory
-from expertsmith.plan import CalibrationData, LayerPlan, Method, Plan, Skip, Source, Summary
+from expertsmith.experts.inventory import Inventory
+from expertsmith.planning.plan import CalibrationData, LayerPlan, Method, Plan, Skip, Source, Summary
 from expertsmith.surgery.card import model_card
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 from expertsmith.arch import config_first, config_get, config_present, text_config
 from expertsmith.checkpoint.writer import Made, OutputTensor, Piece
 from expertsmith.errors import UserError
-from expertsmith.inventory import Claim, Inventory
+from expertsmith.experts.inventory import Claim, Inventory
 from expertsmith.surgery.skip import is_padded
 
 ATTENTION_KEY = "expertsmith_attention"  # as in engine.heads, which needs torch

@@ -22,19 +22,19 @@ from expertsmith.checkpoint.code import code_files
 from expertsmith.checkpoint.floats import quantisation_of
 from expertsmith.checkpoint.writer import CHUNK, OutputTensor, chunks
 from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of, load_model
-from expertsmith.engine.experts import expert_count, experts_of, is_grouped, routing_of
+from expertsmith.engine.layout import expert_count, experts_of, is_grouped, routing_of
 from expertsmith.engine.loading import Memory
 from expertsmith.engine.mtp import counted, why_not_played
 from expertsmith.engine.skipping import Rule, keep_slots, rescaled_weights, skipping
 from expertsmith.engine.uneven import SHIM
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory, take_inventory
-from expertsmith.plan import Plan
-from expertsmith.progress import Progress, Silent
+from expertsmith.experts.inventory import Inventory, take_inventory
+from expertsmith.planning.plan import Plan
 from expertsmith.surgery.apply import check_plan, output_config, output_tensors, output_texts, written
 from expertsmith.surgery.mask import masked
 from expertsmith.surgery.merge import merged
 from expertsmith.surgery.skip import is_padded
+from expertsmith.views.progress import Progress, Silent
 
 
 @dataclass

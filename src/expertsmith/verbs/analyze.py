@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Unpack
 
+from expertsmith.calibration.opening import inventory_of
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.inventory import take_inventory
-from expertsmith.opening import inventory_of
-from expertsmith.plan import Plan, load_plan
+from expertsmith.experts.inventory import take_inventory
+from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.verbs.calibrate import calibrate
 from expertsmith.verbs.definition import LOOK, Opt, verb
 from expertsmith.verbs.options import Calibrating, Data, Model, Out, Stats
@@ -82,7 +82,7 @@ def analyze(
     from expertsmith.calibration.all_experts import sample_layers
     from expertsmith.calibration.data import load_tokenizer
     from expertsmith.calibration.spec import refuse_missing
-    from expertsmith.planning import matching_statistics
+    from expertsmith.planning.build import matching_statistics
 
     progress, target = given["progress"], Path(out)
     folder.prepare(target)

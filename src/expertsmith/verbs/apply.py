@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Unpack
 
-from expertsmith import show
-from expertsmith.opening import inventory_of
-from expertsmith.plan import Plan, load_plan
+from expertsmith.calibration.opening import inventory_of
+from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.verbs.definition import FLOW, Opt, verb
 from expertsmith.verbs.options import Model, Opened, Out, Overwrite, PlanFile, Requantise
+from expertsmith.views import show
 
 
 def _summary(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from expertsmith import show
-from expertsmith.opening import inventory_of, open_model, token_data
+from expertsmith.calibration.opening import inventory_of, open_model, token_data
 from expertsmith.verbs.definition import FLOW, Opt, verb
 from expertsmith.verbs.options import Calibrating, Data, Model, Out, Running, Text, part
+from expertsmith.views import show
 
 if TYPE_CHECKING:
     from expertsmith.calibration.stats import Statistics

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from expertsmith import show
 from expertsmith.errors import UserError
 from expertsmith.verbs.definition import LOOK, MORE, Opt, verb
+from expertsmith.views import show
 
 COLOURS = {"full": "green", "partial": "yellow", "refused": "red"}
 METHOD = ("name", "title", "paper", "reads", "gives", "budgets", "options", "cost", "limits", "doc")

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Unpack
 
-from expertsmith import show
 from expertsmith.arch import refuse_without_class
+from expertsmith.calibration.opening import beside, inventory_of
 from expertsmith.errors import UserError
-from expertsmith.opening import beside, inventory_of
-from expertsmith.progress import timed
 from expertsmith.verbs.apply import apply
 from expertsmith.verbs.calibrate import calibrate
 from expertsmith.verbs.definition import FLOW, Opt, verb
@@ -45,6 +43,8 @@ from expertsmith.verbs.options import (
 )
 from expertsmith.verbs.plan import plan, request
 from expertsmith.verbs.verify import verify
+from expertsmith.views import show
+from expertsmith.views.progress import timed
 
 
 def _show(result: Any, given: Mapping[str, Any]) -> None:

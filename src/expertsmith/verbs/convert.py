@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from expertsmith import show
-from expertsmith.progress import Progress
 from expertsmith.verbs.definition import FLOW, Opt, verb
 from expertsmith.verbs.options import Data, EvalData, Out, Overwrite
+from expertsmith.views import show
+from expertsmith.views.progress import Progress
 
 
 @verb(FLOW, show=lambda result, given: show.show_conversion(result), ranks=True)

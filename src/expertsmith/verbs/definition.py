@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
+from expertsmith.calibration.opening import opened_as
 from expertsmith.checkpoint import pinned
-from expertsmith.opening import opened_as
-from expertsmith.progress import Silent
 from expertsmith.registry import unknown
+from expertsmith.views.progress import Silent
 
 FLOW, LOOK, MORE = "The flow", "Look", "More"
 MISSING = inspect.Parameter.empty

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from expertsmith import show
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.verbs.definition import FLOW, verb
 from expertsmith.verbs.options import Named, Opened, Out, Overwrite
+from expertsmith.views import show
 
 
 def _show(found: Any, given: Mapping[str, Any]) -> None:

@@ -7,14 +7,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Unpack
 
-from expertsmith import show
+from expertsmith.calibration.opening import token_data
 from expertsmith.checkpoint import open_checkpoint, pinned
 from expertsmith.errors import UserError
-from expertsmith.opening import token_data
-from expertsmith.progress import Progress, Silent
 from expertsmith.verbs.definition import FLOW, Opt, filled, verb
 from expertsmith.verbs.lint import lint
 from expertsmith.verbs.options import BatchTokens, Data, Drawing, Named, Opened, Resume, Running, part
+from expertsmith.views import show
+from expertsmith.views.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from expertsmith.evaluation.quality import Quality
@@ -110,9 +110,9 @@ def evaluate(
         UserError: nothing to measure, lm-eval or a task's data missing, unknown tasks, models of different vocabularies.
     """
     from expertsmith.arch import record_of
+    from expertsmith.comparison.judging import asking
     from expertsmith.engine.loading import choose_device, choose_memory, load_model
     from expertsmith.evaluation.quality import Quality, measure
-    from expertsmith.judging import asking
     from expertsmith.surgery.mask import in_force
 
     progress = given["progress"]

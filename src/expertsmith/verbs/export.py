@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from expertsmith import show
-from expertsmith.plan import Plan, load_plan
+from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.verbs.definition import MORE, Opt, verb
 from expertsmith.verbs.options import Out, PlanFile
+from expertsmith.views import show
 
 
 @verb(
@@ -24,7 +24,7 @@ def export(
     Raises:
         UserError: an unknown format, or a plan that says more than the format holds.
     """
-    from expertsmith.interchange import export as text_of
+    from expertsmith.planning.interchange import export as text_of
 
     text = text_of(plan if isinstance(plan, Plan) else load_plan(plan), format)
     Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Unpack
 
-from expertsmith import show
+from expertsmith.calibration.opening import inventory_of, token_data
 from expertsmith.checkpoint import open_checkpoint
-from expertsmith.opening import inventory_of, token_data
 from expertsmith.verbs.definition import FLOW, Opt, verb
 from expertsmith.verbs.evaluate import evaluate
 from expertsmith.verbs.options import (
@@ -24,6 +23,7 @@ from expertsmith.verbs.options import (
     Text,
     part,
 )
+from expertsmith.views import show
 
 
 class Healing(Text, Placing, Opened, total=False):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, Unpack
 
-from expertsmith import show
 from expertsmith.arch import config_get
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory, take_inventory
-from expertsmith.selection import keep_count
+from expertsmith.experts.inventory import Inventory, take_inventory
+from expertsmith.experts.rules import keep_count
 from expertsmith.verbs.definition import LOOK, verb
 from expertsmith.verbs.options import Named, Opening
+from expertsmith.views import show
 
 RATIOS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from expertsmith import show
 from expertsmith.checkpoint import open_checkpoint
-from expertsmith.inventory import take_inventory
+from expertsmith.experts.inventory import take_inventory
 from expertsmith.verbs.definition import LOOK, Opt, verb
 from expertsmith.verbs.options import Named, Opening
+from expertsmith.views import show
 
 if TYPE_CHECKING:
     from expertsmith.lint import Finding

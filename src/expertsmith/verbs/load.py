@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from expertsmith.calibration.opening import opened_as
 from expertsmith.checkpoint import open_checkpoint
-from expertsmith.opening import opened_as
 
 
 def load(path: str | Path, *, as_type: str | None = None, **kwargs: Any) -> Any:

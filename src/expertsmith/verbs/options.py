@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict
 
-from expertsmith.progress import Progress
 from expertsmith.verbs.definition import Opt
+from expertsmith.views.progress import Progress
 
 if TYPE_CHECKING:
     from expertsmith.calibration.stats import Statistics
-    from expertsmith.inventory import Inventory
-    from expertsmith.plan import Plan
+    from expertsmith.experts.inventory import Inventory
+    from expertsmith.planning.plan import Plan
 else:  # named in annotations only, which must not import what runs models
     Statistics: TypeAlias = Any
     Inventory: TypeAlias = Any

@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from expertsmith import show
+from expertsmith.calibration.opening import beside, inventory_of, open_model, token_data
 from expertsmith.errors import UsageError, UserError
-from expertsmith.inventory import Inventory
-from expertsmith.opening import beside, inventory_of, open_model, token_data
-from expertsmith.plan import Plan
-from expertsmith.selection import Rules, keep_count, parse_keep
+from expertsmith.experts.inventory import Inventory
+from expertsmith.experts.rules import Rules, keep_count, parse_keep
+from expertsmith.planning.plan import Plan
 from expertsmith.verbs.calibrate import calibrate
 from expertsmith.verbs.definition import FLOW, Opt, verb
 from expertsmith.verbs.options import (
@@ -31,6 +30,7 @@ from expertsmith.verbs.options import (
     Uniform,
     part,
 )
+from expertsmith.views import show
 
 if TYPE_CHECKING:
     from expertsmith.methods.base import Budget as BudgetName
@@ -87,7 +87,7 @@ def plan(
     Raises:
         UserError: unknown method or option, a keep that the router cannot work with, statistics of another model, a file that fits no format.
     """
-    from expertsmith import planning
+    from expertsmith.planning import build as planning
 
     if (method is None) == (from_file is None):
         raise UsageError("a plan is made by a method or from a file", "pass --method NAME or --from FILE")
@@ -132,7 +132,7 @@ def plan(
 
 
 def _from_file(inventory: Inventory, file: str | Path, keep: Any, router_groups: Any, mtp: Any, progress: Any) -> Plan:
-    from expertsmith import interchange
+    from expertsmith.planning import interchange
     from expertsmith.surgery.apply import check_plan
 
     made = interchange.plan_from(file, inventory, keep, router_groups, mtp, progress)
@@ -155,7 +155,7 @@ def request(
 ) -> tuple[Method, dict[str, Any], float | int | None, BudgetName, dict[int, Rules]]:
     """Everything that was asked for, checked before anything is computed."""
     from expertsmith import methods as registered
-    from expertsmith import planning
+    from expertsmith.planning import build as planning
     from expertsmith.surgery.uneven import refuse_padded
 
     chosen = registered.find(method)

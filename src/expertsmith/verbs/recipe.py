@@ -20,11 +20,10 @@ from pydantic import (
     model_validator,
 )
 
+from expertsmith.calibration.opening import opened_as
 from expertsmith.checkpoint import pinned
 from expertsmith.errors import UserError
-from expertsmith.opening import opened_as
-from expertsmith.plan import explain
-from expertsmith.progress import Progress
+from expertsmith.planning.plan import explain
 from expertsmith.registry import unknown
 from expertsmith.verbs.analyze import analyze
 from expertsmith.verbs.apply import apply
@@ -37,6 +36,7 @@ from expertsmith.verbs.heal import heal
 from expertsmith.verbs.plan import plan
 from expertsmith.verbs.skip import skip
 from expertsmith.verbs.verify import verify
+from expertsmith.views.progress import Progress
 
 WIDE = {
     "model",
@@ -73,7 +73,7 @@ def _specs(value: list[str]) -> list[str]:
 
 
 def _sensible_keep(value: float | int | str) -> float | int | str:
-    from expertsmith.selection import parse_keep
+    from expertsmith.experts.rules import parse_keep
 
     _all_faults([partial(parse_keep, value)])
     return value

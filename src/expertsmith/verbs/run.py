@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from expertsmith import show
-from expertsmith.progress import Progress
 from expertsmith.verbs.definition import MORE, VERBS, Opt, verb
+from expertsmith.views import show
+from expertsmith.views.progress import Progress
 
 
 def _plain(result: Any) -> Any:

@@ -8,15 +8,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal, Unpack
 
-from expertsmith import show
+from expertsmith.calibration.opening import inventory_of, open_model, token_data
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.inventory import take_inventory
-from expertsmith.opening import inventory_of, open_model, token_data
-from expertsmith.plan import Plan, load_plan
+from expertsmith.experts.inventory import take_inventory
+from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.verbs.apply import apply
 from expertsmith.verbs.definition import FLOW, Opt, verb
 from expertsmith.verbs.options import Data, Drawing, EvalData, Model, Opened, Out, Overwrite, Running, Text, part
+from expertsmith.views import show
 
 
 class Skipping(Text, Running, Opened, total=False):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
-from expertsmith import show
+from expertsmith.calibration.opening import inventory_of, token_data, window_of
 from expertsmith.checkpoint import open_checkpoint
-from expertsmith.opening import inventory_of, token_data, window_of
-from expertsmith.plan import Plan, load_plan
+from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.verbs.definition import FLOW, Opt, verb
 from expertsmith.verbs.options import Data, Dtype, Model, Opened, Placing, SeqLen
+from expertsmith.views import show
 
 if TYPE_CHECKING:
     from expertsmith.surgery.verify import Verdict

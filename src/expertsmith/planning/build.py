@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from expertsmith.calibration import stats as storage
 from expertsmith.calibration.stats import LayerStatistics, Statistics, load_statistics
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory
+from expertsmith.experts.inventory import Inventory
+from expertsmith.experts.rules import Rules, keep_count, most_salient, over_layers, refuse_groups
 from expertsmith.methods.base import Array, Budget, Choice, Facts, Method, Order
-from expertsmith.plan import CalibrationData, LayerPlan, Merge, Plan, Source, Summary
-from expertsmith.plan import Method as MethodEntry
-from expertsmith.progress import Progress
-from expertsmith.selection import Rules, keep_count, most_salient, over_layers, refuse_groups
-from expertsmith.show import ranges
+from expertsmith.planning.plan import CalibrationData, LayerPlan, Merge, Plan, Source, Summary
+from expertsmith.planning.plan import Method as MethodEntry
+from expertsmith.views.progress import Progress
+from expertsmith.views.show import ranges
 
 if TYPE_CHECKING:
     from expertsmith.calibration.data import TokenData
@@ -247,7 +247,7 @@ def _by_saliency(job: Job) -> dict[int, LayerPlan]:
 
 
 def _scores(job: Job) -> Iterator[tuple[int, Array]]:
-    from expertsmith.weights import expert_weights
+    from expertsmith.experts.weights import expert_weights
 
     with job.progress.task("score", len(job.layers), "layers") as advance:
         for layer in job.layers:
@@ -338,7 +338,7 @@ def _by_height(orders: Mapping[int, Order], total: int, rules: Mapping[int, Rule
 
 def _measured(job: Job) -> Iterator[tuple[int, dict[str, Array]]]:
     """What the method's `measure` makes of every layer's weights; layers that lie in the work folder are read from it."""
-    from expertsmith.weights import Projections
+    from expertsmith.experts.weights import Projections
 
     assert job.method.measure is not None
     options = {name: job.values[name] for name in job.method.measure_options}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from expertsmith.arch import record_of, refuse_without_class, text_config, treated_as
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory, take_inventory
-from expertsmith.progress import Progress
+from expertsmith.experts.inventory import Inventory, take_inventory
+from expertsmith.views.progress import Progress
 
 if TYPE_CHECKING:
     from expertsmith.calibration.data import TokenData

@@ -17,7 +17,7 @@ from expertsmith.arch.base import Layout
 from expertsmith.checkpoint import Checkpoint, TensorInfo
 from expertsmith.checkpoint.floats import Floats, floats, quantisation_of
 from expertsmith.errors import UserError
-from expertsmith.selection import Rules
+from expertsmith.experts.rules import Rules
 
 if TYPE_CHECKING:
     import torch

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from expertsmith.errors import UserError
-from expertsmith.inventory import Inventory
-from expertsmith.plan import LayerPlan, Method, Plan, Source
-from expertsmith.planning import by_weights, rules_of, summary_of
-from expertsmith.progress import Progress, Silent
+from expertsmith.experts.inventory import Inventory
+from expertsmith.experts.rules import keep_count, parse_keep
+from expertsmith.planning.build import by_weights, rules_of, summary_of
+from expertsmith.planning.plan import LayerPlan, Method, Plan, Source
 from expertsmith.registry import unknown
-from expertsmith.selection import keep_count, parse_keep
+from expertsmith.views.progress import Progress, Silent
 
 Format = Literal["ordered", "mask", "retained"]
 FORMATS: tuple[Format, ...] = ("ordered", "mask", "retained")

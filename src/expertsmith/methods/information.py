@@ -303,7 +303,14 @@ def _together(arrays: Sequence[Codes], workers: int) -> Iterator[tuple[int, int,
         with open(file, "wb") as sink:
             for array in arrays:
                 sink.write(np.ascontiguousarray(array.codes, dtype=wide).data)
-        command = [sys.executable, "-c", "from expertsmith.information import _serve; _serve()", str(file), wide.str, str(size)]
+        command = [
+            sys.executable,
+            "-c",
+            "from expertsmith.methods.information import _serve; _serve()",
+            str(file),
+            wide.str,
+            str(size),
+        ]
         command += [str(array.used) for array in arrays]
         threads = []
         for _ in range(workers):

@@ -10,13 +10,20 @@ import numpy as np
 
 from expertsmith.arch.base import Layout, roles_of, split
 from expertsmith.errors import UserError
-from expertsmith.inventory import Claim, Inventory
-from expertsmith.methods.base import ExpertWeights
+from expertsmith.experts.inventory import Claim, Inventory
 
 if TYPE_CHECKING:
     import torch
 
 FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The weight matrices of one expert, in float32 (whatever their names are)."""
+
+    expert: int
+    matrices: tuple[np.ndarray[Any, Any], ...]
 
 
 def expert_weights(inventory: Inventory, layer: int) -> Iterator[ExpertWeights]:

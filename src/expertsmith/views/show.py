@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from expertsmith.methods.base import Method
-    from expertsmith.plan import LayerPlan, Plan
+    from expertsmith.planning.plan import LayerPlan, Plan
     from expertsmith.surgery.verify import Verdict
 
 NEEDS = {  # what a method reads → what its user has to have

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expertsmith.calibration.opening import window_of
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.errors import UserError
-from expertsmith.opening import window_of
-from expertsmith.progress import Progress
+from expertsmith.views.progress import Progress
 
 if TYPE_CHECKING:
     from expertsmith.engine import LoadedModel

@@ -1,0 +1,73 @@
+"""Where a decoder layer has its experts, and how their module holds their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from expertsmith.arch import Architecture
+from expertsmith.arch.base import Layout, split
+from expertsmith.errors import UserError
+
+
+def submodule(root: nn.Module, path: str) -> Any:
+    """The module at a dotted path; the root itself for an empty path."""
+    return root.get_submodule(path) if path else root
+
+
+def experts_of(layer: nn.Module, architecture: Architecture) -> Any:
+    """The experts module of a decoder layer."""
+    return submodule(submodule(layer, architecture.block), architecture.experts)
+
+
+def expert_count(experts: nn.Module) -> int:
+    """Routed experts, counted on the family's own module (a checkpoint may hold different numbers a layer).
+
+    Raises:
+        UserError: a module that does not tell.
+    """
+    for name in ("num_routed_experts", "num_experts"):
+        if isinstance(getattr(experts, name, None), int):
+            return int(getattr(experts, name))
+    raise UserError(f"the experts module {type(experts).__name__} does not tell its number of experts")
+
+
+def is_grouped(experts: nn.Module) -> bool:
+    """Whether transformers' experts decorator described the module's layout."""
+    return all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+
+
+def routing_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(selected_experts, routing_weights) from what follows the hidden states in a call of an experts module; families differ in order."""
+    first, second = [*args, *kwargs.values()][:2]
+    return (second, first) if first.is_floating_point() else (first, second)
+
+
+def in_memory(experts: nn.Module, record: Architecture, expert: int, count: int) -> dict[tuple[str, bool], torch.Tensor]:
+    """Views of one expert's weights in its experts module by (role, whether it is a matrix)."""
+    found: dict[tuple[str, bool], torch.Tensor] = {}
+    for name, parameter in experts.named_parameters():
+        matrix = not name.endswith("_bias")
+        if matrix and parameter.dim() == 2:  # experts * rows, as DBRX has it
+            rows = parameter.shape[0] // count
+            part = parameter[expert * rows : (expert + 1) * rows]
+        else:
+            part = parameter[expert]
+        for role, view in split(_memory_layout(experts, name.removesuffix("_bias"), record), part).items():
+            found[role, matrix] = view
+    return found
+
+
+def _memory_layout(experts: Any, name: str, record: Architecture) -> Layout:
+    """As transformers' decorator describes the module, or as the record describes the checkpoint's tensor of that name."""
+    if hasattr(experts, "is_transposed") and hasattr(experts, "is_concatenated"):
+        stem = {"gate_up_proj": "gate_up" if experts.is_concatenated else "alternating", "up_proj": "up", "down_proj": "down"}
+        layout: Any = stem[name] + ("_t" if experts.is_transposed else "")
+        return layout  # type: ignore[no-any-return]
+    layouts = {record.layout_of(entry.name) for entry in record.stacked if entry.name.endswith(f".{name}")}
+    if len(layouts) != 1 or None in layouts:
+        raise RuntimeError(f"{type(experts).__name__}.{name}: the record of {record.model_type} does not tell its layout")
+    return layouts.pop()  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Method + budget → plan: the plan's format, how it is made, and choices of other tools."""

@@ -1,0 +1,1 @@
+"""What users see in the terminal: tables, findings, progress."""
