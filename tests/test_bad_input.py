@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -105,7 +106,7 @@ def test_unknown_family_with_experts_offers_matches(capsys, mixtral):
 
 
 def test_not_a_directory(capsys, tmp_path):
-    assert "no directory" in refused(capsys, "inspect", tmp_path / "nowhere" / "at" / "all")
+    assert "directory not found" in refused(capsys, "inspect", tmp_path / "nowhere" / "at" / "all")
     (tmp_path / "file").write_text("x")
     assert "not a checkpoint directory" in refused(capsys, "inspect", tmp_path / "file")
     assert "no config.json" in refused(capsys, "inspect", tmp_path)
@@ -316,7 +317,7 @@ def test_data(capsys, mixtral, tmp_path, content, says):
 def test_data_sources(capsys, mixtral, tmp_path):
     calibrate = ["calibrate", mixtral, "-o", tmp_path / "s", *SMALL]
     assert "no data was given" in refused(capsys, *calibrate)
-    assert "no data file" in refused(capsys, *calibrate, "-d", tmp_path / "none.jsonl")
+    assert "data file not found" in refused(capsys, *calibrate, "-d", tmp_path / "none.jsonl")
     (tmp_path / "empty").mkdir()
     assert "holds no .jsonl" in refused(capsys, *calibrate, "-d", tmp_path / "empty")
     (tmp_path / "x.csv").write_text("a")
@@ -372,7 +373,7 @@ def test_plan_edited_into_nonsense(capsys, mixtral, plan_file, tmp_path, change,
 
 def test_plan_files(capsys, mixtral, tmp_path):
     out = ["-o", tmp_path / "out", "-q"]
-    assert "no plan at" in refused(capsys, "apply", mixtral, tmp_path / "none.json", *out)
+    assert "no plan found at" in refused(capsys, "apply", mixtral, tmp_path / "none.json", *out)
     assert "is a folder" in refused(capsys, "apply", mixtral, tmp_path, *out)
     (tmp_path / "p.json").write_text("{")
     assert "not JSON" in refused(capsys, "apply", mixtral, tmp_path / "p.json", *out)
@@ -407,12 +408,12 @@ def test_disk_full_half_way(capsys, mixtral, plan_file, tmp_path, monkeypatch):
 
     written = 0
 
-    def full(sink, data):
+    def full(sink, data, position):
         nonlocal written
         written += len(data)
         if written > 40_000:
             raise OSError(errno.ENOSPC, "No space left on device")
-        sink.write(data)
+        return position + os.pwrite(sink, data, position)
 
     monkeypatch.setattr(writer, "write_all", full)
     assert "is full" in refused(capsys, "apply", mixtral, plan_file, "-o", tmp_path / "out", "-q")

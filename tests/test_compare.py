@@ -410,7 +410,7 @@ def test_the_command(checkpoints, data, tmp_path, capsys):
         (["-k", "0.1"], "top_k"),
         (["--budget", "fair"], "no budget 'fair'"),
         (["--heal", "prayer"], "no way of healing"),
-        (["-e", "nowhere.jsonl"], "there is no data file nowhere.jsonl"),
+        (["-e", "nowhere.jsonl"], "data file not found: nowhere.jsonl"),
     ],
 )
 def test_mistakes_end_in_one_line(change, says, checkpoints, data, tmp_path, capsys):

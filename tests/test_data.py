@@ -257,7 +257,7 @@ def test_a_library_that_is_missing_is_named(monkeypatch, tmp_path, source, modul
 
 @pytest.mark.parametrize("source", ["a/b/c", "owner/name[", "owner/name[x", "name()", "one two"])
 def test_what_is_neither_file_nor_data_set_is_refused(source):
-    with pytest.raises(UserError, match=r"there is no data file .* not a hub data set"):
+    with pytest.raises(UserError, match=r"data file not found: .* not a hub data set"):
         list(read_records(source))
 
 

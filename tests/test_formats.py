@@ -660,7 +660,7 @@ BAD = [
     ("bnb_int8", put(f"{W1}.SCB", lambda s: s[:31]), r"w1.SCB has shape \[31\], which does not fit"),
     ("int8_bytes", put(f"{W1}.weight_scale", lambda s: s[:31]), r"w1.weight_scale has shape \[31, 1\], which does not fit"),
     # a missing companion
-    ("fp8_block", drop(f"{W1}.weight_scale_inv"), r"w1.weight is F8_E4M3, but nothing was found that tells what its codes are worth"),
+    ("fp8_block", drop(f"{W1}.weight_scale_inv"), r"w1.weight is F8_E4M3, but no scales and no decoder were found for its codes"),
     ("int4", drop(f"{W1}.weight_scale"), r"w1.weight is quantised, but .*w1.weight_scale is missing"),
     ("int4", drop(f"{W1}.weight_shape"), r"w1.weight is quantised, but .*w1.weight_shape is missing"),
     ("int8_bytes", drop(f"{W1}.weight_scale"), r"w1.weight is quantised, but .*w1.weight_scale is missing"),
@@ -703,7 +703,7 @@ BAD = [
     ("int4", put(f"{W1}.weight_shape", lambda s: torch.tensor([32])), r"w1.weight_shape says \[32\], which contradicts"),
     ("int4", put(f"{W1}.weight_shape", lambda s: torch.tensor([-32, 32])), r"w1.weight_shape says \[-32, 32\], which contradicts"),
     ("int4_actorder", put(f"{W1}.weight_g_idx", fill(9)), r"w1.weight_g_idx names a group that"),
-    ("gptq", put(f"{W1}.g_idx", fill(9)), r"w1.g_idx names a group that there is not"),
+    ("gptq", put(f"{W1}.g_idx", fill(9)), r"w1.g_idx refers to a group that does not exist"),
     ("gptq_order", say(desc_act=False), r"g_idx: its tensors say columns are in an order of their own, but the quantisation config says desc_act false"),
     # a config that contradicts the tensors
     ("int4", say_weights(num_bits=8), r"its tensors say bits 4 .*, but the quantisation config says 8"),

@@ -650,7 +650,7 @@ def test_output_that_exists_or_is_a_model(half, checkpoints, texts, tmp_path):
         api.heal(half, checkpoints("mixtral"), texts, tmp_path / "out", **SHAPE)
     (tmp_path / "other.healing").mkdir()
     (tmp_path / "other.healing" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="other files"):
+    with pytest.raises(UserError, match="contains files that are not"):
         api.heal(half, checkpoints("mixtral"), texts, tmp_path / "other", resume=False, **SHAPE)
     assert (tmp_path / "other.healing" / "thesis.txt").exists()
 
@@ -662,7 +662,7 @@ def test_codes_without_scales_are_not_healed(checkpoints, texts, tmp_path):
     name = next(name for name in tensors if "experts.0.w2" in name)
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"{name} is F8_E4M3, but nothing was found that tells what its codes are worth"):
+    with pytest.raises(UserError, match=f"{name} is F8_E4M3, but no scales and no decoder were found for its codes"):
         api.heal(model, checkpoints("mixtral"), texts, tmp_path / "out", **SHAPE)
 
 

@@ -657,7 +657,7 @@ def test_codes_are_not_averaged(dtype, checkpoints, tmp_path):
     for name in [n for n in tensors if ".mlp.experts." in n]:
         tensors[name] = tensors[name].clamp(0, 1).to(dtype)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"is (U8|F8_E4M3), but nothing was found that tells what its codes are worth"):
+    with pytest.raises(UserError, match=r"is (U8|F8_E4M3), but no scales and no decoder were found for its codes"):
         inventory_of(source)
 
 

@@ -165,7 +165,7 @@ def test_what_can_be_read_in_two_ways_is_refused(inventory: Inventory) -> None:
         UserError, match=r"'model\.layers\.1\.mlp\.experts\.5\*' in modules_to_not_convert matches experts by number"
     ):
         rename(inventory, {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.1.mlp.experts.5*"]})
-    with pytest.raises(UserError, match="is no regular expression"):
+    with pytest.raises(UserError, match="is not a regular expression"):
         rename(inventory, {"quant_method": "gptq", "dynamic": {"-:*experts": {}}})
 
 

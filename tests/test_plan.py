@@ -349,7 +349,7 @@ def test_other_json_is_not_a_plan(raw):
 
 
 def test_files_that_hold_no_plan(tmp_path):
-    with pytest.raises(UserError, match="there is no plan at"):
+    with pytest.raises(UserError, match="no plan found at"):
         load_plan(tmp_path / "none.json")
     with pytest.raises(UserError, match="is a folder"):
         load_plan(tmp_path)

@@ -76,12 +76,12 @@ def test_the_budget_that_goes_with_keep(name, budget, keep, found):
 @pytest.mark.parametrize(
     ("name", "budget", "keep", "says"),
     [
-        ("reap", None, None, "method reap has to be told how many experts stay; pass --keep"),
+        ("reap", None, None, "--keep is required for method reap; e.g. --keep"),
         ("expert_sparsity", "global", 0.5, "method expert_sparsity has no budget 'global'; choose uniform"),
         ("hc_smoe", "threshold", None, "method hc_smoe has no budget 'threshold'; choose uniform"),
         ("m_smoe", "globl", 0.5, "no budget 'globl'; choose uniform or global"),
-        ("moeits", "threshold", 0.5, "the method's own threshold says; leave --keep out"),
-        ("moeits", "global", None, "budget global has to be told how many experts stay"),
+        ("moeits", "threshold", 0.5, "uses the method's own threshold; leave --keep out"),
+        ("moeits", "global", None, "--keep is required with budget global"),
     ],
 )
 def test_a_budget_that_the_method_does_not_have(name, budget, keep, says):
@@ -304,7 +304,7 @@ def test_measured_weights_of_other_options_or_models_are_not(mixtral, measured, 
 
 def test_a_folder_with_other_files_is_left_alone(mixtral, measured, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds other files than measured weights; choose another"):
+    with pytest.raises(UserError, match="contains files that are not measured weights; choose another"):
         made_by(job(mixtral, steps, 4, work=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
     assert measured == []
@@ -377,7 +377,7 @@ def test_interrupted_search_goes_on(progressive, checkpoints, data, tmp_path, mo
 
 def test_statistics_have_to_be_of_this_model(full_stats, tmp_path):
     other = take_inventory(open_checkpoint(save_tiny("mixtral", tmp_path / "m", intermediate_size=40)))
-    with pytest.raises(UserError, match=r"of another model.*calibrate this one"):
+    with pytest.raises(UserError, match=r"belong to another model.*calibrate this one"):
         planning.statistics_for(other, find("m_smoe"), full_stats, ())
 
 
@@ -491,7 +491,7 @@ def test_a_padded_checkpoint_is_not_planned_on(checkpoints, tmp_path, capsys):
         (("--statistic", "quantile"), "--statistic is quantile; pass both"),
         (("--quantile", "0.7"), "--statistic is median, but --quantile 0.7 was given; pass both"),
         (("--active", "1.5"), "for more than two experts a token; choose a quantile"),
-        (("-e", "no.jsonl"), "there is no data file no.jsonl"),
+        (("-e", "no.jsonl"), "data file not found: no.jsonl"),
     ],
 )
 @pytest.mark.parametrize("planned", [False, True])
@@ -528,7 +528,7 @@ def test_compress_looks_for_all_data_first(checkpoints, data, tmp_path, capsys):
     line = ("compress", checkpoints("mixtral"), "-m", "m_smoe", "-k", 4, "-d", data[0], "-e", tmp_path / "no.jsonl", *SHORT)
     code, _, err = run_cli(capsys, *line, "-o", tmp_path / "out", "-q")
     assert (code, err.count("\n")) == (2, 1)
-    assert "there is no data file" in err
+    assert "data file not found:" in err
     assert list(tmp_path.iterdir()) == []
 
 

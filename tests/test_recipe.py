@@ -272,7 +272,7 @@ def test_what_a_method_needs_besides_is_told_before_anything_runs(tmp_path):
     recipe["calibrate"]["all_outputs"] = True
     assert load_recipe(written(tmp_path, recipe)).plan.method == "hc_smoe"
     recipe = {"model": "m", "plan": {"method": "aimer", "out": "p"}}
-    assert "method aimer has to be told how many experts stay: add plan.keep" in refusal(tmp_path, recipe)
+    assert "keep is required for method aimer: add plan.keep" in refusal(tmp_path, recipe)
     recipe["plan"]["method"] = "moeits"
     assert load_recipe(written(tmp_path, recipe)).plan.keep is None
 
@@ -325,7 +325,7 @@ def test_what_is_no_recipe(tmp_path, content, says):
 
 
 def test_files_that_are_no_recipe(tmp_path):
-    with pytest.raises(UserError, match="there is no recipe at"):
+    with pytest.raises(UserError, match="no recipe found at"):
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="is a folder, not a recipe"):
         load_recipe(tmp_path)
@@ -467,7 +467,7 @@ def test_tasks_of_a_recipe(tmp_path, monkeypatch):
     assert [row["documents"] for row in found["tasks"]["rows"]] == [2, 2]
     section["task_path"] = ["nowhere"]
     monkeypatch.setattr("expertsmith.verbs.recipe.evaluate", lambda *_, **__: pytest.fail("refused before anything runs"))
-    with pytest.raises(UserError, match="there is no task folder nowhere"):
+    with pytest.raises(UserError, match="task folder not found: nowhere"):
         api.run(written(tmp_path, recipe))
 
 

@@ -108,7 +108,7 @@ def test_another_calibration_in_the_folder_is_refused(checkpoints, data, tmp_pat
     assert stats.load_statistics(folder).domains == ["a"]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
-    with pytest.raises(UserError, match="other files"):
+    with pytest.raises(UserError, match="contains files that are not"):
         api.calibrate(checkpoints("mixtral"), data, tmp_path / "full", resume=False, **CALIBRATION)
 
 

@@ -421,7 +421,7 @@ def test_tasks_that_cannot_be_had(capsys, half, tmp_path, monkeypatch):
     line = (half, "--task-path", folder, "--tasks")
     assert "no lm-eval task is called 'oen'; did you mean one?" in refused(capsys, *line, "oen")
     assert "names no task" in refused(capsys, *line, ",")
-    assert "there is no task folder" in refused(capsys, half, "--tasks", "one", "--task-path", tmp_path / "nowhere")
+    assert "task folder not found:" in refused(capsys, half, "--tasks", "one", "--task-path", tmp_path / "nowhere")
 
     own_task(folder, "lost", DOCUMENTS)
     (folder / "lost.jsonl").unlink()
@@ -446,7 +446,7 @@ def test_tasks_that_cannot_be_had(capsys, half, tmp_path, monkeypatch):
     (folder / "broken.yaml").write_text("task: [unclosed\n")
     assert "broken.yaml is not YAML" in refused(capsys, *line, "one")
     (folder / "broken.yaml").write_text("include: nothing.yaml\n")
-    assert "broken.yaml is no task" in refused(capsys, *line, "one")
+    assert "broken.yaml is not a task" in refused(capsys, *line, "one")
 
 
 @needs_lm_eval

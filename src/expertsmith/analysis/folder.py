@@ -24,7 +24,7 @@ def prepare(folder: Path) -> None:
         raise UserError(f"{folder} is a file", "choose a folder with -o")
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in OWN) if folder.exists() else []
     if foreign:
-        raise UserError(f"{folder} holds other files than an analysis ({foreign[0]})", "choose another folder with -o")
+        raise UserError(f"{folder} contains files that are not an analysis ({foreign[0]})", "choose another folder with -o")
 
 
 def write(folder: Path, measures: Mapping[str, Any]) -> None:

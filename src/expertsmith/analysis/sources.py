@@ -140,5 +140,5 @@ def _by_role(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, torch.T
 def _finite(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     value = checkpoint.read(name).float()
     if not bool(value.isfinite().all()):
-        raise UserError(f"{name} has NaN or inf", "the checkpoint is damaged: download it again")
+        raise UserError(f"{name} has NaN or inf", "the checkpoint is damaged; download it again")
     return value

@@ -102,7 +102,7 @@ def _domains(m: dict[str, Any]) -> list[str]:
     sure = sum(value < 0.05 for value in p)
     word = "strongly specialised" if found > 0.3 else "specialised" if found > 0.1 else "hardly specialised"
     return [
-        f"Experts are {word} by domain: knowing the expert tells {100 * found:.0f} % of the domain (beyond chance in {sure} of {len(p)} layers)."
+        f"Experts are {word} by domain: expert choice explains {100 * found:.0f} % of the domain information (beyond chance in {sure} of {len(p)} layers)."
     ]
 
 

@@ -136,7 +136,7 @@ def load_tokens(
     return TokenData(dict(sorted(sequences.items())), packed)
 
 
-def _sequences(spec: Spec, tokenizer: Any | None, options: DataOptions) -> tuple[list[list[int]], bool]:
+def _sequences(spec: Spec, tokenizer: Any | None, options: DataOptions) -> tuple[list[list[int]], bool]:  # noqa: C901  (one record after another, with what is wrong with it said where it is met)
     documents: list[list[int]] = []
     places: list[str] = []
     demonstrations = 0
@@ -252,7 +252,7 @@ def read_records(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise UserError(f"{source} is a {path.suffix or 'nameless'} file", f"data files are {', '.join(SUFFIXES)}")
         yield from _read_file(path)
     elif path.suffix in SUFFIXES or path.is_absolute() or source.startswith("."):
-        raise UserError(f"there is no data file {source}")
+        raise UserError(f"data file not found: {source}")
     else:
         yield from _read_hub(source)
 
@@ -316,7 +316,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _read_hub(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     match = HUB.fullmatch(source)
     if match is None:
-        raise UserError(f"there is no data file {source}, and it is not a hub data set name[subset](split)")
+        raise UserError(f"data file not found: {source}, and it is not a hub data set name[subset](split)")
     try:
         import datasets
     except ModuleNotFoundError:

@@ -407,7 +407,7 @@ def _refuse_what_does_not_fit(model: LoadedModel, tokens: int, columns: int) -> 
         )
 
 
-def search_layers(
+def search_layers(  # noqa: C901  (the hooks of one walk, which share what they have found)
     model: LoadedModel,
     data: TokenData,
     choose: Callable[[Probe], Result],

@@ -42,7 +42,7 @@ def load_prompts(
             if prompt.ids:
                 found.append((place, prompt))
         if not found:
-            raise UserError(f"{spec.source} holds nothing to go on from", f"its records need {FIELDS}")
+            raise UserError(f"{spec.source} has no prompts to continue", f"its records need {FIELDS}")
         held = made.setdefault(spec.domain, [])
         count = min(spec.limit or samples, len(found))
         for index in sorted(random.Random(f"{seed}/{spec.domain}/{len(held)}").sample(range(len(found)), count)):

@@ -24,7 +24,7 @@ from expertsmith.errors import UserError
 from expertsmith.views.progress import Progress, Silent
 
 
-def collect(
+def collect(  # noqa: C901  (ranks and resuming, side by side in every step)
     model: LoadedModel,
     data: TokenData,
     out: Path,
@@ -80,7 +80,7 @@ def collect(
     return stats.load_statistics(out)
 
 
-def _observe(
+def _observe(  # noqa: C901  (the hooks of one walk)
     model: LoadedModel,
     data: TokenData,
     batches: list[Batch],
@@ -219,7 +219,7 @@ def _prepare(out: Path, header: Mapping[str, Any], resume: bool) -> None:
     if out.exists() and any(out.iterdir()):
         old = stats.load_header(out) if (out / "stats.json").exists() else None
         if old is None:
-            raise UserError(f"{out} holds other files than statistics", "choose another folder")
+            raise UserError(f"{out} contains files that are not statistics", "choose another folder")
         if not resume:
             shutil.rmtree(out)
         else:

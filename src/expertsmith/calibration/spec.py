@@ -72,4 +72,4 @@ def refuse_missing(specs: Sequence[str]) -> None:
     paths = [Path(parse_spec(spec).source) for spec in specs]
     missing = [str(path) for path in paths if path.suffix in SUFFIXES and not path.exists()]
     if missing:
-        raise UserError(f"there is no data file {', '.join(dict.fromkeys(missing))}")
+        raise UserError(f"data file not found: {', '.join(dict.fromkeys(missing))}")

@@ -89,7 +89,7 @@ class Statistics:
             UserError: the two are of different models or layers.
         """
         if self.header["model"]["fingerprint"] != other.header["model"]["fingerprint"] or set(self.layers) != set(other.layers):
-            raise UserError("the two statistics are of different models")
+            raise UserError("the two statistics belong to different models")
         data: dict[str, dict[str, Any]] = {}
         for key in ("tokens", "sequences", "sequence_lengths", "packed"):
             mine, theirs = self.header["data"][key], other.header["data"][key]
@@ -163,7 +163,7 @@ def load_header(folder: Path) -> dict[str, Any]:
         header = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"there are no statistics in {folder} (no stats.json)",
+            f"no statistics found in {folder} (no stats.json)",
             "make them with `expertsmith calibrate MODEL --data … -o STATS`",
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

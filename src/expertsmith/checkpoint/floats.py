@@ -293,7 +293,7 @@ def _refuse_left(info: TensorInfo, quantised: bool) -> None:
     weight = re.search(r"(\.weight|_proj|_weight|\.w[123])$", info.name) is not None and len(info.shape) > 1
     if info.dtype in NARROW or (info.dtype in CODES and weight):
         raise UserError(
-            f"{info.name} is {info.dtype}, but nothing was found that tells what its codes are worth",
+            f"{info.name} is {info.dtype}, but no scales and no decoder were found for its codes",
             "its scales are missing, or this format is not known: `expertsmith inspect` names what can be decoded",
         )
     if quantised and COMPANION.search(info.name):

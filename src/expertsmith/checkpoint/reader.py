@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files as packaged
@@ -173,7 +173,7 @@ def open_checkpoint(
         path = Path(str(packaged("expertsmith"))) / "demo" / "model"
     if not path.is_dir():
         if not hub.is_hub_name(str(source)):
-            raise UserError(f"there is no directory {source}")
+            raise UserError(f"directory not found: {source}")
         if headers_only:
             path, metadata = hub.headers(str(source))
             if metadata is not None:
@@ -184,16 +184,28 @@ def open_checkpoint(
     files = _weight_files(path)
     keep_alive = None
     if not files:
-        pickles = sorted(file for pattern in PICKLES for file in path.glob(pattern))
-        if not pickles:
-            raise UserError(f"{path} holds no .safetensors files")
-        if not allow_pickle:
-            raise UserError(
-                f"{path} holds only pickle files ({pickles[0].name}), which can run code when they are loaded",
-                "convert it to safetensors, or pass --allow-pickle (then read with weights_only)",
-            )
-        keep_alive = _convert_pickles(pickles)
+        keep_alive = _convert_pickles(_pickles(path, allow_pickle))
         files = _weight_files(Path(keep_alive.name))
+    tensors = _tensors_of(files)
+    if not tensors:
+        raise UserError(f"{path}: the .safetensors files hold no tensors")
+    return Checkpoint(path, config, tensors, str(source), keep_alive)
+
+
+def _pickles(path: Path, allowed: bool) -> list[Path]:
+    found = sorted(file for pattern in PICKLES for file in path.glob(pattern))
+    if not found:
+        raise UserError(f"{path} holds no .safetensors files")
+    if not allowed:
+        raise UserError(
+            f"{path} holds only pickle files ({found[0].name}), which can run code when they are loaded",
+            "convert it to safetensors, or pass --allow-pickle (then read with weights_only)",
+        )
+    return found
+
+
+def _tensors_of(files: Mapping[Path, Collection[str]]) -> dict[str, TensorInfo]:
+    """The tensors of all files; of a file with expected names (those of the index) only these, since transformers loads no others either."""
     tensors: dict[str, TensorInfo] = {}
     for file, expected in files.items():
         found = read_header(file)
@@ -204,13 +216,11 @@ def open_checkpoint(
             )
         for name, info in found.items():
             if expected and name not in expected:
-                continue  # not in the index: transformers does not load it either
+                continue
             if name in tensors:
                 raise UserError(f"tensor {name!r} stands in both {tensors[name].file.name} and {file.name}")
             tensors[name] = info
-    if not tensors:
-        raise UserError(f"{path}: the .safetensors files hold no tensors")
-    return Checkpoint(path, config, tensors, str(source), keep_alive)
+    return tensors
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -240,7 +250,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return parse_header(header, 8 + length, size, file)
 
 
-def parse_header(header: Any, base: int, size: int, file: Path) -> dict[str, TensorInfo]:
+def parse_header(header: Any, base: int, size: int, file: Path) -> dict[str, TensorInfo]:  # noqa: C901  (a check a rule of the format)
     """Tensors of a decoded header whose data begins at byte `base` of a file of `size` bytes."""
     if not isinstance(header, dict):
         raise UserError(f"{file.name}: the header is not a table of tensors", "the shard is damaged or not safetensors")

@@ -10,17 +10,24 @@ import errno
 import json
 import os
 import shutil
+import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from expertsmith.checkpoint.code import code_files
 from expertsmith.checkpoint.hub import INDEX, SINGLE
 from expertsmith.checkpoint.reader import Checkpoint
 from expertsmith.errors import UserError
 
-CHUNK = 8 * 2**20
+CHUNK = 2**20  # what is read, looked at and written in turn stays in a core's cache
+PLACED = hasattr(os, "pwrite")  # on Windows a file has one place to write at, so one thread writes there
+THREADS = 4 if PLACED else 1  # that copy; more only wait for memory
 MAX_SHARD = 5 * 10**9  # the size at which transformers splits too
 SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5", ".py", ".index.json")
 
@@ -89,8 +96,9 @@ def write_checkpoint(
     Args:
         shard_of: tensor → name of the file it goes to; otherwise files are filled up to `max_shard` bytes.
         without: files of the source that do not come along.
-        on_tensor: called with every chunk of bytes before it is written; may raise to stop.
-        progress: called with the number of bytes just written.
+        on_tensor: called with every chunk of bytes before it is written; may raise to stop. Chunks that come from files are copied by
+            several threads, so it is called by several at once.
+        progress: called with the number of bytes just written, by one thread at a time.
 
     Raises:
         UserError: the target exists or overlaps the source, or the disk is full; nothing is left behind then.
@@ -170,23 +178,49 @@ def _write_shards(
     on_tensor: Callable[[OutputTensor, memoryview], None] | None,
     progress: Callable[[int], None] | None,
 ) -> None:
-    buffer = memoryview(bytearray(CHUNK))
-    for name, shard in shards.items():
-        with open(folder / name, "wb", buffering=0) as sink:
-            write_all(sink, _header(shard))
-            for tensor in shard:
-                for piece in tensor.pieces:
-                    for view in chunks(piece, buffer):
-                        if on_tensor:
-                            on_tensor(tensor, view)
-                        write_all(sink, view)
-                        if progress:
-                            progress(len(view))
+    own, lock = threading.local(), threading.Lock()
+
+    def put(sink: int, position: int, tensor: OutputTensor, piece: Piece | Made) -> None:
+        if not hasattr(own, "buffer"):
+            own.buffer = memoryview(bytearray(CHUNK))
+        for view in chunks(piece, own.buffer):
+            if on_tensor:
+                on_tensor(tensor, view)
+            position = write_all(sink, view, position)
+            if progress:
+                with lock:
+                    progress(len(view))
+
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        for name, shard in shards.items():
+            with open(folder / name, "wb", buffering=0) as sink:
+                _fill(pool, sink.fileno(), shard, put)
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
         total = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _fill(pool: ThreadPoolExecutor, sink: int, shard: Sequence[OutputTensor], put: Callable[..., None]) -> None:
+    """Write a shard: pieces of files by the pool, computed ones in order, because what makes them may add up as it goes, and takes memory."""
+    position = write_all(sink, _header(shard), 0)
+    waiting: deque[Future[None]] = deque()
+    try:
+        for tensor, piece in ((entry, part) for entry in shard for part in entry.pieces):
+            if isinstance(piece, Made):
+                put(sink, position, tensor, piece)
+            else:
+                waiting.append(pool.submit(put, sink, position, tensor, piece))
+            position += piece.nbytes
+            while len(waiting) > 16 * THREADS:
+                waiting.popleft().result()
+        while waiting:
+            waiting.popleft().result()
+    finally:  # no thread may still write to a file that is closed
+        for future in waiting:
+            future.cancel()
+        wait(waiting)
 
 
 def _header(tensors: Iterable[OutputTensor]) -> bytes:
@@ -204,11 +238,17 @@ def _header(tensors: Iterable[OutputTensor]) -> bytes:
     return len(raw).to_bytes(8, "little") + raw
 
 
-def write_all(sink: Any, data: bytes | memoryview) -> None:
-    """An unbuffered write may be short (a disk that is filling up): go on until all is written or the system says why not."""
+def write_all(sink: int, data: bytes | memoryview, position: int) -> int:
+    """Write all of it at a place of a file (a write may be short: a disk that is filling up); returns the place behind it."""
     view = memoryview(data)
     while view:
-        view = view[sink.write(view) :]
+        if PLACED:
+            count = os.pwrite(sink, view, position)
+        else:
+            os.lseek(sink, position, os.SEEK_SET)
+            count = os.write(sink, view)
+        view, position = view[count:], position + count
+    return position
 
 
 def chunks(piece: Piece | Made, buffer: memoryview) -> Iterator[memoryview]:
@@ -234,6 +274,19 @@ def chunks(piece: Piece | Made, buffer: memoryview) -> Iterator[memoryview]:
                 raise UserError(f"{piece.file.name} ended {left} bytes early", "the shard changed while it was read")
             yield buffer[:count]
             left -= count
+
+
+def read_into(stream: Any, view: memoryview) -> int:
+    """Fill a view from an unbuffered stream, whose reads may be short; returns how many bytes there were."""
+    done = 0
+    while done < len(view) and (count := stream.readinto(view[done:])):
+        done += count
+    return done
+
+
+def words(view: memoryview) -> np.ndarray[Any, Any]:
+    """Bytes as the widest integers that they divide into."""
+    return np.frombuffer(view, dtype=np.uint8 if len(view) % 8 else np.uint64)
 
 
 def swap(partial: Path, out: Path) -> None:

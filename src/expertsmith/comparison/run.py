@@ -225,7 +225,7 @@ def _prepare(folder: Path, resume: bool) -> None:
         raise UserError(f"{folder} is a file", "choose a folder with -o")
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in own) if folder.exists() else []
     if foreign:
-        raise UserError(f"{folder} holds other files than a comparison ({foreign[0]})", "choose another folder with -o")
+        raise UserError(f"{folder} contains files that are not a comparison ({foreign[0]})", "choose another folder with -o")
     if not resume:
         for name in (PLANS, CELLS, WORK):
             shutil.rmtree(folder / name, ignore_errors=True)

@@ -238,7 +238,7 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def load_model(
+def load_model(  # noqa: C901  (every way of loading, decided in one place)
     checkpoint: Checkpoint,
     architecture: Architecture | None,
     *,
@@ -259,54 +259,25 @@ def load_model(
     Raises:
         UserError: transformers cannot build the model, the weights do not fit it, or some would not be loaded.
     """
+    if memory == "resident" and checkpoint.converted:
+        raise UserError("a pickle checkpoint is run with --memory stream only")
     target = torch.device(device)
     chosen = _dtype(dtype, checkpoint)
     weights = checkpoint if isinstance(checkpoint, Floats) else floats(checkpoint, WORDS.get(chosen, "F32"))
     if architecture is not None:
         weights = filled(weights, _never_used(weights, architecture))
-    config = transformers_config(checkpoint)
-    inner = config.get_text_config()
+    whole = _ahead_in(weights, architecture) if mtp else None
+    auto, config = causal_lm(_config_of(checkpoint, architecture, config_overrides, whole))
     if memory == "stream":
         # oneDNN and torch's layer above it keep a bfloat16 kernel of 250 KB for each number of tokens that an expert ever had, up to 1024
         # of them each (500 MB): memory that grows with depth. Both read their limit when the first of them is made.
         for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(name, "64")
-    given = text_config(checkpoint.config)
-    for key, other in architecture.same_as if architecture else ():
-        if key not in given and other in given:
-            setattr(inner, key, given[other])
-    for key, value in (config_overrides or {}).items():
-        setattr(inner, key, value)
-    whole = take_inventory(weights) if mtp and architecture is not None else None
-    if whole is not None and (not whole.mtp_layers or why_not_played(whole)):
-        whole = None
-    if whole is not None:
-        lengthen(inner, len(whole.mtp_layers))
-    auto, config = causal_lm(config)
+    runs_as_another = architecture is not None and architecture.runs_as is not None
+    stock = memory == "resident" and not isinstance(weights, Floats) and not runs_as_another and whole is None
     try:
-        if memory == "resident" and checkpoint.converted:
-            raise UserError("a pickle checkpoint is run with --memory stream only")
-        stock = (
-            memory == "resident"
-            and not isinstance(weights, Floats)
-            and not (architecture and architecture.runs_as)
-            and not whole
-        )
         if stock:
-            with quietly():
-                module, info = auto.from_pretrained(
-                    checkpoint.path,
-                    config=config,
-                    dtype=chosen,
-                    device_map=None if target.type == "cpu" else {"": target},
-                    trust_remote_code=False,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # named below instead
-                )
-            _refuse_mismatched(info["mismatched_keys"])
-            missing = sorted(info["missing_keys"])
-            if missing:
-                raise UserError(f"the checkpoint lacks the weights of {missing[0]}", "download it again")
+            module = _from_pretrained(auto, config, checkpoint, chosen, target)
         else:
             from accelerate import init_empty_weights
 
@@ -338,19 +309,70 @@ def load_model(
     else:
         if memory == "stream" and architecture is not None and _too_large(weights, architecture, chosen, target):
             loaded._experts = take_inventory(weights)
-        for buffer_name, buffer in module.named_buffers():
-            parent, _, leaf = buffer_name.rpartition(".")
-            held = torch.empty_like(buffer, device=target) if buffer.is_meta else buffer.to(target)
-            module.get_submodule(parent)._buffers[leaf] = held
-        loaded._load(None)
-        for index in range(len(layers)) if memory == "resident" else ():
-            loaded._load(index)
+        _load_empty(loaded)
     if whole is not None:
         loaded.ahead = ahead_of(module, path, weights, whole, target, chosen)
     layer_ids = {id(p) for layer in layers for p in layer.parameters()}
     _align(module, skip=layer_ids)
     _check_finite(module, "the model outside its decoder layers", skip=layer_ids)
     return loaded
+
+
+def _ahead_in(weights: Checkpoint, architecture: Architecture | None) -> Inventory | None:
+    """The inventory of a checkpoint whose multi-token-prediction layer can be run; None where it has none, or it cannot."""
+    found = take_inventory(weights) if architecture is not None else None
+    return found if found is not None and found.mtp_layers and not why_not_played(found) else None
+
+
+def _config_of(
+    checkpoint: Checkpoint, architecture: Architecture | None, overrides: Mapping[str, Any] | None, ahead: Inventory | None
+) -> Any:
+    """The config to build a model from: with what the family's record says of missing keys, with `overrides`, and with a layer for multi-token prediction."""
+    config = transformers_config(checkpoint)
+    inner, given = config.get_text_config(), text_config(checkpoint.config)
+    for key, other in architecture.same_as if architecture else ():
+        if key not in given and other in given:
+            setattr(inner, key, given[other])
+    for key, value in (overrides or {}).items():
+        setattr(inner, key, value)
+    if ahead is not None:
+        lengthen(inner, len(ahead.mtp_layers))
+    return config
+
+
+def _from_pretrained(auto: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """transformers' own loading.
+
+    Raises:
+        UserError: weights of wrong shapes, or missing ones.
+    """
+    with quietly():
+        module, info = auto.from_pretrained(
+            checkpoint.path,
+            config=config,
+            dtype=dtype,
+            device_map=None if device.type == "cpu" else {"": device},
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below instead
+        )
+    _refuse_mismatched(info["mismatched_keys"])
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"the checkpoint lacks the weights of {missing[0]}", "download it again")
+    return module
+
+
+def _load_empty(loaded: LoadedModel) -> None:
+    """Weights into a model that was built on the meta device: all that stands outside of the layers, and the layers where they are to be resident."""
+    module = loaded.module
+    for buffer_name, buffer in module.named_buffers():
+        parent, _, leaf = buffer_name.rpartition(".")
+        held = torch.empty_like(buffer, device=loaded.device) if buffer.is_meta else buffer.to(loaded.device)
+        module.get_submodule(parent)._buffers[leaf] = held
+    loaded._load(None)
+    for index in range(len(loaded.layers)) if loaded.memory == "resident" else ():
+        loaded._load(index)
 
 
 def load_decoded(
@@ -700,7 +722,7 @@ def _check_finite(
         if bool(wrong.any()):
             bad = wrong.nonzero()[0].tolist()
             raise UserError(
-                f"{name} in {where} has NaN or inf (first at {bad})", "the checkpoint is damaged: download it again"
+                f"{name} in {where} has NaN or inf (first at {bad})", "the checkpoint is damaged; download it again"
             )
 
 

@@ -47,7 +47,7 @@ class Source:
                 assert layout is not None
                 values = self.inventory.rows(claim, expert).to(self.device)
                 if not bool(torch.isfinite(values.sum(dtype=torch.float32))) and not bool(values.isfinite().all()):
-                    raise UserError(f"{claim.info.name} has NaN or inf", "the checkpoint is damaged: download it again")
+                    raise UserError(f"{claim.info.name} has NaN or inf", "the checkpoint is damaged; download it again")
                 matrix = values.dim() > 1
                 for role, view in split(layout, values).items():
                     views[role, matrix].copy_(view)

@@ -46,7 +46,7 @@ def refuse_missing(folders: Sequence[str | Path]) -> None:
     _library()
     for folder in folders:
         if not Path(folder).is_dir():
-            raise UserError(f"there is no task folder {folder}", "--task-path takes a folder of lm-eval task yamls")
+            raise UserError(f"task folder not found: {folder}", "--task-path takes a folder of lm-eval task yamls")
 
 
 def find(names: Sequence[str], folders: Sequence[str | Path], limit: int | None, progress: Progress) -> Tasks:
@@ -55,25 +55,14 @@ def find(names: Sequence[str], folders: Sequence[str | Path], limit: int | None,
     Tasks of `folders` go before lm-eval's own of the same name, and their `data_files` are looked for next to the yaml.
 
     Raises:
-        UserError: lm-eval is missing, an unknown name, a yaml that is broken, data that cannot be had here.
+        UserError: lm-eval is missing, an unknown name, a yaml that is broken, data that is not available here.
     """
     refuse_missing(folders)
     wanted = list(dict.fromkeys(name.strip() for text in names for name in text.split(",") if name.strip()))
     if not wanted:
         raise UserError("--tasks names no task", "write --tasks hellaswag,arc_easy")
     with _quietly():
-        from lm_eval.tasks import TaskManager
-
-        for folder in folders:
-            _check_yamls(Path(folder))
-        paths = [str(folder) for folder in folders]
-        manager = TaskManager(include_path=paths, include_defaults=False)
-        if not all(_complete(manager.task_index, name) for name in wanted):
-            progress.note("reading the list of lm-eval's tasks (tasks of --task-path alone do without)")
-            manager = TaskManager(include_path=paths)
-        for name in wanted:
-            if name not in manager.task_index:
-                raise unknown("lm-eval task", name, manager.all_tasks)
+        manager = _manager(wanted, folders, progress)
         roots = [Path(folder).resolve() for folder in folders]
         for entry in manager.task_index.values():
             if entry.yaml_path and any(Path(entry.yaml_path).resolve().is_relative_to(root) for root in roots):
@@ -87,15 +76,35 @@ def find(names: Sequence[str], folders: Sequence[str | Path], limit: int | None,
             found.tasks |= made["tasks"]
             found.groups |= made["groups"]
     for name, task in found.tasks.items():
-        if getattr(task, "UNSAFE_CODE", False):
-            raise UserError(
-                f"task {name} runs code that the model writes, which is not done here", "run it with lm-eval itself"
-            )
-        if getattr(task, "MULTIMODAL", False):
-            raise UserError(f"task {name} shows images or sound, but only text models are evaluated")
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
+        _settle(name, task)
     return found
+
+
+def _settle(name: str, task: Any) -> None:
+    """Refuse a task that cannot be asked here, and give it no examples where it does not say how many."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError(f"task {name} runs code that the model writes, which is not done here", "run it with lm-eval itself")
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"task {name} shows images or sound, but only text models are evaluated")
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+
+
+def _manager(wanted: Sequence[str], folders: Sequence[str | Path], progress: Progress) -> Any:
+    """lm-eval's task manager, which knows the tasks of `folders`, and lm-eval's own where these do not suffice."""
+    from lm_eval.tasks import TaskManager
+
+    for folder in folders:
+        _check_yamls(Path(folder))
+    paths = [str(folder) for folder in folders]
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if not all(_complete(manager.task_index, name) for name in wanted):
+        progress.note("reading the list of lm-eval's tasks (tasks of --task-path alone do without)")
+        manager = TaskManager(include_path=paths)
+    for name in wanted:
+        if name not in manager.task_index:
+            raise unknown("lm-eval task", name, manager.all_tasks)
+    return manager
 
 
 def settings_of(found: Tasks, name: str) -> dict[str, Any]:
@@ -200,7 +209,7 @@ def table(found: Tasks, mine: Mapping[str, Any], theirs: Mapping[str, Any] | Non
     rows: list[dict[str, Any]] = []
     for name, task in found.tasks.items():
         if theirs is not None and mine[name]["asked"] != theirs[name]["asked"]:
-            raise UserError(f"the two models were not asked the same in task {name}", "run again with --fresh")
+            raise UserError(f"the two models got different questions in task {name}", "run again with --fresh")
         for key, values in mine[name]["values"].items():
             metric, _, kind = key.partition(",")
             aggregate = task.aggregation().get(metric, mean)
@@ -300,7 +309,7 @@ def _check_yamls(folder: Path) -> None:
         except YAMLError as error:
             raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
         except (OSError, ValueError) as error:  # an include that is not there or goes round in circles; no table
-            raise UserError(f"{path} is no task: {_first_line(error)}") from None
+            raise UserError(f"{path} is not a task: {_first_line(error)}") from None
 
 
 def _complete(index: Mapping[str, Any], name: str) -> bool:
@@ -331,7 +340,7 @@ def _anchor(entry: Any) -> None:
     try:
         config = load_yaml(entry.yaml_path)
     except Exception as error:  # a Python function of the yaml that cannot be imported
-        raise UserError(f"{entry.yaml_path} is no task: {_first_line(error)}") from error
+        raise UserError(f"{entry.yaml_path} is not a task: {_first_line(error)}") from error
     options = config["dataset_kwargs"]
     entry.cfg = {**config, "dataset_kwargs": {**options, "data_files": beside(options["data_files"])}}
     entry.yaml_path = None
@@ -351,7 +360,7 @@ def _cannot_load(name: str, entry: Any, error: Exception) -> UserError:
         files = ", ".join(f"{split}: FILE.jsonl" for split in splits) or "<split>: FILE.jsonl"
         what = f"the data set {source} of the hub" if source else "data sets of the hub"
         return UserError(
-            f"task {name} needs {what}, which cannot be had here: {reason}",
+            f"task {name} needs {what}, which is not available here: {reason}",
             "fetch it where there is a network and copy the Hugging Face cache (HF_HOME), or give the documents as a file: a folder for --task-path with "
             f"a yaml that says `include: {Path(entry.yaml_path).resolve()}`, a task name of its own, `dataset_path: json` and "
             f"`dataset_kwargs: {{data_files: {{{files}}}}}`",

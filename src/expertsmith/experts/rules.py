@@ -72,7 +72,7 @@ def keep_count(keep: float | int, rules: Rules, where: str = "the model") -> int
     else:
         count = keep
     if count > n:
-        raise UserError(f"{where}: {count} experts are to stay, but it has only {n}")
+        raise UserError(f"{where}: {count} experts should be kept, but it has only {n}")
     if count < rules.least:
         need = f"its router needs top_k={rules.top_k}"
         if rules.groups > 1:

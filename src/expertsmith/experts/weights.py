@@ -105,5 +105,5 @@ def matrix_of(inventory: Inventory, claim: Claim, expert: int) -> torch.Tensor |
         raise UserError(f"{info.name} is {info.dtype}: its numbers are no weights", "please report this checkpoint")
     values = inventory.rows(claim, expert).float()
     if not bool(values.isfinite().all()):
-        raise UserError(f"{info.name} has NaN or inf", "the checkpoint is damaged: download it again")
+        raise UserError(f"{info.name} has NaN or inf", "the checkpoint is damaged; download it again")
     return values

@@ -75,7 +75,7 @@ def _pairs(routed: Routed, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, slots
 
 
-def _step(
+def _step(  # noqa: C901  (a fallback after another, each for a reason that is said)
     layer: LayerExperts,
     problem: Problem,
     expert: int,

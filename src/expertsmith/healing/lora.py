@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from expertsmith.arch import Architecture
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.checkpoint.reader import TORCH_DTYPES
 from expertsmith.engine import LoadedModel
@@ -57,44 +58,53 @@ def targets(student: LoadedModel, wanted: str) -> tuple[list[str], list[str]]:
     record = student.architecture
     assert record is not None
     found: dict[str, list[str]] = {word: [] for word in LORA_TARGETS}
-    parameters: list[str] = []
     for index, layer in enumerate(student.layers):
-        places = {"experts": "", "router": "", "shared": ""}
-        if index in student.moe_layers:
-            places = {
-                kind: f"{record.block}.{path}".lstrip(".") if path else ""
-                for kind, path in (("experts", record.experts), ("router", record.router), ("shared", record.shared))
-            }
-        for kind in ("experts", "router"):
-            if places[kind] and kind in kinds:
-                owner = submodule(layer, places[kind])
-                if kind == "experts" and any("." in name for name, _ in owner.named_parameters()):
-                    raise UserError(
-                        f"peft cannot adapt the experts of {record.model_type}, which are read from outside of the module that holds them",
-                        "leave experts out of -O targets, or heal with layer_local",
-                    )
-                found[kind] += [
-                    f"{record.layers}.{index}.{places[kind]}.{name}"
-                    for name, weight in owner.named_parameters()
-                    if weight.dim() >= 2 and "bias" not in name
-                ]
-        for name, module in layer.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            inside = next(
-                (kind for kind, path in places.items() if path and (name == path or name.startswith(path + "."))), None
-            )
-            block = record.block and index in student.moe_layers and name.startswith(record.block + ".")
-            if inside == "shared" and "shared" in kinds:
-                found["shared"].append(f"{record.layers}.{index}.{name}")
-            if inside is None and not block and "attention" in kinds:
-                found["attention"].append(f"{record.layers}.{index}.{name}")
+        moe = index in student.moe_layers
+        for kind, name in (*(_parameters(layer, record, kinds) if moe else ()), *_linears(layer, record, moe)):
+            if kind in kinds:
+                found[kind].append(f"{record.layers}.{index}.{name}")
     for word in kinds:
         if not found[word]:
             raise UserError(f"the model has no {word} that LoRA could adapt", "leave it out of -O targets")
-    for kind in ("experts", "router"):
-        parameters += found[kind]
-    return found["attention"] + found["shared"], parameters
+    return found["attention"] + found["shared"], found["experts"] + found["router"]
+
+
+def _place(record: Architecture, path: str | None) -> str:
+    """From the decoder layer to a part of its MoE block; "" where it has none."""
+    return f"{record.block}.{path}".lstrip(".") if path else ""
+
+
+def _parameters(layer: nn.Module, record: Architecture, kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(kind, name) of the matrices of a layer's experts and router."""
+    for kind, path in (("experts", record.experts), ("router", record.router)):
+        if kind not in kinds:
+            continue
+        place = _place(record, path)
+        weights = list(submodule(layer, place).named_parameters())
+        if kind == "experts" and any("." in name for name, _ in weights):
+            raise UserError(
+                f"peft cannot adapt the experts of {record.model_type}, which are read from outside of the module that holds them",
+                "leave experts out of -O targets, or heal with layer_local",
+            )
+        yield from ((kind, f"{place}.{name}") for name, weight in weights if weight.dim() >= 2 and "bias" not in name)
+
+
+def _linears(layer: nn.Module, record: Architecture, moe: bool) -> Iterator[tuple[str, str]]:
+    """(kind, name) of the linear modules of a layer's shared experts, and of those outside of its MoE block."""
+    shared = _place(record, record.shared) if moe else ""
+    block = record.block if moe else ""
+    parts = [_place(record, path) for path in (record.experts, record.router)] if moe else []
+    for name, module in layer.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if _inside(name, shared):
+            yield "shared", name
+        elif not _inside(name, block) and not any(_inside(name, part) for part in parts):
+            yield "attention", name
+
+
+def _inside(name: str, place: str) -> bool:
+    return bool(place) and f"{name}.".startswith(f"{place}.")
 
 
 class Adapted:

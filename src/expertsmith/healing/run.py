@@ -73,15 +73,7 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     prepare_target(job.target, job.teacher.path, job.overwrite)
     check_floats(job.inventory)
     layerwise, trains = job.method in LAYERWISE, job.method != "least_squares"
-    if trains and job.dtype != "float32":
-        raise UserError(f"{job.method} trains weights, but --dtype is {job.dtype}", "use --dtype float32")
-    if isinstance(job.options, Lora):
-        peft()
-    if not layerwise and job.memory == "stream":
-        raise UserError(
-            f"{job.method} sends gradients through the whole model, which --memory stream does not hold",
-            "use --memory resident, or --method layer_local",
-        )
+    _refuse_what_cannot_train(job)
     where = choose_device(job.device)
     mode = choose_memory(job.memory, [source, job.teacher], where, job.dtype) if layerwise else "resident"
     student = load_model(source, job.inventory.architecture, memory=mode, device=where, dtype=job.dtype)
@@ -126,6 +118,18 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     _write(job, job.target, changed, work, report, progress)
     work.remove()
     return report
+
+
+def _refuse_what_cannot_train(job: Healing) -> None:
+    if job.method != "least_squares" and job.dtype != "float32":
+        raise UserError(f"{job.method} trains weights, but --dtype is {job.dtype}", "use --dtype float32")
+    if isinstance(job.options, Lora):
+        peft()
+    if job.method not in LAYERWISE and job.memory == "stream":
+        raise UserError(
+            f"{job.method} sends gradients through the whole model, which --memory stream does not hold",
+            "use --memory resident, or --method layer_local",
+        )
 
 
 def _as_floats(job: Healing) -> None:

@@ -30,7 +30,7 @@ class Work:
         if folder.exists() and any(folder.iterdir()):
             header = folder / HEADER
             if not header.is_file():
-                raise UserError(f"{folder} holds other files than an interrupted healing", "move it away")
+                raise UserError(f"{folder} contains files that are not an interrupted healing", "move it away")
             if not resume:
                 shutil.rmtree(folder)
             elif json.loads(header.read_text(encoding="utf-8")) != json.loads(json.dumps(made_with)):

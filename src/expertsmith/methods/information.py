@@ -270,7 +270,7 @@ def _alone(arrays: Sequence[Codes]) -> Iterator[tuple[int, int, float]]:
             yield i, j, joint_entropy(arrays[i], arrays[j])
 
 
-def _together(arrays: Sequence[Codes], workers: int) -> Iterator[tuple[int, int, float]]:
+def _together(arrays: Sequence[Codes], workers: int) -> Iterator[tuple[int, int, float]]:  # noqa: C901  (processes, threads and queues that live and end together)
     """Joint entropies from worker processes: each asks for the next row when it has finished one, longest rows first."""
     count, size = len(arrays), arrays[0].codes.size
     wide = np.dtype(np.int32 if any(a.codes.dtype == np.int32 for a in arrays) else np.uint16)
@@ -281,17 +281,10 @@ def _together(arrays: Sequence[Codes], workers: int) -> Iterator[tuple[int, int,
     failed = threading.Event()
 
     def drive(process: subprocess.Popen[str]) -> None:
-        assert process.stdin
-        assert process.stdout
         try:
             while (row := rows.get()) is not None and not failed.is_set():
-                process.stdin.write(f"{row}\n")
-                process.stdin.flush()
-                for column in range(row + 1, count):
-                    line = process.stdout.readline()
-                    if not line:
-                        raise RuntimeError(f"a process that counts pairs ended with exit code {process.wait()}")
-                    answers.put((row, column, float(line)))
+                for column, value in _ask(process, row, count):
+                    answers.put((row, column, value))
         except BaseException as error:
             failed.set()
             answers.put(error)
@@ -328,6 +321,19 @@ def _together(arrays: Sequence[Codes], workers: int) -> Iterator[tuple[int, int,
             yield answer
         for thread in threads:
             thread.join()
+
+
+def _ask(process: subprocess.Popen[str], row: int, count: int) -> Iterator[tuple[int, float]]:
+    """(array, joint entropy with array `row`) for all later arrays, from a worker."""
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write(f"{row}\n")
+    process.stdin.flush()
+    for column in range(row + 1, count):
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a process that counts pairs ended with exit code {process.wait()}")
+        yield column, float(line)
 
 
 def _end(process: subprocess.Popen[str]) -> None:

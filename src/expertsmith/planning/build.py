@@ -83,17 +83,17 @@ def choose_budget(method: Method, budget: str | None, keep: float | int | None) 
     if budget is None:
         fitting = [entry for entry in method.budgets if (entry == "threshold") == (keep is None)]
         if not fitting:
-            raise UserError(f"method {method.name} has to be told how many experts stay", "pass --keep 0.5")
+            raise UserError(f"--keep is required for method {method.name}", "e.g. --keep 0.5")
         return fitting[0]
     found = next((entry for entry in method.budgets if entry == budget), None)
     if found is None:
         raise UserError(f"method {method.name} has no budget {budget!r}", f"choose {' or '.join(method.budgets)}")
     if (found == "threshold") != (keep is None):
         raise UserError(
-            "budget threshold removes what the method's own threshold says"
+            "--keep has no effect with budget threshold, which uses the method's own threshold"
             if keep is not None
-            else f"budget {budget} has to be told how many experts stay",
-            "leave --keep out" if keep is not None else "pass --keep 0.5",
+            else f"--keep is required with budget {budget}",
+            "leave --keep out" if keep is not None else "e.g. --keep 0.5",
         )
     return found
 
@@ -367,7 +367,7 @@ def _prepare(folder: Path, job: Job, made_with: Mapping[str, Any]) -> None:
         try:
             old = json.loads(mark.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
-            raise UserError(f"{folder} holds other files than measured weights", "choose another output name") from None
+            raise UserError(f"{folder} contains files that are not measured weights", "choose another output name") from None
         if old == header and job.resume:
             job.progress.note(f"using what was measured before in {folder}")
             return
@@ -497,7 +497,7 @@ def matching_statistics(
     """
     statistics = (given if isinstance(given, Statistics) else load_statistics(given)).select(domains)
     if statistics.header["model"]["fingerprint"] != inventory.checkpoint.fingerprint:
-        raise UserError(f"the statistics are of another model than {inventory.checkpoint.source}", "calibrate this one")
+        raise UserError(f"the statistics belong to another model than {inventory.checkpoint.source}", "calibrate this one")
     if [layer for layer in statistics.layers if layer not in inventory.mtp_layers] != inventory.layers:
         raise UserError("the statistics do not cover the same layers as the checkpoint", "calibrate again")
     if mtp:

@@ -66,7 +66,7 @@ def plan_from(
         keep_count(len(ids), rules[layer], where)
         entries.append(LayerPlan(layer=layer, num_experts=count, keep=sorted(ids), mtp=True if layer in ahead else None))
     if keep is not None and kind != "ordered":
-        raise UserError(f"{path} says itself which experts stay", "leave --keep out")
+        raise UserError(f"{path} already says which experts to keep", "leave --keep out")
     notes: list[str] = []
     if mtp == "keep" and inventory.mtp_layers != ahead:
         most, why = max(len(entry.keep) for entry in entries), f"{Path(path).name} does not speak of it"

@@ -83,6 +83,12 @@ class LayerPlan(_Strict):
             raise ValueError(f"{where}: keep is not in ascending order")
         if self.saliency is not None and len(self.saliency) != self.num_experts:
             raise ValueError(f"{where}: saliency has {len(self.saliency)} numbers for {self.num_experts} experts")
+        self._check_merges(where)
+        if self.skip_threshold is not None and self.skip_threshold < 0:
+            raise ValueError(f"{where}: skip_threshold is {self.skip_threshold}, but it is a ratio of routing weights")
+        return self
+
+    def _check_merges(self, where: str) -> None:
         for merge in self.merge:
             if len(merge.sources) != len(merge.weights):
                 raise ValueError(
@@ -110,9 +116,6 @@ class LayerPlan(_Strict):
         if len(set(merged)) != len(merged):
             again = next(e for e in merged if merged.count(e) > 1)
             raise ValueError(f"{where}: expert {again} is merged twice")
-        if self.skip_threshold is not None and self.skip_threshold < 0:
-            raise ValueError(f"{where}: skip_threshold is {self.skip_threshold}, but it is a ratio of routing weights")
-        return self
 
 
 class Skip(_Strict):
@@ -229,7 +232,7 @@ def load_plan(path: Path | str) -> Plan:
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"there is no plan at {path}") from None
+        raise UserError(f"no plan found at {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a plan", "give the plan.json file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -7,6 +7,7 @@ lose the rows of dropped experts and keep extra rows (shared, zero and skip clas
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from expertsmith.checkpoint.writer import MAX_SHARD, Made, OutputTensor, Piece, 
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import MTP_KEYS, Claim, Inventory, take_inventory
 from expertsmith.experts.rules import Rules, groups_of
-from expertsmith.planning.plan import Plan
+from expertsmith.planning.plan import LayerPlan, Plan
 from expertsmith.surgery.card import model_card
 from expertsmith.surgery.counts import changes, counts_of, drops_mtp, trunk_counts
 from expertsmith.surgery.quantisation import Renumbering, output_files, output_quantisation
@@ -48,6 +49,25 @@ def check_plan(plan: Plan, inventory: Inventory, pad: bool = False) -> None:
         UserError: another model's fingerprint, wrong layers or counts, fewer experts than the router needs, unequal expert_groups; different
             numbers of experts a layer (or padding) where the family cannot have that; see also `merge.check_merges`.
     """
+    _check_model(plan, inventory)
+    flat = plan.router_groups == "flatten"
+    for entry in plan.layers:
+        rules = inventory.rules_of(entry.layer)
+        _check_layer(entry, Rules(rules.num_experts, rules.top_k) if flat else rules)
+        _check_mtp(entry, plan, inventory)
+    if plan.merges or changes(plan, inventory):
+        refuse_padded(inventory)
+    if plan.merges:
+        from expertsmith.surgery.merge import check_merges
+
+        check_merges(plan, inventory)
+    if pad:
+        check_padding(inventory, counts_of(plan), 1 if flat else inventory.rules.groups)
+    elif plan.uniform_count is None:
+        check_uneven(inventory)
+
+
+def _check_model(plan: Plan, inventory: Inventory) -> None:
     where = inventory.checkpoint.source
     if plan.model.model_type != inventory.architecture.model_type:
         raise UserError(f"the plan is for a {plan.model.model_type} model, but {where} is {inventory.architecture.model_type}")
@@ -59,47 +79,37 @@ def check_plan(plan: Plan, inventory: Inventory, pad: bool = False) -> None:
     wanted = inventory.layers + (inventory.mtp_layers if plan.mtp == "keep" else [])
     if list(plan.kept) != wanted:
         raise UserError(f"the plan has layers {_brief(list(plan.kept))}, but {where} has experts in layers {_brief(wanted)}")
-    flat = plan.router_groups == "flatten"
-    for entry in plan.layers:
-        rules = inventory.rules_of(entry.layer)
-        if flat:
-            rules = Rules(rules.num_experts, rules.top_k)
-        if entry.num_experts != rules.num_experts:
-            raise UserError(
-                f"layer {entry.layer} of the plan has {entry.num_experts} experts, but that of the checkpoint has {rules.num_experts}"
-            )
-        count = len(entry.keep)
-        if count < rules.least:
-            raise UserError(
-                f"layer {entry.layer} keeps {count} of {entry.num_experts} experts, but the router needs {rules.least} (top_k={rules.top_k})",
-                f"keep at least {rules.least}",
-            )
-        per_group = [sum(e in group for e in entry.keep) for group in groups_of(rules)]
-        if len(set(per_group)) > 1:
-            raise UserError(
-                f"layer {entry.layer} keeps {per_group} experts of the {rules.groups} expert_groups, but they have to stay equal in size",
-                "plan with the default --router-groups keep, or with flatten",
-            )
-    for entry in plan.layers:
-        if bool(entry.mtp) != (entry.layer in inventory.mtp_layers):
-            raise UserError(
-                f"layer {entry.layer} of the plan is {'' if entry.mtp else 'not '}for multi-token prediction, that of the checkpoint is {'not' if entry.mtp else ''}"
-            )
-        if entry.mtp and len(entry.keep) != max(plan.counts):
-            raise UserError(
-                f"layer {entry.layer} of the plan, for multi-token prediction, keeps {len(entry.keep)} experts, but config.json will say {max(plan.counts)}",
-                "keep the same number there",
-            )
-    if plan.merges or changes(plan, inventory):
-        refuse_padded(inventory)
-    if plan.merges:
-        from expertsmith.surgery.merge import check_merges
 
-        check_merges(plan, inventory)
-    if pad:
-        check_padding(inventory, counts_of(plan), 1 if flat else inventory.rules.groups)
-    elif plan.uniform_count is None:
-        check_uneven(inventory)
+
+def _check_layer(entry: LayerPlan, rules: Rules) -> None:
+    if entry.num_experts != rules.num_experts:
+        raise UserError(
+            f"layer {entry.layer} of the plan has {entry.num_experts} experts, but that of the checkpoint has {rules.num_experts}"
+        )
+    count = len(entry.keep)
+    if count < rules.least:
+        raise UserError(
+            f"layer {entry.layer} keeps {count} of {entry.num_experts} experts, but the router needs {rules.least} (top_k={rules.top_k})",
+            f"keep at least {rules.least}",
+        )
+    per_group = [sum(e in group for e in entry.keep) for group in groups_of(rules)]
+    if len(set(per_group)) > 1:
+        raise UserError(
+            f"layer {entry.layer} keeps {per_group} experts of the {rules.groups} expert_groups, but they have to stay equal in size",
+            "plan with the default --router-groups keep, or with flatten",
+        )
+
+
+def _check_mtp(entry: LayerPlan, plan: Plan, inventory: Inventory) -> None:
+    if bool(entry.mtp) != (entry.layer in inventory.mtp_layers):
+        kinds = ("a multi-token-prediction layer", "a decoder layer")
+        here, there = kinds if entry.mtp else kinds[::-1]
+        raise UserError(f"layer {entry.layer} is {here} in the plan, but {there} in the checkpoint")
+    if entry.mtp and len(entry.keep) != max(plan.counts):
+        raise UserError(
+            f"multi-token-prediction layer {entry.layer} of the plan keeps {len(entry.keep)} experts, but config.json will say {max(plan.counts)}",
+            "keep the same number there",
+        )
 
 
 def _brief(layers: list[int]) -> str:
@@ -258,7 +268,7 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
     config[last] = value
 
 
-def apply_plan(
+def apply_plan(  # noqa: C901  (a note a circumstance)
     plan: Plan,
     inventory: Inventory,
     out: Path,
@@ -370,16 +380,17 @@ class _Finite:
 
     def __init__(self, may_be_infinite: frozenset[str] = frozenset()) -> None:
         self.may_be_infinite = may_be_infinite
-        self.scratch = np.empty(0, dtype=np.uint8)
+        self.own = threading.local()  # the writer's threads call at once
 
     def __call__(self, tensor: OutputTensor, chunk: memoryview) -> None:
         if tensor.dtype not in FINITE_LIMITS or tensor.name in self.may_be_infinite:
             return
         kind, magnitude, limit = FINITE_LIMITS[tensor.dtype]
         values: np.ndarray[Any, Any] = np.frombuffer(chunk, dtype=kind)
-        if self.scratch.nbytes < values.nbytes:
-            self.scratch = np.empty(values.nbytes, dtype=np.uint8)
-        scratch = self.scratch[: values.nbytes].view(kind)
+        held = getattr(self.own, "scratch", None)
+        if held is None or held.nbytes < values.nbytes:
+            held = self.own.scratch = np.empty(values.nbytes, dtype=np.uint8)
+        scratch = held[: values.nbytes].view(kind)
         np.bitwise_and(values, np.asarray(magnitude, dtype=kind), out=scratch)
         if values.size and int(scratch.max()) >= limit:
             raise UserError(f"{tensor.name} has NaN or inf", "the source checkpoint is damaged: download it again")

@@ -106,7 +106,7 @@ def alignment(matrices: Iterable[tuple[str, torch.Tensor, torch.Tensor]]) -> tor
         r, t = (torch.empty(m.shape, dtype=torch.float32).copy_(m) for m in (reference, target))
         profit = profit + (r.T @ t if role == "down" else r @ t.T)
     if not bool(profit.isfinite().all()):
-        raise UserError("experts with NaN or inf cannot be aligned", "the checkpoint is damaged: download it again")
+        raise UserError("experts with NaN or inf cannot be aligned", "the checkpoint is damaged; download it again")
     return torch.from_numpy(linear_sum_assignment(profit.numpy(), maximize=True)[1])
 
 

@@ -179,7 +179,7 @@ def _entry(entry: str, key: str, method: str, renumbering: Renumbering) -> list[
     return names
 
 
-def _rules(entry: str, key: str, method: str) -> Iterator[Matches]:
+def _rules(entry: str, key: str, method: str) -> Iterator[Matches]:  # noqa: C901  (a case a spelling of rules)
     """How an entry is matched with module names, in each way that it may be read; nothing for a name that means itself."""
     if entry.startswith("re:"):  # compressed-tensors
         yield _regex(entry.removeprefix("re:"), "{}", entry)
@@ -208,7 +208,8 @@ def _regex(pattern: str, frame: str, entry: str) -> Matches:
         compiled = re.compile(frame.replace("{}", pattern))
     except re.error as error:
         raise UserError(
-            f"{entry!r} in the quantisation config is no regular expression: {error}", "correct it in the source's config.json"
+            f"{entry!r} in the quantisation config is not a regular expression: {error}",
+            "correct it in the source's config.json",
         ) from None
     return lambda name: compiled.match(name) is not None
 

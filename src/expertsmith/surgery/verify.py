@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.code import code_files
 from expertsmith.checkpoint.floats import quantisation_of
-from expertsmith.checkpoint.writer import CHUNK, OutputTensor, chunks
+from expertsmith.checkpoint.writer import CHUNK, OutputTensor, chunks, read_into, words
 from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of, load_model
 from expertsmith.engine.layout import expert_count, experts_of, is_grouped, routing_of
 from expertsmith.engine.loading import Memory
@@ -95,15 +96,17 @@ def compare_bytes(
 
 def _same_bytes(tensor: OutputTensor, output: Checkpoint, advance: Any) -> bool:
     info = output.tensors[tensor.name]
-    buffer = memoryview(bytearray(min(CHUNK, max((piece.nbytes for piece in tensor.pieces), default=0))))
+    size = min(CHUNK, max((piece.nbytes for piece in tensor.pieces), default=0))
+    buffer, others = memoryview(bytearray(size)), memoryview(bytearray(size))
     with open(info.file, "rb", buffering=0) as theirs:
         theirs.seek(info.start)
         for piece in tensor.pieces:
             for mine in chunks(piece, buffer):
-                other = theirs.read(len(mine))
-                if mine != other:
+                count = read_into(theirs, others[: len(mine)])
+                # a memoryview is compared element by element, as Python numbers
+                if count != len(mine) or not np.array_equal(words(mine), words(others[:count])):
                     return False
-                advance(len(other))
+                advance(count)
     return True
 
 

@@ -24,7 +24,7 @@ def _show(measures: Any, given: Mapping[str, Any]) -> None:
 
 
 @verb(LOOK, show=_show)
-def analyze(
+def analyze(  # noqa: C901  (what does not go together is refused in one place)
     model: Model,
     out: Out,
     *,

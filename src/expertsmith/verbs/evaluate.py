@@ -120,9 +120,7 @@ def evaluate(
         raise UserError("there is nothing to measure", "pass --data FILE for text, or --tasks NAME for lm-eval tasks")
     if (generate or formats) and not (data and generate):
         missing = "--data FILE" if not data else "--generate N"
-        raise UserError(
-            "prompts to go on from, and answers to look at, are asked for with --data and --generate", f"pass {missing}"
-        )
+        raise UserError("--generate and --format work on prompts: they need both --data and --generate", f"pass {missing}")
     opened = [
         open_checkpoint(path, allow_pickle=given["allow_pickle"])
         for path in ([model] if reference is None else [model, reference])
@@ -259,7 +257,7 @@ def _evaluate(
     """
     found: dict[str, Any] = {}
     if speed and given["as_type"] is not None:
-        raise UserError("--as says nothing to the engines of --speed, which load the checkpoint by themselves", "leave one out")
+        raise UserError("--as has no effect with --speed: engines load the checkpoint by themselves", "leave one out")
     if speed:
         where = {"device": given["device"], "dtype": given["dtype"], "progress": given["progress"]}
         found["speed"] = measure_speed(model, reference=reference, **part(Serving, given), **where)  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ def _show(made: Any, given: Mapping[str, Any]) -> None:
 
 
 @verb(FLOW, show=_show, plain=lambda made, given: made.to_json())
-def plan(
+def plan(  # noqa: C901  (a case a kind of method)
     model: Model,
     method: Annotated[str | None, Opt("How experts are scored; see `expertsmith methods`.", "--method", "-m")] = None,
     keep: Keep = None,

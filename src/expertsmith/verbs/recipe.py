@@ -88,7 +88,7 @@ class _Step(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def _field(option: Option) -> tuple[Any, Any]:
+def _field(option: Option) -> tuple[Any, Any]:  # noqa: C901  (a case a kind of option)
     """(type, default) of an option in YAML."""
     kind: Any = option.type
     optional = get_origin(kind) is UnionType and NoneType in get_args(kind)
@@ -264,11 +264,13 @@ class Recipe(_Step):
 WORK = {"convert", "calibrate", "analyze", "plan", "evaluate", "skip", "compare"}  # sections that need no other one
 
 
-def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
-    """Sections that need another one, told from the sections as they stand in the file, whatever is wrong inside them."""
+NEEDS = (("apply", "plan", ""), ("verify", "apply", ""), ("heal", "apply", ", so nothing that could be healed"))
+
+
+def _plan_faults(there: Mapping[str, Any]) -> list[str]:
+    """What the method of the plan section needs besides."""
     from expertsmith.methods import methods
 
-    there = {name: section for name, section in sections.items() if section is not None}
     faults = []
     plan = there["plan"] if isinstance(there.get("plan"), Mapping) else {}
     method = methods().get(str(plan.get("method")))
@@ -282,13 +284,18 @@ def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
             f"plan: method {method.name} needs every expert's output on all tokens: set calibrate.all_outputs to true"
         )
     if method and plan.get("keep") is None and plan.get("budget") in (None, "threshold") and "threshold" not in method.budgets:
-        faults.append(f"plan: method {method.name} has to be told how many experts stay: add plan.keep")
-    if "apply" in there and "plan" not in there:
-        faults.append("apply: there is no plan section")
-    if "verify" in there and "apply" not in there:
-        faults.append("verify: there is no apply section")
-    if "heal" in there and "apply" not in there:
-        faults.append("heal: there is no apply section, so nothing that could be healed")
+        faults.append(f"plan: keep is required for method {method.name}: add plan.keep")
+    return faults
+
+
+def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
+    """Sections that need another one, told from the sections as they stand in the file, whatever is wrong inside them."""
+
+    there = {name: section for name, section in sections.items() if section is not None}
+    faults = _plan_faults(there)
+    for name, needed, so in NEEDS:
+        if name in there and needed not in there:
+            faults.append(f"{name}: there is no {needed} section{so}")
     analyze = there["analyze"] if isinstance(there.get("analyze"), Mapping) else {}
     if analyze.get("all_experts") and not analyze.get("data"):
         faults.append("analyze: all_experts runs the model on text: add analyze.data")
@@ -320,7 +327,7 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"there is no recipe at {path}") from None
+        raise UserError(f"no recipe found at {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a recipe") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -354,7 +361,7 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
         return _run(recipe, model, progress)
 
 
-def _run(recipe: Recipe, model: str, progress: Progress | None) -> dict[str, Any]:
+def _run(recipe: Recipe, model: str, progress: Progress | None) -> dict[str, Any]:  # noqa: C901  (a step a section)
     results: dict[str, Any] = {}
     where: dict[str, Any] = {"device": recipe.device, "memory": recipe.memory, "progress": progress}
     run: dict[str, Any] = {**where, "dtype": recipe.dtype}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # of outputs 0 … 7 in a word
 
 
-def _find(headers: Headers) -> Iterator[Stored]:
+def _find(headers: Headers) -> Iterator[Stored]:  # noqa: C901  (a check a tensor of the format)
     packing = headers.config.get("packing_format")
     if headers.method != "awq" and not (headers.method == "auto-round" and packing in ("auto_round:auto_awq", "auto_awq")):
         return

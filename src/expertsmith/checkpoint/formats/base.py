@@ -51,7 +51,7 @@ class Stored:
             values = torch.where(exponents == 255, torch.nan, torch.exp2(exponents - 127)).float()
         values = values.float()
         if not bool(values.isfinite().all()):
-            raise UserError(f"{self.parts[role].name} has NaN or inf", "the checkpoint is damaged: download it again")
+            raise UserError(f"{self.parts[role].name} has NaN or inf", "the checkpoint is damaged; download it again")
         return values
 
 

@@ -51,7 +51,7 @@ def _four_bits(state: str, headers: Headers) -> Stored:
         shape = tuple(int(n) for n in described["shape"])
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"{state} is not a description of a quantised weight", "the checkpoint is damaged: download it again"
+            f"{state} is not a description of a quantised weight", "the checkpoint is damaged; download it again"
         ) from None
     nested = "nested_blocksize" in described or ("absmax" in parts and parts["absmax"].dtype == "U8")
     for leaf in ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if nested else ())):

@@ -58,7 +58,7 @@ def _agree(weight: str, size: int, headers: Headers) -> None:
 def _decode_nv(stored: Stored, read: Read, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
     top = stored.scale("top", read)
     if not bool(top.all()):
-        raise UserError(f"{stored.parts['top'].name} is 0", "the checkpoint is damaged: download it again")
+        raise UserError(f"{stored.parts['top'].name} is 0", "the checkpoint is damaged; download it again")
     scale = stored.scale("scale", read, first, last)
     if prod(top.shape) > 1:
         top = top.reshape(-1)[first:last].reshape(-1, *[1] * (scale.dim() - 1))

@@ -140,9 +140,9 @@ def _scaled(codes: torch.Tensor, scale: torch.Tensor, stored: Stored, first: int
         scale = scale * 2.0**120
         raw = codes.view(torch.int8)
         if int(codes.view(torch.uint8).bitwise_and(0x7F).amax()) == 0x7F:
-            raise UserError(f"{info.name} has NaN", "the checkpoint is damaged: download it again")
+            raise UserError(f"{info.name} has NaN", "the checkpoint is damaged; download it again")
     elif not bool(codes.float().isfinite().all()):
-        raise UserError(f"{info.name} has NaN or inf", "the checkpoint is damaged: download it again")
+        raise UserError(f"{info.name} has NaN or inf", "the checkpoint is damaged; download it again")
     wide = scale if scale.shape[-1] == 1 else None
     made = torch.empty(codes.shape, dtype=dtype)
     for begin in range(0, len(codes), ROWS):

@@ -31,7 +31,7 @@ BITS = (2, 3, 4, 8)
 PACKINGS = ("auto_round:auto_gptq", "auto_gptq")
 
 
-def _find(headers: Headers) -> Iterator[Stored]:
+def _find(headers: Headers) -> Iterator[Stored]:  # noqa: C901  (a check a tensor of the format)
     if not _is_gptq(headers):
         return
     for name, info in headers.tensors.items():
@@ -109,7 +109,7 @@ def _decode(stored: Stored, read: Read, first: int, last: int, dtype: torch.dtyp
     if "order" in stored.parts:
         order = stored.part("order", read).long()
         if int(order.min()) < 0 or int(order.max()) >= len(scale):
-            raise UserError(f"{stored.parts['order'].name} names a group that there is not", "the checkpoint is damaged")
+            raise UserError(f"{stored.parts['order'].name} refers to a group that does not exist", "the checkpoint is damaged")
         if not stored.settings["ordered"] and not torch.equal(order, place):
             raise disagree(stored.parts["order"].name, "columns are", "in an order of their own", "desc_act false")
         place = order

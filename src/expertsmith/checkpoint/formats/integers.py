@@ -55,32 +55,43 @@ def _find_packed(headers: Headers, symmetric: bool) -> Iterator[Stored]:
                 raise missing(f"{stem}.weight", f"{stem}.{leaf}")
         said = headers.weights_of(stem)
         shape = tuple(int(n) for n in headers.read(parts["shape"].name).tolist())
-        if len(shape) != len(info.shape) or min(shape) < 1 or shape[:-1] != info.shape[:-1]:
-            raise UserError(
-                f"{parts['shape'].name} says {list(shape)}, which contradicts {name} {list(info.shape)}",
-                "the checkpoint is damaged",
-            )
-        bits = int(said.get("num_bits") or 4)
-        dense = ceil_div(shape[-1] * bits, 32) == info.shape[-1]
-        if not dense and ceil_div(shape[-1], 32 // bits) != info.shape[-1]:
-            raise disagree(
-                name, "bits", f"{32 * info.shape[-1] / shape[-1]:g} ({parts['shape'].name} says {list(shape)})", bits
-            )
-        if said.get("type") not in (None, "int"):
-            raise disagree(name, "codes of", "int", said["type"])
-        if said.get("symmetric") is not None and bool(said["symmetric"]) != ("zero" not in parts):
-            raise disagree(name, "symmetric", "zero" not in parts, said["symmetric"])
-        size = _group(parts["scale"], stem, shape, said)
-        if "zero" in parts:
-            groups = parts["scale"].shape[-1] if len(parts["scale"].shape) > 1 else 1
-            packed = [ceil_div(shape[-2] * bits, 32), groups]
-            wanted = packed if parts["zero"].dtype == "I32" else [shape[-2], groups]
-            if list(parts["zero"].shape[-2:]) != wanted and prod(parts["zero"].shape) != 1:
-                raise misfit(parts["zero"], f"{stem}.weight", shape, wanted)
-        if "order" in parts and parts["order"].shape != shape[-1:]:
-            raise misfit(parts["order"], f"{stem}.weight", shape, shape[-1:])
-        settings = {"bits": bits, "group": size, "dense": dense}
+        bits, dense = _packing(parts, shape, said)
+        _check_zeros(parts, stem, shape, bits, said)
+        settings = {"bits": bits, "group": _group(parts["scale"], stem, shape, said), "dense": dense}
         yield Stored(f"{stem}.weight", shape, "int_packed" if symmetric else "int_packed_ordered", parts, settings)
+
+
+def _packing(parts: Mapping[str, TensorInfo], shape: tuple[int, ...], said: Mapping[str, Any]) -> tuple[int, bool]:
+    """(bits of a code, whether codes cross the borders of words), if shape, codes and config agree."""
+    info, told = parts["codes"], parts["shape"].name
+    if len(shape) != len(info.shape) or min(shape) < 1 or shape[:-1] != info.shape[:-1]:
+        raise UserError(
+            f"{told} says {list(shape)}, which contradicts {info.name} {list(info.shape)}", "the checkpoint is damaged"
+        )
+    bits = int(said.get("num_bits") or 4)
+    dense = ceil_div(shape[-1] * bits, 32) == info.shape[-1]
+    if not dense and ceil_div(shape[-1], 32 // bits) != info.shape[-1]:
+        raise disagree(info.name, "bits", f"{32 * info.shape[-1] / shape[-1]:g} ({told} says {list(shape)})", bits)
+    if said.get("type") not in (None, "int"):
+        raise disagree(info.name, "codes of", "int", said["type"])
+    if said.get("symmetric") is not None and bool(said["symmetric"]) != ("zero" not in parts):
+        raise disagree(info.name, "symmetric", "zero" not in parts, said["symmetric"])
+    return bits, dense
+
+
+def _check_zeros(
+    parts: Mapping[str, TensorInfo], stem: str, shape: tuple[int, ...], bits: int, said: Mapping[str, Any]
+) -> None:
+    """Zero points and the order of groups fit the weight."""
+    if "zero" in parts:
+        _group(parts["scale"], stem, shape, said)
+        groups = parts["scale"].shape[-1] if len(parts["scale"].shape) > 1 else 1
+        packed = [ceil_div(shape[-2] * bits, 32), groups]
+        wanted = packed if parts["zero"].dtype == "I32" else [shape[-2], groups]
+        if list(parts["zero"].shape[-2:]) != wanted and prod(parts["zero"].shape) != 1:
+            raise misfit(parts["zero"], f"{stem}.weight", shape, wanted)
+    if "order" in parts and parts["order"].shape != shape[-1:]:
+        raise misfit(parts["order"], f"{stem}.weight", shape, shape[-1:])
 
 
 def _group(scale: TensorInfo, stem: str, shape: tuple[int, ...], said: Mapping[str, Any]) -> int:

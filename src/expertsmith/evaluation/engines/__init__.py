@@ -117,10 +117,10 @@ def convert(model: str | Path, out: Path, python: str | Path | None = None, conv
     """
     script = converter or os.environ.get(CONVERTER)
     if not script or not Path(script).is_file():
-        found = f"{script} is not there" if script else "llama.cpp reads GGUF files, and where is its converter?"
+        found = f"{script} does not exist" if script else "convert_hf_to_gguf.py was not found"
         raise UserError(
             found,
-            f"pass --gguf-converter or set {CONVERTER} to a convert_hf_to_gguf.py (in a clone of expertsmith `make .engines/.llama` "
+            f"pass --gguf-converter PATH, or set {CONVERTER} (in a clone of expertsmith `make .engines/.llama` "
             "fetches it), or give MODEL and --reference as .gguf files",
         )
     kind = {"auto": "auto", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
