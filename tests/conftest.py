@@ -31,12 +31,14 @@ def random_model(model_type: str, **overrides: object) -> torch.nn.Module:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     record = families()[model_type]
-    tiny = {**record.tiny, **overrides}
+    config = transformers.CONFIG_MAPPING[model_type](**{**record.tiny, **overrides})
     if record.composite:  # the published class of the whole, with a tiny vision tower
-        config = transformers.CONFIG_MAPPING[record.composite](text_config=tiny, **record.tiny_parts)
-        auto = transformers.AutoModelForImageTextToText
-    else:
-        config, auto = transformers.CONFIG_MAPPING[model_type](**tiny), transformers.AutoModelForCausalLM
+        whole, parts = transformers.CONFIG_MAPPING[record.composite], dict(record.tiny_parts)
+        if "thinker_config" in parts:
+            parts["thinker_config"] = {**parts["thinker_config"], "text_config": config.to_dict()}
+        else:
+            parts["text_config"] = config.to_dict()
+        config = whole(**parts)
     torch.manual_seed(0)
     model = auto_of(config).from_config(config).eval()
     generator = torch.Generator().manual_seed(1)
