@@ -1,7 +1,7 @@
 """Build a model from a checkpoint, either resident or streamed layer by layer.
 
 This is the only module that touches transformers' loading helpers (`core_model_loading`, `conversion_mapping`), which are public by name
-but change between minor versions; `tests/test_families.py` holds them to bit-equality with `from_pretrained`.
+but change between minor versions; `tests/surgery/test_families.py` holds them to bit-equality with `from_pretrained`.
 """
 
 from __future__ import annotations

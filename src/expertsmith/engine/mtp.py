@@ -5,7 +5,7 @@
 with h the output of the last decoder layer, e the embedding and t the tokens, at the positions i of the trunk (DeepSeek-V3, section 2.2; GLM-4.5;
 Qwen3-Next). Its decoder layer is one of the model's own: a config with one layer more builds it, streams it and masks it as the others, and what
 stands before it is three small weights. transformers' own `MtpModel` drafts tokens for one sequence, and gives the same layer outputs
-(tests/test_mtp.py). A place without a next token (the last of a sequence) does not count.
+(tests/engine/test_mtp.py). A place without a next token (the last of a sequence) does not count.
 
 vLLM sets the embedding at position 0 to zero, which the papers and transformers do not; so is not done here.
 """

@@ -18,7 +18,7 @@ from expertsmith.methods import methods
 from expertsmith.recipes import copy, shipped
 from expertsmith.verbs.recipe import Recipe, load_recipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "src" / "expertsmith").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).parent.parent.parent / "src" / "expertsmith").rglob("*.yaml"))
 SYSTEMS = (
     "expert_sparsity",
     "easy_ep",
@@ -461,7 +461,7 @@ def test_tasks_of_a_recipe(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     from expertsmith.demo import MODEL
 
-    section = {"tasks": ["everyday"], "task_path": [str(Path(__file__).parent.parent / "examples" / "tasks")], "limit": 2}
+    section = {"tasks": ["everyday"], "task_path": [str(Path(__file__).parent.parent.parent / "examples" / "tasks")], "limit": 2}
     recipe = {"model": str(MODEL), "device": "cpu", "dtype": "float32", "evaluate": section}
     found = api.run(written(tmp_path, recipe))["evaluate"].to_json()
     assert [row["documents"] for row in found["tasks"]["rows"]] == [2, 2]

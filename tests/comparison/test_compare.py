@@ -351,7 +351,7 @@ def test_tasks_get_columns(tmp_path, monkeypatch, capsys):
     pytest.importorskip("lm_eval")
     from expertsmith.evaluation import tasks
 
-    folder, asked = Path(__file__).parent.parent / "examples" / "tasks", []
+    folder, asked = Path(__file__).parent.parent.parent / "examples" / "tasks", []
     real = tasks.answer
     monkeypatch.setattr(tasks, "answer", lambda found, name, *rest: (asked.append(name), real(found, name, *rest))[1])
     shape = {"seq_len": 24, "device": "cpu", "dtype": "float32", "samples": 2, "batch_tokens": 512}

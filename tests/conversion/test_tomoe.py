@@ -491,7 +491,7 @@ def test_two_ranks_train_what_one_process_trains(loaded, dense, tmp_path):
     one = run_training(loaded, tmp_path / "one", SHARED).state_dict()
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    done = torchrun(2, script, Path(__file__).parent, dense("llama"), tmp_path / "two")
+    done = torchrun(2, script, Path(__file__).parent.parent, dense("llama"), tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "two/net.pt")
     start = small_net(experts=3).state_dict()

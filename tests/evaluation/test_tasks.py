@@ -28,7 +28,7 @@ from expertsmith.evaluation.generation import Run, formats_of, loop, of_domain, 
 from expertsmith.evaluation.paired import estimate, pooled
 from expertsmith.views.progress import Silent
 
-EXAMPLES = Path(__file__).parent.parent / "examples" / "tasks"
+EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "tasks"
 needs_lm_eval = pytest.mark.skipif(not __import__("importlib.util").util.find_spec("lm_eval"), reason="extra eval")
 
 
