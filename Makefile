@@ -7,13 +7,18 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test lint types imports docs docs-serve docs-reference check format engines clean
+.PHONY: demo test test-fast lint types imports docs docs-serve docs-reference check format engines clean
 
 demo: $(VENV)/.ready
 	$(BIN)/expertsmith demo -o demo-output
 
 test: $(VENV)/.ready-dev
 	$(BIN)/pytest -n auto --dist load
+
+# for daily work: one family of each kind, without what trains or converts
+test-fast: $(VENV)/.ready-dev
+	EXPERTSMITH_FAMILIES="mixtral qwen2_moe deepseek_v3" $(BIN)/pytest -n auto --dist load tests/surgery tests/planning tests/calibration tests/methods tests/verbs \
+		-k "not torchrun and not rank and not every_pair and not recipe"
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -17,8 +17,11 @@ torch.set_num_threads(1)
 
 from expertsmith.arch import families  # noqa: E402
 
+ONLY = os.environ.get("EXPERTSMITH_FAMILIES", "").split()  # `make test-fast`: one family of each kind
 RUN = [  # families with a class of their own; the others are in test_aliases.py
-    name for name, record in families().items() if record.supported and record.runs_as is None and record.no_class is None
+    name
+    for name, record in families().items()
+    if record.supported and record.runs_as is None and record.no_class is None and (not ONLY or name in ONLY)
 ]
 COMPOSITES = [name for name in RUN if families()[name].composite]  # language models that transformers runs in their whole only
 SUPPORTED = [name for name in RUN if name not in COMPOSITES]

@@ -464,7 +464,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]  # this file, and the helpers beside its folder
 import test_tomoe as here
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine.loading import load_model
@@ -491,7 +491,7 @@ def test_two_ranks_train_what_one_process_trains(loaded, dense, tmp_path):
     one = run_training(loaded, tmp_path / "one", SHARED).state_dict()
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    done = torchrun(2, script, Path(__file__).parent.parent, dense("llama"), tmp_path / "two")
+    done = torchrun(2, script, Path(__file__).parent, dense("llama"), tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "two/net.pt")
     start = small_net(experts=3).state_dict()
