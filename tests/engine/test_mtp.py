@@ -310,8 +310,8 @@ def test_plans_that_contradict_themselves(calibrated, tmp_path):
     source, plan, _, _ = calibrated("deepseek_v3")
     cases = [
         (lambda raw: raw["layers"][-1].update(keep=[0, 1, 2, 4, 5, 6]), "keeps 6 experts, but config.json will say 4"),
-        (lambda raw: raw["layers"][-1].pop("mtp"), "multi-token prediction"),
-        (lambda raw: raw.pop("mtp"), "multi-token prediction"),
+        (lambda raw: raw["layers"][-1].pop("mtp"), "multi-token.prediction"),
+        (lambda raw: raw.pop("mtp"), "multi-token.prediction"),
         (lambda raw: raw["layers"].pop(), "has experts in layers"),
     ]
     for change, words in cases:

@@ -120,6 +120,11 @@ def modules(tmp_path, monkeypatch):
     yield
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
         del sys.modules[name]
+    held = (
+        transformers.AutoModelForCausalLM._model_mapping._extra_content
+    )  # classes of code that was loaded are registered here
+    for config in [config for config, kind in held.items() if kind.__module__.startswith("transformers_modules.")]:
+        del held[config]
 
 
 @EVERY

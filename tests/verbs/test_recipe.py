@@ -461,7 +461,11 @@ def test_tasks_of_a_recipe(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     from expertsmith.demo import MODEL
 
-    section = {"tasks": ["everyday"], "task_path": [str(Path(__file__).parent.parent.parent / "examples" / "tasks")], "limit": 2}
+    section = {
+        "tasks": ["everyday"],
+        "task_path": [str(Path(__file__).parent.parent.parent / "examples" / "tasks")],
+        "limit": 2,
+    }
     recipe = {"model": str(MODEL), "device": "cpu", "dtype": "float32", "evaluate": section}
     found = api.run(written(tmp_path, recipe))["evaluate"].to_json()
     assert [row["documents"] for row in found["tasks"]["rows"]] == [2, 2]

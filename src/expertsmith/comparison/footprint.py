@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 PERIOD = 0.005  # seconds between two looks at the resident set
 
@@ -21,8 +20,9 @@ def footprint() -> Iterator[dict[str, float]]:
     import psutil
     import torch
 
-    with suppress(OSError, AttributeError):  # not in every C library
-        ctypes.CDLL(None).malloc_trim(0)
+    from expertsmith.engine.pages import trim
+
+    trim()
     process, done = psutil.Process(), threading.Event()
     start = highest = process.memory_info().rss
 

@@ -7,7 +7,6 @@ but change between minor versions; `tests/surgery/test_families.py` holds them t
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 from collections import Counter
@@ -30,6 +29,7 @@ from expertsmith.engine.experts import install
 from expertsmith.engine.layout import experts_of, is_grouped
 from expertsmith.engine.mtp import Ahead, ahead_of, known_names, lengthen, why_not_played
 from expertsmith.engine.on_demand import Source, remove
+from expertsmith.engine.pages import own_pages, trim
 from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
 from expertsmith.errors import UserError, install_line
 from expertsmith.experts.inventory import Inventory, take_inventory
@@ -111,7 +111,7 @@ class LoadedModel:
         """Forget the weights of decoder layer `index` (stream)."""
         if self.memory == "stream":
             _to_meta(self.layers[index])
-            _trim()
+            trim()
 
     def _load(self, group: int | None) -> None:
         where = "outside the decoder layers" if group is None else f"in decoder layer {group}"
@@ -151,7 +151,7 @@ class LoadedModel:
         options = LoadStateDictConfig(
             weight_mapping=deepcopy(self._mapping), dtype=self.dtype, dtype_plan=self._dtype_plan, device_map={"": self.device}
         )
-        with quietly(), _one_by_one(), _own_pages():
+        with quietly(), _one_by_one(), own_pages():
             info, _ = convert_and_load_state_dict_in_model(self.module, state, options)
         _refuse_mismatched(info.mismatched_keys)
         if info.conversion_errors:
@@ -657,30 +657,6 @@ def _refuse_mismatched(keys: Iterable[Any]) -> None:
         raise UserError(
             f"{name} has a wrong shape{detail}", "config.json and weights do not belong together, or the tensor is damaged"
         )
-
-
-@contextlib.contextmanager
-def _own_pages() -> Iterator[None]:
-    """Have glibc give every block of a megabyte or more pages of its own, which go back to the system when it is freed. A conversion to
-    float32 frees hundreds of blocks below glibc's usual limit, and what is fused next would not fit where they lay."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        yield
-        return
-    threshold, usual = -3, 32 * 2**20  # M_MMAP_THRESHOLD, and the value at which glibc's own adjustment ends
-    mallopt(threshold, 2**20)
-    try:
-        yield
-    finally:
-        mallopt(threshold, usual)
-
-
-def _trim() -> None:
-    """Give freed memory back to the system. glibc keeps what lies below anything still in use, and the tensors of a layer are many and
-    small enough to lie there, so that the resident set would grow by fragments from layer to layer."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library has no malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _to_meta(layer: nn.Module) -> None:
