@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cli_reference import commands, table
 from expertsmith.analysis.catalogue import definitions
@@ -190,6 +190,8 @@ def values(kind: Any) -> str:
     """What an option takes."""
     if get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(kind) if value != "")
+    if get_origin(kind) is Union:
+        return " or ".join(values(part) for part in get_args(kind))
     if getattr(kind, "__metadata__", None):
         plain, limit = get_args(kind)
         return f"{values(plain)}, at least {limit.bound}"

@@ -453,6 +453,15 @@ class Table:
             e: self.loss((*dropped, e)) for e in range(self.num_experts) if e not in dropped and lost[e // size] == min(lost)
         }
 
+    def removals_of(self, sets):
+        return [self.removals(dropped) for dropped in sets]
+
+    def losses(self, dropped):
+        return np.array([self.loss(row) for row in dropped.tolist()])
+
+    def seconds(self, count):
+        return 0.0
+
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from([1, 2]))

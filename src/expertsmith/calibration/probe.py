@@ -13,10 +13,12 @@ every subset.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -28,17 +30,23 @@ from expertsmith.calibration.replay import RoutedBlock, Seen, router_extras
 from expertsmith.engine import Batch, LoadedModel, Walk
 from expertsmith.engine.loading import free_memory
 from expertsmith.errors import UserError
-from expertsmith.experts.rules import Rules
+from expertsmith.experts.rules import Rules, subsets
 from expertsmith.views.progress import Progress, Silent
 
 Loss = Literal["global", "authors"]
 FEW_COLUMNS = 16
 EXACT_COLUMNS = 32  # inner products are kept in float64 up to this many experts, in float32 beyond
 AT_ONCE = 2**25  # elements of expert outputs in memory at once
-PAIRS_AT_ONCE = 2**22  # inner products gathered at once
+PAIRS_ON_CPU, PAIRS_ON_DEVICE = 2**20, 2**25  # inner products gathered, or logits routed, at once
+TOKENS = 16  # of a block of many sets, at least
 SAME = 1e-6  # relative difference up to which two routings are the same
 ROOM = 0.5  # share of free memory that the tables of a layer may take
-STATES = 8  # routings of dropped sets that are remembered
+RANKS = 20  # of a token, up to which dropped sets are told apart by them
+CHECKED = 8  # losses of sets that are computed in both ways
+ROUTED, ROUTED_EXPERT, MULTIPLIED, LOOKED_UP = 1e-7, 1e-8, 1e-9, 5e-9  # seconds on two cores: see Probe.seconds
+
+
+Array = np.ndarray[Any, Any]
 
 
 class Chosen(Protocol):
@@ -59,13 +67,9 @@ def probe_bytes(tokens: int, experts: int) -> int:
     return tokens * (experts * (experts + 1) // 2 * size + experts * 4)
 
 
-@dataclass
-class _Routing:
-    """How the tokens are routed with some experts dropped, and their errors."""
-
-    selected: torch.Tensor  # [tokens, slots]
-    weights: torch.Tensor  # [tokens, slots], float64
-    errors: torch.Tensor  # [tokens], float64
+def at_once(device: torch.device) -> int:
+    """How many inner products are gathered, or logits routed, at once: what the caches hold, or enough to keep a device busy."""
+    return PAIRS_ON_CPU if device.type == "cpu" else PAIRS_ON_DEVICE
 
 
 class Probe:
@@ -74,17 +78,23 @@ class Probe:
     `selections` [E] are the tokens routed to each expert with nothing dropped. Losses are sqrt(sum_t err_t) (loss "global": the Frobenius
     norm of the paper), or the sum of sqrt(sum_t err_t) over groups of consecutive sequences (loss "authors": their code's sum over
     calibration batches).
+
+    Sets are tried in blocks of tokens x sets, as large as memory should hold, and their losses are fetched together: a device is waited
+    for once a call, not once a set. Two shortcuts hold for routers where an expert's going concerns only the tokens that use it, which is
+    found out numerically (`_found_local`): `removals` tries every token without each of its own experts only, and sets that look the same
+    to a token are tried once (`_by_state`).
     """
 
     def __init__(self, layer: int, rules: Rules, tables: _Tables, route: _Route, sequence_groups: torch.Tensor | None) -> None:
         self.layer, self.rules, self.num_experts, self.tokens = layer, rules, rules.num_experts, tables.tokens
-        self._tables, self._route, self._groups = tables, route, sequence_groups
-        self._group_count = int(sequence_groups.max()) + 1 if sequence_groups is not None else 0
+        self._tables, self._route = tables, route
+        sizes = [tables.tokens] if sequence_groups is None else torch.bincount(sequence_groups).tolist()
+        self._ends: list[int] = np.cumsum(sizes).tolist()  # of the groups of tokens
+        self._at_once = max(1, at_once(tables.logits.device) // max(tables.logits.shape[1], tables.pairs))  # routings
         self._local: bool | None = False if rules.groups > 1 else None  # None: not known yet
-        self._states: dict[tuple[int, ...], _Routing] = {}
         self._promised: dict[tuple[int, ...], float] = {}
         taken = tables.selected[(tables.weights != 0) & (tables.selected < self.num_experts)]
-        self.selections: np.ndarray[Any, np.dtype[np.int64]] = torch.bincount(taken, minlength=self.num_experts).cpu().numpy()
+        self.selections: Array = torch.bincount(taken, minlength=self.num_experts).cpu().numpy()
 
     def loss(self, dropped: Sequence[int]) -> float:
         """The loss with the experts `dropped` gone, every token re-routed.
@@ -93,38 +103,61 @@ class Probe:
             UserError: fewer experts stay than the router needs, or the outputs are not finite.
         """
         key = self._key(dropped)
-        value = self._total(self._state(key).errors)
+        value = float(self._fetch(self._one_by_one(self._gone([key]), nothing=not key))[0])
         rounding = max(SAME, 4 * torch.finfo(self._tables.logits.dtype).eps)  # equal logits in half precision: see _found_local
         if abs(value - self._promised.get(key, value)) > rounding * value:
             self._local = False  # dropping an expert moved tokens that do not use it
         return value
 
+    def losses(self, dropped: Array) -> Array:
+        """The loss of every row of `dropped` [sets, experts that go]."""
+        self._key(dropped[0].tolist())
+        gone = self._gone(dropped)
+        if self._few_states(dropped.shape[1], len(dropped)):
+            found = self._fetch(self._by_state(gone, dropped.shape[1]))
+            checked = np.unique([*np.linspace(0, len(found) - 1, CHECKED).astype(int), found.argmin()])
+            if np.allclose(self._fetch(self._one_by_one(self._gone(dropped[checked]))), found[checked], rtol=SAME, atol=0):
+                return found
+        return self._fetch(self._one_by_one(gone))
+
+    def seconds(self, count: int) -> float:
+        """What `losses` takes for all sets of `count` experts: the operations at the rates of two usual cores, whatever machine runs them."""
+        sets = subsets(self.rules, count)
+        each = ROUTED + ROUTED_EXPERT * self._tables.logits.shape[1] + MULTIPLIED * self._tables.pairs
+        if self._few_states(count, sets):
+            return self.tokens * (self._states(count) * each + sets * LOOKED_UP)
+        return self.tokens * sets * each
+
     def removals(self, dropped: Sequence[int]) -> dict[int, float]:
         """For every expert that may go next: the loss with it dropped as well.
 
         With expert_groups these are the experts of the groups that have lost fewest, so that equal groups come out; none where the router
-        needs all that stay. Where dropping an expert only concerns the tokens that use it (found out numerically), only these are routed
-        anew.
+        needs all that stay.
         """
-        key = self._key(dropped)
-        state = self._state(key)
-        if self._local is None:
-            self._local = self._found_local(key)
-        found = {}
-        for expert in self._allowed(key):
-            rows = torch.arange(self.tokens, device=state.errors.device)
-            if self._local:
-                rows = rows[(state.selected == expert).any(1)]
-            errors = state.errors.clone()
-            if len(rows):
-                selected, weights = self._routes(self._tables.logits[rows], (*key, expert))
-                errors[rows] = self._errors(rows, selected, weights)
-            found[expert] = self._total(errors)
-            if self._local:
-                self._promised[self._key((*key, expert))] = found[expert]
-        return found
+        return self.removals_of([dropped])[0]
 
-    def _found_local(self, key: tuple[int, ...]) -> bool:
+    def removals_of(self, sets: Sequence[Sequence[int]]) -> list[dict[int, float]]:
+        """The same for each of several sets, which are of one size."""
+        keys = [self._key(dropped) for dropped in sets]
+        allowed = [self._allowed(key) for key in keys]
+        if not any(allowed):
+            return [{} for _ in keys]
+        then = [{e: tuple(sorted((*key, e))) for e in experts} for key, experts in zip(keys, allowed, strict=True)]
+        if self._is_local():
+            table = self._fetch(self._without_each(self._gone(keys), nothing=not keys[0]))
+            values = {drop: float(row[e]) for row, drops in zip(table, then, strict=True) for e, drop in drops.items()}
+            self._promised = values
+        else:
+            every = list(dict.fromkeys(drop for drops in then for drop in drops.values()))
+            values = dict(zip(every, self._fetch(self._one_by_one(self._gone(every))).tolist(), strict=True))
+        return [{e: values[drop] for e, drop in drops.items()} for drops in then]
+
+    def _is_local(self) -> bool:
+        if self._local is None:
+            self._local = self._found_local()
+        return self._local
+
+    def _found_local(self) -> bool:
         """Whether no expert's going moves a token that does not use it. Judged on float32 logits without ties: where a router works in
         bfloat16, the last bit of the softmax's sum, or which of two equal logits comes first, moves tokens that have nothing to do with
         the expert."""
@@ -133,10 +166,15 @@ class Probe:
             logits.shape, generator=torch.Generator().manual_seed(0)
         )
         logits = logits + apart.to(logits.device) * logits.abs().amax(1, keepdim=True)
-        before, weights = self._routes(logits, key)
-        for expert in self._allowed(key):
-            after = self._routes(logits, (*key, expert))
-            if bool((self._moved(before, weights, *after) & ~(before == expert).any(1)).any()):
+        experts = self._allowed(())
+        gone, tried = self._gone([(), *((e,) for e in experts)]), torch.tensor(experts, device=logits.device)
+        for rows in self._blocks(len(gone)):
+            selected, weights = self._routes(logits[rows], gone[None])
+            dense = weights.new_zeros(*weights.shape[:2], self._tables.columns).scatter_add_(2, selected, weights)
+            before = dense[:, :1]
+            moved = (dense[:, 1:] - before).abs().amax(2) > SAME * before.abs().amax(2)
+            uses = (selected[:, 0, :, None] == tried).any(1)
+            if bool((moved & ~uses).any()):
                 return False
         return True
 
@@ -157,47 +195,158 @@ class Probe:
             return []
         return [e for e in range(self.num_experts) if e not in dropped and lost[e // size] == min(lost)]
 
-    def _state(self, key: tuple[int, ...]) -> _Routing:
-        if key not in self._states:
-            if key:
-                selected, weights = self._routes(self._tables.logits, key)
-            else:
-                selected, weights = self._tables.selected, self._tables.weights
-            while len(self._states) >= STATES:
-                del self._states[next(iter(self._states))]
-            rows = torch.arange(self.tokens, device=selected.device)
-            self._states[key] = _Routing(selected, weights, self._errors(rows, selected, weights))
-        return self._states[key]
+    def _gone(self, drops: Sequence[tuple[int, ...]] | Array) -> torch.Tensor:
+        """[sets, E] whether an expert is dropped; sets of one size, or the first of them empty."""
+        table = np.zeros((len(drops), self.num_experts), dtype=bool)
+        first = 0 if len(drops[0]) else 1
+        if len(drops) > first and len(drops[first]):
+            np.put_along_axis(table[first:], np.asarray(drops[first:], dtype=np.int64), True, axis=1)
+        return torch.from_numpy(table).to(self._tables.logits.device)
 
-    def _routes(self, logits: torch.Tensor, dropped: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        gone = torch.zeros(self.num_experts, dtype=torch.bool, device=logits.device)
-        gone[list(dropped)] = True
-        selected, weights = self._route(logits, gone)
-        return selected, weights.double()
+    def _blocks(self, routings: int, least: int = 1) -> Iterator[slice]:
+        """The tokens, in blocks that hold so many `routings` of each."""
+        size = max(least, self._at_once // routings)
+        return (slice(start, min(start + size, self.tokens)) for start in range(0, self.tokens, size))
 
-    def _moved(self, selected: torch.Tensor, weights: torch.Tensor, *then: torch.Tensor) -> torch.Tensor:
-        """[tokens] whether the routing weights are others `then`, whatever the order of the slots."""
-        columns = self._tables.columns
-        before = weights.new_zeros(self.tokens, columns).scatter_add_(1, selected, weights)
-        after = weights.new_zeros(self.tokens, columns).scatter_add_(1, *then)
-        return (after - before).abs().amax(1) > SAME * before.abs().amax(1)
+    def _routes(self, logits: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Selected experts and weights [tokens, sets, slots] with `gone` [tokens or 1, sets, E] dropped; all in one replay."""
+        shape = (len(logits), gone.shape[1])
+        repeated = logits.unsqueeze(1).expand(*shape, -1).reshape(-1, logits.shape[1])
+        selected, weights = self._route(repeated, gone.expand(*shape, -1).reshape(-1, self.num_experts))
+        return selected.view(*shape, -1), weights.double().view(*shape, -1)
 
-    def _errors(self, rows: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        at_once = max(1, PAIRS_AT_ONCE // (selected.shape[1] + self._tables.goal.shape[1]) ** 2)
-        parts = zip(*(torch.split(value, at_once) for value in (rows, selected, weights)), strict=True)
-        return torch.cat([self._tables.errors(*part) for part in parts])
+    def _kept(self, rows: slice, gone: torch.Tensor, nothing: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The routing of a block with `gone` [sets, E] dropped; as it was seen, to the last bit, where that is `nothing`."""
+        if nothing:
+            return self._tables.selected[rows].unsqueeze(1), self._tables.weights[rows].unsqueeze(1)
+        return self._routes(self._tables.logits[rows], gone[None])
 
-    def _total(self, errors: torch.Tensor) -> float:
-        if self._groups is None:
-            value = float(errors.sum().sqrt())
-        else:
-            value = float(errors.new_zeros(self._group_count).index_add_(0, self._groups, errors).sqrt().sum())
-        if not np.isfinite(value):
+    def _errors(self, rows: slice | torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
+        """[tokens, sets] of a block."""
+        return self._tables.errors(rows, *self._routes(self._tables.logits[rows], gone))
+
+    def _one_by_one(self, gone: torch.Tensor, nothing: bool = False) -> torch.Tensor:
+        """[sets] losses with `gone` [sets, E] dropped: every token routed anew for every set."""
+        sums, width = self._sums(len(gone)), max(1, min(len(gone), self._at_once // TOKENS))
+        for rows in self._blocks(width):
+            for first in range(0, len(gone), width):
+                sets = slice(first, first + width)
+                self._add(sums[:, sets], rows, self._tables.errors(rows, *self._kept(rows, gone[sets], nothing)))
+        return sums.sqrt().sum(0)
+
+    def _without_each(self, gone: torch.Tensor, nothing: bool) -> torch.Tensor:
+        """[sets, columns] losses with `gone` [sets, E] and one more expert dropped: only tokens that use it are routed anew."""
+        tables, slots = self._tables, self._tables.selected.shape[1]
+        sums = self._sums(len(gone), tables.columns)
+        width = max(1, min(len(gone), self._at_once // (TOKENS * slots)))
+        for rows in self._blocks(width * slots):
+            for first in range(0, len(gone), width):
+                sets = slice(first, first + width)
+                selected, weights = self._kept(rows, gone[sets], nothing)
+                errors = tables.errors(rows, selected, weights).unsqueeze(2)
+                less = torch.zeros(*selected.shape, tables.columns, dtype=torch.bool, device=gone.device)
+                less = less.scatter_(3, selected.unsqueeze(3), True)[..., : self.num_experts] | gone[None, sets, None]
+                moved = self._errors(rows, less.flatten(1, 2)).view(selected.shape)
+                self._add(sums[:, sets], rows, errors.repeat(1, 1, tables.columns).scatter_(2, selected, moved))
+        return sums.sqrt().sum(0)
+
+    def _states(self, count: int) -> int:
+        """In how many ways `count` dropped experts may look to a token: which of its first ranks are its first top_k that are left."""
+        return math.comb(count + self.rules.top_k, count)
+
+    def _few_states(self, count: int, sets: int) -> bool:
+        """Whether `_by_state` is right, as far as is known, and less work."""
+        ranked = self._tables.logits.shape[1] == self.num_experts and self._tables.selected.shape[1] == self.rules.top_k
+        few = count + self.rules.top_k <= RANKS and self._states(count) * 2 <= sets
+        return count > 0 and ranked and few and self._is_local()
+
+    def _by_state(self, gone: torch.Tensor, count: int) -> torch.Tensor:
+        """[sets] losses with `gone` [sets, E] dropped, `count` each, where an expert's going concerns only the tokens that use it.
+
+        To a token, a set is which of its first count + top_k ranks are dropped up to its last chosen expert: `_states` of them, each
+        routed once. Tokens whose ranks cannot be told, because logits are equal or experts do not move up one by one, are routed anew for
+        every set.
+        """
+        patterns = _Patterns(count, self.rules.top_k, gone.device)
+        sums, chosen = self._sums(len(gone)), gone.T.float()
+        width = max(1, min(len(gone), at_once(gone.device) // TOKENS))
+        for rows in self._blocks(len(patterns.dropped), TOKENS):
+            order, unclear = self._ranks(rows, count)
+            parts = torch.split(patterns.dropped, max(1, self._at_once // len(order)))
+            by_state = torch.cat([self._errors(rows, self._at_ranks(order, part)) for part in parts], 1)
+            value = torch.zeros(len(order), self.num_experts, device=gone.device)
+            value.scatter_(1, order, patterns.value.expand_as(order))
+            for first in range(0, len(gone), width):
+                sets = slice(first, first + width)
+                pattern = torch.mm(value, chosen[:, sets]).long()  # sums of different powers of two: exact
+                errors = by_state.gather(1, patterns.state[pattern])
+                for token in unclear:
+                    parts = torch.split(gone[sets], self._at_once)
+                    errors[token] = torch.cat(
+                        [self._errors(slice(rows.start + token, rows.start + token + 1), part[None])[0] for part in parts]
+                    )
+                self._add(sums[:, sets], rows, errors)
+        return sums.sqrt().sum(0)
+
+    def _ranks(self, rows: slice, count: int) -> tuple[torch.Tensor, list[int]]:
+        """[tokens, top_k + count] the experts in the order in which they move up as those before them go (the first top_k in any order), and
+        which tokens of the block have no such order."""
+        logits = self._tables.logits[rows]
+        gone = torch.zeros(len(logits), 1, self.num_experts, dtype=torch.bool, device=logits.device)
+        selected = self._routes(logits, gone)[0][:, 0]
+        unclear = (logits.sort(1).values.diff(dim=1) == 0).any(1)
+        held, order = torch.zeros_like(gone[:, 0]).scatter_(1, selected, True), [*selected.T]
+        for place in range(count):
+            gone[:, 0].scatter_(1, order[place][:, None], True)
+            now = torch.zeros_like(held).scatter_(1, self._routes(logits, gone)[0][:, 0], True)
+            new = now & ~held
+            unclear |= (new.sum(1) != 1) | ((now ^ held).sum(1) != 2) | (now & gone[:, 0]).any(1)
+            order.append(new.byte().argmax(1))
+            held = now
+        return torch.stack(order, 1), unclear.nonzero()[:, 0].tolist()
+
+    def _at_ranks(self, order: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+        """[tokens, states, E] the experts at the ranks `dropped` [states, ranks]."""
+        shape = (len(order), *dropped.shape)
+        gone = torch.zeros(*shape[:2], self.num_experts, dtype=torch.bool, device=order.device)
+        return gone.scatter_(2, order[:, None].expand(shape), dropped.expand(shape))
+
+    def _sums(self, *sets: int) -> torch.Tensor:
+        return torch.zeros(len(self._ends), *sets, dtype=torch.float64, device=self._tables.logits.device)
+
+    def _add(self, sums: torch.Tensor, rows: slice, errors: torch.Tensor) -> None:
+        """Add a block's `errors` [tokens, sets…] to the sums of their groups of tokens."""
+        start = 0
+        for group, end in enumerate(self._ends):
+            first, last = max(start, rows.start), min(end, rows.stop)
+            if first < last:
+                sums[group] += errors[first - rows.start : last - rows.start].sum(0)
+            start = end
+
+    def _fetch(self, losses: torch.Tensor) -> Array:
+        values: Array = losses.cpu().numpy()
+        if not np.isfinite(values).all():
             raise UserError(
                 f"decoder layer {self.layer}: the experts' outputs are not finite",
                 "the activations overflow in this dtype: try --dtype float32",
             )
-        return value
+        return values
+
+
+class _Patterns:
+    """The ways in which a token's first ranks may be dropped: `value` of a rank is 2^rank, their sum over the dropped ranks the pattern,
+    `state` [patterns] which of the `dropped` [states, ranks] it comes to, as ranks after the last chosen expert do not count."""
+
+    def __init__(self, count: int, top_k: int, device: torch.device) -> None:
+        ranks = count + top_k
+        dropped, state = [], np.zeros(2**ranks, dtype=np.int64)
+        for number, chosen in enumerate(combinations(range(ranks), top_k)):
+            before = [rank not in chosen and rank < chosen[-1] for rank in range(ranks)]
+            dropped.append(before)
+            state[sum(2**rank for rank in range(ranks) if before[rank]) :: 2 ** (chosen[-1] + 1)] = number
+        self.dropped = torch.tensor(dropped, device=device)
+        self.state = torch.from_numpy(state).to(device)
+        self.value = (2.0 ** torch.arange(ranks)).to(device)
 
 
 class _Tables:
@@ -231,30 +380,44 @@ class _Tables:
         by_token = outputs.transpose(0, 1).to(self.products.dtype)
         self.products[places] = torch.bmm(by_token, by_token.transpose(1, 2))[:, self.first, self.second]
 
-    def errors(self, rows: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """[rows] (a' - a)^T G (a' - a), exactly 0 where the routing is the target's."""
-        ids = torch.cat((selected, self.goal[rows]), 1)
-        move = weights.new_zeros(len(rows), self.columns)
-        move.scatter_add_(1, selected, weights).scatter_add_(1, self.goal[rows], -self.share[rows])
+    @property
+    def pairs(self) -> int:
+        """How many inner products the error of a routing takes, at most."""
+        width = min(self.columns, self.selected.shape[1] + self.goal.shape[1])
+        return self.first.numel() if self.columns <= FEW_COLUMNS else width * (width + 1) // 2
+
+    def errors(self, rows: torch.Tensor | slice, selected: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """[tokens at `rows`, …] (a' - a)^T G (a' - a) of routings [tokens, …, slots], exactly 0 where the routing is the target's."""
+        shape = selected.shape[:-1]
+        selected, weights = (value.reshape(shape[0], -1, value.shape[-1]) for value in (selected, weights))
+        goal, share = (value[rows].unsqueeze(1).expand(-1, selected.shape[1], -1) for value in (self.goal, self.share))
+        move = weights.new_zeros(*selected.shape[:2], self.columns)
+        move.scatter_add_(2, selected, weights).scatter_add_(2, goal, -share)
         if self.columns <= FEW_COLUMNS:  # all products are fewer than finding the right ones costs
-            both = move.index_select(1, self.first).mul_(move.index_select(1, self.second)).mul_(self.twice)
-            dense: torch.Tensor = torch.linalg.vecdot(both, self.products[rows].double()).clamp_min(0)
-            return dense
+            products = (self.products[rows] * self.twice).unsqueeze(1)
+            both = move.index_select(2, self.first).mul_(move.index_select(2, self.second)).mul_(products)
+            return both.sum(2).clamp_min_(0).view(shape)
+        ids = torch.cat((selected, goal), 2).flatten(0, 1)
+        start = torch.arange(self.tokens, device=ids.device)[rows].mul_(self.products.shape[1])
+        start = start.repeat_interleave(selected.shape[1], output_size=len(ids))
+        return self._errors_at(start, ids, move.flatten(0, 1)).view(shape)
+
+    def _errors_at(self, start: torch.Tensor, ids: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
+        """[routings] errors of the moves at the columns `ids` [routings, slots], with the token's products beginning at `start`."""
         slots = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         last = torch.zeros_like(move, dtype=torch.int64).scatter_(1, ids, slots)
         once = last.gather(1, ids) == slots  # an expert in two slots counts in one of them
-        width = int(once.sum(1).max())
+        width = int(once.sum(1).max()) if ids.device.type == "cpu" else ids.shape[1]  # elsewhere it would have to be waited for
         if width < ids.shape[1]:
             order = once.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
             ids, once = ids.gather(1, order), once.gather(1, order)
         move = move.gather(1, ids) * once
         first, second = torch.triu_indices(width, width, device=ids.device)
         at = ids.index_select(1, first).mul_(self.columns).add_(ids.index_select(1, second))
-        at = self.place.view(-1)[at.view(-1)].view_as(at).add_(rows[:, None] * self.products.shape[1])
+        at = self.place.view(-1)[at.view(-1)].view_as(at).add_(start[:, None])
         products = self.products.view(-1).index_select(0, at.view(-1)).view_as(at).double()
         both = move.index_select(1, first).mul_(move.index_select(1, second)).mul_(2 - (first == second).double())
-        errors: torch.Tensor = torch.linalg.vecdot(both, products).clamp_min(0)
-        return errors
+        return both.mul_(products).sum(1).clamp_min_(0)
 
 
 @dataclass

@@ -104,7 +104,8 @@ class RoutedBlock:
             yield
 
     def route(self, logits: torch.Tensor, dropped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Selected experts and routing weights [T, slots] from the router's logits [T, rows], T > 0, with the experts `dropped` [E] gone."""
+        """Selected experts and routing weights [T, slots] from the router's logits [T, rows], T > 0, with the experts `dropped` gone: [E],
+        or [T, E] where every token has its own."""
         found = self._replay(logits, dropped)
         if self.arch.call == "dense_inputs":
             return _chosen(found[0], self.top_k)
@@ -215,9 +216,9 @@ class RoutedBlock:
         args, kwargs = tuple(map(convert, args)), {name: convert(value) for name, value in kwargs.items()}
         masked = logits.clone()
         masked[:, : self.num_experts].masked_fill_(dropped, self.arch.mask_value)
-        ghost = self._ghost = _Ghost(self._rows, masked)
+        ghost = self._ghost = _Ghost(self._rows, masked, self._biases, dropped)
         try:
-            with hidden_biases(self._biases, dropped), ghost:
+            with ghost:
                 found = _tensors((self._router_forward if alone else self._forwards["block"])(*args, **kwargs))
         except _Reached as reached:
             found = list(routing_of(reached.arguments[1:], {}))
@@ -268,13 +269,17 @@ class _Logits(TorchFunctionMode):
 
 class _Ghost(TorchFunctionMode):
     """While a block is played again: its inputs are meta tensors, and so is whatever they touch, until the router's logits are asked for,
-    which are real."""
+    which are real. A selection bias, or what was made of it alone, is -inf at the dropped experts where it meets values of the tokens."""
 
     DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
 
-    def __init__(self, rows: frozenset[int], logits: torch.Tensor) -> None:
+    def __init__(self, rows: frozenset[int], logits: torch.Tensor, biases: list[torch.Tensor], dropped: torch.Tensor) -> None:
         super().__init__()
         self.rows, self.logits, self.count, self._in_router = rows, logits, 0, False
+        self._biases, self._dropped = (
+            list(biases),
+            dropped,
+        )  # biases: these and what was made of them, so that no id is used twice
 
     @contextmanager
     def routing(self) -> Iterator[None]:
@@ -298,7 +303,26 @@ class _Ghost(TorchFunctionMode):
             if func in (torch.Tensor.to, torch.Tensor.type_as) and not args[0].is_meta:
                 return args[0].to(next(value for value in _tensors(args[1:]) if value.is_meta).dtype)
             args, kwargs = _ghostly(args), {name: _ghostly(value) for name, value in kwargs.items()}
-        return func(*args, **kwargs)
+        if not any(value is bias for value in args for bias in self._biases):
+            return func(*args, **kwargs)
+        met = [value for value in _tensors(args) if not any(value is bias for bias in self._biases)]
+        if met:
+            return func(
+                *(self._hidden(value, met[0].shape) if isinstance(value, torch.Tensor) else value for value in args), **kwargs
+            )
+        made = func(*args, **kwargs)
+        self._biases += _tensors(made)
+        return made
+
+    def _hidden(self, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """A bias for every token, -inf at the token's dropped experts; any other value as it is."""
+        if not any(value is bias for bias in self._biases):
+            return value
+        count = self._dropped.shape[-1]
+        by_token = value.expand(shape).clone()
+        gone = self._dropped.expand(len(self.logits), count).reshape(*shape[:-1], count)
+        by_token[..., :count].masked_fill_(gone, float("-inf"))
+        return by_token
 
 
 def _is_logits(func: Any, args: tuple[Any, ...], rows: frozenset[int]) -> bool:

@@ -90,6 +90,12 @@ def keep_count(keep: float | int, rules: Rules, where: str = "the model") -> int
     return count
 
 
+def subsets(rules: Rules, count: int) -> int:
+    """How many sets of `count` experts there are that take equally many of every expert_group."""
+    per_group: int = math.comb(rules.num_experts // rules.groups, count // rules.groups)
+    return math.prod([per_group] * rules.groups)
+
+
 def ranked(saliency: Sequence[float], ids: Sequence[int], ties: Ties) -> list[int]:
     """`ids` from the most to the least salient; equal saliencies by expert id."""
     sign = 1 if ties == "keep_lower" else -1

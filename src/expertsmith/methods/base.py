@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -186,6 +186,9 @@ def convert(owner: str, name: str, value: Any, kind: Any) -> Any:
         UserError: a value of the wrong type, or one below its bound.
     """
     where = f"option {name} of {owner}"
+    if get_origin(kind) is Union:  # a number, or else one of some words
+        number, words = get_args(kind)
+        return value if value in get_args(words) else convert(owner, name, value, number)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise UserError(f"{where} is {value!r}", f"choose one of {', '.join(map(str, get_args(kind)))}")
