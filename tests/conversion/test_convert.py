@@ -20,6 +20,7 @@ from expertsmith.conversion import groups, routers
 from expertsmith.conversion.settings import WAYS, ask
 from expertsmith.conversion.split import Split
 from expertsmith.errors import UserError
+from tiny import TINY_DENSE
 
 FREE = [name for name in WAYS if name != "tomoe"]
 EXACT = 1e-5  # of the largest logit, where routing weights are exactly one
@@ -29,7 +30,7 @@ FLAT = 1e-2  # where they are one up to the flattening
 # ---- what is asked for
 
 
-CONFIG = {**DENSE["llama"].tiny, "model_type": "llama"}
+CONFIG = {**TINY_DENSE["llama"], "model_type": "llama"}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_what_does_not_go_together_is_refused(method, options, message):
         ({"model_type": "mamba"}, "no dense family that can be converted is called 'mamba'"),
         ({**CONFIG, "mlp_bias": True}, "mlp_bias"),
         ({**CONFIG, "attention_bias": True}, "use --target granitemoeshared"),
-        ({**CONFIG, **DENSE["qwen3"].tiny, "model_type": "qwen3", "use_sliding_window": True}, "sliding-window"),
+        ({**CONFIG, **TINY_DENSE["qwen3"], "model_type": "qwen3", "use_sliding_window": True}, "sliding-window"),
     ],
 )
 def test_models_that_cannot_be_converted(config, message):

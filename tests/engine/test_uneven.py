@@ -28,6 +28,7 @@ from expertsmith.planning.plan import LayerPlan, Method, Plan, Source
 from expertsmith.surgery.apply import output_tensors
 from expertsmith.surgery.mask import masked
 from expertsmith.surgery.uneven import check_padding, check_uneven, code_for, pad, routing_biases, write_counts
+from tiny import tiny_config
 
 UNEVEN = [name for name in SUPPORTED if families()[name].uneven is None]
 EVERY = pytest.mark.parametrize("model_type", UNEVEN)
@@ -352,7 +353,7 @@ def test_other_keys_of_per_layer_config_stay(written):
 
 def test_composite_configs(tmp_path, modules):
     """A language model below text_config: per_layer_config goes there, auto_map to the top."""
-    text = families()["qwen3_5_moe_text"].tiny
+    text = tiny_config("qwen3_5_moe_text")
     config = transformers.CONFIG_MAPPING["qwen3_5_moe"](text_config=dict(text))
     torch.manual_seed(0)
     save_tiny("qwen3_5_moe_text", tmp_path / "plain")

@@ -28,6 +28,7 @@ from expertsmith.healing.streams import held_out
 from expertsmith.healing.tail import wanted_change
 from expertsmith.planning.plan import LayerPlan, Merge, Method, Plan, Source
 from expertsmith.views.progress import Silent
+from tiny import tiny_config
 
 CORE = ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "dbrx", "llama4_text", "longcat_flash", "gemma4_text"]
 EVERY = pytest.mark.parametrize("model_type", SUPPORTED)
@@ -259,7 +260,7 @@ def test_a_dense_teacher(checkpoints, texts, tmp_path):
     import transformers
 
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size")
-    tiny = families()["mixtral"].tiny
+    tiny = tiny_config("mixtral")
     config = transformers.MistralConfig(
         **{key: tiny[key] for key in keys}, initializer_range=0.2, head_dim=tiny.get("head_dim")
     )

@@ -23,6 +23,7 @@ from expertsmith.checkpoint.reader import read_header
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import take_inventory
 from expertsmith.surgery.apply import apply_plan
+from tiny import tiny_config
 
 
 def kept_of(plan) -> dict[int, list[int]]:
@@ -165,7 +166,7 @@ def test_config_keeps_the_sources_key_names(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model_type", [t for t in SUPPORTED if families()[t].group_key and families()[t].tiny.get(families()[t].group_key, 1) > 1]
+    "model_type", [t for t in SUPPORTED if families()[t].group_key and tiny_config(t).get(families()[t].group_key, 1) > 1]
 )
 def test_expert_groups_stay_equal_or_are_flattened(model_type, checkpoints, tmp_path):
     """EASY-EP card, "Required behaviour" (i) and (ii)."""

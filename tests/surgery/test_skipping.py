@@ -23,9 +23,10 @@ from expertsmith.engine import Walk, load_model
 from expertsmith.engine.layout import experts_of, is_grouped
 from expertsmith.engine.skipping import install, keep_slots, rescaled_weights, skipping, skipping_forward
 from expertsmith.errors import UserError
+from tiny import tiny_config
 
 SKIPPABLE = [name for name in SUPPORTED if name not in ("llama4_text", "zaya")]  # one expert a token: refused, tested below
-FOUR = {"dbrx": {"ffn_config": {**families()["dbrx"].tiny.get("ffn_config", {}), "moe_top_k": 4}}}
+FOUR = {"dbrx": {"ffn_config": {**tiny_config("dbrx").get("ffn_config", {}), "moe_top_k": 4}}}
 # top-2 by construction of the router, or of the tiny config's expert_groups
 TWO_ONLY = ("phimoe",)
 
