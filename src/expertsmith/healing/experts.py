@@ -50,7 +50,7 @@ class LayerExperts:
     """Router and experts of a decoder layer, loaded."""
 
     def __init__(self, layer: nn.Module, record: Architecture, skip: Skip | None = None) -> None:
-        self.record, self.skip = record, skip
+        self.layer, self.record, self.skip = layer, record, skip
         self.block: Any = submodule(layer, record.block)
         self.router: Any = submodule(self.block, record.router)
         self.module: Any = experts_of(layer, record)
