@@ -28,13 +28,12 @@ class _Kept:
 
     def __init__(self, parts: Sequence[torch.Tensor], spans: Sequence[Span]) -> None:
         self.batched = parts[0].shape[:2] == spans[0]
-        axes = 2 if self.batched else 1
-        self.values = torch.cat([part.detach().reshape(-1, *part.shape[axes:]) for part in parts])
+        self.values = torch.cat([part.flatten(0, 1) if self.batched else part for part in parts])
 
     def at(self, rows: torch.Tensor) -> torch.Tensor:
         """What belongs to the tokens `rows` [rows, length]."""
         found = self.values[rows.reshape(-1)]
-        return found.reshape(*rows.shape, *found.shape[1:]) if self.batched else found
+        return found.unflatten(0, rows.shape) if self.batched else found
 
 
 def _by_token(value: Any, span: Span) -> bool:
@@ -79,20 +78,16 @@ class Replay:
         """Keep what does not change; returns the output on the first batch."""
         for weight in weights:
             weight.requires_grad_(True)
-        with torch.enable_grad(), _watched(dict(layer.named_modules())) as seen:
+        with torch.enable_grad(), _watched(dict(layer.named_modules()), _steady) as seen:
             first = hidden_of(self.calls[0]()).detach()
         for weight in weights:
             weight.requires_grad_(False)
-        steady = _outermost(seen)
-        made: dict[str, list[Any]] = {name: [] for name in steady}
-        modules = {name: layer.get_submodule(name) for name in steady}
-        with torch.no_grad():
+        modules = {name: layer.get_submodule(name) for name in _outermost(seen)}
+        with torch.no_grad(), _watched(modules, _copied) as made:
             for call in self.calls:
-                with _watched(modules) as seen:
-                    call()
-                for name, outputs in seen.items():
-                    made[name].extend(outputs)
-        for name, outputs in made.items():
+                call()
+        for name in list(made):
+            outputs = made.pop(name)
             several = isinstance(outputs[0], tuple)
             columns = list(zip(*outputs, strict=True)) if several else [outputs]
             kept = [_kept(column, self.spans) for column in columns]
@@ -155,12 +150,12 @@ def _instead(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Any]]]:
-    """Within the context, what the modules put out, by name, call by call."""
+def _watched(modules: dict[str, nn.Module], look: Callable[[Any], Any]) -> Iterator[dict[str, list[Any]]]:
+    """Within the context, look(output) of the modules by name, call by call."""
     seen: dict[str, list[Any]] = {}
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        seen.setdefault(name, []).append(output)
+        seen.setdefault(name, []).append(look(output))
 
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in modules.items()]
     try:
@@ -170,13 +165,20 @@ def _watched(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Any]]]:
             hook.remove()
 
 
-def _outermost(seen: dict[str, list[Any]]) -> list[str]:
-    """Modules that ran once and whose output no gradient reaches, without those inside another of them."""
+def _steady(output: Any) -> bool:
+    """Whether no gradient reaches a module's output."""
+    tensors = [value for value in (output if isinstance(output, tuple) else (output,)) if isinstance(value, torch.Tensor)]
+    return bool(tensors) and not any(tensor.requires_grad for tensor in tensors)
 
-    def steady(outputs: list[Any]) -> bool:
-        values = outputs[0] if isinstance(outputs[0], tuple) else outputs[:1]
-        tensors = [value for value in values if isinstance(value, torch.Tensor)]
-        return len(outputs) == 1 and bool(tensors) and not any(tensor.requires_grad for tensor in tensors)
 
-    found = {name for name, outputs in seen.items() if name and steady(outputs)}
+def _copied(output: Any) -> Any:
+    """A module's output as it is now: what comes next may add to it in place."""
+    if isinstance(output, tuple):
+        return tuple(_copied(value) for value in output)
+    return output.clone() if isinstance(output, torch.Tensor) else None
+
+
+def _outermost(steady: dict[str, list[bool]]) -> list[str]:
+    """Modules that ran once and are steady, without those inside another of them."""
+    found = {name for name, calls in steady.items() if name and calls == [True]}
     return sorted(name for name in found if not any(name[:at] in found for at in range(len(name)) if name[at] == "."))
