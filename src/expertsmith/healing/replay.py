@@ -76,6 +76,7 @@ class Replay:
 
     def _record(self, layer: nn.Module, weights: Sequence[nn.Parameter]) -> torch.Tensor:
         """Keep what does not change; returns the output on the first batch."""
+        layer.requires_grad_(False)  # a streamed layer's parameters come as they are made
         for weight in weights:
             weight.requires_grad_(True)
         with torch.enable_grad(), _watched(dict(layer.named_modules()), _steady) as seen:
