@@ -155,7 +155,7 @@ class _Turns:
         if sums.factors is not None:
             yield self.ridges, *sums.factors
             return
-        for ridge in self.ridges.split(1):
+        for ridge in torch.split(self.ridges, 1):
             yield ridge, *_factored(sums.gram, ridge)
 
     def step(self, expert: int) -> None:

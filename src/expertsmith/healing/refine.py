@@ -58,7 +58,7 @@ class _Run:
 
     def __init__(self, halted: Halted, inventory: Inventory, options: LayerLocal, tick: Callable[[float], None]) -> None:
         self.options, self.tick = options, tick
-        layer = halted.experts
+        layer = self.experts = halted.experts
         rows = [
             router_tensor(layer.block, claim, layer.record)
             for claim in inventory.by_layer[halted.index]
@@ -72,8 +72,7 @@ class _Run:
         self.start = [weight.detach().clone() for weight in self.weights]
         self.kept = self.start
         self.best, self.best_step = self._held_error(), 0
-        self.generator = torch.Generator().manual_seed(options.seed * 1009 + halted.index)
-        self.seed = self.generator.initial_seed()
+        self.seed = options.seed * 1009 + halted.index
 
     def descend(self, rate: float, steps: int, looks: int, share: int = 1) -> float:
         """One run from the start, on one token for `share`; returns the best held-out error that it had."""
@@ -81,8 +80,7 @@ class _Run:
         for weight in self.weights:
             weight.requires_grad_(True)
         optimizer = torch.optim.Adam(self.weights, lr=rate, fused=True)
-        generator = torch.Generator().manual_seed(self.seed) if share > 1 else self.generator
-        drawn = self.train.draw(generator, share)
+        drawn = self.train.draw(torch.Generator().manual_seed(self.seed), share)
         every = max(1, -(-steps // looks))
         best = float("inf")
         for step in range(1, steps + 1):
@@ -113,7 +111,7 @@ class _Run:
 
     def _gradients(self, parts: Sequence[Part], count: int) -> None:
         for rows, number in parts:
-            with torch.enable_grad():
+            with torch.enable_grad(), self.experts.fast:
                 loss = (self.replay.errors(rows, number) * self.train.counts[rows.reshape(-1)]).sum() / count
             torch.autograd.backward(loss, inputs=self.weights)
 
@@ -155,7 +153,9 @@ class _Tokens:
 
     def _draw_batches(self, generator: torch.Generator, share: int) -> Iterator[tuple[list[Part], int]]:
         usable = [number for number, size in enumerate(self.sizes) if size]
-        usable = [usable[place] for place in torch.randperm(len(usable), generator=generator)[: -(-len(usable) // share)].tolist()]
+        usable = [
+            usable[place] for place in torch.randperm(len(usable), generator=generator)[: -(-len(usable) // share)].tolist()
+        ]
         size = min(sum(self.sizes[number] for number in usable), -(-self.size // share))
         taken: list[int] = []
         while True:

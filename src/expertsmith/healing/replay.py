@@ -33,18 +33,20 @@ class _Kept:
     def at(self, rows: torch.Tensor) -> torch.Tensor:
         """What belongs to the tokens `rows` [rows, length]."""
         found = self.values[rows.reshape(-1)]
-        return found.unflatten(0, rows.shape) if self.batched else found
-
-
-def _by_token(value: Any, span: Span) -> bool:
-    return isinstance(value, torch.Tensor) and (value.shape[:2] == span or value.shape[:1] == (span[0] * span[1],))
+        return found.reshape(*rows.shape, *self.values.shape[1:]) if self.batched else found
 
 
 def _kept(parts: Sequence[Any], spans: Sequence[Span]) -> _Kept | None:
     """Values of all batches, or None where they do not belong to tokens."""
-    if len(parts) != len(spans) or not all(_by_token(part, span) for part, span in zip(parts, spans, strict=True)):
-        return None
-    return _Kept(parts, spans)
+    shapes = set()
+    for part, (rows, length) in zip(parts, spans, strict=False):
+        if not isinstance(part, torch.Tensor):
+            return None
+        batched = part.shape[:2] == (rows, length)
+        if not batched and part.shape[:1] != (rows * length,):
+            return None
+        shapes.add((batched, part.shape[2 if batched else 1 :]))
+    return _Kept(parts, spans) if len(parts) == len(spans) and len(shapes) == 1 else None
 
 
 class Replay:
@@ -58,14 +60,11 @@ class Replay:
         self.calls = halted.calls
         self.spans: list[Span] = [(mask.shape[0], mask.shape[1]) for mask in halted.masks]
         sizes = [rows * length for rows, length in self.spans]
-        starts = [sum(sizes[:number]) for number in range(len(sizes))]
-        device = halted.masks[0].device
-        self.batches = [
-            torch.arange(start, start + size, device=device).reshape(span)
-            for start, size, span in zip(starts, sizes, self.spans, strict=True)
-        ]
+        every = torch.arange(sum(sizes), device=halted.masks[0].device)
+        self.batches = [part.reshape(span) for part, span in zip(torch.split(every, sizes), self.spans, strict=True)]
         targets = torch.cat([target.flatten(0, 1) for target in halted.targets])
-        halted.targets = [targets[start : start + size].unflatten(0, span) for start, size, span in zip(starts, sizes, self.spans, strict=True)]
+        parts = zip(torch.split(targets, sizes), halted.targets, strict=True)
+        halted.targets = [part.reshape(target.shape) for part, target in parts]  # views, so that there is one copy
         self._targets = targets
         self._outputs: dict[nn.Module, tuple[bool, list[_Kept | None]]] = {}
         outputs = self._record(halted.experts.layer, weights)
@@ -105,7 +104,9 @@ class Replay:
         except (RuntimeError, IndexError, TypeError, ValueError):  # shapes that a layer of this family cannot do with
             return False
         counted = mask.reshape(-1, *(1 for _ in output.shape[2:]))
-        wrong, whole = (value.flatten(0, 1).float() * counted for value in (found.flip(1).reshape(output.shape) - output, output))
+        wrong, whole = (
+            value.flatten(0, 1).float() * counted for value in (found.flip(1).reshape(output.shape) - output, output)
+        )
         return bool(wrong.square().sum() <= SAME * whole.square().sum())
 
     def run(self, rows: torch.Tensor, number: int = 0) -> torch.Tensor:
