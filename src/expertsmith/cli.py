@@ -59,8 +59,8 @@ app = typer.Typer(
 
     model + data ─calibrate→ statistics ─plan→ plan.json ─apply→ checkpoint ─verify, evaluate→ report
 
-    Each arrow leaves a file, and every stage can rerun alone from the file before it. `compress` does all of it in one go; `demo` shows
-    it offline in under a minute.""",
+    Each stage writes a file and can be re-run from the file before it. `compress` runs all stages at once; `demo` shows
+them offline in under a minute.""",
 )
 
 

@@ -111,7 +111,7 @@ def test_golden_names(text, spec):
 
 @pytest.mark.parametrize("text", ["", "a=", ":5", "a=:5"])
 def test_a_name_without_a_source_is_refused(text):
-    with pytest.raises(UserError, match="names no source"):
+    with pytest.raises(UserError, match="has no source"):
         parse_spec(text)
 
 
@@ -426,7 +426,7 @@ def test_one_token_is_too_little(tmp_path, pack, vocab_size):
 
 def test_options_that_make_no_sense_are_refused(tmp_path):
     path = str(ids_file(tmp_path / "x.jsonl", [[5, 6]]))
-    with pytest.raises(UserError, match="no data was given"):
+    with pytest.raises(UserError, match="no data given"):
         load_tokens([], None, DataOptions())
     with pytest.raises(UserError, match="seq_len is 1"):
         load_tokens([path], None, DataOptions(seq_len=1))

@@ -443,7 +443,7 @@ def test_command_line_trains_and_goes_on(dense, texts, tmp_path, capsys):
     ]
     code, out, err = run_cli(capsys, *arguments)
     assert code == 0
-    assert "as it would be written" in err
+    assert "as written" in err
     assert "core" in err  # both sizes, before anything is written
     assert "overlap" in out
     code, _, err = run_cli(capsys, *arguments, "--overwrite")

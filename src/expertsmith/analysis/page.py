@@ -87,7 +87,7 @@ def _verdict(found: Mapping[str, Any]) -> str:
     kind = found["verdict"].replace(" ", "-")
     return (
         f'<article class="verdict {kind}"><span class="badge">{escape(found["verdict"])}</span><h3>{found["observation"]}. {escape(found["title"])}</h3>'
-        f"<p>{escape(found['text'])}</p><p>{escape(found['paper'])}</p><details><summary>How it is judged</summary><p>{escape(found['rule'])}</p></details></article>"
+        f"<p>{escape(found['text'])}</p><p>{escape(found['paper'])}</p><details><summary>How this is decided</summary><p>{escape(found['rule'])}</p></details></article>"
     )
 
 

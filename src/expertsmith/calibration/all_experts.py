@@ -226,7 +226,9 @@ class _Look:
             )
         worst = max(errors, default=0.0)
         if worst > WRONG:
-            raise RuntimeError(f"decoder layer {self.layer}: weighted expert outputs miss the block's output by {worst:.2g}")
+            raise RuntimeError(
+                f"decoder layer {self.layer}: weighted expert outputs differ from the block's output by {worst:.2g}"
+            )
         total = self.places.count
         members = [*map(str, range(n)), *(["shared"] if len(angular) > n else [])]
         return LayerSample(

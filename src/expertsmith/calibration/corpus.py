@@ -71,7 +71,7 @@ def documents(domain: str, split: str) -> list[str]:
         raise ValueError(f"unknown split {split!r}, expected one of {SPLITS}")
     texts = [text for key, text in _DOMAIN_READERS[domain]() if _split_of(key) == split]
     if not texts:
-        raise RuntimeError(f"this Python installation carries no {split} text for the domain {domain!r}")
+        raise RuntimeError(f"this Python installation has no {split} text for the domain {domain!r}")
     return texts
 
 

@@ -46,7 +46,7 @@ def opened_as(model: Any, as_type: str | None, **opening: Any) -> Iterator[None]
         yield
         return
     if isinstance(model, Inventory):
-        raise UserError(f"the model is opened already, and cannot be treated as {as_type} now", "give its path")
+        raise UserError(f"the model is already open and cannot be treated as {as_type}", "pass its path")
     checkpoint = open_checkpoint(model, **opening)
     where = f"{checkpoint.source}/config.json"
     with treated_as(checkpoint.config, as_type, _text_prefix(checkpoint.config, checkpoint.tensors), where) as record:

@@ -165,7 +165,7 @@ class RoutedBlock:
         first, second = self._find(selected), self._find(weights)
         self._places = None if first is None or second is None else (first, second)
         if self._places is None and not self.arch.block:
-            raise RuntimeError(f"{type(self.router).__name__} does not return what the experts are given")
+            raise RuntimeError(f"{type(self.router).__name__} does not return the inputs of the experts")
         return Seen(flat(hidden_states), logits, selected, weights, hidden_states.dim())
 
     def _find(self, wanted: torch.Tensor) -> int | None:
@@ -225,7 +225,7 @@ class RoutedBlock:
             self._ghost = None
         needed = [found[0]] if self.arch.call == "dense_inputs" else [found[place] for place in self._places or (0, 1)]
         if ghost.count != 1 or any(value.is_meta for value in needed):
-            raise RuntimeError(f"{type(self.router).__name__}: the routing does not follow from the router's logits alone")
+            raise RuntimeError(f"{type(self.router).__name__}: the routing depends on more than the router's logits")
         return found
 
 

@@ -47,10 +47,10 @@ def code_notes(path: Path, source: Mapping[str, Any], written: Mapping[str, Any]
     """What a reader should know of the code: whether `auto_map` went, and which files came along."""
     notes, files = [], [name for name in code_files(path, written) if name != f"{OWN}.py"]
     if _foreign(source) and not _foreign(written):
-        notes.append(f"auto_map is not in config.json any more: transformers has {source.get('model_type')} built in")
+        notes.append(f"auto_map was removed from config.json, because transformers has {source.get('model_type')} built in")
     if files:
         loads = " (the model is loaded with it: trust_remote_code)" if _foreign(written) else ""
-        notes.append(f"code of the source came along, unchanged, and was not run{loads}: {', '.join(files)}")
+        notes.append(f"code files of the source were copied unchanged and not run{loads}: {', '.join(files)}")
     return notes
 
 

@@ -127,7 +127,7 @@ def write_checkpoint(
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
                 f"the disk of {out.parent} is full, or a size limit was reached ({error.strerror}): the checkpoint needs {total / 1e9:.2f} GB",
-                "nothing was left behind",
+                "no partial output was left",
             ) from None
         raise
     finally:

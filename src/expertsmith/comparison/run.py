@@ -172,7 +172,7 @@ def compare(
     held = {cell.name: load(_result(job, cell), job.made_with(cell)) for cell in cells}
     missing = [cell for cell in cells if not _complete(held[cell.name], asked)]
     if len(missing) < len(cells):
-        progress.note(f"{len(cells) - len(missing)} of {len(cells)} cells are there already")
+        progress.note(f"{len(cells) - len(missing)} of {len(cells)} cells already exist")
     planned = _plans(job, missing)
     _judge(job, [cell for cell in missing if cell.heal is None], planned, held)
     _heal(job, [cell for cell in missing if cell.heal is not None], planned, held)
@@ -384,7 +384,7 @@ def _finish(
     more = {"plan": f"{PLANS}/{cell.plan_name}.json", **summary, "planning": planned[cell.plan_name]["planning"], **found}
     held[cell.name] = save(_result(job, cell), job.made_with(cell), more)
     mean, error = found["rise"]["mean"]
-    job.progress.note(f"{cell.name}: {mean:+.4f} ± {error:.4f} nats a token")
+    job.progress.note(f"{cell.name}: {mean:+.4f} ± {error:.4f} nats per token")
 
 
 def write(folder: Path, found: Mapping[str, Any]) -> None:

@@ -302,7 +302,7 @@ def _watch(
 
 def _sentence(row: dict[str, Any], recipe: Recipe) -> str:
     return (
-        f"step {row['step']}/{recipe.steps}: KL {row['kl']:.3f} with noise, {row['kl_written']:.3f} as it would be written; width {row['ratio']:.3f}, "
+        f"step {row['step']}/{recipe.steps}: KL {row['kl']:.3f} with noise, {row['kl_written']:.3f} as written; width {row['ratio']:.3f}, "
         f"coverage {row['coverage']:.3f}, balance {row['balance']:.2f}, expert overlap {row['overlap']:.2f}"
     )
 
@@ -327,7 +327,7 @@ def _restore(folder: Path, identity: dict[str, Any], net: MaskNet, optimizer: An
     if theirs != identity:
         keys = [key for key in identity["recipe"] if theirs["recipe"].get(key) != identity["recipe"][key]]
         what = f"other settings ({', '.join(keys)})" if keys else "another model or other data"
-        raise UserError(f"{folder} holds a training with {what}", "pass --fresh to start again, or another output")
+        raise UserError(f"{folder} has a training run with {what}", "pass --fresh to start again, or another output")
     net.load_state_dict(state["net"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])

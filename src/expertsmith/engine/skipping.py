@@ -160,8 +160,8 @@ def install(module: nn.Module, architecture: Architecture, thresholds: Mapping[i
     for layer, experts in _checked(module, layers, architecture, thresholds, rule).items():
         if any(parameter.is_meta for parameter in experts.parameters()):
             raise UserError(
-                f"decoder layer {layer}: the experts' weights are offloaded, and skipping needs them in memory",
-                "load the model on a device that holds it",
+                f"decoder layer {layer}: the experts' weights are offloaded, but skipping needs them in memory",
+                "load the model on a device with enough memory",
             )
         _attach(experts, architecture, layer, rule, thresholds[layer], None)
 
@@ -176,14 +176,14 @@ def _checked(
         if not 0 <= layer < len(layers) or not has_experts(layers[layer], architecture):
             raise UserError(
                 f"decoder layer {layer} has a skip threshold, but no routed experts",
-                "leave it out: thresholds are for MoE layers",
+                "remove it: thresholds are for MoE layers",
             )
         if not (math.isfinite(threshold) and threshold >= 0):
-            raise UserError(f"decoder layer {layer}: the skip threshold is {threshold}", "it has to be a number of at least 0")
+            raise UserError(f"decoder layer {layer}: the skip threshold is {threshold}", "it must be at least 0")
         found[layer] = experts_of(layers[layer], architecture)
         if getattr(found[layer], "_is_expert_parallel", False):
             raise UserError(
-                f"decoder layer {layer}: the experts are spread over processes, so no process sees all weights of a token",
+                f"decoder layer {layer}: the experts are distributed over processes, so no process has all routing weights of a token",
                 "skip without expert parallelism",
             )
     return found
@@ -201,8 +201,8 @@ def check_rule(config: Any, architecture: Architecture, rule: str) -> None:
     kind = architecture.model_type
     if architecture.call == "dense_inputs":
         raise UserError(
-            f"{kind}: the router scales the experts' inputs, so no expert can be skipped by its weight",
-            "skipping is for models that weight the experts' outputs",
+            f"{kind}: the router scales the experts' inputs, so experts cannot be skipped by weight",
+            "use a model that weights the experts' outputs",
         )
     found = config_first(config.get_text_config().to_dict(), architecture.top_k_key)
     if found is None:
@@ -210,11 +210,11 @@ def check_rule(config: Any, architecture: Architecture, rule: str) -> None:
     key, top_k = found
     several = top_k if isinstance(top_k, list) else [top_k]
     if min(several) < 2:
-        raise UserError(f"{kind}: {key} is {top_k}, so a token has no second expert to skip", "nothing is to be gained here")
-    if rule == "ratio" and set(several) != {2}:
         raise UserError(
-            f"{kind}: {key} is {top_k}, and the ratio rule compares the two experts of a token", "use the rule tail"
+            f"{kind}: {key} is {top_k}, so a token has no second expert to skip", "skipping needs top_k of at least 2"
         )
+    if rule == "ratio" and set(several) != {2}:
+        raise UserError(f"{kind}: {key} is {top_k}, but the ratio rule is for two experts per token", "use the rule tail")
 
 
 def _attach(

@@ -283,7 +283,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     from transformers import PreTrainedConfig
 
     if kwargs.pop("trust_remote_code", False):
-        raise UserError("load runs no code of a checkpoint, so trust_remote_code means nothing here", "leave it out")
+        raise UserError("load runs no code from a checkpoint, so trust_remote_code has no effect", "leave it out")
     if "config" not in kwargs:
         where = {
             key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "subfolder", "token") if key in kwargs

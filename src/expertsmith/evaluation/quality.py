@@ -111,7 +111,7 @@ def measure(
         for group in groups:
             _measure_group(model, reference, group, quality, advance)
     if not any(entry.tokens for entry in quality.domains.values()):
-        raise UserError("the evaluation data has no token to predict", "give longer text")
+        raise UserError("the evaluation data has no tokens to predict", "give longer text")
     return quality
 
 

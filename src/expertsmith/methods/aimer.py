@@ -16,7 +16,7 @@ from expertsmith.methods.base import Array, Facts, every, method
     "Peakiness of the weights, without data",
     "arXiv 2603.18492",
     reads="weights",
-    limits="Blind to the domain; near chance on models that hardly trained.",
+    limits="Ignores the domain; near chance on briefly trained models.",
 )
 def aimer(weights: Iterable[ExpertWeights], facts: Facts) -> Array:
     """Saliency -P / sqrt(M Q), over all M entries w of the expert's matrices together: P = sum |w|, Q = sum w^2. Data-free.

@@ -17,7 +17,7 @@ from expertsmith.methods.base import Array, Facts, Natural, Positive, method
     "Domain experts from a few demonstrations",
     "arXiv 2504.06792 (NeurIPS 2025)",
     ties="keep_lower",
-    limits="Keeps what the demonstrations use: other domains suffer.",
+    limits="Keeps the experts that the demonstrations use, so other domains get worse.",
 )
 def easy_ep(
     statistics: LayerStatistics,

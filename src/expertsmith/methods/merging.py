@@ -28,7 +28,7 @@ LLOYD_STEPS = 300
 
 @method(
     "hc_smoe",
-    "Merge experts whose mean outputs are close, by hierarchical clustering",
+    "Merge experts with similar mean outputs, by hierarchical clustering",
     "arXiv 2410.08589 (ICML 2025)",
     gives="choice",
     cost="one calibration pass that runs every expert on every token",
@@ -89,11 +89,11 @@ def m_smoe_allot(statistics: Mapping[int, LayerStatistics], average: float) -> d
 
 @method(
     "m_smoe",
-    "Merge rarely used experts into often used ones whose router logits are alike",
+    "Merge rarely used experts into frequently used ones with similar router logits",
     "arXiv 2310.01334 (ICLR 2024)",
     gives="choice",
-    cost="one calibration pass; an assignment of neurons for every expert that goes",
-    limits="Float weights only; near chance at half the experts without training afterwards",
+    cost="one calibration pass; one neuron assignment per merged expert",
+    limits="Float weights only; near chance with half of the experts unless trained afterwards",
     budgets=("uniform", "global"),
     allot=m_smoe_allot,
 )
@@ -124,7 +124,7 @@ def m_smoe(
     similarity = logit_similarity(statistics.total("logit_gram"))
     if capacity and capacity * keep_count < facts.num_experts:
         raise UserError(
-            f"layer {facts.layer}: {keep_count} clusters of at most {capacity} cannot hold {facts.num_experts} experts",
+            f"layer {facts.layer}: {keep_count} clusters of at most {capacity} cannot contain {facts.num_experts} experts",
             f"use -O capacity={-(-facts.num_experts // keep_count)} or more, or 0 for no limit",
         )
 
@@ -149,7 +149,9 @@ def m_smoe_budget(usages: Mapping[int, Array], average: float) -> dict[int, int]
     experts = sum(len(values) for values in usages.values())
     total = int(np.floor(average * len(usages) + ROUNDING))
     if total > experts:
-        raise UserError(f"{average} clusters a layer are more than there are experts ({experts / len(usages):g} a layer)")
+        raise UserError(
+            f"{average} clusters per layer are more than the number of experts ({experts / len(usages):g} per layer)"
+        )
     if total == experts:
         return {layer: len(values) for layer, values in usages.items()}
     raised = {}
@@ -159,7 +161,8 @@ def m_smoe_budget(usages: Mapping[int, Array], average: float) -> dict[int, int]
     threshold = np.sort(np.concatenate(list(raised.values())))[::-1][total]
     if threshold >= 1:
         raise UserError(
-            f"{average} clusters a layer leave some of the {len(usages)} layers without any", "keep at least one expert a layer"
+            f"{average} clusters per layer leave some of the {len(usages)} layers without any",
+            "keep at least one expert per layer",
         )
     return {layer: int((values > threshold).sum()) for layer, values in raised.items()}
 
@@ -294,12 +297,12 @@ def _choice(
     groups = groups_of(facts.rules)
     if not 1 <= keep_count <= facts.num_experts:
         raise UserError(
-            f"layer {facts.layer}: {keep_count} clusters were asked for, but there are {facts.num_experts} experts",
+            f"layer {facts.layer}: {keep_count} clusters requested, but there are {facts.num_experts} experts",
             f"keep between 1 and {facts.num_experts}",
         )
     if keep_count % len(groups):
         raise UserError(
-            f"layer {facts.layer}: {keep_count} clusters cannot be spread evenly over {len(groups)} expert_groups",
+            f"layer {facts.layer}: {keep_count} clusters cannot be distributed evenly over {len(groups)} expert_groups",
             f"keep a multiple of {len(groups)}, or plan with --router-groups flatten",
         )
     if keep_count == facts.num_experts:

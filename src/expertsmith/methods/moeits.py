@@ -179,12 +179,12 @@ def choose(path: Path, tau: float, most: int) -> tuple[int, bool]:
 
 @method(
     "moeits",
-    "Remove experts whose weights are alike in information",
+    "Remove experts whose weights have high mutual information",
     "arXiv 2604.10603",
     reads="arrays",
     gives="order",
-    cost="every pair of experts of a layer is compared once, on all cores; kept beside the plan",
-    limits="Blind to what experts do; two experts that differ by a permutation of neurons look unrelated. Its own threshold leaves layers different counts.",
+    cost="every pair of experts of a layer is compared once, on all cores; stored next to the plan",
+    limits="Ignores what experts compute; two experts that differ by a permutation of neurons look unrelated. Its own threshold gives layers different counts.",
     budgets=("threshold", "uniform", "global"),
     measure=measure,
 )
@@ -217,11 +217,11 @@ def moeits(arrays: Mapping[str, Array], facts: Facts, *, factor: float = 1.5, we
     if count > 1:
         level = math.fsum(off.tolist()) / len(off)
         if limit.iqr < FLAT * limit.mean:
-            warnings.append("NMI hardly differs between pairs: the threshold says little here")
+            warnings.append("NMI hardly differs between pairs, so the threshold is not informative")
         if off.min() > limit.tau:
             warnings.append("every pair is above the threshold, which would leave one expert")
         if baseline is not None and level < NEAR * baseline:
-            warnings.append("the mean NMI is that of shuffled weights: pairs share no more than chance")
+            warnings.append("the mean NMI equals that of shuffled weights: pairs share no more than chance")
     for role, experts in constant.items():
         if experts:
             warnings.append(f"all entries of {role} are equal in experts {experts}: NMI taken as 0, or 1 between equal ones")

@@ -11,7 +11,7 @@ from expertsmith.methods.base import Array, Facts, mean, method
     "Router-weighted expert activation",
     "arXiv 2510.13999 (ICLR 2026)",
     averages=True,
-    limits="Keeps rare and loud experts of domains outside the calibration; noise where an expert got few tokens.",
+    limits="Keeps rarely used experts with large outputs from domains outside the calibration; noisy for experts with few tokens.",
 )
 def reap(statistics: LayerStatistics, facts: Facts) -> Array:
     """Mean of g_j ||f_j|| over the tokens routed to the expert, (1, 1, 1); the lower id is pruned first on a tie.

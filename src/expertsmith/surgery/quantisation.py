@@ -115,7 +115,7 @@ def output_files(renumbering: Renumbering) -> dict[str, str]:
         try:
             held = json.loads(file.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is not JSON: {error}", "download it again, or remove it if nothing reads it") from None
+            raise UserError(f"{file} is not JSON: {error}", "download it again, or remove it if it is not needed") from None
         changed = renumbered(held, renumbering)
         if changed != held:
             made[file.name] = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
@@ -168,9 +168,9 @@ def _entry(entry: str, key: str, method: str, renumbering: Renumbering) -> list[
         return [entry]
     if any(selected != found[0][1] for _, selected in found):
         raise UserError(
-            f"{renumbering.inventory.checkpoint.source}: {entry!r} in {key or 'the quantisation config'} matches experts by number, and "
-            "different ones as a wildcard and as a regular expression",
-            "write the names of the experts out in full in the source's config.json",
+            f"{renumbering.inventory.checkpoint.source}: {entry!r} in {key or 'the quantisation config'} matches experts by number, "
+            "but matches different ones as a wildcard and as a regular expression",
+            "list the full names of the experts in the source's config.json",
         )
     names = [*found[0][1], *(name for name in renumbering.others if rules[0](name))]
     if key == "dynamic":

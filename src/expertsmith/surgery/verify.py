@@ -266,8 +266,8 @@ def find_plan(output: Path) -> Path:
     path = output / "expertsmith" / "plan.json"
     if (output / "expertsmith" / "heal.json").is_file():
         raise UserError(
-            f"{output} was healed, so its weights are no longer those of the original",
-            "verify the checkpoint that it was healed from, and measure this one with `expertsmith evaluate --reference`",
+            f"{output} was healed, so its weights differ from the original's",
+            "verify the checkpoint from before healing, and evaluate this one with `expertsmith evaluate --reference`",
         )
     if not path.is_file():
         raise UserError(f"{output} has no expertsmith/plan.json", "pass --plan plan.json")

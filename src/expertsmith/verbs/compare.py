@@ -33,7 +33,7 @@ def compare(
         Opt("Routed experts to keep: ratio (0.5, 50%) or count. Repeatable.", "--keep", "-k", kind=str),
     ],
     data: Data,
-    eval_data: Annotated[Sequence[str], Opt("Held-out text to judge on. Repeatable.", "--eval-data", "-e", metavar=SPECS)],
+    eval_data: Annotated[Sequence[str], Opt("Held-out text for evaluation. Repeatable.", "--eval-data", "-e", metavar=SPECS)],
     out: Annotated[
         str | Path, Opt("Plans, finished cells, table, picture and page.", "--out", "-o", metavar="FOLDER", kind=Path)
     ],

@@ -35,7 +35,7 @@ def heal(
     model: Annotated[str | Path, Opt("The compressed checkpoint.", argument=True, metavar="OUT", kind=str)],
     teacher: Annotated[str | Path, Opt("The original model.", "--teacher", "-t", kind=str)],
     data: Data,
-    out: Annotated[str | Path, Opt("Where the healed checkpoint goes.", "--out", "-o", metavar="OUT2", kind=Path)],
+    out: Annotated[str | Path, Opt("Output folder for the healed checkpoint.", "--out", "-o", metavar="OUT2", kind=Path)],
     *,
     method: Annotated[str, Opt("least_squares, layer_local, router or lora.", "--method", "-m")] = "least_squares",
     options: Options = None,

@@ -113,7 +113,7 @@ def disagree(where: str, what: str, found: object, said: object) -> UserError:
     """The error for tensors that contradict the quantisation config."""
     return UserError(
         f"{where}: its tensors say {what} {found}, but the quantisation config says {said}",
-        "config.json and weights do not belong together",
+        "config.json and weights do not match",
     )
 
 
