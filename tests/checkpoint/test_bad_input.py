@@ -358,7 +358,7 @@ def test_plan_of_another_model(capsys, plan_file, checkpoints, tmp_path):
         (lambda p: p.update(version=7), "version"),
         (
             lambda p: p["layers"][0].update(num_experts=4, keep=[0, 1, 2, 3], saliency=None),
-            "has 4 experts, but that of the checkpoint has 8",
+            "has 4 experts, but the checkpoint has 8 there",
         ),
         (lambda p: p["layers"][0].update(skip_threshold=0.5), "no skip rule"),
     ],
@@ -538,7 +538,7 @@ def test_unknown_tensors_that_run_over_experts_are_named(capsys, mixtral):
     index = json.loads(path.read_text())
     index["weight_map"][name] = "model-00001-of-00002.safetensors"
     path.write_text(json.dumps(index))
-    assert f"{name} seems to run over the 8 experts" in refused(capsys, "inspect", mixtral)
+    assert f"{name} seems to be stacked over the 8 experts" in refused(capsys, "inspect", mixtral)
 
 
 def test_a_full_disk_is_said_wherever_it_happens(capsys, mixtral, tmp_path, monkeypatch):

@@ -282,7 +282,7 @@ def test_merged_and_quantised_again(kind, family, made, few, tmp_path):
     plan = api.plan(source, "hc_smoe", 0.5, data=few, out=tmp_path / "plan.json", **SMALL)
     found = quantisation_of(open_checkpoint(source))
     if any(formats()[entry.format].encode is None for entry in found.stored.values()):
-        with pytest.raises(UserError, match="cannot be re-quantised without calibration data; leave --requantise out"):
+        with pytest.raises(UserError, match="cannot be re-quantised without calibration data; remove --requantise"):
             api.apply(source, plan, tmp_path / "out", requantise=True)
         assert not (tmp_path / "out").exists()
         return

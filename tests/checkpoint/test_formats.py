@@ -704,7 +704,7 @@ BAD = [
     ("int4", put(f"{W1}.weight_shape", lambda s: torch.tensor([-32, 32])), r"w1.weight_shape says \[-32, 32\], which contradicts"),
     ("int4_actorder", put(f"{W1}.weight_g_idx", fill(9)), r"w1.weight_g_idx names a group that"),
     ("gptq", put(f"{W1}.g_idx", fill(9)), r"w1.g_idx refers to a group that does not exist"),
-    ("gptq_order", say(desc_act=False), r"g_idx: its tensors say columns are in an order of their own, but the quantisation config says desc_act false"),
+    ("gptq_order", say(desc_act=False), r"g_idx: its tensors say columns are in a custom order, but the quantisation config says desc_act false"),
     # a config that contradicts the tensors
     ("int4", say_weights(num_bits=8), r"its tensors say bits 4 .*, but the quantisation config says 8"),
     ("int4", say_weights(group_size=16), r"its tensors say group_size 8, but the quantisation config says 16"),
@@ -726,8 +726,8 @@ BAD = [
     ("gptq", say(group_size=16), r"its tensors say groups 4, but the quantisation config says group_size 16, which is 2"),
     ("awq", say(bits=8), r"the quantisation config says 8 bits; AWQ has 4"),
     ("awq", say(group_size=16), r"its tensors say groups 4, but the quantisation config says group_size 16, which is 2"),
-    ("gptq", say(checkpoint_format="marlin"), r"checkpoint_format 'marlin' is not known; known are gptq and gptq_v2"),
-    ("awq", say(version="gemv"), r"AWQ of version 'gemv' packs its codes in another way; only version gemm"),
+    ("gptq", say(checkpoint_format="marlin"), r"checkpoint_format 'marlin' is not supported; supported: gptq and gptq_v2"),
+    ("awq", say(version="gemv"), r"AWQ of version 'gemv' packs its codes differently; only version gemm"),
     ("autoround", say(packing_format="auto_round:exllama"), r"packing_format 'auto_round:exllama' is not supported"),
     ("int4", say(quant_method="gptq"), r"is INT4, groups of 8, but .* says quant_method 'gptq'"),
     ("fp8_block", say(quant_method="mxfp4"), r"is FP8, blocks of 16 × 16, but .* says quant_method 'mxfp4'"),
@@ -739,7 +739,7 @@ BAD = [
     ("int4", say(transform_config={"config_groups": {"R1": {"type": "hadamard"}}}), r"the quantisation has a transform_config"),
     ("fp8_block", two_configs, r"has two different quantization_configs, one at the top and one in text_config"),
     # what nothing claims
-    ("fp8_block", add(f"{W1}.weight_scale_2", torch.ones(1)), r"w1.weight_scale_2 belongs to a quantised weight, but to none that can be decoded"),
+    ("fp8_block", add(f"{W1}.weight_scale_2", torch.ones(1)), r"w1.weight_scale_2 belongs to a quantised weight that cannot be decoded"),
     ("fp8_block", add(f"{W1}.weight_scale", torch.ones(2, 2)), r"w1.weight has two scales"),
     ("int4", add(f"{W1}.weight", torch.ones(32, 32)), r"w1.weight stands in .* twice"),
     ("fp8_block", add("model.layers.0.self_attn.z_proj.weight_scale_inv", torch.ones(1, 1)), r"z_proj.weight_scale_inv belongs to a quantised weight"),

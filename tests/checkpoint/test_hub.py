@@ -206,5 +206,5 @@ def test_the_own_layout_of_a_publisher_is_left_out(source: Path, tmp_path: Path)
     (folder / "model.safetensors").rename(folder / "part-1.safetensors")
     assert {info.file.name for info in open_checkpoint(folder).tensors.values()} == {"part-1.safetensors"}
     (folder / "part-1.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds only consolidated\.safetensors: the weights in Mistral's own layout"):
+    with pytest.raises(UserError, match=r"has only consolidated\.safetensors: weights in Mistral's layout"):
         open_checkpoint(folder)

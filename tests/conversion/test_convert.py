@@ -72,7 +72,7 @@ def test_numbers_follow_from_what_is_asked(options, experts, top_k, width, share
             {"experts": 7},
             r"128 neurons do not divide into 7 experts \(2 would be left\).*--experts 4 or 8.*--shared 1",
         ),
-        ("cmoe", {"experts": 6, "shared": 2, "active": 0.1}, r"always-on part and one expert are 0.375"),
+        ("cmoe", {"experts": 6, "shared": 2, "active": 0.1}, r"always-on part and one expert alone are 0.375"),
         (
             "moefication",
             {"active": 0.2, "active_of": "block"},
@@ -84,7 +84,7 @@ def test_numbers_follow_from_what_is_asked(options, experts, top_k, width, share
         ("moefication", {"router": "gate_maen"}, "did you mean gate_mean"),
         ("moefication", {"target": "qwen3_moe"}, "choose mixtral or granitemoeshared"),
         ("moefication", {"experts": 1}, "at least two routed experts"),
-        ("moefication", {"attention": "static"}, "learned, which moefication is not"),
+        ("moefication", {"attention": "static"}, "learned, but method moefication is not"),
         ("tomoe", {"top_k": 2}, "selects one expert"),
         ("tomoe", {"shared": 1}, "--export core"),
         ("tomoe", {"attention": "static"}, "--active-of block"),

@@ -319,7 +319,7 @@ def test_written_checkpoint_is_the_trained_model(family, form, dense, texts, tmp
 
 
 def test_core_needs_an_always_on_part(dense, texts, tmp_path):
-    with pytest.raises(UserError, match="which a qwen3_moe model has not; use --export plain"):
+    with pytest.raises(UserError, match="which a qwen3_moe model does not have; use --export plain"):
         api.convert(dense("qwen3"), "tomoe", tmp_path / "out", data=texts, export="core")
 
 

@@ -489,7 +489,7 @@ def test_families_that_cannot_be_uneven_are_refused_before_anything_is_written(c
         ({"one": {}}, "per_layer_config has the entry 'one'"),
         ({"0": 3}, "per_layer_config has the entry '0'"),
         ([1, 2], r"per_layer_config has the entry \[1, 2\]"),
-        ({"0": {"num_local_experts": 0}}, "decoder layer 0: num_local_experts is 0, but has to be a positive number"),
+        ({"0": {"num_local_experts": 0}}, "decoder layer 0: num_local_experts is 0, but must be a positive number"),
         ({"1": {"num_local_experts": "4"}}, "decoder layer 1: num_local_experts is '4'"),
         ({"0": {"num_local_experts": 5}}, r"layers\.0\.\S+ has shape \[2, 32\], which does not fit 5 experts"),
     ],

@@ -169,7 +169,7 @@ def test_a_gguf_file_is_for_llama_cpp(tmp_path, capsys):
 
 
 def test_a_python_without_the_engine(pair):
-    with pytest.raises(UserError, match="has no vllm; make an environment by"):
+    with pytest.raises(UserError, match="has no vllm; make an environment with"):
         engine("vllm", pair[1], sys.executable).__enter__()
     assert python_of("transformers") == sys.executable
 

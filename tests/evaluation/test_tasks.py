@@ -367,7 +367,7 @@ def test_prompts_end_where_the_answer_begins(tmp_path):
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     assert tokenizer.decode(load_prompts([spec], tokenizer, room=64, **options)["d"][0].ids) == "<user>add 1<assistant>"
-    with pytest.raises(UserError, match=r"x.jsonl:2 has 32 tokens, and the model's window leaves 20"):
+    with pytest.raises(UserError, match=r"x.jsonl:2 has 32 tokens, but the model's window has room for 20"):
         load_prompts([spec], tokenizer, room=20, **options)
     with pytest.raises(UserError, match="out of range"):
         load_prompts([spec], tokenizer, room=64, samples=9, seed=0, vocab_size=6)

@@ -170,7 +170,7 @@ def test_unknown_families_name_the_way_round(sources, tmp_path):
 @pytest.mark.parametrize(
     ("as_type", "words"),
     [
-        ("mixtral", r"cannot be treated as mixtral: MixtralForCausalLM has no place for model.layers.0"),
+        ("mixtral", r"cannot be treated as mixtral: MixtralForCausalLM has no parameter for model.layers.0"),
         ("qwen2_moe", r"cannot be treated as qwen2_moe: .*_norm"),
         ("deepseek_v3", "cannot be treated as deepseek_v3"),
         ("qwen3_mo", "did you mean qwen3_moe"),
@@ -204,7 +204,10 @@ def change(source: Path, folder: Path, edit) -> Path:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda t: t.update({"model.layers.1.extra.weight": torch.zeros(2)}), "has no place for model.layers.1.extra.weight"),
+        (
+            lambda t: t.update({"model.layers.1.extra.weight": torch.zeros(2)}),
+            "has no parameter for model.layers.1.extra.weight",
+        ),
         (lambda t: t.pop("model.layers.1.self_attn.q_norm.weight"), "lacks model.layers.1.self_attn.q_norm.weight"),
         (lambda t: t.pop("lm_head.weight"), "lacks lm_head.weight"),
         (

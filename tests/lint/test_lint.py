@@ -91,7 +91,7 @@ def of_compressed_tensors(format: str, strategy: str = "channel", groups: int = 
 
 
 FP8 = quantised(method="fp8", weight_block_size=[128, 128])  # 1408 neurons are eleven blocks
-ODD = "experts.5.down_proj is stored in another way than experts.0.down_proj"
+ODD = "experts.5.down_proj is stored differently from experts.0.down_proj"
 GPTQ = quantised(method="gptq", bits=4, group_size=128, sym=True)
 
 # rule → (fires, silent)

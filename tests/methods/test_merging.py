@@ -147,18 +147,18 @@ def test_clusters_stay_inside_expert_groups():
     choice = find("m_smoe").function(statistics, Facts(3, 4, rules=Rules(4, 1, 2, 1)), 2)
     assert [(entry["into"], entry["from"]) for entry in choice.merge] == [(0, [0, 1]), (2, [2, 3])]
     assert choice.why["labels"] == [0, 0, 1, 1]
-    with pytest.raises(UserError, match="3 clusters cannot be spread evenly over 2 expert_groups"):
+    with pytest.raises(UserError, match="3 clusters cannot be distributed evenly over 2 expert_groups"):
         hc(outputs, [1] * 4, 3, groups=2)
 
 
 def test_choices_that_cannot_be_made():
-    with pytest.raises(UserError, match="layer 3: 6 clusters were asked for, but there are 5 experts"):
+    with pytest.raises(UserError, match="layer 3: 6 clusters requested, but there are 5 experts"):
         hc(POINTS, [1] * 5, 6)
     with pytest.raises(UserError, match="0 clusters"):
         hc(POINTS, [1] * 5, 0)
     with pytest.raises(UserError, match="outputs of expert 2 are not finite"):
         hc([[0.0], [1.0], [math.nan]], [1, 1, 1], 2)
-    with pytest.raises(UserError, match="2 clusters of at most 1 cannot hold 3 experts; use -O capacity=2 or more"):
+    with pytest.raises(UserError, match="2 clusters of at most 1 cannot contain 3 experts; use -O capacity=2 or more"):
         find("m_smoe").function(
             layer_statistics(logit_gram=np.eye(3), selections=[1, 1, 1]), Facts(3, 3, rules=Rules(3, 1)), 2, capacity=1
         )

@@ -568,7 +568,7 @@ def test_refusals(load):
         install(wide, families()["qwen3_moe"], {0: 0.5}, "ratio")
     split = random_model("mixtral")
     experts_in(split, "mixtral")[1]._is_expert_parallel = True
-    with pytest.raises(UserError, match="decoder layer 1: the experts are spread"):
+    with pytest.raises(UserError, match="decoder layer 1: the experts are distributed"):
         install(split, families()["mixtral"], {0: 0.5, 1: 0.5}, "ratio")
     with pytest.raises(UserError, match="decoder layer 0: the experts' weights are offloaded"):
         install(random_model("mixtral").to("meta"), families()["mixtral"], {0: 0.5}, "ratio")

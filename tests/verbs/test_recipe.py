@@ -232,7 +232,7 @@ FAULTS = {  # what: (change, what the message has to say)
     "a word for experts": (lambda r: r.update(convert={"method": "cmoe", "out": "o", "experts": "many"}), ["convert", "experts", "valid integer"]),
     "all experts of nothing": (lambda r: r.update(analyze={"out": "o", "all_experts": 8}), ["analyze", "add analyze.data"]),
     "skip without data": (lambda r: r.update(skip={"out": "o"}), ["skip.data: Field required"]),
-    "two outputs of one name": (lambda r: r["plan"].update(out=r["calibrate"]["out"]), ["calibrate and plan have the same out"]),
+    "two outputs of one name": (lambda r: r["plan"].update(out=r["calibrate"]["out"]), ["calibrate and plan have the same output"]),
     "a demo text that there is not": (lambda r: r["calibrate"].update(data=["demo:code/test"]), ["no text demo:code/test", "code, prose, unicode"]),
 }  # fmt: skip
 

@@ -6,8 +6,7 @@ FAMILIES = (
     Architecture(
         model_type="afmoe",
         title="AFMoE (arcee-ai/Trinity-Mini)",
-        notes="The selection bias belongs to the block, which hands it to the router. "
-        "A fresh model's router weights are all zero.",
+        notes="The block owns the selection bias and passes it to the router. A fresh model's router weights are all zero.",
         shared_key="num_shared_experts",
         stacked=(
             Stacked("mlp.router.gate.weight", "router"),

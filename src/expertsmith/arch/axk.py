@@ -57,7 +57,7 @@ FAMILIES = (
         model_type="axk2",
         title="A.X-K2 (skt/A.X-K2)",
         notes="n_group may be null (no groups). Experts outside the chosen groups compete with the score 0 instead of -inf, so "
-        "they can still be chosen where selection biases are negative.",
+        "they can still be selected if selection biases are negative.",
         experts_key=("n_routed_experts",),
         group_key="n_group",
         top_group_key="topk_group",

@@ -6,12 +6,12 @@ from expertsmith.arch.base import Architecture, Stacked
 
 OWN_CODE = "its classes are code of its own, which knows one number for all layers"
 NO_CLASS = "transformers has no class for it, and the code that comes with the checkpoint is not run"
-NOTES = "What needs no running model works (data-free methods, plan, apply, the bytes of verify), the rest is refused: transformers has no class for it."
+NOTES = "transformers has no class for it, so only commands that do not run the model work: data-free methods, plan, apply, the bytes of verify."
 MOE = Architecture(
     model_type="bailing_moe",
     title="Ling 1.0 and 1.5 (inclusionAI/Ling-lite)",
     status="partial",
-    notes=f"{NOTES} Ling 2.0 may also have this name: expert_groups and the selection bias count where they are there.",
+    notes=f"{NOTES} Ling 2.0 may also have this name; expert_groups and the selection bias apply if present.",
     group_key="n_group",
     top_group_key="topk_group",
     group_minimum=2,

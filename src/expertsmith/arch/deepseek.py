@@ -68,7 +68,7 @@ FAMILIES = (
     Architecture(
         model_type="deepseek_v2",
         title="DeepSeek V2 (DeepSeek-V2-Lite)",
-        notes="Groups are in force with topk_method group_limited_greedy only; a group's score is its best expert's.",
+        notes="Groups apply only with topk_method group_limited_greedy; a group's score is that of its best expert.",
         experts_key=("n_routed_experts",),
         group_key="n_group",
         top_group_key="topk_group",
@@ -83,7 +83,7 @@ FAMILIES = (
         V3,
         model_type="kimi_k2",
         title="Kimi K2 (moonshotai/Kimi-K2-Instruct)",
-        notes="DeepSeek V3 in all but the name, and run as such; layers hold the same number of experts.",
+        notes="DeepSeek V3 under another name, and run as such; all layers have the same number of experts.",
         runs_as="deepseek_v3",
         uneven=OWN_CODE,
     ),
@@ -91,7 +91,7 @@ FAMILIES = (
         V3,
         model_type="kimi_vl",
         title="Kimi-VL (moonshotai/Kimi-VL-A3B-Instruct)",
-        notes="Its language model is DeepSeek V3, and run as such, on text; the tensors of vision tower and projector stay as they are.",
+        notes="Its language model is DeepSeek V3 and is run as such, on text; the tensors of vision tower and projector do not change.",
         runs_as="deepseek_v3",
         text_prefix="language_model.",
         uneven=OWN_CODE,
@@ -115,8 +115,8 @@ FAMILIES = (
         model_type="deepseek_v4",
         title="DeepSeek V4 (DeepSeek-V4-Flash-Base)",
         status="partial",
-        notes="The layer carries several residual streams (hyper-connections) that take the block's output with learned "
-        "weights; the residual stream stated here is the norm's input. Configs "
+        notes="The layer carries several residual streams (hyper-connections) that add the block's output with learned "
+        "weights; the norm's input is used as the residual stream. Configs "
         "with hash routing layers, which the published ones have, are refused.",
         experts_key=("n_routed_experts",),
         shared_key="n_shared_experts",

@@ -46,7 +46,7 @@ FAMILIES = (
     Architecture(
         model_type="dots3_note_text",
         title="dots.note 3 (rednote-hilab/dots3.note)",
-        notes="Vision and audio tensors, the vision tower's own experts among them, and processor files are copied as they are.",
+        notes="Vision and audio tensors (including the vision tower's experts) and processor files are copied unchanged.",
         experts_key=("n_routed_experts",),
         group_key="n_group",
         top_group_key="topk_group",

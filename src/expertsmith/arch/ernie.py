@@ -6,7 +6,7 @@ FAMILIES = (
     Architecture(
         model_type="ernie4_5_moe",
         title="ERNIE 4.5 MoE (ERNIE-4.5-21B-A3B-PT)",
-        notes="The selection bias has the shape [1, experts] and is kept beside the router on disk, inside it in memory.",
+        notes="The selection bias has the shape [1, experts] and is stored next to the router on disk, inside it in memory.",
         experts_key=("moe_num_experts",),
         top_k_key=("moe_k",),
         shared_key="moe_num_shared_experts",

@@ -15,8 +15,8 @@ FAMILIES = (
     Architecture(
         model_type="gemma4_text",
         title="Gemma 4 MoE (google/gemma-4-26B-A4B-it)",
-        notes="Router and experts hang on the decoder layer, beside a dense MLP that stands here as the shared expert. After "
-        "the sum follow an optional per-layer input and a multiplication of everything by layer_scalar, so the plain sum "
+        notes="Router and experts are children of the decoder layer, next to a dense MLP that is used as the shared expert. After "
+        "the sum, an optional per-layer input is added and everything is multiplied by layer_scalar, so the plain sum "
         "is not the layer's output.",
         top_k_key=("top_k_experts",),
         expert_prefix=(),

@@ -82,7 +82,7 @@ FAMILIES = (
     Architecture(
         model_type="glm4v_moe_text",
         title="GLM-4.5V (zai-org/GLM-4.5V)",
-        notes="The language model runs inside the published class, on text; vision tensors and processor files are copied as they are.",
+        notes="The language model runs inside the published class, on text; vision tensors and processor files are copied unchanged.",
         composite="glm4v_moe",
         experts_key=("n_routed_experts",),
         group_key="n_group",
@@ -127,9 +127,9 @@ FAMILIES = (
     Architecture(
         model_type="glm5_next_text",
         title="GLM-5-Next (zai-org/GLM-5-Next)",
-        notes="The layer carries several residual streams (hyper-connections) that take the block's output with learned weights; the residual "
-        "stream stated here is the norm's input. The language model runs inside the published class, on text; vision tensors and processor "
-        "files are copied as they are.",
+        notes="The layer carries several residual streams (hyper-connections) that add the block's output with learned weights; the norm's "
+        "input is used as the residual stream. The language model runs inside the published class, on text; vision tensors and processor "
+        "files are copied unchanged.",
         composite="glm5_next",
         experts_key=("n_routed_experts",),
         group_key="n_group",

@@ -59,7 +59,7 @@ FAMILIES = (
     Architecture(
         model_type="granitemoeshared",
         title="Granite MoE with shared experts (moe-7b-1b-active-shared-experts)",
-        notes="The shared expert hangs on the decoder layer, so the layer itself is the block here.",
+        notes="The shared expert is a child of the decoder layer, so the layer itself is the block here.",
         experts_key=("num_local_experts",),
         expert_width_key=("intermediate_size",),
         expert_prefix=(),
@@ -74,7 +74,7 @@ FAMILIES = (
     Architecture(
         model_type="granitemoehybrid",
         title="Granite 4.0 hybrid (granite-4.0-h-tiny)",
-        notes="Mamba-2 and attention layers; the shared expert hangs on the decoder layer, so the layer itself is the block here.",
+        notes="Mamba-2 and attention layers; the shared expert is a child of the decoder layer, so the layer itself is the block here.",
         experts_key=("num_local_experts",),
         expert_width_key=("intermediate_size",),
         expert_prefix=(),

@@ -21,7 +21,7 @@ FAMILIES = (
     Architecture(
         model_type="hunyuan_v1_moe",
         title="Hunyuan-MoE V1 (tencent/Hunyuan-A13B-Instruct)",
-        notes="moe_topk and num_experts may be lists with one number a layer.",
+        notes="moe_topk and num_experts may be lists with one number per layer.",
         top_k_key=("moe_topk", "num_experts_per_tok"),
         expert_width_key=("intermediate_size",),
         stacked=(
@@ -35,7 +35,7 @@ FAMILIES = (
     Architecture(
         model_type="hy_v3",
         title="Hy3 (tencent/Hy3-preview)",
-        notes="The selection bias belongs to the block, which hands it to the router.",
+        notes="The block owns the selection bias and passes it to the router.",
         shared_key="num_shared_experts",
         stacked=(
             Stacked("mlp.router.gate.weight", "router"),
@@ -62,7 +62,7 @@ FAMILIES = (
         model_type="hy_v4",
         title="Hy4 (tencent/Hy4-preview)",
         notes="Hyper-connections: hc_mult residual streams are mixed into the block's input and its output is spread over them "
-        "again, so the norm's input stands for the residual stream. Experts are stored stacked.",
+        "again, so the norm's input is used as the residual stream. Experts are stored stacked.",
         experts_key=("n_routed_experts",),
         group_key="n_group",
         top_group_key="topk_group",

@@ -6,7 +6,7 @@ FAMILIES = (
     Architecture(
         model_type="longcat_flash",
         title="LongCat-Flash (meituan-longcat/LongCat-Flash-Chat)",
-        notes="The last zero_expert_num router classes return their input unchanged and always stay; transformers stores "
+        notes="The last zero_expert_num router classes return their input unchanged and are always kept; transformers stores "
         "unused gate and up projections for them as the experts from n_routed_experts on, which published checkpoints leave out. The routed output skips the "
         "layer's second attention and joins at the end, so the plain sum is not the layer's output.",
         experts_key=("n_routed_experts",),

@@ -75,7 +75,7 @@ FAMILIES = (
     Architecture(
         model_type="minimax_m2",
         title="MiniMax-M2 (MiniMax-M2)",
-        notes="The selection bias belongs to the block, which passes it to the router.",
+        notes="The block owns the selection bias and passes it to the router.",
         experts_key=("num_local_experts",),
         expert_width_key=("intermediate_size",),
         expert_prefix=EXPERTS,

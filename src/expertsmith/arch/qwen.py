@@ -32,10 +32,10 @@ LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
-SHARED_NOTE = "The shared expert is multiplied by a sigmoid gate of its own."
+SHARED_NOTE = "The shared expert has its own sigmoid gate."
 
 COMPOSITE_NOTE = (
-    "The language model runs inside the published class, on text; vision tensors and processor files are copied as they are."
+    "The language model runs inside the published class, on text; vision tensors and processor files are copied unchanged."
 )
 WHOLE_ONLY = "transformers has the language model only as a part of the whole"
 VISION_TINY = {
@@ -97,8 +97,8 @@ FAMILIES = (
     Architecture(
         model_type="qwen4_exp_text",
         title="Qwen4-Exp, text part (Qwen4-Exp)",
-        notes="The layer carries several residual streams (hyper-connections) that take the block's output with learned "
-        "weights; the residual stream stated here is the block's input. " + SHARED_NOTE,
+        notes="The layer carries several residual streams (hyper-connections) that add the block's output with learned "
+        "weights; the block's input is used as the residual stream. " + SHARED_NOTE,
         stacked=STACKED,
         shared="shared_expert",
         residual="block_input",

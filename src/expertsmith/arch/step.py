@@ -6,7 +6,7 @@ FAMILIES = (
     Architecture(
         model_type="step3p5",
         title="Step-3.7-Flash (stepfun-ai/Step-3.7-Flash)",
-        notes="The language model runs inside the published class, on text; vision tensors and processor files are copied as they are. "
+        notes="The language model runs inside the published class, on text; vision tensors and processor files are copied unchanged. "
         "moe_router_scaling_factor multiplies the routed output after the experts.",
         composite="step3p7",
         experts_key=("moe_num_experts", "n_routed_experts", "num_local_experts"),

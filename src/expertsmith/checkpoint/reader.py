@@ -313,7 +313,7 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
     usual = [file for file in files_here if not file.name.startswith(OWN_LAYOUT)]
     if files_here and not usual:
         raise UserError(
-            f"{path} holds only {files_here[0].name}: weights in Mistral's layout, not Hugging Face's",
+            f"{path} has only {files_here[0].name}: weights in Mistral's layout, not Hugging Face's",
             "give a checkpoint with model.safetensors files",
         )
     return {file: set() for file in usual}

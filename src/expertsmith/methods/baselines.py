@@ -32,7 +32,7 @@ def random(facts: Facts, *, seed: Natural = 0) -> Array:
     limits="Ignores routing weights: a rare expert may have large ones.",
 )
 def frequency(statistics: LayerStatistics, facts: Facts) -> Array:
-    """N_j: how many tokens were routed to the expert. (b, a, c) = (0, 0, 0)."""
+    """N_j: the number of tokens routed to the expert. (b, a, c) = (0, 0, 0)."""
     return statistics.total("selections").astype(np.float64)
 
 

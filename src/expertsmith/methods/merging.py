@@ -50,15 +50,15 @@ def hc_smoe(
     seed: Natural = 0,
 ) -> Choice:
     """Clusters of o_i = mean over ALL tokens x of E_i(x) (raw outputs, routed or not), by Euclidean distance; `keep_count` clusters remain.
-    The centre, whose place and router row the merged expert takes, is the member nearest to the mean of the cluster's o_i.
+    The merged expert gets the id and router row of the centre, the member nearest to the mean of the cluster's o_i.
 
     linkage: "average" (the paper's), "single", "complete" or "ward". weights: "frequency" f_i / sum f, "authors" f_i / (sum f + 1e-7),
-    "average" 1 / |c|; a cluster that no token used takes the plain mean. clustering "kmeans" starts from k-means++ with `seed`.
-    align puts the neurons of every member into the centre's order first, as in m_smoe: our extension, without which experts that do not come
-    from one origin do not survive averaging. router: the centre's row, or the members' rows averaged with the same weights; log_count adds ln |c| to a router's logit bias.
+    "average" 1 / |c|; a cluster without tokens uses the plain mean. clustering "kmeans" starts from k-means++ with `seed`.
+    align first re-orders the neurons of every member to match the centre, as in m_smoe. This is our extension; without it, averaging destroys
+    experts without a common origin. router: the centre's row, or the members' rows averaged with the same weights; log_count adds ln |c| to a router's logit bias.
 
     Deviations from the authors' code: complete and ward linkage are the standard ones (theirs join the farthest clusters first, and ward
-    does not square); usage counts the model's own top_k (theirs is always 2); clusters of no use are not zeroed; their run scripts
+    does not square); usage counts the model's own top_k (theirs is always 2); unused clusters are not zeroed; their run scripts
     misspell the option and run k-means.
     """
     outputs = statistics.total("all_output_sum") / float(statistics.total("tokens").item())
@@ -108,17 +108,17 @@ def m_smoe(
     log_count: bool = False,
     capacity: Natural = 0,
 ) -> Choice:
-    """The `keep_count` most used experts are dominant. Every other one, in descending usage, joins the dominant expert d with the largest
-    s_id = (cos(R[:, i], R[:, d]) + 1) / 2, R the raw router logits [tokens, experts]; the most used dominant wins a tie, as does the
-    lower id among equal usages.
+    """The `keep_count` most used experts are dominant. Every other expert, in descending usage, joins the dominant expert d with the largest
+    s_id = (cos(R[:, i], R[:, d]) + 1) / 2, R the raw router logits [tokens, experts]; on a tie the most used dominant expert wins; among
+    equal usages, the lower id.
 
-    align: the neurons of every source are put into the dominant expert's order by weight matching before averaging. weights: "frequency"
-    f_i / sum f, "authors" f_i / (sum f + 1e-7), "average" 1 / |c|; a cluster that no token used takes the plain mean. capacity: experts
-    that a cluster may hold, the dominant one included; 0 sets no limit. router, log_count: as in hc_smoe.
+    align: weight matching re-orders the neurons of every source to match the dominant expert before averaging. weights: "frequency"
+    f_i / sum f, "authors" f_i / (sum f + 1e-7), "average" 1 / |c|; a cluster without tokens uses the plain mean. capacity: maximum
+    number of experts in a cluster, including the dominant one; 0 is no limit. router, log_count: as in hc_smoe.
 
-    Deviations from the authors' code: alignment is to the cluster's dominant expert and knows gated experts (theirs aligns all experts
-    to expert 0, two-matrix ones only); router rows go with their experts (theirs keeps all rows and shares modules); no training
-    follows. The global budget is `m_smoe_budget`.
+    Deviations from the authors' code: alignment is to the cluster's dominant expert and supports gated experts (theirs aligns all experts
+    to expert 0, and only two-matrix experts); router rows are removed with their experts (theirs keeps all rows and shares modules);
+    there is no training afterwards. The global budget is `m_smoe_budget`.
     """
     use = usage(statistics)
     similarity = logit_similarity(statistics.total("logit_gram"))

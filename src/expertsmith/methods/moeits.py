@@ -59,12 +59,12 @@ def measure(
         entropy_r    [E]    nats, of each expert's matrix
         bins_r       [E]    number of bins
         constant_r   [E]    whether all entries are equal: its NMI, 0 / 0, is taken as 0 (1 between two equal constants)
-        baseline_r   [P]    NMI of up to 4 pairs after one of the two has been shuffled: what chance gives at this size
+        baseline_r   [P]    NMI of up to 4 pairs after shuffling one of the two: the chance level at this size
 
-    One role's codes are in memory at a time: 2 bytes an entry of all experts, and as much again in the temporary folder.
+    One role's codes are in memory at a time: 2 bytes per entry of all experts, and the same again in the temporary folder.
 
     Deviations from the authors' code: entries are cast from half precision first (their edges stay float16 and can collide); counts are
-    integers, where they normalise densities; an array is put into bins once, not once a pair.
+    integers (they normalise densities); an array is binned once, not once per pair.
 
     Raises:
         UserError: experts of different shapes, or entries that do not fit into bins.
@@ -189,15 +189,15 @@ def choose(path: Path, tau: float, most: int) -> tuple[int, bool]:
     measure=measure,
 )
 def moeits(arrays: Mapping[str, Array], facts: Facts, *, factor: float = 1.5, weights: str = "preset") -> Order:
-    """Experts in the order in which they go, from the NMI of their weights (`measure`), and how many go by the layer's own threshold.
+    """The order in which experts are removed, from the NMI of their weights (`measure`), and how many the layer's own threshold removes.
 
     M: mean of the roles' matrices, weighted by `weights`: "gate,up,down" such as 0.2,0.4,0.4, or preset: these for qwen2_moe and
     deepseek_v2, equal ones for all others, as in the authors' code. tau = mean(M) + factor * IQR(M), once, from the whole layer. While the
-    largest entry of M exceeds tau, of that pair the expert with the larger mean of its row goes, the higher id on a tie. A larger factor
-    removes fewer; the order does not depend on it. Never fewer stay than the router needs (the authors' code has no such limit).
+    largest entry of M exceeds tau, the expert of that pair with the larger row mean is removed (on a tie, the higher id). A larger factor
+    removes fewer experts; the order does not depend on it. The router's minimum is always kept (the authors' code has no such limit).
 
-    NMI is blind to sign and scale, and two experts that differ only by a permutation of their neurons look unrelated: the measure
-    means most where experts have one origin. Warnings say where the numbers do not carry the decision.
+    NMI ignores sign and scale, and two experts that differ only by a permutation of their neurons look unrelated. The measure is most
+    meaningful for experts with a common origin. Notes warn if the numbers do not support the decision.
 
     Raises:
         UserError: `weights` is neither "preset" nor three numbers of at least 0, not all 0.
