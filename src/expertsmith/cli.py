@@ -1,6 +1,6 @@
 """The command line: a command per verb, made from its definition. Tables go to stdout, progress to stderr.
 
-Typer with this adapter was held against cyclopts, which reads annotated signatures itself: it needs an adapter of about the same length for
+We compared Typer and this adapter with cyclopts, which reads annotated signatures itself. cyclopts needs an adapter of about the same length for
 groups in a TypedDict, `--json`, `--quiet` and the reference, and its errors and help would change what scripts see.
 """
 

@@ -1,4 +1,4 @@
-"""Find what a package holds by scanning its modules, and answer a misspelt name with the close matches."""
+"""Find the modules of a package by scanning it, and suggest close matches for a misspelt name."""
 
 from __future__ import annotations
 

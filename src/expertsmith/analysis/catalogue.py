@@ -1,4 +1,4 @@
-"""What every number of `measures.json` is: unit and definition. Symbols: E experts of a layer, T tokens, g routing weight, f raw output."""
+"""Unit and definition of every measure in `measures.json`. Symbols: E experts of a layer, T tokens, g routing weight, f raw output."""
 
 from __future__ import annotations
 

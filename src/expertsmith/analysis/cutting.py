@@ -1,4 +1,4 @@
-"""Before and after a cut: what each method and keep ratio would lose, which layers matter little, a budget; and what a plan took away."""
+"""Before and after pruning: expected loss of each method and keep ratio, redundant layers, a budget; and what a plan removed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def scores(method: Method, entry: LayerStatistics, facts: Facts) -> list[float]:
 def lost_share(sums: Mapping[str, Array], kept: Sequence[int], what: str) -> float:
     """The share of routing mass (sum of routing weights) or output energy (sum of (g ||f||)^2) that the dropped experts carry.
 
-    It is what goes before tokens are re-routed; energy leaves the cross terms between experts out.
+    This is the loss before tokens are re-routed; energy ignores cross terms between experts.
     """
     parts = share(sums[PARTS[what]].astype(np.float64))
     return float(max(0.0, 1 - parts[list(kept)].sum())) if parts.sum() else 0.0

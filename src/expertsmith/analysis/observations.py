@@ -1,4 +1,4 @@
-"""The paper's three observations as tests on the model at hand (arXiv 2406.18219): statistic, chance level, the paper's numbers, verdict.
+"""The paper's three observations as tests on the given model (arXiv 2406.18219): statistic, chance level, the paper's numbers, verdict.
 
 Verdicts: "supported", "partly", "not supported", or "not testable" with the reason. The rules are ours; the paper judges by eye.
 """

@@ -1,6 +1,6 @@
-"""The page: one HTML file with the measures, the figures' code and plotly.js in it, so that it needs no network.
+"""The page: one HTML file with the measures, the figures' code and plotly.js, so it works offline.
 
-The script reads the same object that `measures.json` holds, shortened to what a picture can show: three decimals, similarity matrices as
+The script reads the content of `measures.json`, reduced to what a figure can show: three decimals, similarity matrices as
 their lower triangles.
 """
 
@@ -55,12 +55,12 @@ def filled(template: str, parts: Mapping[str, str]) -> str:
 
 
 def embedded(value: Any) -> str:
-    """JSON that can stand inside a script element."""
+    """JSON that is safe inside a script element."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def plotly() -> str:
-    """plotly.js, to stand inside a script element."""
+    """plotly.js, safe inside a script element."""
     return asset("plotly-cartesian.min.js").replace("</script", "<\\/script")
 
 

@@ -1,6 +1,6 @@
-"""What the static measures read of a layer: the experts' matrices, the router's rows, the shared experts and a dense model's FFN.
+"""The inputs of the static measures for one layer: the experts' matrices, the router's rows, the shared experts and a dense model's FFN.
 
-Every matrix is handed out with a row a neuron: gate and up [neurons, inputs] as they are, down transposed.
+Every matrix has one row per neuron: gate and up are [neurons, inputs] as stored, down is transposed.
 """
 
 from __future__ import annotations

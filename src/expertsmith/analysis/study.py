@@ -1,4 +1,4 @@
-"""Put the measures together: what was asked for and is there, layer by layer, then over the model; and write `measures.json`."""
+"""Collect the requested and available measures, layer by layer, then for the whole model, and write `measures.json`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the measures say, in plain words."""
+"""Summary sentences of the measures."""
 
 from __future__ import annotations
 

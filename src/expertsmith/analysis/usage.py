@@ -1,4 +1,4 @@
-"""Dynamic measures from calibration statistics: who is used, by what, how evenly, and how few demonstrations tell."""
+"""Dynamic measures from calibration statistics: expert use by domain, load balance, and how few demonstrations are enough."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Text which every CPython installation already carries, in three domains: the data source `demo:DOMAIN/SPLIT`.
+"""Text from the CPython installation, in three domains: the data source `demo:DOMAIN/SPLIT`.
 
-Nothing is shipped and nothing is downloaded: the text is read at run time from the interpreter that is running.
+Nothing is packaged or downloaded: the text is read at run time from the running interpreter.
 
 * ``code``: source files of the standard library, with their docstrings removed;
 * ``prose``: English technical prose, from the ``pydoc_data.topics`` language reference and from the docstrings taken

@@ -1,4 +1,4 @@
-"""Text → seeded batches of token ids with a domain label, and a fingerprint of exactly those ids.
+"""Text → seeded batches of token ids with a domain label, and a fingerprint of these ids.
 
 `[DOMAIN=]SOURCE[:N]`: SOURCE is a .jsonl/.json/.txt/.md/.parquet file, a folder of them, or a hub data set `name[subset](split)`; N bounds
 the sequences taken. A record holds `input_ids`, or `text`, or `messages` (the tokenizer's chat template is applied), or `prompt` and

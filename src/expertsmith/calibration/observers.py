@@ -1,7 +1,7 @@
-"""Watch one MoE layer at work and add up what every criterion needs.
+"""Observe one MoE layer and sum the statistics of every criterion.
 
-Experts run once, on the tokens that the model routes to them, and the ids and weights are those that the router returned. Tokens that
-padding added never count. Everything kept is a sum, a count or a maximum (float64 or int64), so batches, shards, ranks and domains
+Experts run once, on the tokens that the model routes to them, and the ids and weights are those that the router returned. Padding
+tokens never count. Everything kept is a sum, a count or a maximum (float64 or int64), so batches, shards, ranks and domains
 add up.
 """
 
@@ -302,7 +302,7 @@ class _Watch:
 
 def raw_logits(router_output: Any, architecture: Architecture) -> torch.Tensor:
     """Router logits [tokens, num_experts + extra classes] as the router returned them. Where it returns probabilities (Gemma 4), their
-    logarithms stand in: they differ from the logits by one constant a token."""
+    logarithms are used instead: they differ from the logits by one constant a token."""
     kind = architecture.router_output
     first: torch.Tensor = router_output if kind == "logits_only" else router_output[1 if kind == "scores_logits" else 0]
     first = first.reshape(-1, first.shape[-1]).float()

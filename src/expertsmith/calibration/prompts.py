@@ -1,4 +1,4 @@
-"""Data → prompts to go on from: what stands before the answer of a demonstration, or the first tokens of a text."""
+"""Data → prompts to continue: the part of a demonstration before its answer, or the first tokens of a text."""
 
 from __future__ import annotations
 

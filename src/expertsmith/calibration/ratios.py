@@ -1,4 +1,4 @@
-"""Skip thresholds from calibration data: what a layer's routing weights look like, and the threshold that follows.
+"""Skip thresholds from calibration data: the distribution of a layer's routing weights, and the threshold computed from it.
 
 "Not All Experts are Equal" (arXiv 2402.14800), section 3.3: the threshold of a layer is the median over the calibration tokens of
 w_2 / w_1, so that half of the tokens skip their second expert. The rules are those of `engine.skipping`.

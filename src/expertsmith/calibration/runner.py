@@ -1,4 +1,4 @@
-"""One pass over the calibration data: every layer is observed once, saved, and never observed again by a run that resumes."""
+"""One pass over the calibration data: every layer is observed once and saved; a resumed run does not observe it again."""
 
 from __future__ import annotations
 

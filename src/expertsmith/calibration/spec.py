@@ -1,4 +1,4 @@
-"""How data is named on the command line: `[DOMAIN=]SOURCE[:N]`. No torch: recipes are checked with it."""
+"""Parse data specifications of the command line: `[DOMAIN=]SOURCE[:N]`. Needs no torch, because recipes are checked with it."""
 
 from __future__ import annotations
 

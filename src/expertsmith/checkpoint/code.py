@@ -1,4 +1,4 @@
-"""Code files of a checkpoint, which `auto_map` entries name. They are copied and never run."""
+"""Code files of a checkpoint, named by `auto_map` entries. They are copied and never run."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def drop_auto_map(config: dict[str, Any]) -> bool:
 
 
 def code_files(path: Path, config: Mapping[str, Any]) -> list[str]:
-    """Names of the .py files in a checkpoint's folder that a config.json and the tokenizer's and processors' configs beside it name in
-    `auto_map`, and of those that these import from beside them."""
+    """Names of the .py files in a checkpoint's folder that a config.json and the tokenizer's and processors' configs next to it name in
+    `auto_map`, and of those that these import from the same folder."""
     entries = list(_entries(config)) + list(_entries(config.get("text_config")))
     for file in sorted(path.glob("*config.json")) if path.is_dir() else ():
         if file.name != "config.json":

@@ -1,7 +1,7 @@
-"""A quantised checkpoint seen as floats: tensors under the names, shapes and values that an unquantised one would have.
+"""A float view of a quantised checkpoint: tensors with the names, shapes and values of an unquantised one.
 
-Everything above reads this view: a decoder layer that is loaded, an expert that is scored, a weight that is healed. Only `apply` and
-the byte half of `verify` look at the codes themselves.
+All higher rooms read this view, to load decoder layers, score experts or heal weights. Only `apply` and
+the byte comparison of `verify` read the codes themselves.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Floats(Checkpoint):
         return {entry.parts[role].name: codes for role, codes in encode(values.float(), entry).items()}
 
     def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """The float32 values that `encoded` stands for."""
+        """The float32 values of `encoded`."""
         import torch
 
         entry, made = self.stored[name], self.encoded(name, values)
@@ -304,7 +304,7 @@ def _refuse_left(info: TensorInfo, quantised: bool) -> None:
 
 
 def quantisation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """What config.json, or else a file beside it, says of the quantisation; empty where nothing does.
+    """The quantisation settings from config.json, or else from a file next to it; empty if there are none.
 
     Raises:
         UserError: config.json says it twice.
@@ -329,7 +329,7 @@ def quantisation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def _beside(path: Path) -> Mapping[str, Any]:
-    """What a file beside config.json says of the quantisation, where config.json says nothing: modelopt's, or that of early GPTQ and AWQ tools."""
+    """The quantisation settings from a file next to config.json, if config.json has none: modelopt's, or that of early GPTQ and AWQ tools."""
     for name in SIDE_FILES:
         if not (path / name).is_file():
             continue

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face hub: what is fetched of a repository, and what of it is in the cache already.
+"""Checkpoints on the Hugging Face hub: which files of a repository to download, and which are already in the cache.
 
 A repository is named `owner/name`, or `owner/name@REVISION` (branch, tag or commit).
 """

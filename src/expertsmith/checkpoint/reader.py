@@ -1,7 +1,7 @@
 """Open a checkpoint directory: config, tensor headers, single tensors. Nothing is executed and nothing outside is followed.
 
-Tensors are read with plain positioned reads into fresh buffers, not through a memory map: what a process holds is what it asked
-for, which is what a memory limit counts.
+Tensors are read with plain positioned reads into fresh buffers, not through a memory map: a process holds only what it requested,
+which is what a memory limit counts.
 """
 
 from __future__ import annotations

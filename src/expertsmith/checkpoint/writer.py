@@ -1,7 +1,7 @@
 """Write a checkpoint as bounded shards from byte ranges of other files, which are never decoded, and from bytes that are computed.
 
-Everything lands under a temporary name beside the target and is renamed when complete; config.json is written last, so that what an
-interrupted run leaves behind does not load.
+Everything is written under a temporary name next to the target and renamed when complete; config.json is written last, so the
+output of an interrupted run does not load.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Bytes that stand in no file: `make` computes them, `nbytes` of them, whenever they are written or compared."""
+    """Bytes that are not in a file: `make` computes them, `nbytes` of them, whenever they are written or compared."""
 
     nbytes: int
     make: Callable[[], bytes | memoryview]

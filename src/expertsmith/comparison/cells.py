@@ -1,4 +1,4 @@
-"""The cells of a comparison: which methods, ratios, budgets and ways of healing go together, and where a finished one lies. No torch."""
+"""The cells of a comparison: which methods, ratios, budgets and healing methods are combined, and where a finished cell is stored. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model and its original are asked besides text: lm-eval tasks and prompts to go on from, checked before a model is loaded."""
+"""Evaluation inputs other than text for a model and its original: lm-eval tasks and prompts to continue, checked before a model is loaded."""
 
 from __future__ import annotations
 

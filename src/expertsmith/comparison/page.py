@@ -1,4 +1,4 @@
-"""comparison.html: one page without network, in the manner of the page of `analyze`, whose style and plotly.js it shares."""
+"""comparison.html: one offline page with the style and plotly.js of the `analyze` page."""
 
 from __future__ import annotations
 

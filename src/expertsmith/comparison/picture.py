@@ -1,4 +1,4 @@
-"""comparison.svg: quality over size as a static picture, light and dark, without scripts."""
+"""comparison.svg: quality over size as a static plot, light and dark, without scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DASHES = ("", "7 4", "2 3")  # after all colours were used once, lines are told 
 
 def series_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Lines of the picture: `points` [share of the original's bytes, mean rise] from small to large, the original last; `random` ones have a third
-    number and a fourth, the least and the largest draw. Sorted as they stand at the smallest size, worst first."""
+    number and a fourth, the least and the largest draw. Sorted by loss at the smallest size, worst first."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     several = len({group["budget"] for group in found["groups"]}) > 1
     for group in found["groups"]:

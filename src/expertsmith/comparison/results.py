@@ -1,4 +1,4 @@
-"""Finished cells put together: rows in order, the random draws as one, who is best and who is worse than chance; as JSON and Markdown."""
+"""Combine finished cells: sorted rows, the random draws as one row, which are best and which worse than chance; as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def sizes(row: Row) -> list[str]:
 
 
 def alike(rows: Sequence[Row]) -> bool:
-    """Whether all rows have the same size, which then stands in the title."""
+    """Whether all rows have the same size, which is then shown in the title."""
     return len({(*row["experts"], *row["parameters"], *row["bytes"]) for row in rows}) == 1
 
 
@@ -301,6 +301,6 @@ def original_file(job: Comparison) -> Path:
 
 
 def statistics_folder(job: Comparison) -> Path:
-    """Where the statistics lie; beside it, in a file of the same name with .json, what calibrating took."""
+    """The folder of the statistics; the time and memory of calibration are in a .json file of the same name next to it."""
     everything = any(cell.contender.method.all_outputs for cell in job.cells)
     return job.folder / WORK / ("statistics-all-outputs" if everything else "statistics")

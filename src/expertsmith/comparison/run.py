@@ -1,4 +1,4 @@
-"""Calibrate once, plan every cell, judge every plan, write table, picture and page. What is finished is not made again."""
+"""Calibrate once, plan every cell, evaluate every plan, write table, plot and page. Finished cells are not recomputed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RESULTS = ("comparison.json", "comparison.html", "comparison.svg", "comparison.m
 
 @dataclass(frozen=True)
 class Tasks:
-    """lm-eval tasks that every cell is asked: what the answers depend on besides the model, and scores by name of a loaded one."""
+    """lm-eval tasks for every cell: what the answers depend on apart from the model, and scores by name of a loaded model."""
 
     identity: str
     scores: Callable[[LoadedModel], Mapping[str, float]]
@@ -45,7 +45,7 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Stages:
-    """The verbs that a comparison is made of."""
+    """The verbs that a comparison uses."""
 
     calibrate: Callable[..., Any]
     plan: Callable[..., Plan]
@@ -205,7 +205,7 @@ def _tasks(
 
 
 def _check(inventory: Inventory, cells: Sequence[Cell]) -> None:
-    """Refuse what no cell of its kind could be made of, before anything is computed."""
+    """Refuse inputs that make cells impossible, before anything is computed."""
     from expertsmith.experts.rules import refuse_groups
     from expertsmith.surgery.uneven import check_uneven, refuse_padded
 

@@ -1,6 +1,6 @@
-"""Write splits as a stock Mixture-of-Experts checkpoint: MLP tensors are made anew from the dense ones, all others are copied byte for byte.
+"""Write splits as a stock Mixture-of-Experts checkpoint: MLP tensors are computed from the dense ones, all others are copied byte for byte.
 
-Every chosen expert has to count once, whatever the architecture makes of the router's logits (card MoEfication, "gate-weight recipes"):
+Every selected expert must have weight 1, for every way in which the architecture uses the router's logits (card MoEfication, "gate-weight recipes"):
 
     top_k = E                     router 0, down_proj * E: every routing weight is exactly 1/E (or 1/k of k, the same)
     top_k = 1, renormalised       nothing: the weight is exactly 1 (qwen2_moe: router * a large power of two, so that the softmax itself is 1 but for ties:
@@ -143,7 +143,7 @@ class Writer:
         self.scales = [scales_of(target, shape, std) for std in logit_std]
 
     def tensors(self) -> list[OutputTensor]:
-        """Every tensor of the output, in the source's order; a layer's new ones stand where its first MLP tensor stood."""
+        """Every tensor of the output, in the source's order; a layer's new tensors are at the place of its first MLP tensor."""
         made: list[OutputTensor] = []
         done: set[int] = set()
         for name, info in self.source.tensors.items():

@@ -1,4 +1,4 @@
-"""dense model → splits → stock checkpoint → report: what `expertsmith convert` does, in order."""
+"""dense model → splits → stock checkpoint → report: the stages of `expertsmith convert`."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ def report(
 
 
 def texts_of(result: Mapping[str, Any], splits: Sequence[Split], card: str) -> dict[str, str]:
-    """The files that a converted checkpoint carries besides its weights."""
+    """The files of a converted checkpoint other than its weights."""
     return {
         "README.md": card,
         "expertsmith/conversion.json": json.dumps(result, indent=1) + "\n",

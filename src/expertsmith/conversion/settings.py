@@ -1,4 +1,4 @@
-"""What a conversion was asked for, checked against the dense model before anything runs. No torch."""
+"""The settings of a conversion, checked against the dense model before anything runs. Needs no torch."""
 
 from __future__ import annotations
 

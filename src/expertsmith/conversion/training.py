@@ -1,6 +1,6 @@
-"""ToMoE's training loop: accelerate for the devices, checkpoints to go on from at any step, the same result interrupted or not on CPU.
+"""ToMoE's training loop: accelerate for devices, resumable at any saved step, with the same result on CPU whether interrupted or not.
 
-Every random number of a step comes from (seed, step), so nothing but the weights, the optimiser and the step number is state.
+Every random number of a step comes from (seed, step), so the only state is the weights, the optimiser and the step number.
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ def _restore(folder: Path, identity: dict[str, Any], net: MaskNet, optimizer: An
 
 
 def _cut_log(file: Path, step: int) -> None:
-    """Forget what was logged after the step that the training goes on from."""
+    """Remove log entries after the step from which the training resumes."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     kept = [line for line in lines if line.strip() and json.loads(line)["step"] <= step]
     file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`expertsmith demo`: the whole flow on a small trained model that ships with the package, on text of the Python installation."""
+"""`expertsmith demo`: the whole flow on the small packaged model and text from the Python installation."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def demo(
 def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Calibrate on three domains, keep half of the experts for one of them by several methods, verify and measure each.
 
-    Ends with a look at what the experts do. Leaves text, statistics, plans, checkpoints, `results.json`, `report.html` and `analysis/` in `out`;
+    Ends with an analysis of the experts. Writes text, statistics, plans, checkpoints, `results.json`, `report.html` and `analysis/` in `out`;
     a folder that an earlier demo left is replaced.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The demo's page: one self-contained HTML file, light and dark, with inline SVG and no scripts from elsewhere."""
+"""The demo's page: one self-contained HTML file, light and dark, with inline SVG and no external scripts."""
 
 from __future__ import annotations
 

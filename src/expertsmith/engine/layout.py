@@ -1,4 +1,4 @@
-"""Where a decoder layer has its experts, and how their module holds their weights."""
+"""Where the experts of a decoder layer are, and how their module stores their weights."""
 
 from __future__ import annotations
 

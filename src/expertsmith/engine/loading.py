@@ -327,7 +327,7 @@ def _ahead_in(weights: Checkpoint, architecture: Architecture | None) -> Invento
 def _config_of(
     checkpoint: Checkpoint, architecture: Architecture | None, overrides: Mapping[str, Any] | None, ahead: Inventory | None
 ) -> Any:
-    """The config to build a model from: with what the family's record says of missing keys, with `overrides`, and with a layer for multi-token prediction."""
+    """The config to build a model from: with the family record's defaults for missing keys, with `overrides`, and with a layer for multi-token prediction."""
     config = transformers_config(checkpoint)
     inner, given = config.get_text_config(), text_config(checkpoint.config)
     for key, other in architecture.same_as if architecture else ():
@@ -442,7 +442,7 @@ def check_fits(checkpoint: Checkpoint, architecture: Architecture) -> None:
 
 
 def layers_of(module: nn.Module, path: str) -> str:
-    """Where the decoder layers stand in a model: at `path`, or in a composite at the same place of its language model.
+    """Where the decoder layers are in a model: at `path`, or in a composite at the same place of its language model.
 
     Raises:
         UserError: nowhere.
@@ -627,7 +627,7 @@ def _group_names(loaded: LoadedModel) -> list[str]:
 
 
 def _left_out(loaded: LoadedModel) -> Callable[[str], bool]:
-    """Whether a tensor is one that the model does without, and rightly: what the class itself declares, buffers that old versions
+    """Whether the model correctly ignores a tensor: what the class itself declares, buffers that old versions
     saved, what the family's record names, layers after the last (multi-token prediction), and what is not the language model's."""
     record = loaded.architecture
     declared = tuple(getattr(loaded.module, "_keys_to_ignore_on_load_unexpected", None) or ())

@@ -114,7 +114,7 @@ class Ahead:
 def ahead_of(
     module: Any, layers: str, weights: Checkpoint, inventory: Inventory, device: torch.device, dtype: torch.dtype
 ) -> Ahead:
-    """`Ahead` of a built model whose decoder layers stand at `layers`.
+    """`Ahead` of a built model whose decoder layers are at `layers`.
 
     The embedding is the model's own where the checkpoint's copy of it is the same, or where it has none.
     """

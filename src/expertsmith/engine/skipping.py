@@ -1,7 +1,7 @@
-"""Dynamic skipping: a token leaves out those of its selected experts whose routing weights are small, and they are not computed.
+"""Dynamic skipping: a token skips its selected experts with small routing weights, which are then not computed.
 
 "Not All Experts are Equal" (arXiv 2402.14800, ACL 2024), section 3.3 and appendix A.2. With the routing weights of a token sorted,
-w_1 >= ... >= w_k (what multiplies the experts' outputs: never the biased scores that a router selects by), and one threshold a layer:
+w_1 >= ... >= w_k (what multiplies the experts' outputs: never the biased scores that a router selects by), and one threshold per layer:
 
     ratio (top_k = 2): the second expert is skipped where w_2 / w_1 < threshold;
     tail: the first i experts stay, i >= 1 the smallest with sum_{m>i} w_m / sum_m w_m <= threshold.
@@ -81,7 +81,7 @@ def keep_slots(weights: torch.Tensor, rule: Rule, threshold: float, skippable: t
 
 def rescaled_weights(weights: torch.Tensor, keep: torch.Tensor, skippable: torch.Tensor | None = None) -> torch.Tensor:
     """Routing weights times sum_m |w_m| / sum_{m stays} |w_m|, over the skippable slots of each token; a token that keeps all keeps
-    its weights bit for bit. What stands at skipped slots means nothing."""
+    its weights bit for bit. Values at skipped slots have no meaning."""
     sizes = routed_sizes(weights, skippable)
     total = sizes.sum(-1, keepdim=True)
     factor = total / (sizes * keep).sum(-1, keepdim=True)  # exactly 1 where nothing is skipped

@@ -81,7 +81,7 @@ class Quality:
     more: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Results by domain, and their unweighted mean over domains (perplexity: exp of the mean loss); what else was measured beside them."""
+        """Results by domain, and their unweighted mean over domains (perplexity: exp of the mean loss), with the other measurements."""
         if not self.domains:
             return dict(self.more)
         rows = {name: entry.to_json(self.has_reference) for name, entry in self.domains.items()}

@@ -1,4 +1,4 @@
-"""Speed, memory and energy of models in a serving engine, each in a process of its own, in turns within one run."""
+"""Speed, memory and energy of models in a serving engine, each in its own process, alternating within one run."""
 
 from __future__ import annotations
 

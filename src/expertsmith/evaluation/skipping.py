@@ -1,4 +1,4 @@
-"""What skipping experts costs in quality and gives in speed: one model with and without it."""
+"""Quality loss and speed-up of skipping experts: one model with and without skipping."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""lm-eval tasks: found by name or in local folders, put to a model document by document, and tabulated against a reference.
+"""lm-eval tasks: found by name or in local folders, run on a model document by document, and tabulated next to a reference.
 
-lm-eval builds the prompts and scores the answers, with the settings of the task's own yaml. Its results are kept as one value a document and
-metric, so that two models can be compared on each document.
+lm-eval builds the prompts and scores the answers, with the settings of the task's own yaml. Results are stored as one value per document and
+metric, so two models can be compared on each document.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _manager(wanted: Sequence[str], folders: Sequence[str | Path], progress: Pro
 
 
 def settings_of(found: Tasks, name: str) -> dict[str, Any]:
-    """What a task's result depends on besides the model: version of lm-eval, settings, documents, limit."""
+    """What a task's result depends on, apart from the model: version of lm-eval, settings, documents, limit."""
     task = found.tasks[name]
     documents = list(task.eval_docs)[: found.limit]
     if task.get_config("num_fewshot"):
@@ -242,7 +242,7 @@ def table(found: Tasks, mine: Mapping[str, Any], theirs: Mapping[str, Any] | Non
 
 
 def identity_of(found: Tasks) -> str:
-    """A hash of all that the answers depend on besides the model."""
+    """A hash of everything that the answers depend on, apart from the model."""
     text = json.dumps({name: settings_of(found, name) for name in found.tasks}, sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint is what: headers + the family's record → every tensor claimed exactly once.
+"""The role of each tensor of a checkpoint: headers + the family's record → every tensor claimed exactly once.
 
 `inspect`, `plan`, `apply` and `verify` read this; no weights are needed for it.
 """

@@ -1,4 +1,4 @@
-"""From saliency to kept experts: how many a layer keeps (the budget), and which. Knows nothing of where saliency came from."""
+"""From saliency to kept experts: how many each layer keeps (the budget), and which. Independent of the source of the saliency."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engines' rules share: what a rule sees, says and finds, and the tests and facts that several engines need."""
+"""Common parts of the engines' rules: input, text and findings of a rule, and tests and facts for several engines."""
 
 from __future__ import annotations
 

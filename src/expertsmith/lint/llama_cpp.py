@@ -1,4 +1,4 @@
-"""What llama.cpp and its converter take: read in llama.cpp 0c1e57098 (llama-cpp-python 0.3.36)."""
+"""What llama.cpp and its converter support, from the source of llama.cpp 0c1e57098 (llama-cpp-python 0.3.36)."""
 
 from __future__ import annotations
 

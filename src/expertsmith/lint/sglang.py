@@ -1,4 +1,4 @@
-"""What SGLang takes: read in sglang 0.5.23."""
+"""What SGLang supports, from the source of sglang 0.5.23."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers takes: read in transformers 5.23.0."""
+"""What transformers supports, from the source of transformers 5.23.0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM takes: read in vllm 0.32.0."""
+"""What vLLM supports, from the source of vllm 0.32.0."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Criteria that every comparison needs: random, how often, how much routing weight, how large the outputs are.
+"""Baseline criteria: random, token counts, routing weights, output norms.
 
 Notation (frontier card, section 1): X_j the tokens routed to expert j, N_j their number, g_j(t) the routing weight that the model
 applies, f_j(t) the raw output. The family is S_j(b, a, c) = N_j^(-b) * sum over X_j of g_j(t)^a * ||f_j(t)||^c.
-An expert that no token reached scores 0.
+An expert without tokens scores 0.
 """
 
 from __future__ import annotations

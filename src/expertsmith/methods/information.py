@@ -1,4 +1,4 @@
-"""Entropy and mutual information of arrays whose entries are put into histogram bins: exact integer counts, and fast.
+"""Entropy and mutual information of binned arrays, fast and with exact integer counts.
 
 Entries of two arrays of one size are paired by position. Each array has its own equal-width bins (`edges`). With p = counts / n:
 
@@ -6,7 +6,7 @@ Entries of two arrays of one size are paired by position. Each array has its own
     I(A; B) = H(A) + H(B) - H(A, B)
     NMI(A, B) = I(A; B) / sqrt(H(A) H(B))  in [0, 1]
 
-An array is put into bins once (`codes`), so that a pair costs one pass over small integers. An entropy is summed over how often each
+An array is binned once (`codes`), so a pair costs one pass over small integers. An entropy is summed over how often each
 count occurs, with `math.fsum`: it depends on the counts alone, so NMI(A, B) and NMI(B, A) are equal to the last bit.
 """
 

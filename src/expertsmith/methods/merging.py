@@ -1,7 +1,7 @@
-"""Which experts become one: HC-SMoE (Chen et al., arXiv 2410.08589, ICML 2025) and M-SMoE (Li et al., arXiv 2310.01334, ICLR 2024).
+"""Methods that merge experts: HC-SMoE (Chen et al., arXiv 2410.08589, ICML 2025) and M-SMoE (Li et al., arXiv 2310.01334, ICLR 2024).
 
 Usage f_i = selections of expert i / selections of all experts of the layer. Both methods merge inside the router's expert_groups only,
-with the same number of clusters in each, so that group-limited routing goes on working.
+with the same number of clusters in each, so group-limited routing still works.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""MoEITS: remove experts whose weights tell the most about another expert's (Balderas, Lastra, Benítez, arXiv 2604.10603).
+"""MoEITS: remove experts whose weights have the most mutual information with another's (Balderas, Lastra, Benítez, arXiv 2604.10603).
 
-Data-free. `measure` compares the experts of a layer pair by pair, which is the costly part and done once; `removal_path` turns the matrix
-into an order of removal, of which every threshold and every count is a prefix.
+Data-free. `measure` compares the experts of a layer pair by pair, which is costly and done once. `removal_path` turns the matrix
+into an order of removal; every threshold and every count is a prefix of it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Threshold:
-    """tau = max(0, mean + factor * iqr), and what it was made of."""
+    """tau = max(0, mean + factor * iqr), with its inputs."""
 
     tau: float
     mean: float

@@ -1,4 +1,4 @@
-"""Method + budget → plan: what each shape of method is given, how many experts each layer keeps, and what the plan tells of it."""
+"""Method + budget → plan: the inputs of each kind of method, how many experts each layer keeps, and the plan's details and notes."""
 
 from __future__ import annotations
 

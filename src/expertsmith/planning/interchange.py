@@ -1,12 +1,12 @@
 """Choices of experts in the formats of other tools, to and from plans.
 
-    ordered    JSONL, a line a layer: {"0": [106, 65, …]}, best expert first; what stays is a count or ratio of it (vllm-ascend's
+    ordered    JSONL, one line per layer: {"0": [106, 65, …]}, best expert first; a count or ratio of it is kept (vllm-ascend's
                expert_list_file)
-    mask       JSON, a row a decoder layer with experts: [[1, 0, …], …], 1 where an expert stays (EASY-EP's expert_mask), or layer → row
-    retained   JSON, layer → ids of the experts that stay: {"0": [2, 5], …}, or the lists in the order of the MoE layers
+    mask       JSON, one row per decoder layer with experts: [[1, 0, …], …], 1 for a kept expert (EASY-EP's expert_mask), or layer → row
+    retained   JSON, layer → ids of the kept experts: {"0": [2, 5], …}, or the lists in the order of the MoE layers
 
-A layer is named by its number in the checkpoint, or by a module path that holds it (model.layers.3.mlp). What a format cannot hold, merges and
-skip thresholds, is refused rather than lost.
+A layer is given by its index in the checkpoint, or by a module path that contains it (model.layers.3.mlp). Merges and
+skip thresholds, which these formats cannot represent, are refused.
 """
 
 from __future__ import annotations

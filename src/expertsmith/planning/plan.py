@@ -1,4 +1,4 @@
-"""The plan: which experts stay, layer by layer. Small, readable, diffable JSON that people review before it is applied."""
+"""The plan: the kept experts, layer by layer. Small, readable, diffable JSON that people review before it is applied."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Plan + source → output checkpoint, by byte ranges: nothing is loaded, decoded or converted but what is merged.
+"""Plan + source → output checkpoint, by byte ranges: only merged experts are loaded, decoded or converted.
 
-What stays keeps its bytes. Experts are renumbered from 0 in ascending order of their old ids; router rows, biases and fused expert tensors
+Kept tensors keep their bytes. Experts are renumbered from 0 in ascending order of their old ids; router rows, biases and fused expert tensors
 lose the rows of dropped experts and keep extra rows (shared, zero and skip classes) at the end.
 """
 

@@ -1,9 +1,9 @@
-"""Merged experts: their tensors computed from a checkpoint, and the same merge on a loaded model as the reference for them.
+"""Merged experts: compute their tensors from a checkpoint, and apply the same merge to a loaded model as the reference.
 
     W_merged = sum over sources i of w_i P_i W_i
 
 with the weights w_i of the plan and, with align "weights", the permutation P_i of source i's neurons that fits the expert in whose place the
-merged one stands best (P is the identity for that expert itself). Permuting neurons leaves an expert as it is: gate, up and their
+merged one stands best (P is the identity for that expert itself). Permuting neurons does not change an expert: gate, up and their
 biases by rows, down by columns. Sums are taken in float64 and rounded once to the tensor's dtype (the authors of M-SMoE and HC-SMoE
 add up in the weights' own dtype).
 """
@@ -152,7 +152,7 @@ class Merger:
         self._orders: dict[tuple[int, int], torch.Tensor] = {}
 
     def piece(self, claim: Claim, expert: int) -> Made | None:
-        """What a per-expert tensor becomes, or what stands for `expert` in a stacked one; None where the source's bytes stay."""
+        """The new value of a per-expert tensor, or of `expert` in a stacked one; None if the source's bytes are kept."""
         assert claim.layer is not None
         merge = self._merges.get((claim.layer, expert))
         if merge is None or len(merge.sources) == 1:

@@ -1,4 +1,4 @@
-"""What only expertsmith reads in a config.json: skip thresholds (and how they come from a plan), and which layers are filled up."""
+"""The parts of config.json that only expertsmith reads: skip thresholds (and how they come from a plan), and which layers are padded."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Different numbers of experts a layer in a stock checkpoint: config.json and the module beside it, or layers filled up with dead experts.
+"""Different numbers of experts per layer in a stock checkpoint: config.json and the module next to it, or layers padded with dead experts.
 
-`write_counts` + `code_for`: config.json keeps the largest number where it always stood and gives every layer its own in
-`per_layer_config`, and `modeling_expertsmith.py` lets plain transformers build that (`engine.uneven`). `pad`: every layer is filled up to
-the largest number with experts of zeros that can never be selected, so that the stock class and any engine load it; nothing is saved.
+`write_counts` + `code_for`: config.json keeps the largest number under its usual key and gives every layer its own in
+`per_layer_config`, and `modeling_expertsmith.py` lets plain transformers build that (`engine.uneven`). `pad`: every layer is padded to
+the largest number with zero experts that can never be selected, so the stock class and any engine load it; this saves no memory.
 """
 
 from __future__ import annotations

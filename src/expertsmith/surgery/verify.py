@@ -1,6 +1,6 @@
 """Proof that an output checkpoint is the source without the dropped experts.
 
-Three findings: every tensor of the output is byte for byte what the plan says; every decoder layer's output, and the logits, equal those of
+Three findings: every tensor of the output is byte for byte as planned; every decoder layer's output, and the logits, equal those of
 the source with the same experts masked. The source runs masked (`surgery.mask`) and with merged weights set in place (`surgery.merge`), the
 output runs as any user would load it. Where transformers has no class for the family, the first finding stands alone, and the verdict says so. Skipping, where the plan has thresholds, is compared layer by layer with the stock forward on the
 same inputs and the weights of skipped slots at zero.

@@ -58,7 +58,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     pairs: Annotated[int, Opt("Expert pairs per layer that neuron matching samples.", least=1)] = 32,
     **given: Unpack[Calibrating],
 ) -> dict[str, Any]:
-    """Show what the experts do, as numbers (OUT/measures.json) and as one page to look at (OUT/report.html).
+    """Show what the experts do, as numbers (OUT/measures.json) and as one HTML page (OUT/report.html).
 
     From the weights alone; with --data also which experts serve which domain and what a cut would lose.
 

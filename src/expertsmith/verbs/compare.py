@@ -64,7 +64,7 @@ def compare(
         budgets: "uniform", "global" or "threshold" (the methods' own, without keep).
         heal: ways of healing, `NAME[:KEY=VALUE,…]`, each beside the cell without.
 
-    A cell's plan stands in `out/plans` (apply it to get that model); it is judged on the loaded original with the plan's experts masked and
+    A cell's plan is in `out/plans` (apply it to get that model). It is evaluated on the loaded original with the plan's experts masked and
     merged, which is what `verify` holds a written checkpoint to. Finished cells are kept, and are not made again for the same model, text,
     method and options. Leaves comparison.json, .html, .svg and .md; returns what comparison.json holds.
 

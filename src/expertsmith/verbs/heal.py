@@ -53,7 +53,7 @@ def heal(
 
     [dim]expertsmith heal mixtral-half --teacher mistralai/Mixtral-8x7B-v0.1 -m layer_local -d c4.jsonl -o mixtral-half-healed[/dim]
 
-    Returns the report that also stands in `OUT/expertsmith/heal.json`. Finished layers stay in `<out>.healing` until the end, so that an
+    Returns the report, which is also in `OUT/expertsmith/heal.json`. Finished layers stay in `<out>.healing` until the end, so that an
     interrupted run resumes from there.
 
     Args:

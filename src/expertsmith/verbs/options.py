@@ -202,5 +202,5 @@ class Opened(Opening, Report, total=False):
 
 
 def part(group: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `given` belongs to a group, to hand it on."""
+    """The part of `given` that belongs to a group, to pass it on."""
     return {name: given[name] for name in group.__annotations__ if name in given}

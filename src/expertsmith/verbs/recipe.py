@@ -268,7 +268,7 @@ NEEDS = (("apply", "plan", ""), ("verify", "apply", ""), ("heal", "apply", ", so
 
 
 def _plan_faults(there: Mapping[str, Any]) -> list[str]:
-    """What the method of the plan section needs besides."""
+    """What else the method of the plan section needs."""
     from expertsmith.methods import methods
 
     faults = []
@@ -289,7 +289,7 @@ def _plan_faults(there: Mapping[str, Any]) -> list[str]:
 
 
 def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
-    """Sections that need another one, told from the sections as they stand in the file, whatever is wrong inside them."""
+    """Sections that need another one, from the sections present in the file, even if their contents are wrong."""
 
     there = {name: section for name, section in sections.items() if section is not None}
     faults = _plan_faults(there)

@@ -193,7 +193,7 @@ def show_skipping(result: dict[str, Any]) -> None:
 
 
 def show_conversion(result: dict[str, Any]) -> None:
-    """What a conversion made of every layer, its sizes, and what was measured."""
+    """The result of a conversion: every layer, sizes, and measurements."""
     table = table_of(
         "layer",
         "neurons: expert, always on",
@@ -407,7 +407,7 @@ def show_quality(quality: dict[str, Any], title: str) -> None:
 
 
 def show_speed(found: dict[str, Any]) -> None:
-    """Speed, memory and energy of a model in an engine, beside its reference's."""
+    """Speed, memory and energy of a model in an engine, next to its reference."""
     setting = found["setting"]
     names = [name for name in ("reference", "model", "ratios") if name in found]
     title = (

@@ -1,4 +1,4 @@
-"""FP4 (E2M1): two codes a byte, the low one first, and scales of small groups.
+"""FP4 (E2M1): two codes per byte, the low one first, and scales of small groups.
 
 NVFP4: groups of 16 with an FP8 scale, and one float32 scale for the tensor, which divides in compressed-tensors (`weight_global_scale`) and
 multiplies in modelopt (`weight_scale_2`). MXFP4: groups of 32 with a power of two; gpt-oss stores it as X_blocks and X_scales, and its

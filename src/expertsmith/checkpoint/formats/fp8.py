@@ -1,6 +1,6 @@
-"""FP8: one byte a weight, and a scale for each block, each output channel, each expert or the whole tensor. w = code · scale.
+"""FP8: one byte per weight, and a scale for each block, each output channel, each expert or the whole tensor. w = code · scale.
 
-DeepSeek-V3, Qwen3-FP8 and MiniMax-M2 have blocks of 128 × 128 (`weight_scale_inv`, which in spite of its name multiplies); compressed-tensors
+DeepSeek-V3, Qwen3-FP8 and MiniMax-M2 have blocks of 128 × 128 (`weight_scale_inv`, which multiplies despite its name); compressed-tensors
 and modelopt name the scale `weight_scale`. MXFP8 has a power of two for every 32 inputs. Fused experts: the same with a leading axis.
 """
 
@@ -82,7 +82,7 @@ def _block(info: TensorInfo, scale: TensorInfo, headers: Headers) -> tuple[int, 
 
 
 def _said(name: str, headers: Headers) -> dict[str, Any]:
-    """What the quantisation config says of a weight: "kind" (tensor, channel, block) and "block"."""
+    """The settings of the quantisation config for a weight: "kind" (tensor, channel, block) and "block"."""
     block = headers.config.get("weight_block_size")
     if block:
         return {"block": block}  # mixed checkpoints hold channel and tensor scales beside it

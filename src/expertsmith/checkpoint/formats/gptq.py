@@ -85,7 +85,7 @@ def _is_gptq(headers: Headers) -> bool:
 
 
 def settings_of(config: Mapping[str, Any], module: str) -> dict[str, Any]:
-    """What a GPTQ or AutoRound config says of a module: its own numbers where it gives any."""
+    """The settings of a GPTQ or AutoRound config for a module: the module's own, if any."""
     said = dict(config)
     for pattern, change in (config.get("dynamic") or {}).items():
         wanted = pattern.removeprefix("+:")

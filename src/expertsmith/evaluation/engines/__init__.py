@@ -1,4 +1,4 @@
-"""A model in a serving engine: a process of the engine's own Python that is kept alive and asked over JSON lines (`runner.py`)."""
+"""A model in a serving engine: a persistent process of the engine's own Python, driven over JSON lines (`runner.py`)."""
 
 from __future__ import annotations
 
