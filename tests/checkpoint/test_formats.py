@@ -732,7 +732,7 @@ BAD = [
     ("int4", say(quant_method="gptq"), r"is INT4, groups of 8, but .* says quant_method 'gptq'"),
     ("fp8_block", say(quant_method="mxfp4"), r"is FP8, blocks of 16 × 16, but .* says quant_method 'mxfp4'"),
     ("gptq", say(quant_method="awq"), r"w1|qzeros|scales|shape"),
-    ("fp8_block", say(quant_method="hqq"), r"quant_method 'hqq' cannot be decoded; known are auto-round, awq"),
+    ("fp8_block", say(quant_method="hqq"), r"quant_method 'hqq' cannot be decoded; supported: auto-round, awq"),
     ("fp8_block", lambda tensors, config: config["quantization_config"].pop("quant_method"), r"quantization_config has no quant_method"),
     ("fp8_block", lambda tensors, config: config.update(quantization_config="fp8"), r"quantization_config is not an object"),
     ("int4", say(sparsity_config={"format": "sparse-24-bitmask"}), r"the quantisation has a sparsity_config, which changes weights"),
@@ -741,7 +741,7 @@ BAD = [
     # what nothing claims
     ("fp8_block", add(f"{W1}.weight_scale_2", torch.ones(1)), r"w1.weight_scale_2 belongs to a quantised weight that cannot be decoded"),
     ("fp8_block", add(f"{W1}.weight_scale", torch.ones(2, 2)), r"w1.weight has two scales"),
-    ("int4", add(f"{W1}.weight", torch.ones(32, 32)), r"w1.weight stands in .* twice"),
+    ("int4", add(f"{W1}.weight", torch.ones(32, 32)), r"w1.weight is in .* twice"),
     ("fp8_block", add("model.layers.0.self_attn.z_proj.weight_scale_inv", torch.ones(1, 1)), r"z_proj.weight_scale_inv belongs to a quantised weight"),
     ("gptq", add(f"{W1}.bitmask", torch.ones(4)), r"w1.bitmask belongs to a quantised weight"),
     ("gptq", drop(f"{W1}.qweight"), r"w1.(qzeros|scales|g_idx) belongs to a quantised weight"),

@@ -149,7 +149,7 @@ def _threshold(
         )
     if active is not None and not 1 <= active <= top_k:
         raise UserError(
-            f"{active:g} active active experts of {top_k} per token are impossible", f"choose a number between 1 and {top_k}"
+            f"{active:g} active experts of {top_k} per token are impossible", f"choose a number between 1 and {top_k}"
         )
     critical = critical_values(torch.from_numpy(weights), rule).numpy()
     routed = weights > 0

@@ -272,7 +272,7 @@ def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:
             f"{source}/config.json: quant_method {method!r} cannot be decoded"
             if method
             else f"{source}/config.json: quantization_config has no quant_method",
-            f"supported:  {', '.join(known)}",
+            f"supported: {', '.join(known)}",
         )
     for key in ("sparsity_config", "transform_config"):
         part = config.get(key)

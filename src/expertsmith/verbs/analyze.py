@@ -60,7 +60,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
 ) -> dict[str, Any]:
     """Show what the experts do, as numbers (OUT/measures.json) and as one HTML page (OUT/report.html).
 
-    From the weights alone; with --data also which experts serve which domain and what a cut would lose.
+    From the weights alone; with --data also which experts each domain uses and the expected loss of pruning.
 
     [dim]expertsmith analyze Qwen/Qwen1.5-MoE-A2.7B -d code=code.jsonl -d math=math.jsonl --all-experts 512 -o look[/dim]
 

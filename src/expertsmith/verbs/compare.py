@@ -53,7 +53,7 @@ def compare(
 ) -> dict[str, Any]:
     """Compare many methods and ratios from one calibration: one table, and a picture of quality over size. Random draws are always included.
 
-    Only plans and numbers are written: each plan is judged on the loaded model. An interrupted run resumes after the last finished cell.
+    Only plans and numbers are written: each plan is evaluated on the loaded model. An interrupted run resumes after the last finished cell.
 
     [dim]expertsmith compare allenai/OLMoE-1B-7B-0924 -m all -k 0.75 -k 0.5 -d c4.jsonl -e heldout.jsonl -o olmoe-methods[/dim]
 

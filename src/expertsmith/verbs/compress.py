@@ -91,7 +91,7 @@ def compress(
     overwrite: Overwrite = False,
     **given: Unpack[Calibrating],
 ) -> dict[str, Any]:
-    """Calibrate, plan, apply, verify and measure in one go.
+    """Calibrate, plan, apply, verify and evaluate in one command.
 
     [dim]expertsmith compress mistralai/Mixtral-8x7B-v0.1 -m easy_ep -k 0.5 -d math=math.jsonl -e math=heldout.jsonl -o mixtral-math[/dim]
 

@@ -244,7 +244,7 @@ def _evaluate(
     ] = False,
     **given: Unpack[JudgingAndServing],
 ) -> dict[str, Any]:
-    """Measure perplexity by domain on held-out text, lm-eval tasks, and what the model writes, next to a reference; with --speed how fast both are.
+    """Measure perplexity by domain on held-out text, lm-eval tasks, and generated text, next to a reference; with --speed also the speed of both.
 
     Differences in tasks and texts come with the standard error of the paired differences, document by document.
 

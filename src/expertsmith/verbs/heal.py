@@ -46,7 +46,7 @@ def heal(
     overwrite: Overwrite = False,
     **given: Unpack[Healing],
 ) -> dict[str, Any]:
-    """Recover a compressed model towards its original. A result that is worse on held-out tokens is not accepted.
+    """Recover the quality of a compressed model. Changes that are worse on held-out tokens are rejected.
 
     least_squares: down projections in closed form, layer by layer, resident or streamed. layer_local: the same, then router, gate, up and down
     projections by gradients within each layer. router: router rows by distillation. lora: merged adapters (needs peft).

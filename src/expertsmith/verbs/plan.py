@@ -71,7 +71,7 @@ def plan(  # noqa: C901  (a case a kind of method)
     work: str | Path | None = None,
     **given: Unpack[Calibrating],
 ) -> Plan:
-    """Choose which experts stay, and which are merged → plan.json, small enough to read and to review.
+    """Choose which experts are kept and which are merged → plan.json, small enough to read and review.
 
     Seconds from statistics; with --data instead of --stats the calibration runs first. Costly results (measured weights, searches) are kept
     in OUT.measured, and an interrupted run resumes from there.

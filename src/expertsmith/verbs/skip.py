@@ -52,7 +52,7 @@ def skip(
     overwrite: Overwrite = False,
     **given: Unpack[Skipping],
 ) -> dict[str, Any]:
-    """Dynamic skipping: tokens leave out experts of small routing weight. The thresholds are written with the checkpoint.
+    """Dynamic skipping: a token skips experts with a small routing weight. The thresholds are written into the checkpoint.
 
     `expertsmith.load(OUT)` and `evaluate` run it with skipping; other engines load OUT and skip nothing.
 

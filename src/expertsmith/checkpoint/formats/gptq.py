@@ -73,7 +73,7 @@ def _is_gptq(headers: Headers) -> bool:
         if packing not in (*PACKINGS, "auto_round:auto_awq", "auto_awq"):
             raise UserError(
                 f"AutoRound's packing_format {packing!r} is not supported",
-                f"supported:  {', '.join(PACKINGS)} and auto_round:auto_awq",
+                f"supported: {', '.join(PACKINGS)} and auto_round:auto_awq",
             )
         return packing in PACKINGS
     if headers.method == "gptq":
