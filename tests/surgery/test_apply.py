@@ -102,7 +102,7 @@ def test_packed_codes_are_not_scored(checkpoints, tmp_path):
     for n in [n for n in tensors if ".experts." in n]:
         tensors[n] = torch.zeros(tensors[n].shape, dtype=torch.uint8)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"{name} is U8, but no scales and no decoder were found for its codes"):
+    with pytest.raises(UserError, match=f"{name} is U8, but it has no scales and no decoder"):
         api.plan(source, "aimer", 4)
 
 
@@ -340,5 +340,5 @@ def test_integers_of_no_known_format_are_refused(dtype, checkpoints, tmp_path):
         tensors[name] = (20 * tensors[name]).clamp(0, 100).to(dtype)
         tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"is [UI]8, but no scales and no decoder were found for its codes"):
+    with pytest.raises(UserError, match=r"is [UI]8, but it has no scales and no decoder"):
         api.plan(source, "random", 4)

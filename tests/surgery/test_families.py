@@ -201,7 +201,7 @@ def test_budgets_that_leave_layers_different_numbers(model_type, checkpoints, st
         if made.uniform_count is not None:
             continue
         if record.uneven is not None:
-            with pytest.raises(UserError, match="cannot hold different numbers of experts"):
+            with pytest.raises(UserError, match="cannot have different numbers of experts"):
                 api.apply(source, made, tmp_path / name)
             continue
         api.apply(source, made, tmp_path / name)

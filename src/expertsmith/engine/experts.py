@@ -1,4 +1,4 @@
-"""Run chosen (token, expert) pairs of an experts module, with the raw outputs in sight."""
+"""Run selected (token, expert) pairs of an experts module and expose the raw outputs."""
 
 from __future__ import annotations
 
