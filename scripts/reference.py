@@ -37,14 +37,14 @@ def supported() -> str:
     without = ", ".join(f"`{row.model_type}`" for row in rows if row.no_class)
     return (
         f"{len(own)} model types of transformers 5.23, each tested through the whole flow on a tiny random model ({part} of them in part). "
-        f"Run as one of them: {aliases}. Without a class that could run them, so from the weights alone: {without}."
+        f"Run as another type: {aliases}. Weights only, because transformers has no class for them: {without}."
     )
 
 
 def family_table() -> str:
     """Every family with what is particular to it."""
     rows = [(f"`{row.model_type}`", row.title, row.status, row.notes) for row in families().values()]
-    return table(("model_type", "family", "status", "what is particular"), rows)
+    return table(("model_type", "family", "status", "peculiarities"), rows)
 
 
 def format_table() -> str:
@@ -91,7 +91,7 @@ def method_sections() -> str:
         parts.append(f"## {m.name} {{ #{m.name} }}")
         parts.append(f"**{m.title}.** {paragraphs(m.doc)}")
         if m.measure is not None:
-            parts.append("What is measured once and kept beside the plan: " + paragraphs(m.measure.__doc__ or ""))
+            parts.append("Measured once and stored next to the plan: " + paragraphs(m.measure.__doc__ or ""))
         facts = [
             ("source", "" if m.paper == "-" else link(m.paper)),
             ("needs", needs(m)),
@@ -147,8 +147,8 @@ def measure_tables() -> str:
     titles = {
         "static": "From the weights: `layers[].static`",
         "usage": "From statistics: `layers[].usage`",
-        "sample": "With every expert run on a sample: `layers[].sample`",
-        "model": "Of the whole model: the top of the file",
+        "sample": "From all experts on a sample: `layers[].sample`",
+        "model": "For the whole model: top level of the file",
     }
     parts = []
     for part, entries in definitions().items():
@@ -160,7 +160,7 @@ def measure_tables() -> str:
 def engine_table() -> str:
     """The engines, and the version whose source was read."""
     rows = [(name, version, str(sum(rule.engine == name for rule in RULES))) for name, version in ENGINES.items()]
-    return table(("engine", "read in", "rules"), rows)
+    return table(("engine", "version checked", "rules"), rows)
 
 
 def rule_tables() -> str:
@@ -172,7 +172,7 @@ def rule_tables() -> str:
             if rule.engine == engine:
                 source = html.escape(rule.source.removeprefix(version + ", "), quote=False).replace("_", r"\_")
                 rows.append((f"`{rule.id.removeprefix(engine + '-')}`", f"{rule.says}<br><small>{source}</small>"))
-        parts += [f"## {engine}", f"Read in {version}.", table(("rule", "what it says, and where that was read"), rows)]
+        parts += [f"## {engine}", f"Checked in {version}.", table(("rule", "what it says, and its source"), rows)]
     return "\n\n".join(parts)
 
 

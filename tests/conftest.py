@@ -16,6 +16,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 
 from expertsmith.arch import families  # noqa: E402
+from tiny import (  # noqa: E402
+    PARTS,
+    TINY_DENSE,
+    tiny_config,
+)
 
 ONLY = os.environ.get("EXPERTSMITH_FAMILIES", "").split()  # `make test-fast`: one family of each kind
 RUN = [  # families with a class of their own; the others are in test_aliases.py
@@ -34,9 +39,9 @@ def random_model(model_type: str, **overrides: object) -> torch.nn.Module:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     record = families()[model_type]
-    config = transformers.CONFIG_MAPPING[model_type](**{**record.tiny, **overrides})
+    config = transformers.CONFIG_MAPPING[model_type](**{**tiny_config(model_type), **overrides})
     if record.composite:  # the published class of the whole, with a tiny vision tower
-        whole, parts = transformers.CONFIG_MAPPING[record.composite], dict(record.tiny_parts)
+        whole, parts = transformers.CONFIG_MAPPING[record.composite], dict(PARTS.get(model_type, {}))
         if "thinker_config" in parts:
             parts["thinker_config"] = {**parts["thinker_config"], "text_config": config.to_dict()}
         else:
@@ -74,15 +79,13 @@ def dense(tmp_path_factory: pytest.TempPathFactory):
     """(model_type, dtype) → directory of a tiny dense model, with noise on norms and biases."""
     import transformers
 
-    from expertsmith.arch.dense import DENSE
-
     transformers.logging.disable_progress_bar()
     root = tmp_path_factory.mktemp("dense")
 
     @cache
     def build(model_type: str, dtype: torch.dtype = torch.float32) -> Path:
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(transformers.CONFIG_MAPPING[model_type](**DENSE[model_type].tiny))
+        model = transformers.AutoModelForCausalLM.from_config(transformers.CONFIG_MAPPING[model_type](**TINY_DENSE[model_type]))
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, value in model.named_parameters():

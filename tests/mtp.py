@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import random_model
-from expertsmith.arch import families, text_config
+from expertsmith.arch import text_config
+from tiny import tiny_config
 
 AFTER_LAST = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "deepseek_v32")  # model.layers.N.eh_proj; the others mtp.fc
 UNDER_MTP = ("qwen3_next", "qwen3_5_moe_text")
@@ -20,7 +21,7 @@ LISTS = {"layer_types": "full_attention", "mlp_layer_types": "sparse"}
 
 def longer(model_type: str) -> tuple[torch.nn.Module, int]:
     """(a tiny random model with one decoder layer more than the family's, the family's number)."""
-    tiny = families()[model_type].tiny
+    tiny = tiny_config(model_type)
     depth = int(tiny["num_hidden_layers"])
     lists = {key: [*tiny[key], value] for key, value in LISTS.items() if key in tiny}
     return random_model(model_type, num_hidden_layers=depth + 1, **lists), depth

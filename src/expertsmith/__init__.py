@@ -1,4 +1,4 @@
-"""expertsmith: look inside, remove, merge and skip the experts of Mixture-of-Experts language models.
+"""expertsmith: analyze, remove, merge and skip the experts of Mixture-of-Experts language models.
 
 `import expertsmith` is quick: torch and transformers are imported by the functions that need them.
 """

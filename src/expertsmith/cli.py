@@ -1,6 +1,6 @@
 """The command line: a command per verb, made from its definition. Tables go to stdout, progress to stderr.
 
-Typer with this adapter was held against cyclopts, which reads annotated signatures itself: it needs an adapter of about the same length for
+We compared Typer and this adapter with cyclopts, which reads annotated signatures itself. cyclopts needs an adapter of about the same length for
 groups in a TypedDict, `--json`, `--quiet` and the reference, and its errors and help would change what scripts see.
 """
 
@@ -59,8 +59,8 @@ app = typer.Typer(
 
     model + data ─calibrate→ statistics ─plan→ plan.json ─apply→ checkpoint ─verify, evaluate→ report
 
-    Each arrow leaves a file, and every stage can rerun alone from the file before it. `compress` does all of it in one go; `demo` shows
-    it offline in under a minute.""",
+    Each stage writes a file and can be re-run from the file before it. `compress` runs all stages at once; `demo` shows
+them offline in under a minute.""",
 )
 
 

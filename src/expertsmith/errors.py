@@ -1,4 +1,4 @@
-"""The one exception that is meant for users: shown in a line or two, without a traceback, exit code 2."""
+"""The one exception for users: shown in one or two lines, without a traceback, exit code 2."""
 
 from __future__ import annotations
 

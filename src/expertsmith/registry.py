@@ -1,4 +1,4 @@
-"""Find what a package holds by scanning its modules, and answer a misspelt name with the close matches."""
+"""Find the modules of a package by scanning it, and suggest close matches for a misspelt name."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not registered: close matches first, else everything there is, or how much."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    everything = f"there are: {', '.join(names)}" if len(names) <= SHOWN else f"there are {len(names):,}, but none is like it"
+    everything = f"there are: {', '.join(names)}" if len(names) <= SHOWN else f"there are {len(names):,}, but none is similar"
     hint = f"did you mean {' or '.join(close)}?" if close else everything
-    return UserError(f"no {kind} is called {name!r}", hint)
+    return UserError(f"there is no {kind} {name!r}", hint)

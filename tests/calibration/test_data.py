@@ -111,7 +111,7 @@ def test_golden_names(text, spec):
 
 @pytest.mark.parametrize("text", ["", "a=", ":5", "a=:5"])
 def test_a_name_without_a_source_is_refused(text):
-    with pytest.raises(UserError, match="names no source"):
+    with pytest.raises(UserError, match="has no source"):
         parse_spec(text)
 
 
@@ -242,7 +242,7 @@ def test_a_hub_data_set_that_cannot_be_loaded_is_refused_in_one_line(monkeypatch
         raise RuntimeError("no such thing\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"'owner/name' is no file here, .* could not be loaded: no such thing$"):
+    with pytest.raises(UserError, match=r"'owner/name' is not a file, .* could not be loaded: no such thing$"):
         list(read_records("owner/name"))
 
 
@@ -328,7 +328,7 @@ def test_a_long_text_brings_no_warning_of_the_tokenizer(tokenizer, capfd):
         ({"messages": "hello"}, "here has the fields messages"),
         ({"input_ids": "1 2 3"}, "here: input_ids is not a list of integers"),
         ({"input_ids": [1, 2.5]}, "here: input_ids is not a list of integers"),
-        ({"messages": ["hello"]}, "here: the chat template refuses these messages"),
+        ({"messages": ["hello"]}, "here: the chat template rejects these messages"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_named(tokenizer, record, says):
@@ -339,12 +339,12 @@ def test_a_record_that_cannot_be_used_is_named(tokenizer, record, says):
 def test_messages_without_a_template_are_refused():
     plain = make_tokenizer()
     plain.chat_template = None
-    with pytest.raises(UserError, match="here holds messages, but the tokenizer has no chat template"):
+    with pytest.raises(UserError, match="here has messages, but the tokenizer has no chat template"):
         tokenize({"messages": [{"role": "user", "content": "x"}]}, plain, "here")
 
 
 def test_text_without_a_tokenizer_is_refused():
-    with pytest.raises(UserError, match="here holds text, but the model directory has no tokenizer"):
+    with pytest.raises(UserError, match="here has text, but the model directory has no tokenizer"):
         tokenize({"text": "x"}, None, "here")
 
 
@@ -420,13 +420,13 @@ def test_an_overlong_record_is_refused_cut_or_dropped(tmp_path):
 @pytest.mark.parametrize("pack", [True, False])
 def test_one_token_is_too_little(tmp_path, pack, vocab_size):
     path = ids_file(tmp_path / "x.jsonl", [[5]])
-    with pytest.raises(UserError, match=r"x\.jsonl (holds one token|has between 2 and 8 tokens)"):
+    with pytest.raises(UserError, match=r"x\.jsonl (has one token|has between 2 and 8 tokens)"):
         load_tokens([str(path)], None, DataOptions(seq_len=8, pack=pack), vocab_size=vocab_size)
 
 
 def test_options_that_make_no_sense_are_refused(tmp_path):
     path = str(ids_file(tmp_path / "x.jsonl", [[5, 6]]))
-    with pytest.raises(UserError, match="no data was given"):
+    with pytest.raises(UserError, match="no data given"):
         load_tokens([], None, DataOptions())
     with pytest.raises(UserError, match="seq_len is 1"):
         load_tokens([path], None, DataOptions(seq_len=1))

@@ -282,7 +282,7 @@ def test_merged_and_quantised_again(kind, family, made, few, tmp_path):
     plan = api.plan(source, "hc_smoe", 0.5, data=few, out=tmp_path / "plan.json", **SMALL)
     found = quantisation_of(open_checkpoint(source))
     if any(formats()[entry.format].encode is None for entry in found.stored.values()):
-        with pytest.raises(UserError, match="cannot be quantised again without calibration data; leave --requantise out"):
+        with pytest.raises(UserError, match="cannot be re-quantised without calibration data; remove --requantise"):
             api.apply(source, plan, tmp_path / "out", requantise=True)
         assert not (tmp_path / "out").exists()
         return
@@ -294,7 +294,7 @@ def test_merged_and_quantised_again(kind, family, made, few, tmp_path):
 
 def test_requantise_where_it_means_nothing(made, tmp_path):
     source, written = made("fp8_block", "mixtral")
-    with pytest.raises(UserError, match="--requantise has nothing to do: no expert is merged"):
+    with pytest.raises(UserError, match="--requantise has no effect: no expert is merged"):
         api.apply(source, api.plan(source, "aimer", 0.5), tmp_path / "out", requantise=True)
     with pytest.raises(UserError, match="is not quantised; there is nothing to do"):
         api.dequantise(written, tmp_path / "out")

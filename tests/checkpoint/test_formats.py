@@ -502,7 +502,7 @@ def test_which_formats_are_quantised_again(kind, tmp_path):
     if kind in AGAIN:
         found.encoded(name, found.read(name))
     else:
-        with pytest.raises(UserError, match="cannot be quantised again without calibration data"):
+        with pytest.raises(UserError, match="cannot be re-quantised without calibration data"):
             found.encoded(name, found.read(name))
 
 
@@ -660,7 +660,7 @@ BAD = [
     ("bnb_int8", put(f"{W1}.SCB", lambda s: s[:31]), r"w1.SCB has shape \[31\], which does not fit"),
     ("int8_bytes", put(f"{W1}.weight_scale", lambda s: s[:31]), r"w1.weight_scale has shape \[31, 1\], which does not fit"),
     # a missing companion
-    ("fp8_block", drop(f"{W1}.weight_scale_inv"), r"w1.weight is F8_E4M3, but no scales and no decoder were found for its codes"),
+    ("fp8_block", drop(f"{W1}.weight_scale_inv"), r"w1.weight is F8_E4M3, but it has no scales and no decoder"),
     ("int4", drop(f"{W1}.weight_scale"), r"w1.weight is quantised, but .*w1.weight_scale is missing"),
     ("int4", drop(f"{W1}.weight_shape"), r"w1.weight is quantised, but .*w1.weight_shape is missing"),
     ("int8_bytes", drop(f"{W1}.weight_scale"), r"w1.weight is quantised, but .*w1.weight_scale is missing"),
@@ -704,7 +704,7 @@ BAD = [
     ("int4", put(f"{W1}.weight_shape", lambda s: torch.tensor([-32, 32])), r"w1.weight_shape says \[-32, 32\], which contradicts"),
     ("int4_actorder", put(f"{W1}.weight_g_idx", fill(9)), r"w1.weight_g_idx names a group that"),
     ("gptq", put(f"{W1}.g_idx", fill(9)), r"w1.g_idx refers to a group that does not exist"),
-    ("gptq_order", say(desc_act=False), r"g_idx: its tensors say columns are in an order of their own, but the quantisation config says desc_act false"),
+    ("gptq_order", say(desc_act=False), r"g_idx: its tensors say columns are in a custom order, but the quantisation config says desc_act false"),
     # a config that contradicts the tensors
     ("int4", say_weights(num_bits=8), r"its tensors say bits 4 .*, but the quantisation config says 8"),
     ("int4", say_weights(group_size=16), r"its tensors say group_size 8, but the quantisation config says 16"),
@@ -716,8 +716,8 @@ BAD = [
     ("int8_bytes", say_weights(type="float"), r"its tensors say codes of int, but the quantisation config says float"),
     ("int8_bytes", say_weights(symmetric=False), r"its tensors say symmetric True, but the quantisation config says False"),
     ("fp8_channel", say_weights(type="int"), r"its tensors say 8 bits of float"),
-    ("fp8_channel", say_weights(strategy="block", block_structure=[16, 16]), r"its tensors say one scale a channel, but the quantisation config says one a block"),
-    ("fp8_channel", say_weights(strategy="tensor"), r"its tensors say one scale a channel, but the quantisation config says one a tensor"),
+    ("fp8_channel", say_weights(strategy="block", block_structure=[16, 16]), r"its tensors say one scale per channel, but the quantisation config says one per block"),
+    ("fp8_channel", say_weights(strategy="tensor"), r"its tensors say one scale per channel, but the quantisation config says one per tensor"),
     ("nvfp4", say_weights(num_bits=8), r"its tensors say 4 bits of float in groups of 16, but the quantisation config says 8 bits of float"),
     ("nvfp4", say_weights(type="int"), r"but the quantisation config says 4 bits of int"),
     ("mxfp4_packed", say_weights(num_bits=8), r"its tensors say 4 bits of float in groups of 32, but the quantisation config says 8 bits"),
@@ -726,22 +726,22 @@ BAD = [
     ("gptq", say(group_size=16), r"its tensors say groups 4, but the quantisation config says group_size 16, which is 2"),
     ("awq", say(bits=8), r"the quantisation config says 8 bits; AWQ has 4"),
     ("awq", say(group_size=16), r"its tensors say groups 4, but the quantisation config says group_size 16, which is 2"),
-    ("gptq", say(checkpoint_format="marlin"), r"checkpoint_format 'marlin' is not known; known are gptq and gptq_v2"),
-    ("awq", say(version="gemv"), r"AWQ of version 'gemv' packs its codes in another way; only version gemm"),
-    ("autoround", say(packing_format="auto_round:exllama"), r"packing_format 'auto_round:exllama' is not known"),
+    ("gptq", say(checkpoint_format="marlin"), r"checkpoint_format 'marlin' is not supported; supported: gptq and gptq_v2"),
+    ("awq", say(version="gemv"), r"AWQ of version 'gemv' packs its codes differently; only version gemm"),
+    ("autoround", say(packing_format="auto_round:exllama"), r"packing_format 'auto_round:exllama' is not supported"),
     ("int4", say(quant_method="gptq"), r"is INT4, groups of 8, but .* says quant_method 'gptq'"),
     ("fp8_block", say(quant_method="mxfp4"), r"is FP8, blocks of 16 × 16, but .* says quant_method 'mxfp4'"),
     ("gptq", say(quant_method="awq"), r"w1|qzeros|scales|shape"),
-    ("fp8_block", say(quant_method="hqq"), r"quant_method 'hqq' cannot be decoded; known are auto-round, awq"),
+    ("fp8_block", say(quant_method="hqq"), r"quant_method 'hqq' cannot be decoded; supported: auto-round, awq"),
     ("fp8_block", lambda tensors, config: config["quantization_config"].pop("quant_method"), r"quantization_config has no quant_method"),
     ("fp8_block", lambda tensors, config: config.update(quantization_config="fp8"), r"quantization_config is not an object"),
     ("int4", say(sparsity_config={"format": "sparse-24-bitmask"}), r"the quantisation has a sparsity_config, which changes weights"),
     ("int4", say(transform_config={"config_groups": {"R1": {"type": "hadamard"}}}), r"the quantisation has a transform_config"),
-    ("fp8_block", two_configs, r"has two quantization_configs that differ, one of its own and one in text_config"),
+    ("fp8_block", two_configs, r"has two different quantization_configs, one at the top and one in text_config"),
     # what nothing claims
-    ("fp8_block", add(f"{W1}.weight_scale_2", torch.ones(1)), r"w1.weight_scale_2 belongs to a quantised weight, but to none that can be decoded"),
+    ("fp8_block", add(f"{W1}.weight_scale_2", torch.ones(1)), r"w1.weight_scale_2 belongs to a quantised weight that cannot be decoded"),
     ("fp8_block", add(f"{W1}.weight_scale", torch.ones(2, 2)), r"w1.weight has two scales"),
-    ("int4", add(f"{W1}.weight", torch.ones(32, 32)), r"w1.weight stands in .* twice"),
+    ("int4", add(f"{W1}.weight", torch.ones(32, 32)), r"w1.weight is in .* twice"),
     ("fp8_block", add("model.layers.0.self_attn.z_proj.weight_scale_inv", torch.ones(1, 1)), r"z_proj.weight_scale_inv belongs to a quantised weight"),
     ("gptq", add(f"{W1}.bitmask", torch.ones(4)), r"w1.bitmask belongs to a quantised weight"),
     ("gptq", drop(f"{W1}.qweight"), r"w1.(qzeros|scales|g_idx) belongs to a quantised weight"),

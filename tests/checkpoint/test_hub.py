@@ -129,7 +129,7 @@ def test_a_revision(revision: str, source: Path, tmp_path: Path, hub: SimpleName
     assert f"`owner/small@{revision}`" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(UserError, match="was made for another checkpoint"):
         api.apply("owner/small", made, tmp_path / "out2")
-    with pytest.raises(UserError, match=r"'owner/small@v9' is neither a directory here nor could it be fetched.*404"):
+    with pytest.raises(UserError, match=r"'owner/small@v9' is not a local directory and could not be downloaded.*404"):
         open_checkpoint("owner/small", revision="v9")
 
 
@@ -146,9 +146,9 @@ def test_a_directory_has_no_revision(source: Path, tmp_path: Path, capsys: pytes
         ("inspect", "demo"), ("dequantise", source, "-o", tmp_path / "o"),
     ):  # fmt: skip
         code, _, err = run_cli(capsys, *command, "--revision", "v1")
-        assert (code, "is not a model of the hub" in err) == (2, True), (command, err)
+        assert (code, "is not a hub model" in err) == (2, True), (command, err)
     assert not [path for path in tmp_path.iterdir() if path != plan]
-    with pytest.raises(UserError, match="names a revision already"):
+    with pytest.raises(UserError, match="already has a revision"):
         api.inspect("owner/small@v1", revision="v2")
 
 
@@ -165,16 +165,16 @@ def test_look_without_a_network(source: Path, cache: Path, tmp_path: Path) -> No
     )
     assert api.inspect("owner/small", revision=MAIN)["num_experts"] == 8
     assert open_checkpoint("owner/small").tensors.keys() == open_checkpoint(source).tensors.keys()
-    with pytest.raises(UserError, match="could it be fetched from the hub"):
+    with pytest.raises(UserError, match="could not be downloaded from the hub"):
         api.inspect("owner/small", revision="v2")
-    with pytest.raises(UserError, match="could it be fetched from the hub"):
+    with pytest.raises(UserError, match="could not be downloaded from the hub"):
         api.inspect("owner/unknown")
 
 
 def test_a_snapshot_that_is_not_whole_is_named(source: Path, cache: Path) -> None:
     folder = snapshot(cache, source)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds no \.safetensors files"):
+    with pytest.raises(UserError, match=r"has no \.safetensors files"):
         api.inspect("owner/small")
 
 
@@ -206,5 +206,5 @@ def test_the_own_layout_of_a_publisher_is_left_out(source: Path, tmp_path: Path)
     (folder / "model.safetensors").rename(folder / "part-1.safetensors")
     assert {info.file.name for info in open_checkpoint(folder).tensors.values()} == {"part-1.safetensors"}
     (folder / "part-1.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds only consolidated\.safetensors: the weights in Mistral's own layout"):
+    with pytest.raises(UserError, match=r"has only consolidated\.safetensors: weights in Mistral's layout"):
         open_checkpoint(folder)

@@ -46,7 +46,7 @@ def test_every_method_meets_every_ratio_and_budget():
     assert [name for name in names if name.startswith("expert_sparsity")] == [
         f"expert_sparsity-{share}" for share in ("0.5", "0.75", "4")
     ]
-    assert notes == ["expert_sparsity has no budget global: not in the table"]
+    assert notes == ["expert_sparsity does not support budget global, so it is not in the table"]
     assert len(names) == len(set(names)) == 6 + 6 + 3 + 3 * 6
 
 
@@ -77,15 +77,15 @@ def test_names_leave_out_what_all_have_in_common():
 
 
 WRONG = {
-    "no method": (([], [0.5], ["uniform"], []), "no methods were given"),
+    "no method": (([], [0.5], ["uniform"], []), "no method given"),
     "unknown method": ((["raep"], [0.5], ["uniform"], []), "did you mean reap"),
     "unknown option": ((["ean:wieghted=1"], [0.5], ["uniform"], []), "did you mean weighted"),
     "option without value": ((["ean:weighted"], [0.5], ["uniform"], []), "is not KEY=VALUE"),
-    "no ratio": ((["reap"], [], ["uniform"], []), "no ratio was given"),
+    "no ratio": ((["reap"], [], ["uniform"], []), "no ratio given"),
     "ratio above 1": ((["reap"], [1.5], ["uniform"], []), "at most 1.0"),
     "unknown budget": ((["reap"], [0.5], ["fair"], []), "no budget 'fair'"),
-    "unknown healing": ((["reap"], [0.5], ["uniform"], ["prayer"]), "no way of healing"),
-    "nothing left": ((["reap"], [0.5], ["threshold"], []), "nothing to compare"),
+    "unknown healing": ((["reap"], [0.5], ["uniform"], ["prayer"]), "no healing method"),
+    "nothing left": ((["reap"], [0.5], ["threshold"], []), "no method to compare"),
 }
 
 
@@ -232,7 +232,7 @@ def test_markdown(small):
     assert "**Keep 0.5: 4 of 8 experts, 50 parameters, 500 B (50 %)**" in text
     assert "| good | **3.00** | **+0.100 ± 0.010** | **0.050** | **97.5 %** | 0.50 | 2.00 kB |" in text
     assert (
-        "Keep 0.5: good loses least, +0.100 ± 0.010 nats a token; random draws +0.400 [0.200, 0.600], 1 of 2 methods are worse"
+        "Keep 0.5: good has the smallest loss increase, +0.100 ± 0.010 nats per token; random draws +0.400 [0.200, 0.600], 1 of 2 methods are worse"
         in text
     )
 
@@ -288,8 +288,8 @@ def test_what_is_left_behind(found):
     }
     assert json.loads((folder / "comparison.json").read_text()) == json.loads(json.dumps(made))
     assert made["notes"] == [
-        "reap has no budget threshold: not in the table",
-        "m_smoe has no budget threshold: not in the table",
+        "reap does not support budget threshold, so it is not in the table",
+        "m_smoe does not support budget threshold, so it is not in the table",
     ]
     for group in made["groups"]:
         assert [entry["draws"] for entry in group["random"]] == ([] if group["budget"] == "threshold" else [3])
@@ -372,7 +372,7 @@ def test_tasks_get_columns(tmp_path, monkeypatch, capsys):
     assert api.compare(*arguments, tasks=["everyday"], task_path=[folder], limit=4, **shape) == made
     assert asked == []
     assert "tasks" not in api.compare(*arguments, **shape)["original"]
-    with pytest.raises(UserError, match="in memory as a whole"):
+    with pytest.raises(UserError, match="the whole model must be in memory"):
         api.compare(*arguments, tasks=["everyday"], task_path=[folder], memory="stream", **shape)
 
 
@@ -398,7 +398,7 @@ def test_the_command(checkpoints, data, tmp_path, capsys):
     code, out, _ = run_cli(capsys, *arguments, "-o", tmp_path / "out")
     assert code == 0
     assert "random, mean of 3" in out
-    assert "loses least" in out
+    assert "has the smallest loss increase" in out
     code, out, _ = run_cli(capsys, *arguments, "-o", tmp_path / "out", "--json")
     assert json.loads(out)["format"] == "expertsmith.comparison"
 
@@ -409,7 +409,7 @@ def test_the_command(checkpoints, data, tmp_path, capsys):
         (["-m", "raep"], "did you mean reap"),
         (["-k", "0.1"], "top_k"),
         (["--budget", "fair"], "no budget 'fair'"),
-        (["--heal", "prayer"], "no way of healing"),
+        (["--heal", "prayer"], "no healing method"),
         (["-e", "nowhere.jsonl"], "data file not found: nowhere.jsonl"),
     ],
 )
@@ -424,7 +424,7 @@ def test_mistakes_end_in_one_line(change, says, checkpoints, data, tmp_path, cap
 def test_methods_without_data_need_none(checkpoints, data, tmp_path):
     made = api.compare(checkpoints("mixtral"), ["aimer"], [0.5], [], data[:1], tmp_path / "out", **SHAPE)
     assert made["calibration"] == {}
-    assert "Experts chosen without text; judged on" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "Experts chosen without text; evaluated on" in (tmp_path / "out" / "comparison.md").read_text()
     for asked in ({"methods": ["reap"]}, {"methods": ["aimer"], "heal": ["least_squares"]}):
         with pytest.raises(UserError, match=r"(reap|least_squares) needs calibration text; pass --data FILE"):
             api.compare(checkpoints("mixtral"), keep=[0.5], data=[], eval_data=data, out=tmp_path / "out", **asked, **SHAPE)

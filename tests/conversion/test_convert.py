@@ -20,6 +20,7 @@ from expertsmith.conversion import groups, routers
 from expertsmith.conversion.settings import WAYS, ask
 from expertsmith.conversion.split import Split
 from expertsmith.errors import UserError
+from tiny import TINY_DENSE
 
 FREE = [name for name in WAYS if name != "tomoe"]
 EXACT = 1e-5  # of the largest logit, where routing weights are exactly one
@@ -29,7 +30,7 @@ FLAT = 1e-2  # where they are one up to the flattening
 # ---- what is asked for
 
 
-CONFIG = {**DENSE["llama"].tiny, "model_type": "llama"}
+CONFIG = {**TINY_DENSE["llama"], "model_type": "llama"}
 
 
 @pytest.mark.parametrize(
@@ -72,16 +73,20 @@ def test_numbers_follow_from_what_is_asked(options, experts, top_k, width, share
             {"experts": 7},
             r"128 neurons do not divide into 7 experts \(2 would be left\).*--experts 4 or 8.*--shared 1",
         ),
-        ("cmoe", {"experts": 6, "shared": 2, "active": 0.1}, r"always-on part and one expert are 0.375"),
-        ("moefication", {"active": 0.2, "active_of": "block"}, r"impossible with attention kept, which is 0.200 of them"),
+        ("cmoe", {"experts": 6, "shared": 2, "active": 0.1}, r"always-on part and one expert alone are 0.375"),
+        (
+            "moefication",
+            {"active": 0.2, "active_of": "block"},
+            r"impossible if attention is kept, which alone is 0.200 of them",
+        ),
         ("moefication", {"active": 1.5}, "between 0 and 1"),
         ("moefication", {"top_k": 9}, "there are 8 routed experts"),
-        ("moefication", {"top_k": 2, "active": 0.75}, "leave one of the two out"),
+        ("moefication", {"top_k": 2, "active": 0.75}, "remove one of the two"),
         ("moefication", {"router": "gate_maen"}, "did you mean gate_mean"),
         ("moefication", {"target": "qwen3_moe"}, "choose mixtral or granitemoeshared"),
-        ("moefication", {"experts": 1}, "nothing to choose"),
-        ("moefication", {"attention": "static"}, "learned, which moefication is not"),
-        ("tomoe", {"top_k": 2}, "picks one expert"),
+        ("moefication", {"experts": 1}, "at least two routed experts"),
+        ("moefication", {"attention": "static"}, "learned, but method moefication is not"),
+        ("tomoe", {"top_k": 2}, "selects one expert"),
         ("tomoe", {"shared": 1}, "--export core"),
         ("tomoe", {"attention": "static"}, "--active-of block"),
         ("tomeo", {}, "did you mean tomoe"),
@@ -95,12 +100,12 @@ def test_what_does_not_go_together_is_refused(method, options, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "mixtral"}, "is a Mixture of Experts already.*compress"),
+        ({"model_type": "mixtral"}, "is already a Mixture of Experts.*compress"),
         ({"model_type": "phi"}, "attention and MLP run in parallel"),
-        ({"model_type": "mamba"}, "no dense family that can be converted is called 'mamba'"),
+        ({"model_type": "mamba"}, "there is no convertible dense family 'mamba'"),
         ({**CONFIG, "mlp_bias": True}, "mlp_bias"),
         ({**CONFIG, "attention_bias": True}, "use --target granitemoeshared"),
-        ({**CONFIG, **DENSE["qwen3"].tiny, "model_type": "qwen3", "use_sliding_window": True}, "sliding-window"),
+        ({**CONFIG, **TINY_DENSE["qwen3"], "model_type": "qwen3", "use_sliding_window": True}, "sliding-window"),
     ],
 )
 def test_models_that_cannot_be_converted(config, message):
@@ -343,7 +348,7 @@ def test_command_line(dense, texts, tmp_path, capsys):
     data = [part for text in texts for part in ("-d", text)]
     code, out, _ = run_cli(capsys, "convert", dense("llama"), "-m", "cmoe", "--experts", 6, "--shared", 2, "-a", 0.5, "--seq-len", 40, *data, "-o", tmp_path / "out", "-q")  # fmt: skip
     assert code == 0
-    assert "a token uses" in out
+    assert "each token uses" in out
     assert "captured energy" in out
     code, out, _ = run_cli(
         capsys, "convert", dense("llama"), "-m", "random", "--seq-len", 40, "-o", tmp_path / "json", "-q", "--json"
@@ -375,7 +380,7 @@ def test_bad_input(arguments, message, dense, texts, tmp_path, capsys):
 def test_an_moe_model_is_sent_to_compress(checkpoints, tmp_path, capsys):
     code, _, err = run_cli(capsys, "convert", checkpoints("mixtral"), "-m", "random", "-o", tmp_path / "out", "-q")
     assert code == 2
-    assert "is a Mixture of Experts already" in err
+    assert "is already a Mixture of Experts" in err
 
 
 def test_a_model_of_the_hub(dense, tmp_path, monkeypatch):
@@ -392,7 +397,7 @@ def test_a_model_of_the_hub(dense, tmp_path, monkeypatch):
     result = api.convert("owner/small", "random", "out", top_k=8, measure=False)
     assert result["export"]["relative"] <= EXACT
     assert "`owner/small`" in (tmp_path / "out/README.md").read_text()
-    with pytest.raises(UserError, match="could it be fetched from the hub: 401 Client Error"):
+    with pytest.raises(UserError, match="could not be downloaded from the hub: 401 Client Error"):
         api.convert("owner/other", "random", "elsewhere")
 
 

@@ -249,7 +249,7 @@ def test_drop_leaves_it_out(model_type, calibrated, tmp_path):
     assert plan.mtp == "drop"
     assert not any(entry.mtp for entry in plan.layers)
     notes = api.apply(source, plan, tmp_path / "out")
-    assert any("multi-token prediction were left out" in note for note in notes)
+    assert any("multi-token prediction were removed" in note for note in notes)
     out = take_inventory(open_checkpoint(tmp_path / "out"))
     assert not out.has_mtp
     config = text_config(out.checkpoint.config)
@@ -303,7 +303,7 @@ def test_different_numbers_a_layer(calibrated, tmp_path):
     api.apply(source, plan, tmp_path / "out")
     verdict = api.verify(source, tmp_path / "out", tokens=64, **RUN)
     assert verdict.passed
-    assert "numbers of experts of their own" in verdict.mtp_not_compared
+    assert "numbers of experts by decoder layer" in verdict.mtp_not_compared
 
 
 def test_plans_that_contradict_themselves(calibrated, tmp_path):
@@ -386,7 +386,7 @@ def test_other_tools_lists(calibrated, tmp_path):
         back = api.plan_from(source, tmp_path / form, 4 if form == "ordered" else None)
         assert back.layers[-1].mtp
         assert (back.layers[-1].keep == plan.layers[-1].keep) or not speaks
-        assert any("does not speak of it" in note for note in back.notes) == (not speaks)
+        assert any("does not contain it" in note for note in back.notes) == (not speaks)
         assert [entry.keep for entry in back.layers[:-1]] == [entry.keep for entry in plan.layers[:-1]]
         assert not any(
             entry.mtp for entry in api.plan_from(source, tmp_path / form, 4 if form == "ordered" else None, mtp="drop").layers
@@ -434,4 +434,4 @@ def test_command_line(calibrated, tmp_path, capsys):
         capsys, "compress", source, "-m", "aimer", "-k", "0.5", "--mtp", "drop", "-o", tmp_path / "o", "--device", "cpu", "-q"
     )
     assert code == 0
-    assert "left out" in out
+    assert "were removed" in out

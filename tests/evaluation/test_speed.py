@@ -147,9 +147,9 @@ def test_the_models_own_tokens(uneven):
         (["--engine", "vllm"], "pip install vllm=="),
         (["--engine", "llama.cpp", "--gguf-converter", __file__], "gguf sentencepiece xllamacpp"),
         (["--engine", "llama.cpp"], "convert_hf_to_gguf.py"),
-        (["--engine", "vllm", "--engine-python", "nowhere/python"], "nowhere/python is not there"),
+        (["--engine", "vllm", "--engine-python", "nowhere/python"], "nowhere/python does not exist"),
         (["--engine", "vlm"], "did you mean vllm"),
-        (["--engine", "vllm", "--device", "cpu"], "leave --device out"),
+        (["--engine", "vllm", "--device", "cpu"], "remove --device"),
         (["--prompt-len", 1000], "has 256 positions"),
         (["--dtype", "int8"], "choose auto, float32, float16 or bfloat16"),
     ],
@@ -169,7 +169,7 @@ def test_a_gguf_file_is_for_llama_cpp(tmp_path, capsys):
 
 
 def test_a_python_without_the_engine(pair):
-    with pytest.raises(UserError, match="has no vllm; make an environment by"):
+    with pytest.raises(UserError, match="has no vllm; make an environment with"):
         engine("vllm", pair[1], sys.executable).__enter__()
     assert python_of("transformers") == sys.executable
 

@@ -367,7 +367,7 @@ def test_prompts_end_where_the_answer_begins(tmp_path):
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     assert tokenizer.decode(load_prompts([spec], tokenizer, room=64, **options)["d"][0].ids) == "<user>add 1<assistant>"
-    with pytest.raises(UserError, match=r"x.jsonl:2 has 32 tokens, and the model's window leaves 20"):
+    with pytest.raises(UserError, match=r"x.jsonl:2 has 32 tokens, but the model's window has room for 20"):
         load_prompts([spec], tokenizer, room=20, **options)
     with pytest.raises(UserError, match="out of range"):
         load_prompts([spec], tokenizer, room=64, samples=9, seed=0, vocab_size=6)
@@ -409,7 +409,9 @@ def test_models_of_other_vocabularies(capsys, half, tmp_path, checkpoints):
 
 @needs_lm_eval
 def test_tasks_run_in_memory_only(capsys, half):
-    assert "in memory as a whole" in refused(capsys, half, "--tasks", "everyday", "--task-path", EXAMPLES, "--memory", "stream")
+    assert "the whole model must be in memory" in refused(
+        capsys, half, "--tasks", "everyday", "--task-path", EXAMPLES, "--memory", "stream"
+    )
 
 
 @needs_lm_eval
@@ -419,8 +421,8 @@ def test_tasks_that_cannot_be_had(capsys, half, tmp_path, monkeypatch):
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
     folder = own_task(tmp_path / "t", "one", DOCUMENTS)
     line = (half, "--task-path", folder, "--tasks")
-    assert "no lm-eval task is called 'oen'; did you mean one?" in refused(capsys, *line, "oen")
-    assert "names no task" in refused(capsys, *line, ",")
+    assert "there is no lm-eval task 'oen'; did you mean one?" in refused(capsys, *line, "oen")
+    assert "--tasks is empty" in refused(capsys, *line, ",")
     assert "task folder not found:" in refused(capsys, half, "--tasks", "one", "--task-path", tmp_path / "nowhere")
 
     own_task(folder, "lost", DOCUMENTS)

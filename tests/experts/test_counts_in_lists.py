@@ -103,7 +103,7 @@ def test_active_parameters_count_each_layers_own(checkpoints: Any, tmp_path: Pat
     ("experts", "top_k", "message"),
     [
         ([8, 8], [2, 1], r"num_experts_per_tok has 2 different numbers for 3 decoder layers"),
-        ([8, 8, "8"], 2, r"num_local_experts is \[8, 8, '8'\], but its entries have to be positive numbers"),
+        ([8, 8, "8"], 2, r"num_local_experts is \[8, 8, '8'\], but it must have one positive number per decoder layer"),
         ([], 2, r"num_local_experts is \[\], but"),
         (8, [2, 2, -1], r"num_experts_per_tok is \[2, 2, -1\]"),
         ([8, 8, 4], 2, r"(does not fit|lacks)"),
@@ -121,6 +121,6 @@ def test_a_list_of_any_length_with_one_number(checkpoints: Any, tmp_path: Path) 
     inventory = take_inventory(open_checkpoint(source))
     api.apply(source, planned(inventory, {layer: [0, 3, 5] for layer in inventory.layers}), tmp_path / "out")
     assert counts_in(tmp_path / "out", "mixtral")[0] == [3, 3]
-    with pytest.raises(UserError, match=r"a list of 2 expert counts, which cannot hold those of layer 2"):
+    with pytest.raises(UserError, match=r"a list of 2 expert counts, with no entry for layer 2"):
         api.apply(source, planned(inventory, {0: [0, 1], 1: [0, 1, 2], 2: [0, 1]}), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()

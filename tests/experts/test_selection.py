@@ -179,7 +179,7 @@ def test_refused_counts_say_what_the_router_needs():
         keep_count(8, grouped)
     with pytest.raises(UserError, match=r"do not divide into 8 expert_groups.*keep 96 or 104"):
         keep_count(100, grouped)
-    with pytest.raises(UserError, match="here: 9 experts should be kept, but it has only 8"):
+    with pytest.raises(UserError, match="here: 9 experts cannot be kept, as it has only 8"):
         keep_count(9, Rules(8, 2), "here")
     assert keep_count(0.39, grouped) == 104  # 100 experts, rounded up to the groups
 

@@ -91,7 +91,7 @@ def of_compressed_tensors(format: str, strategy: str = "channel", groups: int = 
 
 
 FP8 = quantised(method="fp8", weight_block_size=[128, 128])  # 1408 neurons are eleven blocks
-ODD = "experts.5.down_proj is stored in another way than experts.0.down_proj"
+ODD = "experts.5.down_proj is stored differently from experts.0.down_proj"
 GPTQ = quantised(method="gptq", bits=4, group_size=128, sym=True)
 
 # rule → (fires, silent)
@@ -263,7 +263,7 @@ def test_uneven_layers_are_an_error_for_all_but_transformers() -> None:
 def test_the_layer_with_the_fewest_experts_decides() -> None:
     few = replace(UNEVEN, declared={0: 32, 1: 3}, counts={0: 32, 1: 3})
     messages = {finding.rule.id: finding.message for finding in check(few)}
-    assert messages["transformers-top-k"] == "a token uses 4 experts, but there are 3 in decoder layer 1"
+    assert messages["transformers-top-k"] == "each token uses 4 experts, but there are 3 in decoder layer 1"
     groups = replace(V3, declared={3: 256, 4: 8}, counts={3: 256, 4: 8})
     assert {"transformers-group-score", "vllm-uneven"} <= set(fired(groups))
     wrong = replace(UNEVEN, counts={0: 32, 1: 21})
@@ -281,7 +281,7 @@ def test_findings_as_json() -> None:
         "rule": "vllm-sparsemixer",
         "engine": "vllm",
         "level": "error",
-        "message": "a token uses 1 experts, but sparsemixer always chooses 2",
+        "message": "each token uses 1 experts, but sparsemixer always selects 2",
         "remedy": "set num_experts_per_tok to 2",
         "says": finding.rule.says,
         "source": finding.rule.source,
@@ -289,7 +289,7 @@ def test_findings_as_json() -> None:
 
 
 def test_an_unknown_engine_is_named() -> None:
-    with pytest.raises(UserError, match=r"no engine is called 'vlm'; did you mean vllm"):
+    with pytest.raises(UserError, match=r"there is no engine 'vlm'; did you mean vllm"):
         lint(None, "vlm")  # type: ignore[arg-type]
 
 

@@ -147,18 +147,18 @@ def test_clusters_stay_inside_expert_groups():
     choice = find("m_smoe").function(statistics, Facts(3, 4, rules=Rules(4, 1, 2, 1)), 2)
     assert [(entry["into"], entry["from"]) for entry in choice.merge] == [(0, [0, 1]), (2, [2, 3])]
     assert choice.why["labels"] == [0, 0, 1, 1]
-    with pytest.raises(UserError, match="3 clusters cannot be spread evenly over 2 expert_groups"):
+    with pytest.raises(UserError, match="3 clusters cannot be distributed evenly over 2 expert_groups"):
         hc(outputs, [1] * 4, 3, groups=2)
 
 
 def test_choices_that_cannot_be_made():
-    with pytest.raises(UserError, match="layer 3: 6 clusters were asked for, but there are 5 experts"):
+    with pytest.raises(UserError, match="layer 3: 6 clusters requested, but there are 5 experts"):
         hc(POINTS, [1] * 5, 6)
     with pytest.raises(UserError, match="0 clusters"):
         hc(POINTS, [1] * 5, 0)
     with pytest.raises(UserError, match="outputs of expert 2 are not finite"):
         hc([[0.0], [1.0], [math.nan]], [1, 1, 1], 2)
-    with pytest.raises(UserError, match="2 clusters of at most 1 cannot hold 3 experts; use -O capacity=2 or more"):
+    with pytest.raises(UserError, match="2 clusters of at most 1 cannot contain 3 experts; use -O capacity=2 or more"):
         find("m_smoe").function(
             layer_statistics(logit_gram=np.eye(3), selections=[1, 1, 1]), Facts(3, 3, rules=Rules(3, 1)), 2, capacity=1
         )
@@ -221,7 +221,7 @@ def test_global_budget():
     assert list(usages[1]) == [0.6, 0.3, 0.1]
     with pytest.raises(UserError, match="without any"):
         m_smoe_budget(usages, 0.5)
-    with pytest.raises(UserError, match="more than there are experts"):
+    with pytest.raises(UserError, match="more than the number of experts"):
         m_smoe_budget(usages, 3.5)
     statistics = {layer: layer_statistics(selections=(10 * values).astype(int)) for layer, values in usages.items()}
     assert find("m_smoe").allot(statistics, 1.5) == {1: 1, 4: 2}
@@ -630,7 +630,7 @@ def test_log_count_is_written(checkpoints, tmp_path):
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
-    [("mixtral", "adds no bias to the logits"), ("deepseek_v3", "sigmoid"), ("longcat_flash", "adds no bias")],
+    [("mixtral", "has no logit bias"), ("deepseek_v3", "sigmoid"), ("longcat_flash", "has no logit bias")],
 )
 def test_log_count_needs_a_logit_bias(model_type, reason, checkpoints, tmp_path):
     inventory = inventory_of(checkpoints(model_type))
@@ -657,7 +657,7 @@ def test_codes_are_not_averaged(dtype, checkpoints, tmp_path):
     for name in [n for n in tensors if ".mlp.experts." in n]:
         tensors[name] = tensors[name].clamp(0, 1).to(dtype)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"is (U8|F8_E4M3), but no scales and no decoder were found for its codes"):
+    with pytest.raises(UserError, match=r"is (U8|F8_E4M3), but it has no scales and no decoder"):
         inventory_of(source)
 
 

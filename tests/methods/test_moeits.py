@@ -204,7 +204,7 @@ def many_bins():
 @pytest.mark.parametrize(
     ("array", "bins", "says"),
     [
-        (np.array([]), "numpy2", "without entries"),
+        (np.array([]), "numpy2", "empty array"),
         (np.concatenate([np.arange(1000) * 1e-12, [5.0]]), "numpy1", "would take .* bins"),
         (np.array([-3e38, 3e38, 0, 0], dtype=np.float32), "numpy2", "would take"),
         (np.concatenate([np.arange(1000) * 1e-3, [1e5]]) + 1e6, "numpy1", "too narrow for float32"),

@@ -122,8 +122,8 @@ def test_uniform_says_what_it_costs(mixtral):
     made = made_by(work, uniform=True)
     assert made.kept == {0: [0, 1, 2, 3], 1: [4, 5, 6, 7], 2: [0, 1, 6, 7]}
     (note,) = made.notes
-    assert note.startswith("global kept 2 to 5 experts a layer, 12 in all; uniform keeps 4 in each of 3, 12 in all")
-    assert note.endswith("mean of the layers: 0.8750 → 0.7833")
+    assert note.startswith("global kept 2 to 5 experts per layer, 12 in all; uniform keeps 4 in each of 3, 12 in all")
+    assert note.endswith("mean over layers: 0.8750 → 0.7833")
     assert made.method.options == {"budget": "uniform", "keep": 4}
 
 
@@ -181,21 +181,21 @@ def test_order_uniform_from_the_threshold(mixtral):
         "layers 0–1: first words",
         "layer 1: every words",
         "layer 2: last words",
-        "threshold kept 2 to 8 experts a layer, 16 in all; uniform keeps 5 in each of 3, 15 in all"
-        "; 4 experts go that the threshold would keep, 3 stay that it would remove",
+        "threshold kept 2 to 8 experts per layer, 16 in all; uniform keeps 5 in each of 3, 15 in all"
+        "; 4 experts are removed that the threshold would keep, 3 are kept that it would remove",
     ]
 
 
 def test_notes_tell_of_the_layers_that_the_guard_held(mixtral, monkeypatch):
     made = made_by(job(mixtral, steps, None, "threshold"))
-    assert "layer 0: the threshold would leave fewer experts than the router needs: 2 stay" in made.notes
+    assert "layer 0: the threshold would keep fewer experts than the router needs, so 2 are kept" in made.notes
     monkeypatch.setattr("test_planning.SAYS", {layer: ["all"] for layer in range(3)})
     assert made_by(job(mixtral, steps, 4)).notes == ["all layers: all words"]  # a count is no threshold
 
 
 def test_order_of_too_few(mixtral, monkeypatch):
     monkeypatch.setitem(HEIGHTS, 1, [0.9, 0.8, 0.7])
-    with pytest.raises(UserError, match="decoder layer 1: the method can remove 3 of 8 experts"):
+    with pytest.raises(UserError, match="decoder layer 1: the method can remove at most 3 of 8 experts"):
         made_by(job(mixtral, steps, 4))
 
 
@@ -257,7 +257,7 @@ def test_choice_global_never_falls_below_the_router(mixtral, full_stats):
     statistics = planning.statistics_for(mixtral, first, full_stats, ())
     made = made_by(job(mixtral, first, 4, "global", statistics=statistics))
     assert made.counts == [2, 8, 3]
-    assert "decoder layer 0: 1 experts would be left, the router needs 2; 2 stay" in made.notes
+    assert "decoder layer 0: 1 experts would be left, but the router needs 2, so 2 are kept" in made.notes
 
 
 def test_search_keeps_the_count_in_every_layer(checkpoints, data):
@@ -377,7 +377,7 @@ def test_interrupted_search_goes_on(progressive, checkpoints, data, tmp_path, mo
 
 def test_statistics_have_to_be_of_this_model(full_stats, tmp_path):
     other = take_inventory(open_checkpoint(save_tiny("mixtral", tmp_path / "m", intermediate_size=40)))
-    with pytest.raises(UserError, match=r"belong to another model.*calibrate this one"):
+    with pytest.raises(UserError, match=r"from another model.*calibrate this model"):
         planning.statistics_for(other, find("m_smoe"), full_stats, ())
 
 
@@ -396,7 +396,7 @@ def test_a_calibration_too_small_is_noted_in_the_plan(checkpoints, tmp_path):
     few = [str(tmp_path / "few.jsonl")]
     for name in ("m_smoe", "expert_sparsity", "reap"):
         made = api.plan(checkpoints("mixtral"), name, 7, data=few, out=tmp_path / f"{name}.json", **CALIBRATION)
-        assert any("reached by no calibration token" in note for note in made.notes), name
+        assert any("got no calibration token" in note for note in made.notes), name
         assert load_plan(tmp_path / f"{name}.json") == made
 
 
@@ -458,7 +458,7 @@ def test_bounds_hold_in_recipes_too(tmp_path):
 
 @pytest.mark.parametrize("name", ["moeits", "expert_sparsity", "aimer"])
 def test_domains_choose_among_statistics_only(name, checkpoints, data):
-    with pytest.raises(UserError, match=f"method {name} reads no statistics, of which --domain could choose"):
+    with pytest.raises(UserError, match=f"method {name} reads no statistics, so --domain has no effect"):
         api.plan(checkpoints("mixtral"), name, 4, data=data, domains=["a"], **CALIBRATION)
 
 
@@ -475,10 +475,10 @@ def test_a_padded_checkpoint_is_not_planned_on(checkpoints, tmp_path, capsys):
     ):
         code, _, err = run_cli(capsys, *line, "-q")
         assert (code, err.count("\n")) == (2, 1)
-        assert "filled up with dead experts" in err
+        assert "padded with dead experts" in err
     inventory = take_inventory(open_checkpoint(out))
     by_hand = made_by(job(inventory, find("aimer"), 4))
-    with pytest.raises(UserError, match="filled up with dead experts"):
+    with pytest.raises(UserError, match="padded with dead experts"):
         api.apply(out, by_hand, tmp_path / "o")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["padded"]
 
@@ -486,11 +486,11 @@ def test_a_padded_checkpoint_is_not_planned_on(checkpoints, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--statistic", "quantile", "--quantile", "1.5"), "it has to be between 0 and 1"),
-        (("--statistic", "quantile", "--quantile", "nan"), "it has to be between 0 and 1"),
+        (("--statistic", "quantile", "--quantile", "1.5"), "it must be between 0 and 1"),
+        (("--statistic", "quantile", "--quantile", "nan"), "it must be between 0 and 1"),
         (("--statistic", "quantile"), "--statistic is quantile; pass both"),
         (("--quantile", "0.7"), "--statistic is median, but --quantile 0.7 was given; pass both"),
-        (("--active", "1.5"), "for more than two experts a token; choose a quantile"),
+        (("--active", "1.5"), "for more than two experts per token; choose a quantile"),
         (("-e", "no.jsonl"), "data file not found: no.jsonl"),
     ],
 )
@@ -536,9 +536,9 @@ def test_compress_looks_for_all_data_first(checkpoints, data, tmp_path, capsys):
     ("edit", "says"),
     [
         (lambda plan, layer: layer["merge"][0].update(into=0), "merge into 0, which is not a kept expert"),
-        (lambda plan, layer: layer["merge"][0].update(weights=[-1, 2]), "they are shares"),
+        (lambda plan, layer: layer["merge"][0].update(weights=[-1, 2]), "they must be shares"),
         (lambda plan, layer: layer["merge"][0].update({"from": [1, 9]}), "names expert 9, but the ids run from 0 to 7"),
-        (lambda plan, layer: layer["merge"][0].update(log_count=True), "there is nowhere to keep it"),
+        (lambda plan, layer: layer["merge"][0].update(log_count=True), "has no logit bias to store it in"),
         (lambda plan, layer: layer.update(keep=[1], merge=[]), "layer 1 keeps 1 of 8 experts, but the router needs 2"),
         (lambda plan, layer: layer.update(skip_threshold=0.5), "layer 1 has a skip_threshold, but the plan has no skip rule"),
         (
@@ -610,7 +610,7 @@ def test_skip_after_a_plan(checkpoints, data, tmp_path, capsys, monkeypatch):
     )
     assert found["speed"]["ratio"] == {"decode": 1.5}
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "skip thresholds are in config.json" in card
+    assert "config.json has skip thresholds" in card
     assert "load with expertsmith.load" in card  # what apply noted is still there
     assert run_cli(capsys, "verify", source, tmp_path / "out", "-q")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "p.json"]

@@ -23,6 +23,7 @@ from expertsmith.checkpoint.reader import read_header
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import take_inventory
 from expertsmith.surgery.apply import apply_plan
+from tiny import tiny_config
 
 
 def kept_of(plan) -> dict[int, list[int]]:
@@ -101,7 +102,7 @@ def test_packed_codes_are_not_scored(checkpoints, tmp_path):
     for n in [n for n in tensors if ".experts." in n]:
         tensors[n] = torch.zeros(tensors[n].shape, dtype=torch.uint8)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"{name} is U8, but no scales and no decoder were found for its codes"):
+    with pytest.raises(UserError, match=f"{name} is U8, but it has no scales and no decoder"):
         api.plan(source, "aimer", 4)
 
 
@@ -165,7 +166,7 @@ def test_config_keeps_the_sources_key_names(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model_type", [t for t in SUPPORTED if families()[t].group_key and families()[t].tiny.get(families()[t].group_key, 1) > 1]
+    "model_type", [t for t in SUPPORTED if families()[t].group_key and tiny_config(t).get(families()[t].group_key, 1) > 1]
 )
 def test_expert_groups_stay_equal_or_are_flattened(model_type, checkpoints, tmp_path):
     """EASY-EP card, "Required behaviour" (i) and (ii)."""
@@ -339,5 +340,5 @@ def test_integers_of_no_known_format_are_refused(dtype, checkpoints, tmp_path):
         tensors[name] = (20 * tensors[name]).clamp(0, 100).to(dtype)
         tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"is [UI]8, but no scales and no decoder were found for its codes"):
+    with pytest.raises(UserError, match=r"is [UI]8, but it has no scales and no decoder"):
         api.plan(source, "random", 4)

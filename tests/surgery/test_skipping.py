@@ -23,9 +23,10 @@ from expertsmith.engine import Walk, load_model
 from expertsmith.engine.layout import experts_of, is_grouped
 from expertsmith.engine.skipping import install, keep_slots, rescaled_weights, skipping, skipping_forward
 from expertsmith.errors import UserError
+from tiny import tiny_config
 
 SKIPPABLE = [name for name in SUPPORTED if name not in ("llama4_text", "zaya")]  # one expert a token: refused, tested below
-FOUR = {"dbrx": {"ffn_config": {**families()["dbrx"].tiny.get("ffn_config", {}), "moe_top_k": 4}}}
+FOUR = {"dbrx": {"ffn_config": {**tiny_config("dbrx").get("ffn_config", {}), "moe_top_k": 4}}}
 # top-2 by construction of the router, or of the tiny config's expert_groups
 TWO_ONLY = ("phimoe",)
 
@@ -564,11 +565,11 @@ def test_refusals(load):
             pass
         assert words in str(caught.value) + str(caught.value.remedy)
     wide = random_model("qwen3_moe", num_experts_per_tok=4)
-    with pytest.raises(UserError, match="ratio rule compares the two experts"):
+    with pytest.raises(UserError, match="ratio rule is for two experts"):
         install(wide, families()["qwen3_moe"], {0: 0.5}, "ratio")
     split = random_model("mixtral")
     experts_in(split, "mixtral")[1]._is_expert_parallel = True
-    with pytest.raises(UserError, match="decoder layer 1: the experts are spread"):
+    with pytest.raises(UserError, match="decoder layer 1: the experts are distributed"):
         install(split, families()["mixtral"], {0: 0.5, 1: 0.5}, "ratio")
     with pytest.raises(UserError, match="decoder layer 0: the experts' weights are offloaded"):
         install(random_model("mixtral").to("meta"), families()["mixtral"], {0: 0.5}, "ratio")
@@ -580,7 +581,7 @@ def test_refusals(load):
         ("half", {}, "the skip rule"),
         ("ratio", {"statistic": "mode"}, "the statistic for thresholds is 'mode'"),
         ("ratio", {"statistic": "quantile", "quantile": 1.5}, "the quantile for thresholds is 1.5"),
-        ("ratio", {"active": 1.5}, "target for the rule tail"),
+        ("ratio", {"active": 1.5}, "target for the mean number of active experts needs the rule tail"),
         ("tail", {"active": 2.5}, "2.5 active experts of 2"),
         ("tail", {"active": 0.5}, "0.5 active experts of 2"),
     ],

@@ -403,7 +403,7 @@ def test_inspect_says_the_same_to_people(capsys, checkpoints):
     assert f"{facts['bytes'] / 1e3:.2f} kB" in text
     assert "3, of which 2 with experts (1–2)" in text
     assert "sigmoid, selection bias, 1 of 2 expert_groups" in text
-    assert f"{facts['least_experts']} experts a layer have to stay" in text
+    assert f"{facts['least_experts']} experts per layer must be kept" in text
 
 
 # ---- the flow

@@ -201,7 +201,7 @@ FAULTS = {  # what: (change, what the message has to say)
     "a short window": (lambda r: r["evaluate"].update(seq_len=1), ["evaluate.seq_len", "greater than or equal to 2"]),
     "data as one text": (lambda r: r["calibrate"].update(data="a.jsonl"), ["calibrate.data", "valid list"]),
     "no data": (lambda r: r["calibrate"].update(data=[]), ["calibrate.data", "at least 1 item"]),
-    "data without a source": (lambda r: r["evaluate"].update(data=["a="]), ["evaluate.data", "names no source"]),
+    "data without a source": (lambda r: r["evaluate"].update(data=["a="]), ["evaluate.data", "has no source"]),
     "data with a bad limit": (lambda r: r["calibrate"].update(data=["a.jsonl:0"]), ["calibrate.data", "positive number"]),
     "a section that is a list": (lambda r: r.update(apply=["out"]), ["apply"]),
     "no output": (lambda r: r["apply"].pop("out"), ["apply.out: Field required"]),
@@ -220,19 +220,19 @@ FAULTS = {  # what: (change, what the message has to say)
     "apply without a plan": (lambda r: r.pop("plan"), ["apply: there is no plan section"]),
     "verify without apply": (lambda r: r.pop("apply"), ["verify: there is no apply section"]),
     "heal without apply": (lambda r: (r.pop("apply"), r.update(heal=HEAL)), ["heal: there is no apply section"]),
-    "an unknown way of healing": (lambda r: r.update(heal={**HEAL, "method": "prayer"}), ["heal", "no way of healing"]),
+    "an unknown way of healing": (lambda r: r.update(heal={**HEAL, "method": "prayer"}), ["heal", "no healing method"]),
     "an unknown option of healing": (lambda r: r.update(heal={**HEAL, "options": {"sweps": 2}}), ["heal", "did you mean sweeps"]),
     "an unknown method to compare": (lambda r: r.update(compare={**COMPARE, "methods": ["raep"]}), ["compare", "did you mean reap"]),
     "a wrong ratio to compare": (lambda r: r.update(compare={**COMPARE, "keep": [0.5, "half"]}), ["compare", "neither a ratio nor a count"]),
     "a wrong budget to compare": (lambda r: r.update(compare={**COMPARE, "budgets": ["fair"]}), ["compare.budgets", "'global'"]),
-    "an unknown healing to compare": (lambda r: r.update(compare={**COMPARE, "heal": ["prayer"]}), ["compare", "no way of healing"]),
+    "an unknown healing to compare": (lambda r: r.update(compare={**COMPARE, "heal": ["prayer"]}), ["compare", "no healing method"]),
     "nothing to compare on": (lambda r: r.update(compare={**COMPARE, "eval_data": []}), ["compare.eval_data", "at least 1 item"]),
     "an unknown way of converting": (lambda r: r.update(convert={"method": "tomeo", "out": "o"}), ["convert", "did you mean tomoe"]),
     "an unknown option of convert": (lambda r: r.update(convert={"method": "cmoe", "out": "o", "expert": 8}), ["convert", "did you mean experts"]),
     "a word for experts": (lambda r: r.update(convert={"method": "cmoe", "out": "o", "experts": "many"}), ["convert", "experts", "valid integer"]),
     "all experts of nothing": (lambda r: r.update(analyze={"out": "o", "all_experts": 8}), ["analyze", "add analyze.data"]),
     "skip without data": (lambda r: r.update(skip={"out": "o"}), ["skip.data: Field required"]),
-    "two outputs of one name": (lambda r: r["plan"].update(out=r["calibrate"]["out"]), ["calibrate and plan have the same out"]),
+    "two outputs of one name": (lambda r: r["plan"].update(out=r["calibrate"]["out"]), ["calibrate and plan have the same output"]),
     "a demo text that there is not": (lambda r: r["calibrate"].update(data=["demo:code/test"]), ["no text demo:code/test", "code, prose, unicode"]),
 }  # fmt: skip
 
@@ -289,7 +289,7 @@ def test_a_plan_needs_statistics_unless_its_method_needs_none(method, tmp_path):
     if methods()[method].data_free:
         assert load_recipe(written(tmp_path, recipe)).plan.method == method
     elif methods()[method].reads == "model":
-        assert f"method {method} runs the model on text: add plan.data" in refusal(tmp_path, recipe)
+        assert f"method {method} needs text: add plan.data" in refusal(tmp_path, recipe)
         recipe["plan"]["data"] = ["a.jsonl"]
         assert load_recipe(written(tmp_path, recipe)).plan.data == ["a.jsonl"]
     else:
@@ -309,9 +309,9 @@ def test_nothing_runs_before_the_whole_recipe_is_right(checkpoints, data, tmp_pa
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("", "is not a table of sections"),
-        ("- model: x\n", "is not a table of sections"),
-        ("just words\n", "is not a table of sections"),
+        ("", "is not a mapping of sections"),
+        ("- model: x\n", "is not a mapping of sections"),
+        ("just words\n", "is not a mapping of sections"),
         ("model: [a\nplan: b: c\n", "is not YAML"),
         ("model: !!python/object/apply:os.system ['true']\n", "is not YAML"),
         ("model: m\n", "nothing to do"),
@@ -440,7 +440,7 @@ def test_the_command_lists_and_copies(tmp_path, monkeypatch, capsys):
     for arguments, says in (
         (["easy_ep"], "exists already"),
         (["easy_pe"], "did you mean easy_ep"),
-        (["--to", "x.yaml"], "no recipe to copy"),
+        (["--to", "x.yaml"], "without a recipe name"),
     ):
         code, _, err = run_cli(capsys, "recipes", *arguments)
         assert code == 2

@@ -1,1 +1,1 @@
-"""Look inside: what the experts do, as numbers and as a page. Reads weights and statistics; changes nothing."""
+"""Analyze what the experts do, as numbers and as a page. Reads weights and statistics; changes nothing."""

@@ -1,4 +1,4 @@
-"""What every number of `measures.json` is: unit and definition. Symbols: E experts of a layer, T tokens, g routing weight, f raw output."""
+"""Unit and definition of every measure in `measures.json`. Symbols: E experts of a layer, T tokens, g routing weight, f raw output."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ STATIC = {
     "router_similarity": (COSINE, "mean of router_cosine over pairs"),
     "projections.*.norm": ("weight units", "[E] Frobenius norm of the expert's matrix"),
     "projections.*.matrix_cosine": (COSINE, f"between whole matrices, flattened ({PAPER}); members in matrix_members"),
-    "projections.*.matrix_similarity": (COSINE, "mean of matrix_cosine over pairs of routed experts, copies left out"),
+    "projections.*.matrix_similarity": (COSINE, "mean of matrix_cosine over pairs of routed experts, without copies"),
     "projections.*.neuron_cosine": (
         COSINE,
-        f"between mean neurons, whatever their order ({PAPER}); members in neuron_members: routed experts, then shared and dense FFN",
+        f"between mean neurons, independent of their order ({PAPER}); members in neuron_members: routed experts, then shared and dense FFN",
     ),
-    "projections.*.neuron_similarity": (COSINE, "mean of neuron_cosine over pairs of routed experts, copies left out"),
+    "projections.*.neuron_similarity": (COSINE, "mean of neuron_cosine over pairs of routed experts, without copies"),
     "projections.*.copies": ("pairs", "pairs of experts whose matrices have a cosine of 1 (to 1e-6)"),
     "projections.*.zero_experts": ("experts", "experts whose matrix is all zeros"),
     "projections.*.pca": (
         "standard deviations",
         "[E, 2] first two principal components of the flattened matrices, every entry standardised over experts (n - 1); of the sampled neurons, "
-        "scaled to all of them: squared distances are right to about a part in the root of the sampled entries",
+        "scaled to all of them: the relative error of squared distances is about 1 / sqrt(number of sampled entries)",
     ),
     "projections.*.pca_explained": (SHARE, "of the variance by each of the two components"),
     "projections.*.effective_rank": (
@@ -32,7 +32,7 @@ STATIC = {
     ),
     "projections.*.effective_rank_error": (
         "dimensions",
-        "half the difference of two disjoint samples; 0 where all neurons are in",
+        "half the difference between two disjoint samples; 0 if all neurons are sampled",
     ),
     "projections.*.match": (
         "cosines and Kendall's tau",
@@ -42,11 +42,11 @@ STATIC = {
     ),
     "projections.*.dense_match": (
         COSINE,
-        "[E] mean over sampled neurons of the largest cosine to a neuron of the dense FFN; 1: cut out of it",
+        "[E] mean over sampled neurons of the largest cosine to a neuron of the dense FFN; 1: copied from it",
     ),
     "joint_match": (
         COSINE,
-        "as match, with one order for all projections of a pair, which would leave the expert's function as it is",
+        "as match, with one order for all projections of a pair, which keeps the expert's function",
     ),
     "router_expert": (
         "R², r",
@@ -63,25 +63,28 @@ USAGE = {
     "mean_norm": ("activation units", "[E] mean ||f|| over the tokens routed to the expert"),
     "max_norm": ("activation units", "[E] largest ||f||"),
     "routing_entropy": ("nats", "mean over tokens of the entropy of the full router scores, scaled to sum 1"),
-    "routing_entropy_share": (SHARE, "of its maximum ln E: 1 is a router that does not care, 0 one that is sure"),
+    "routing_entropy_share": (SHARE, "of its maximum ln E: 1 is a uniform router, 0 a router that is certain"),
     "load_entropy_share": (SHARE, "entropy of usage over ln E: 1 is an even load"),
     "effective_experts": ("experts", "exp of the entropy of usage"),
     "load_cv": ("ratio", "standard deviation of the selections over their mean: 0 is an even load"),
     "load_peak": ("ratio", "selections of the most used expert over the mean"),
     "unused": ("experts", "that no token was routed to"),
-    "turn": ("1 - cosine", "mean over tokens of 1 - cos(x, x + r): how far the routed output r turned the residual stream x"),
+    "turn": (
+        "1 - cosine",
+        "mean over tokens of 1 - cos(x, x + r): how much the routed output r changes the direction of the residual stream x",
+    ),
     "coselection_lift": (
         "ratio",
-        "[E, E] how often two experts are chosen for one token, over chance given their use and top_k",
+        "[E, E] how often two experts are chosen for one token, relative to chance given their use and top_k",
     ),
     "specialisation": (
         "nats and shares",
         "expert_domain [E, D]: share of each domain in an expert's use, domains weighted alike; information: mutual information of expert and domain; saliency_information: "
-        "the same of EASY-EP mass with a permutation of the sequences' domains as chance",
+        "the same for EASY-EP mass, with permuted domains of the sequences as chance",
     ),
     "stability": (
         SHARE,
-        "by domain: overlap of the half of the experts that n demonstrations choose (EASY-EP) with the choice of all others; chance 1/2 or so (arXiv 2504.06792)",
+        "by domain: overlap of the half of the experts that n demonstrations choose (EASY-EP) with the choice of all others; chance about 1/2 (arXiv 2504.06792)",
     ),
 }
 SAMPLE = {
@@ -101,7 +104,7 @@ SAMPLE = {
     ),
     "activation_cosine": (
         COSINE,
-        f"between what enters the down projections, neuron by neuron, mean over tokens (the paper shows act(W_gate x) as pictures, {PAPER})",
+        f"between inputs of the down projections, neuron by neuron, mean over tokens (the paper shows act(W_gate x) as pictures, {PAPER})",
     ),
     "activation_similarity": (COSINE, "mean of activation_cosine over pairs"),
     "norm_score_rho": (
@@ -114,7 +117,7 @@ SAMPLE = {
     ),
     "largest_norm_selected": (
         SHARE,
-        "of tokens whose largest-norm expert was selected, biases and groups in force; by chance top_k/E",
+        "of tokens whose largest-norm expert was selected, with biases and groups applied; by chance top_k/E",
     ),
     "chosen_norm_percentile": (SHARE, "mean rank of the selected experts' norms, 0 smallest to 1 largest; by chance 1/2"),
     "rank_counts": ("tokens", f"rows: score rank, columns: norm rank, both ascending ({PAPER}); 16 bins above 64 experts"),
@@ -129,9 +132,9 @@ MODEL = {
     "observations": ("see each", f"the three observations of {PAPER} as tests: statistic, chance level, the paper's numbers, verdict"),
     "super_experts": ("activation units", "experts whose largest output norm is above the 99.5th percentile, a tenth of the largest (arXiv 2507.23279), and five times the median"),
     "before_cut": (SHARE, "[methods, ratios, domains, layers] of routing mass and output energy that the dropped experts carry; _own: experts chosen for that domain alone"),
-    "redundant_layers": ("1 - cosine", "layers that turn the residual stream by less than half of what the median layer does"),
-    "suggested_budget": ("experts", "fewest experts by EASY-EP that lose at most the tolerance of output energy in every domain, before tokens are routed anew"),
-    "after_cut": (SHARE, "what the plan dropped had carried, and moved: total variation distance of the kept experts' use before and after"),
+    "redundant_layers": ("1 - cosine", "layers that change the direction of the residual stream less than half as much as the median layer"),
+    "suggested_budget": ("experts", "fewest experts by EASY-EP that lose at most the tolerance of output energy in every domain, before tokens are re-routed"),
+    "after_cut": (SHARE, "share of the dropped experts, and moved: total variation distance of the kept experts' use before and after"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Before and after a cut: what each method and keep ratio would lose, which layers matter little, a budget; and what a plan took away."""
+"""Before and after pruning: expected loss of each method and keep ratio, redundant layers, a budget; and what a plan removed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def scores(method: Method, entry: LayerStatistics, facts: Facts) -> list[float]:
 def lost_share(sums: Mapping[str, Array], kept: Sequence[int], what: str) -> float:
     """The share of routing mass (sum of routing weights) or output energy (sum of (g ||f||)^2) that the dropped experts carry.
 
-    It is what goes before tokens are routed anew; energy leaves the cross terms between experts out.
+    This is the loss before tokens are re-routed; energy ignores cross terms between experts.
     """
     parts = share(sums[PARTS[what]].astype(np.float64))
     return float(max(0.0, 1 - parts[list(kept)].sum())) if parts.sum() else 0.0
@@ -119,7 +119,7 @@ def redundant_layers(statistics: Statistics) -> dict[str, Any]:
 
 def suggest_budget(statistics: Statistics, rules: Mapping[int, Rules], model_type: str) -> dict[str, Any]:
     """The fewest experts of each layer, ranked by EASY-EP, that lose at most 5 % of output energy in every domain; uniform: the largest of these
-    numbers. `for_domain`: the same for each domain alone. It looks at shares before tokens are routed anew: a start for `plan` and
+    numbers. `for_domain`: the same for each domain alone. It looks at shares before tokens are re-routed: a start for `plan` and
     `evaluate`, no promise."""
     found: dict[str, Any] = {"method": SUGGESTED_BY, "tolerance": TOLERANCE, **_fewest(statistics, rules, model_type)}
     if len(statistics.domains) > 1:
@@ -153,12 +153,12 @@ def check_plan(plan: Plan, reference: str, counts: Mapping[int, int], left: Mapp
         if counts.get(entry.layer) != entry.num_experts:
             raise UserError(
                 f"the plan has {entry.num_experts} experts in decoder layer {entry.layer}, {reference} has {counts.get(entry.layer, 0)}",
-                "give the plan and the model that it was made for",
+                "give a plan and the model of that plan",
             )
         if left.get(entry.layer) != len(entry.keep):
             raise UserError(
                 f"the plan keeps {len(entry.keep)} experts in decoder layer {entry.layer}, but {output} has {left.get(entry.layer, 0)}",
-                "give the plan that this checkpoint was written by (it lies in its expertsmith/plan.json)",
+                "give the plan of this checkpoint (its expertsmith/plan.json)",
             )
 
 

@@ -1,4 +1,4 @@
-"""The folder that `analyze` leaves: `measures.json`, `report.html`, and the statistics that were made on the way."""
+"""The output folder of `analyze`: `measures.json`, `report.html`, and the statistics it collected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's three observations as tests on the model at hand (arXiv 2406.18219): statistic, chance level, the paper's numbers, verdict.
+"""The paper's three observations as tests on the given model (arXiv 2406.18219): statistic, chance level, the paper's numbers, verdict.
 
 Verdicts: "supported", "partly", "not supported", or "not testable" with the reason. The rules are ours; the paper judges by eye.
 """
@@ -62,9 +62,7 @@ def neurons_like_experts(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if "gate" not in rows[0][1]:
         return _result(1, title, "not testable", "The experts of this family have no gate projection.")
     if max(entry["num_experts"] for entry in layers) < LEAST_EXPERTS:
-        return _result(
-            1, title, "not testable", f"Fewer than {LEAST_EXPERTS} experts a layer: too few pairs to tell from chance."
-        )
+        return _result(1, title, "not testable", f"Fewer than {LEAST_EXPERTS} experts per layer: too few pairs for a test.")
     used = [(layer, found) for layer, found in rows if all(found[role] for role in found)]
     if not used:
         return _result(1, title, "not testable", "Router rows or mean neurons do not differ between experts.")
@@ -121,7 +119,7 @@ def router_likes_norms(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         verdict = "partly"
     text = (
         f"Rank correlation of output norm and router score is {rho:+.2f} (by chance 0), above 0 in {above} of {len(used)} layers; the expert with the "
-        f"largest output is the top-scored one for {100 * top:.0f} % of tokens ({100 * chance:.0f} % by chance, {lift:.1f} times); chosen experts "
+        f"largest output is the top-scored one for {100 * top:.0f} % of tokens ({100 * chance:.0f} % by chance, {lift:.1f} times); selected experts "
         f"stand at percentile {100 * percentile:.0f} of the norms (50 by chance)."
     )
     return _result(
@@ -171,7 +169,7 @@ def diversity_grows(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
             3,
             title,
             "not testable",
-            f"Needs {LEAST_LAYERS} layers with experts or more to see a trend; this model has {len(layers)}.",
+            f"A trend needs at least {LEAST_LAYERS} layers with experts; this model has {len(layers)}.",
         )
     series: dict[str, list[Any]] = {}
     for entry in layers:
@@ -188,7 +186,7 @@ def diversity_grows(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     order = ("expert outputs (angular)", "mean gate neurons", "mean up neurons")
     name = next((candidate for candidate in order if candidate in whole), None)
     if name is None:
-        return _result(3, title, "not testable", "No similarity between experts has a value in every layer.")
+        return _result(3, title, "not testable", "No similarity measure has a value in every layer.")
     main = whole[name]
     grows, none = main["rho"] < 0 and main["p"] < 0.05, main["rho"] >= 0 or main["p"] >= 0.5
     if grows and main["last_above"]:
@@ -200,7 +198,7 @@ def diversity_grows(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     z = "" if main["last_z"] is None else f" (z {main['last_z']:+.1f} against the trend)"
     text = (
         f"Similarity of {name}: rank correlation with depth {main['rho']:+.2f} before the last layer (p {main['p']:.2g}, {len(layers)} layers; negative is "
-        f"growing diversity); the last layer is {'more alike than' if main['last_above'] else 'not more alike than'} those before it{z}."
+        f"growing diversity); the last layer is {'more similar than' if main['last_above'] else 'not more similar than'} those before it{z}."
     )
     return _result(
         3, title, verdict, text, judged_on=name, **{key: main[key] for key in ("rho", "p", "last_z", "last_above")},

@@ -1,6 +1,6 @@
-"""The page: one HTML file with the measures, the figures' code and plotly.js in it, so that it needs no network.
+"""The page: one HTML file with the measures, the figures' code and plotly.js, so it works offline.
 
-The script reads the same object that `measures.json` holds, shortened to what a picture can show: three decimals, similarity matrices as
+The script reads the content of `measures.json`, reduced to what a figure can show: three decimals, similarity matrices as
 their lower triangles.
 """
 
@@ -55,12 +55,12 @@ def filled(template: str, parts: Mapping[str, str]) -> str:
 
 
 def embedded(value: Any) -> str:
-    """JSON that can stand inside a script element."""
+    """JSON that is safe inside a script element."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def plotly() -> str:
-    """plotly.js, to stand inside a script element."""
+    """plotly.js, safe inside a script element."""
     return asset("plotly-cartesian.min.js").replace("</script", "<\\/script")
 
 
@@ -87,7 +87,7 @@ def _verdict(found: Mapping[str, Any]) -> str:
     kind = found["verdict"].replace(" ", "-")
     return (
         f'<article class="verdict {kind}"><span class="badge">{escape(found["verdict"])}</span><h3>{found["observation"]}. {escape(found["title"])}</h3>'
-        f"<p>{escape(found['text'])}</p><p>{escape(found['paper'])}</p><details><summary>How it is judged</summary><p>{escape(found['rule'])}</p></details></article>"
+        f"<p>{escape(found['text'])}</p><p>{escape(found['paper'])}</p><details><summary>How this is decided</summary><p>{escape(found['rule'])}</p></details></article>"
     )
 
 

@@ -105,7 +105,7 @@ def _points(norms: Array, scores: Array, selected: Array, seed: int) -> dict[str
 
 
 def loved_tokens(sample: LayerSample, decode: Callable[[int], str] | None) -> list[list[dict[str, Any]]]:
-    """For every expert the token ids that go to it most above its usual rate, of those seen at least 5 times.
+    """For every expert, the token ids routed to it most often relative to its usual rate, among those seen at least 5 times.
 
     With c occurrences of which r went to expert e, and p = the expert's rate over all tokens: lift = ((r + 5 p) / (c + 5)) / p, so that
     rare tokens need more.

@@ -1,6 +1,6 @@
 """Similarity of experts: the mathematics of "A Closer Look into Mixture-of-Experts" (arXiv 2406.18219), numbers in, numbers out.
 
-Cosines come from Gram matrices that the callers accumulate, so that no two experts have to be in memory at once. A zero vector has no direction:
+Callers accumulate Gram matrices, and cosines are computed from these, so two experts need not be in memory at once. A zero vector has no direction:
 its cosines are NaN, also with itself.
 """
 

@@ -1,6 +1,6 @@
-"""What the static measures read of a layer: the experts' matrices, the router's rows, the shared experts and a dense model's FFN.
+"""The inputs of the static measures for one layer: the experts' matrices, the router's rows, the shared experts and a dense model's FFN.
 
-Every matrix is handed out with a row a neuron: gate and up [neurons, inputs] as they are, down transposed.
+Every matrix has one row per neuron: gate and up are [neurons, inputs] as stored, down is transposed.
 """
 
 from __future__ import annotations
@@ -112,12 +112,12 @@ def dense_model(checkpoint: Checkpoint, hidden: int) -> DenseModel:
     if not layers:
         raise UserError(
             f"{checkpoint.source} has no dense FFN (layers.N.mlp.{{gate,up,down}}_proj) to compare with",
-            "--dense takes a dense model such as a Llama, Mistral or Qwen checkpoint",
+            "--dense needs a dense model such as a Llama, Mistral or Qwen checkpoint",
         )
     name = next(iter(next(iter(layers.values())).values()))
     if hidden not in checkpoint.tensors[name].shape:
         raise UserError(
-            f"{checkpoint.source} has another hidden size: {name} is {list(checkpoint.tensors[name].shape)}, the experts work on {hidden}",
+            f"{checkpoint.source} has a different hidden size: {name} is {list(checkpoint.tensors[name].shape)}, the experts work on {hidden}",
             "compare with a dense model of the same hidden size",
         )
     return made

@@ -1,7 +1,7 @@
-"""Static measures of one layer: what the weights alone say. One read of the weights, one projection of one layer in memory at a time.
+"""Static measures of one layer, from the weights alone. One read of the weights, one projection of one layer in memory at a time.
 
 Whole matrices are compared exactly. What would grow with neurons squared times pairs (matching neurons) or neurons cubed (ranks) is done on a
-seeded sample of neurons and pairs, and its error stands beside it.
+seeded sample of neurons and pairs, and reported with its error.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Role:
 def measure_layer(
     weights: LayerWeights, sampling: Sampling | None = None, advance: Callable[[float], object] = lambda _: None
 ) -> dict[str, Any]:
-    """The static measures of a layer (names: `catalogue.STATIC`). `advance` is told 1 for every expert matrix that was read.
+    """The static measures of a layer (names: `catalogue.STATIC`). `advance` is called with 1 for every expert matrix that was read.
 
     Raises:
         UserError: NaN or inf in a weight, or packed weights.

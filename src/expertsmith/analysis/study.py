@@ -1,4 +1,4 @@
-"""Put the measures together: what was asked for and is there, layer by layer, then over the model; and write `measures.json`."""
+"""Collect the requested and available measures, layer by layer, then for the whole model, and write `measures.json`."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def refuse_single(inventory: Inventory) -> None:
     """Raises UserError where no layer has two experts."""
     if max(inventory.counts.values()) < 2:
         raise UserError(
-            f"{inventory.checkpoint.source} has one routed expert a layer: there is nothing to compare",
-            "analyze a model with two experts a layer or more",
+            f"{inventory.checkpoint.source} has one routed expert per layer: there is nothing to compare",
+            "analyze a model with at least two experts per layer",
         )
 
 
@@ -130,15 +130,17 @@ def _notes(material: Material, rows: list[dict[str, Any]]) -> list[str]:
     sampling, first = material.sampling, next(iter(rows[0]["static"]["projections"].values()))
     if first["neurons"] > sampling.neurons:
         notes.append(
-            f"Neurons were matched, and ranks taken, on {sampling.neurons} of {first['neurons']} neurons an expert; errors stand beside the values."
+            f"Neuron matching and ranks use {sampling.neurons} of {first['neurons']} neurons per expert; errors are shown with the values."
         )
     pairs = first["match"]
     if pairs and len(pairs["pairs"]) < pairs["of_pairs"]:
-        notes.append(f"Neurons were matched for {len(pairs['pairs'])} of {pairs['of_pairs']} expert pairs a layer.")
+        notes.append(f"Neurons were matched for {len(pairs['pairs'])} of {pairs['of_pairs']} expert pairs per layer.")
     if material.statistics is None:
-        notes.append("No text was given: what depends on it (usage, domains, norms, what a cut would lose) is left out.")
+        notes.append("No text was given, so usage, domains, norms and the expected loss of pruning are left out.")
     elif not any("sample" in row for row in rows):
-        notes.append("Not all experts were run: outputs are not compared, and observation 2 is not tested (--all-experts 512).")
+        notes.append(
+            "Not all experts were run, so outputs are not compared and observation 2 is not tested (pass --all-experts 512)."
+        )
     few = [name for name, count in (material.statistics.tokens if material.statistics else {}).items() if count < 1000]
     if few:
         notes.append(f"Fewer than 1000 tokens of {', '.join(few)}: shares and means are noisy.")
@@ -150,7 +152,7 @@ def _notes(material: Material, rows: list[dict[str, Any]]) -> list[str]:
             "chooses, not how sure it is. Scores and their entropy say nothing here."
         )
     if len(rows) == 1:
-        notes.append("The model has one layer with experts: nothing can be said about depth.")
+        notes.append("The model has one layer with experts, so trends over depth cannot be tested.")
     if material.dense:
         absent = [
             row["layer"] for row in rows if not any("dense_match" in found for found in row["static"]["projections"].values())

@@ -1,4 +1,4 @@
-"""What the measures say, in plain words."""
+"""Summary sentences of the measures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _model(m: dict[str, Any]) -> list[str]:
     experts = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     layers = len(m["layers"])
     data = m.get("data")
-    text = f"{m['model']['family']}: {layers} layer{'s' * (layers > 1)} of {experts} routed experts, of which a token uses {m['model']['top_k']}"
+    text = f"{m['model']['family']}: {layers} layer{'s' * (layers > 1)} of {experts} routed experts, of which each token uses {m['model']['top_k']}"
     seen = (
         f", seen on {sum(data['tokens'].values()):,} tokens of {len(data['tokens'])} domain{'s' * (len(data['tokens']) > 1)}."
         if data
@@ -51,22 +51,20 @@ def _alike(m: dict[str, Any]) -> list[str]:
     )
     said = []
     if outputs is not None:
-        word = "nearly the same thing" if outputs > HIGH else "related things" if outputs > 0.6 else "unrelated things"
+        word = "nearly identical" if outputs > HIGH else "related things" if outputs > 0.6 else "unrelated things"
         said.append(
-            f"On the same token, different experts answer with {word}: angular similarity {outputs:.2f}, where 0.5 is unrelated and 1 the same."
+            f"On the same token, outputs of different experts are {word}: angular similarity {outputs:.2f}, where 0.5 is unrelated and 1 is identical."
         )
     else:
         neurons = _mean(m, lambda entry: entry["static"]["projections"]["up"]["matrix_similarity"])
         if neurons is not None:
-            said.append(
-                f"The experts' up matrices have a mean cosine of {neurons:.3f} to each other (0: unrelated, 1: copies)."
-            )
+            said.append(f"The mean cosine between the experts' up matrices is {neurons:.3f} (0: unrelated, 1: copies).")
     if copies:
         said.append(f"{copies} pair{'s' * (copies > 1)} of experts are copies of each other.")
     dense = _mean(m, lambda entry: float(np.mean(entry["static"]["projections"]["up"]["dense_match"])))
     if dense is not None:
         said.append(
-            f"Neurons of the experts have their nearest neuron of the dense model at a cosine of {dense:.3f} on average (1: taken over unchanged)."
+            f"The mean cosine between an expert's neuron and the nearest neuron of the dense model is {dense:.3f} (1: copied)."
         )
     return said
 
@@ -79,13 +77,13 @@ def _load(m: dict[str, Any]) -> list[str]:
     unused = sum(entry["usage"]["all"]["unused"] for entry in m["layers"])
     peak = max(((entry["usage"]["all"]["load_peak"], entry["layer"]) for entry in m["layers"]), default=(0, 0))
     word = "even" if even > 0.95 else "fairly even" if even > HIGH else "uneven"
-    text = f"The load is {word} ({100 * even:.0f} % of the greatest possible entropy); the busiest expert, in layer {peak[1]}, gets {peak[0]:.1f} times the average."
+    text = f"The load is {word} ({100 * even:.0f} % of the maximum entropy); the busiest expert, in layer {peak[1]}, gets {peak[0]:.1f} times the average."
     if unused:
-        text += f" {unused} expert{'s' * (unused > 1)} got no token at all."
+        text += f" {unused} expert{'s' * (unused > 1)} got no tokens."
     sharp = (
         ""
         if sure is None or sure > FLAT
-        else f" The router is {'sure of its choice' if sure < LOW else 'undecided' if sure > HIGH else 'moderately sure'}: its scores keep {100 * sure:.0f} % of the greatest entropy."
+        else f" The router is {'certain' if sure < LOW else 'uncertain' if sure > HIGH else 'moderately certain'}: its scores keep {100 * sure:.0f} % of the maximum entropy."
     )
     return [text + sharp]
 
@@ -113,17 +111,19 @@ def _cut(m: dict[str, Any]) -> list[str]:
     of = max(row["of"] for row in budget["by_layer"])
     enough = f"at most {100 * budget['tolerance']:.0f} % of the experts' output energy in any layer"
     if budget["uniform"] < of:
-        text = f"Before a cut: {budget['uniform']} of {of} experts in every layer, chosen by {budget['method']}, lose {enough} and domain"
+        text = f"Before pruning: {budget['uniform']} of {of} experts in every layer, chosen by {budget['method']}, lose {enough} and domain"
     else:
-        text = f"Before a cut: no smaller number of experts in every layer loses {enough} and domain"
+        text = f"Before pruning: no smaller number of experts in every layer loses {enough} and domain"
     uneven = budget["share_by_layer"] < budget["uniform"] / of - 0.005
-    said = [text + (f"; layer by layer, {100 * budget['share_by_layer']:.0f} % of the experts would do." if uneven else ".")]
+    said = [text + (f"; layer by layer, {100 * budget['share_by_layer']:.0f} % of the experts are enough." if uneven else ".")]
     own = {name: found["uniform"] for name, found in budget.get("for_domain", {}).items() if found["uniform"] < of}
     if own:
-        said.append(f"For one domain alone fewer do: {', '.join(f'{count} for {name}' for name, count in own.items())}.")
+        said.append(
+            f"For one domain alone, fewer are enough: {', '.join(f'{count} for {name}' for name, count in own.items())}."
+        )
     little = m["redundant_layers"]["redundant"]
     if little:
-        said.append(f"Layers whose experts turn the residual stream least: {', '.join(map(str, little[:6]))}.")
+        said.append(f"Layers whose experts change the residual stream's direction least: {', '.join(map(str, little[:6]))}.")
     return said
 
 
@@ -133,14 +133,14 @@ def _after(m: dict[str, Any]) -> list[str]:
         return []
     gone = sum(len(row["dropped"]) for row in after["layers"])
     of = gone + sum(len(row["kept"]) for row in after["layers"])
-    text = f"The plan ({after['method']}) took {gone} of {of} experts"
+    text = f"The plan ({after['method']}) removed {gone} of {of} experts"
     lost = {name: [row["lost"][name]["energy"] for row in after["layers"]] for name in after["layers"][0].get("lost", {})}
     if lost:
         shares = ", ".join(f"{100 * np.mean(values):.0f} % on {name}" for name, values in lost.items())
-        text += f", which carried part of the output energy: {shares}"
+        text += f", which had this share of the output energy: {shares}"
     moved = [found["moved"] for row in after["layers"] for found in row.get("routing", {}).values()]
     if moved:
-        text += f"; {100 * np.mean(moved):.0f} % of the routed slots of what stays went elsewhere than before"
+        text += f"; {100 * np.mean(moved):.0f} % of the routed slots of kept experts moved to other experts"
     return [text + "."]
 
 

@@ -1,4 +1,4 @@
-"""The measures in a terminal: summary, verdicts, and a line a layer."""
+"""The measures in a terminal: summary, verdicts, and one line per layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dynamic measures from calibration statistics: who is used, by what, how evenly, and how few demonstrations tell."""
+"""Dynamic measures from calibration statistics: expert use by domain, load balance, and how few demonstrations are enough."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = np.ndarray[Any, Any]
 PERMUTATIONS = 199
 SHARE_KEPT = 0.5  # experts that few-shot localisation chooses
 DRAWS = 20  # random sets of demonstrations for every size
-FLAT = 0.9999  # share of the greatest entropy above which router scores are all but equal: they tell an order and no more
+FLAT = 0.9999  # share of the maximum entropy above which router scores are all but equal: they tell an order and no more
 SUPER_QUANTILE, SUPER_SHARE, SUPER_TIMES = 0.995, 0.1, 5.0
 
 

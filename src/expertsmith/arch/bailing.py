@@ -2,16 +2,17 @@
 
 from dataclasses import replace
 
-from expertsmith.arch.base import Architecture, Stacked
+from expertsmith.arch.base import FUSED, Architecture, Stacked
+from expertsmith.arch.kinds import SIGMOID
 
 OWN_CODE = "its classes are code of its own, which knows one number for all layers"
 NO_CLASS = "transformers has no class for it, and the code that comes with the checkpoint is not run"
-NOTES = "What needs no running model works (data-free methods, plan, apply, the bytes of verify), the rest is refused: transformers has no class for it."
+NOTES = "transformers has no class for it, so only commands that do not run the model work: data-free methods, plan, apply, the bytes of verify."
 MOE = Architecture(
     model_type="bailing_moe",
     title="Ling 1.0 and 1.5 (inclusionAI/Ling-lite)",
     status="partial",
-    notes=f"{NOTES} Ling 2.0 may also have this name: expert_groups and the selection bias count where they are there.",
+    notes=f"{NOTES} Ling 2.0 may also have this name; expert_groups and the selection bias apply if present.",
     group_key="n_group",
     top_group_key="topk_group",
     group_minimum=2,
@@ -36,7 +37,8 @@ FAMILIES = (
         group_default=(8, 4),
         score="sigmoid",
     ),
-    Architecture(
+    replace(
+        SIGMOID,
         model_type="bailing_hybrid",
         title="Ling 3.0 (inclusionAI/Ling-3.0-Flash)",
         notes="transformers also reads n_group and num_experts_per_tok, but writes num_expert_group and num_experts_per_token.",
@@ -51,38 +53,8 @@ FAMILIES = (
             Stacked("mlp.gate.weight", "router"),
             Stacked("mlp.gate.expert_bias", "router"),
             Stacked("mlp.gate.e_score_correction_bias", "router"),
-            Stacked("mlp.experts.gate_up_proj"),
-            Stacked("mlp.experts.down_proj"),
+            *FUSED,
         ),
         shared="shared_experts",
-        selection_bias=("gate.e_score_correction_bias",),
-        score="sigmoid",
-        tiny={
-            "hidden_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "head_dim": 8,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
-            "vocab_size": 128,
-            "intermediate_size": 48,
-            "moe_intermediate_size": 24,
-            "num_experts": 8,
-            "num_shared_experts": 1,
-            "num_experts_per_token": 2,
-            "num_expert_group": 2,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "layer_group_size": 3,
-            "num_nextn_predict_layers": 0,
-            "model_max_length": 256,
-            "initializer_range": 0.2,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
     ),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 # the language model's decoder layers only: vision towers and multi-token-prediction stacks have layers too
@@ -64,6 +64,10 @@ class Stacked:
     layout: Layout | None = None
 
 
+# experts fused over all of a layer's: the layout in memory, and that of checkpoints that transformers saved
+FUSED = (Stacked("mlp.experts.gate_up_proj"), Stacked("mlp.experts.down_proj"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One model family (`model_type` of config.json).
@@ -102,7 +106,7 @@ class Architecture:
         "up_proj",
         "down_proj",
     )  # per expert: gate (None: no gate), up, down
-    stacked: tuple[Stacked, ...] = (Stacked("mlp.gate.weight", "router"),)
+    stacked: tuple[Stacked, ...] = (Stacked("mlp.gate.weight", "router"), *FUSED)
 
     ignored: tuple[str, ...] = ()  # regexes of tensor names that the model's class does without, and rightly
 
@@ -153,8 +157,6 @@ class Architecture:
 
     uneven: str | None = None  # why decoder layers cannot hold different numbers of experts; None: they can
     refusal: Callable[[Mapping[str, Any]], str | None] | None = None  # a config this family's record cannot handle: the reason
-    tiny_parts: Mapping[str, Any] = field(default_factory=dict)  # of a composite: the other parts' configs of a tiny model
-    tiny: Mapping[str, Any] = field(default_factory=dict)  # config of a tiny random model: 8 experts, 3 layers, for tests
 
     @property
     def supported(self) -> bool:

@@ -23,18 +23,5 @@ FAMILIES = (
         router="router",
         router_output="logits_only",
         norm="norm_attn_norm.norm_2",
-        tiny={
-            "d_model": 32,
-            "n_heads": 4,
-            "n_layers": 3,
-            "max_seq_len": 256,
-            "vocab_size": 128,
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-            "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2},
-            "initializer_range": 0.2,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
     ),
 )

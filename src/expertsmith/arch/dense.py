@@ -46,7 +46,6 @@ class Dense:
     title: str
     targets: tuple[str, ...]
     refusal: Callable[[Mapping[str, Any], str], str | None] = lambda config, target: None  # (config, target) → why not
-    tiny: Mapping[str, Any] = field(default_factory=dict)
 
 
 DROPS = ("_name_or_path", "auto_map", "pretraining_tp", "mlp_bias", "transformers_version")
@@ -101,20 +100,6 @@ TARGETS = {
     )
 }
 
-BASE = {
-    "hidden_size": 32,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
 
 def _llama(config: Mapping[str, Any], target: str) -> str | None:
     if config.get("mlp_bias"):
@@ -146,27 +131,23 @@ DENSE = {
             title="Llama (Llama-3.2-1B, SmolLM2-135M)",
             targets=("mixtral", "granitemoeshared"),
             refusal=_llama,
-            tiny=dict(BASE, head_dim=8, tie_word_embeddings=True),
         ),
         Dense(
             model_type="mistral",
             title="Mistral (Mistral-7B-v0.3)",
             targets=("mixtral", "granitemoeshared"),
             refusal=_mistral,
-            tiny=dict(BASE, head_dim=8, sliding_window=None),
         ),
         Dense(
             model_type="qwen2",
             title="Qwen2 and Qwen2.5 (Qwen2.5-0.5B)",
             targets=("qwen2_moe",),
-            tiny=BASE,
         ),
         Dense(
             model_type="qwen3",
             title="Qwen3 dense (Qwen3-0.6B)",
             targets=("qwen3_moe",),
             refusal=_qwen3,
-            tiny=dict(BASE, head_dim=8),
         ),
     )
 }

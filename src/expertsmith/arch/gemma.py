@@ -15,8 +15,8 @@ FAMILIES = (
     Architecture(
         model_type="gemma4_text",
         title="Gemma 4 MoE (google/gemma-4-26B-A4B-it)",
-        notes="Router and experts hang on the decoder layer, beside a dense MLP that stands here as the shared expert. After "
-        "the sum follow an optional per-layer input and a multiplication of everything by layer_scalar, so the plain sum "
+        notes="Router and experts are children of the decoder layer, next to a dense MLP that is used as the shared expert. After "
+        "the sum, an optional per-layer input is added and everything is multiplied by layer_scalar, so the plain sum "
         "is not the layer's output.",
         top_k_key=("top_k_experts",),
         expert_prefix=(),
@@ -36,28 +36,5 @@ FAMILIES = (
         residual_exact=False,
         uneven="its position embeddings need configs that are the same for all layers of one attention type",
         refusal=dense,
-        tiny={
-            "hidden_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "global_head_dim": 8,
-            "vocab_size": 128,
-            "vocab_size_per_layer_input": 128,
-            "hidden_size_per_layer_input": 0,
-            "intermediate_size": 48,
-            "moe_intermediate_size": 24,
-            "enable_moe_block": True,
-            "num_experts": 8,
-            "top_k_experts": 2,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-            "sliding_window": 8,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.2,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
     ),
 )

@@ -1,104 +1,46 @@
 """Hunyuan of Tencent."""
 
-from expertsmith.arch.base import Architecture, Stacked
+from dataclasses import replace
 
-BASE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 128,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
+from expertsmith.arch.base import FUSED, Architecture, Stacked
+from expertsmith.arch.kinds import DEEPSEEK, SIGMOID
 
 FAMILIES = (
     Architecture(
         model_type="hunyuan_v1_moe",
         title="Hunyuan-MoE V1 (tencent/Hunyuan-A13B-Instruct)",
-        notes="moe_topk and num_experts may be lists with one number a layer.",
+        notes="moe_topk and num_experts may be lists with one number per layer.",
         top_k_key=("moe_topk", "num_experts_per_tok"),
         expert_width_key=("intermediate_size",),
         stacked=(
             Stacked("mlp.gate.wg.weight", "router"),
-            Stacked("mlp.experts.gate_up_proj"),
-            Stacked("mlp.experts.down_proj"),
+            *FUSED,
         ),
         shared="shared_mlp",
-        tiny=dict(BASE, intermediate_size=24, num_experts=8, moe_topk=2, eod_token_id=3, sep_token_id=4),
     ),
-    Architecture(
+    replace(
+        SIGMOID,
         model_type="hy_v3",
         title="Hy3 (tencent/Hy3-preview)",
-        notes="The selection bias belongs to the block, which hands it to the router.",
+        notes="The block owns the selection bias and passes it to the router.",
         shared_key="num_shared_experts",
         stacked=(
             Stacked("mlp.router.gate.weight", "router"),
             Stacked("mlp.gate.weight", "router"),
             Stacked("mlp.expert_bias", "router"),
             Stacked("mlp.e_score_correction_bias", "router"),
-            Stacked("mlp.experts.gate_up_proj"),
-            Stacked("mlp.experts.down_proj"),
+            *FUSED,
         ),
         shared="shared_experts",
         selection_bias=("e_score_correction_bias",),
-        score="sigmoid",
-        tiny=dict(
-            BASE,
-            intermediate_size=48,
-            moe_intermediate_size=24,
-            num_experts=8,
-            num_shared_experts=1,
-            num_experts_per_tok=2,
-            mlp_layer_types=["dense", "sparse", "sparse"],
-        ),
     ),
-    Architecture(
+    replace(
+        DEEPSEEK,
         model_type="hy_v4",
         title="Hy4 (tencent/Hy4-preview)",
         notes="Hyper-connections: hc_mult residual streams are mixed into the block's input and its output is spread over them "
-        "again, so the norm's input stands for the residual stream. Experts are stored stacked.",
-        experts_key=("n_routed_experts",),
-        group_key="n_group",
-        top_group_key="topk_group",
-        group_minimum=2,
-        shared_key="n_shared_experts",
+        "again, so the norm's input is used as the residual stream. Experts are stored stacked.",
         expert_prefix=(),
-        stacked=(
-            Stacked("mlp.gate.weight", "router"),
-            Stacked("mlp.gate.e_score_correction_bias", "router"),
-            Stacked("mlp.experts.gate_up_proj"),
-            Stacked("mlp.experts.down_proj"),
-        ),
-        shared="shared_experts",
-        selection_bias=("gate.e_score_correction_bias",),
-        score="sigmoid",
         residual_exact=False,
-        tiny=dict(
-            BASE,
-            num_key_value_heads=4,
-            q_lora_rank=16,
-            kv_lora_rank=16,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
-            v_head_dim=8,
-            index_topk=16,
-            index_head_dim=16,
-            index_n_heads=2,
-            hc_mult=2,
-            intermediate_size=48,
-            moe_intermediate_size=24,
-            n_routed_experts=8,
-            n_shared_experts=1,
-            num_experts_per_tok=2,
-            n_group=2,
-            topk_group=1,
-            mlp_layer_types=["dense", "sparse", "sparse"],
-        ),
     ),
 )

@@ -1,1 +1,1 @@
-"""One pass over calibration text that collects the statistics of every criterion. Knows nothing of the methods that read them."""
+"""One pass over calibration text that collects the statistics of every criterion. Independent of the methods that read them."""

@@ -1,8 +1,8 @@
 """Every expert on a bounded sample of tokens, with clean inputs: raw outputs as numbers, never as vectors.
 
-The model runs once, as it routes; what came to each MoE block is looked at there, and every expert runs on the sampled tokens' inputs ("all
-experts, clean input": arXiv 2406.18219 feeds each layer anew with top_k set to all, which gives the same outputs at the cost of more forwards).
-Per token and expert the output's norm and the router's score stay; of the outputs themselves only similarities between experts, added
+The model runs once with its own routing. Every expert also runs on the sampled tokens' inputs to each MoE block ("all
+experts, clean input": arXiv 2406.18219 re-runs each layer with top_k set to all, which gives the same outputs with more forward passes).
+Output norm and router score are stored per token and expert; of the outputs, only similarities between experts are kept, summed
 up over tokens.
 """
 
@@ -226,7 +226,9 @@ class _Look:
             )
         worst = max(errors, default=0.0)
         if worst > WRONG:
-            raise RuntimeError(f"decoder layer {self.layer}: weighted expert outputs miss the block's output by {worst:.2g}")
+            raise RuntimeError(
+                f"decoder layer {self.layer}: weighted expert outputs differ from the block's output by {worst:.2g}"
+            )
         total = self.places.count
         members = [*map(str, range(n)), *(["shared"] if len(angular) > n else [])]
         return LayerSample(

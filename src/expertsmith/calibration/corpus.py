@@ -1,6 +1,6 @@
-"""Text which every CPython installation already carries, in three domains: the data source `demo:DOMAIN/SPLIT`.
+"""Text from the CPython installation, in three domains: the data source `demo:DOMAIN/SPLIT`.
 
-Nothing is shipped and nothing is downloaded: the text is read at run time from the interpreter that is running.
+Nothing is packaged or downloaded: the text is read at run time from the running interpreter.
 
 * ``code``: source files of the standard library, with their docstrings removed;
 * ``prose``: English technical prose, from the ``pydoc_data.topics`` language reference and from the docstrings taken
@@ -71,7 +71,7 @@ def documents(domain: str, split: str) -> list[str]:
         raise ValueError(f"unknown split {split!r}, expected one of {SPLITS}")
     texts = [text for key, text in _DOMAIN_READERS[domain]() if _split_of(key) == split]
     if not texts:
-        raise RuntimeError(f"this Python installation carries no {split} text for the domain {domain!r}")
+        raise RuntimeError(f"this Python installation has no {split} text for the domain {domain!r}")
     return texts
 
 

@@ -1,4 +1,4 @@
-"""Text → seeded batches of token ids with a domain label, and a fingerprint of exactly those ids.
+"""Text → seeded batches of token ids with a domain label, and a fingerprint of these ids.
 
 `[DOMAIN=]SOURCE[:N]`: SOURCE is a .jsonl/.json/.txt/.md/.parquet file, a folder of them, or a hub data set `name[subset](split)`; N bounds
 the sequences taken. A record holds `input_ids`, or `text`, or `messages` (the tokenizer's chat template is applied), or `prompt` and
@@ -105,7 +105,7 @@ def load_tokens(
         UserError: no data, a source that is not there, records without text, a record longer than the window, ids out of range.
     """
     if not specs:
-        raise UserError("no data was given", "pass --data FILE (repeatable)")
+        raise UserError("no data given", "pass --data FILE (repeatable)")
     if options.seq_len < 2:
         raise UserError(f"seq_len is {options.seq_len}; a sequence has at least 2 tokens")
     if options.samples < 1:
@@ -147,12 +147,12 @@ def _sequences(spec: Spec, tokenizer: Any | None, options: DataOptions) -> tuple
             documents.append(ids)
             places.append(place)
     if not documents:
-        raise UserError(f"{spec.source} holds no text", f"its records need {FIELDS}")
+        raise UserError(f"{spec.source} has no text", f"its records need {FIELDS}")
     pack = options.pack if options.pack is not None else demonstrations == 0
     if pack:
         windows = list(_pack(documents, options.seq_len, options.overlap))
         if not windows:
-            raise UserError(f"{spec.source} holds one token; a sequence has at least 2")
+            raise UserError(f"{spec.source} has one token; a sequence has at least 2")
         return windows, True
     rows = []
     for place, ids in zip(places, documents, strict=True):
@@ -204,7 +204,7 @@ def tokenize(record: Mapping[str, Any], tokenizer: Any | None, place: str) -> tu
             return [], False
     if tokenizer is None:
         raise UserError(
-            f"{place} holds text, but the model directory has no tokenizer (code of a checkpoint is not run)",
+            f"{place} has text, but the model directory has no tokenizer (code from a checkpoint is not run)",
             "give records with input_ids, or add the tokenizer files to the model directory",
         )
     if isinstance(record.get("messages"), list):
@@ -227,11 +227,11 @@ def frame(tokenizer: Any, text: str, end: bool = True) -> list[int]:
 def render(tokenizer: Any, messages: list[Any], place: str, answer: bool = False) -> list[int]:
     """What the chat template makes of messages; with `answer` up to where the model's answer begins."""
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"{place} holds messages, but the tokenizer has no chat template", "give prompt + response, or text")
+        raise UserError(f"{place} has messages, but the tokenizer has no chat template", "give prompt + response, or text")
     try:
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
     except Exception as error:  # templates are user-supplied Jinja: anything can come out
-        raise UserError(f"{place}: the chat template refuses these messages: {error}") from None
+        raise UserError(f"{place}: the chat template rejects these messages: {error}") from None
     return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -321,14 +321,14 @@ def _read_hub(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         import datasets
     except ModuleNotFoundError:
         raise UserError(
-            f"{source} is no file here; hub data sets need the datasets library", 'pip install "expertsmith[data]"'
+            f"{source} is not a file; hub data sets need the datasets library", 'pip install "expertsmith[data]"'
         ) from None
     try:
         table = datasets.load_dataset(match["name"], match["subset"], split=match["split"] or "train")
     except Exception as error:  # the hub client raises many unrelated types; all mean "not available"
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{source!r} is no file here, and the hub data set could not be loaded: {first}", install_line(error) or ""
+            f"{source!r} is not a file, and the hub data set could not be loaded: {first}", install_line(error) or ""
         ) from None
     for number, record in enumerate(table, 1):
         yield f"{source} row {number}", record
@@ -368,10 +368,10 @@ def load_tokenizer(path: Path) -> Any | None:
         ):  # of sentencepiece or of tiktoken: transformers tries both, and names the last
             parts = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf", "tiktoken": "tiktoken"}
             package = "pip install " + " ".join(name for module, name in parts.items() if not _is_installed(module))
-            first = "tokenizer.model has to be converted first"
+            first = "convert tokenizer.model first"
         if package:
             raise UserError(f"the tokenizer in {path} needs a package that is not installed: {first}", package) from None
-        raise UserError(f"the tokenizer in {path} cannot be loaded: {first}", "is one of its files damaged?") from None
+        raise UserError(f"the tokenizer in {path} cannot be loaded: {first}", "check its files for damage") from None
 
 
 def _is_installed(module: str) -> bool:

@@ -1,4 +1,4 @@
-"""Data-parallel calibration under `torchrun`: every rank takes a share of the batches, sums are reduced."""
+"""Data-parallel calibration under `torchrun`: every rank processes a share of the batches, and sums are reduced."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Watch one MoE layer at work and add up what every criterion needs.
+"""Observe one MoE layer and sum the statistics of every criterion.
 
-Experts run once, on the tokens that the model routes to them, and the ids and weights are those that the router returned. Tokens that
-padding added never count. Everything kept is a sum, a count or a maximum (float64 or int64), so batches, shards, ranks and domains
+Experts run once, on the tokens that the model routes to them, and the ids and weights are those that the router returned. Padding
+tokens never count. Everything kept is a sum, a count or a maximum (float64 or int64), so batches, shards, ranks and domains
 add up.
 """
 
@@ -47,7 +47,7 @@ STATISTICS = {
     "norm_max": Statistic("[E]", ACTIVATION, "largest ‖f‖"),
     "weighted_norm_sum": Statistic("[E]", ACTIVATION, "sum of g‖f‖"),
     "weighted_norm_sq_sum": Statistic("[E]", ACTIVATION + "²", "sum of (g‖f‖)²"),
-    "easy_ep": Statistic("[E]", ACTIVATION, "sum of g‖f‖s, s = max(0, 1 - cos(x, x + r)): how far the routed output r turned the residual stream x"),
+    "easy_ep": Statistic("[E]", ACTIVATION, "sum of g‖f‖s, s = max(0, 1 - cos(x, x + r)): how much the routed output r changes the direction of the residual stream x"),
     "turn_sum": Statistic("[1]", "1 - cosine", "sum of s over tokens"),
     "ratio_histogram": Statistic(f"[{RATIO_BINS}]", "tokens", "by their second routing weight over their first, in equal bins from 0 to 1"),
     "logit_gram": Statistic("[E, E]", "logit²", "sum of l_i l_j over tokens, l the router's raw logits"),
@@ -185,7 +185,7 @@ class _Watch:
         tokens = valid.numel()
         if out.shape[0] != tokens:
             raise UserError(
-                f"the MoE block of {arch.model_type} saw {out.shape[0]} tokens where the batch has {tokens}",
+                f"the MoE block of {arch.model_type} saw {out.shape[0]} tokens, but the batch has {tokens}",
                 "please report this family",
             )
         expert, token = slots.expert, slots.token
@@ -302,7 +302,7 @@ class _Watch:
 
 def raw_logits(router_output: Any, architecture: Architecture) -> torch.Tensor:
     """Router logits [tokens, num_experts + extra classes] as the router returned them. Where it returns probabilities (Gemma 4), their
-    logarithms stand in: they differ from the logits by one constant a token."""
+    logarithms are used instead: they differ from the logits by one constant a token."""
     kind = architecture.router_output
     first: torch.Tensor = router_output if kind == "logits_only" else router_output[1 if kind == "scores_logits" else 0]
     first = first.reshape(-1, first.shape[-1]).float()

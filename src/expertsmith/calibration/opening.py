@@ -1,4 +1,4 @@
-"""From what a user names (paths, specs, words) to what the stages work on: token data and loaded models."""
+"""Open what the user gives (paths, specs, words) as what the stages need: token data and loaded models."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def opened_as(model: Any, as_type: str | None, **opening: Any) -> Iterator[None]
         yield
         return
     if isinstance(model, Inventory):
-        raise UserError(f"the model is opened already, and cannot be treated as {as_type} now", "give its path")
+        raise UserError(f"the model is already open and cannot be treated as {as_type}", "pass its path")
     checkpoint = open_checkpoint(model, **opening)
     where = f"{checkpoint.source}/config.json"
     with treated_as(checkpoint.config, as_type, _text_prefix(checkpoint.config, checkpoint.tensors), where) as record:
@@ -108,7 +108,7 @@ def open_model(
     router_groups: str = "keep",
     mtp: bool = False,
 ) -> LoadedModel:
-    """The model of a checkpoint, resident or streamed; with `router_groups` "flatten" its router does without expert_groups; with `mtp` its
+    """The model of a checkpoint, resident or streamed; with `router_groups` "flatten" its router has no expert_groups; with `mtp` its
     multi-token-prediction layer, where it can be run."""
     from expertsmith.engine.loading import choose_device, choose_memory, load_model
 

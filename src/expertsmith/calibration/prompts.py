@@ -1,4 +1,4 @@
-"""Data → prompts to go on from: what stands before the answer of a demonstration, or the first tokens of a text."""
+"""Data → prompts to continue: the part of a demonstration before its answer, or the first tokens of a text."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def load_prompts(
             if prompt.ids:
                 found.append((place, prompt))
         if not found:
-            raise UserError(f"{spec.source} has no prompts to continue", f"its records need {FIELDS}")
+            raise UserError(f"{spec.source} has no prompts", f"its records need {FIELDS}")
         held = made.setdefault(spec.domain, [])
         count = min(spec.limit or samples, len(found))
         for index in sorted(random.Random(f"{seed}/{spec.domain}/{len(held)}").sample(range(len(found)), count)):
             place, prompt = found[index]
             if len(prompt.ids) > room:
                 raise UserError(
-                    f"the prompt of {place} has {len(prompt.ids)} tokens, and the model's window leaves {room} for it",
-                    "generate fewer tokens, or leave the record out",
+                    f"the prompt of {place} has {len(prompt.ids)} tokens, but the model's window has room for {room}",
+                    "generate fewer tokens, or remove the record",
                 )
             if vocab_size is not None and not all(0 <= i < vocab_size for i in prompt.ids):
                 raise UserError(f"{place} has token ids out of range: the model's vocabulary has {vocab_size} entries")

@@ -1,4 +1,4 @@
-"""Skip thresholds from calibration data: what a layer's routing weights look like, and the threshold that follows.
+"""Skip thresholds from calibration data: the distribution of a layer's routing weights, and the threshold computed from it.
 
 "Not All Experts are Equal" (arXiv 2402.14800), section 3.3: the threshold of a layer is the median over the calibration tokens of
 w_2 / w_1, so that half of the tokens skip their second expert. The rules are those of `engine.skipping`.
@@ -126,11 +126,11 @@ def thresholds(
     if statistic not in ("median", "mean", "quantile"):
         raise UserError(f"the statistic for thresholds is {statistic!r}", "choose median, mean or quantile")
     if not 0 <= quantile <= 1:
-        raise UserError(f"the quantile for thresholds is {quantile}", "it has to be between 0 and 1")
+        raise UserError(f"the quantile for thresholds is {quantile}", "it must be between 0 and 1")
     if active is not None and rule == "ratio":
         raise UserError(
-            "a mean number of active experts is a target for the rule tail, which is for more than two experts a token",
-            "choose a quantile instead: the share of tokens that skip",
+            "a target for the mean number of active experts needs the rule tail, for more than two experts per token",
+            "choose a quantile instead, the share of tokens that skip",
         )
     return {
         layer: _threshold(layer, weights, rule, quantile if statistic == "quantile" else None, statistic, active)
@@ -144,18 +144,20 @@ def _threshold(
     tokens, top_k = weights.shape
     if rule == "ratio" and top_k != 2:
         raise UserError(
-            f"decoder layer {layer}: top_k is {top_k}, and the ratio rule compares the two experts of a token",
+            f"decoder layer {layer}: top_k is {top_k}, but the ratio rule is for two experts per token",
             "use the rule tail",
         )
     if active is not None and not 1 <= active <= top_k:
-        raise UserError(f"{active:g} active experts of {top_k} a token cannot be", f"choose a number between 1 and {top_k}")
+        raise UserError(
+            f"{active:g} active experts of {top_k} per token are impossible", f"choose a number between 1 and {top_k}"
+        )
     critical = critical_values(torch.from_numpy(weights), rule).numpy()
     routed = weights > 0
     several = routed[:, 1]
     if not several.any():
         raise UserError(
             f"decoder layer {layer}: no calibration token has a second routed expert",
-            "there is nothing to skip: give other data",
+            "use other data, as there is nothing to skip",
         )
     last = critical[several, routed[several].sum(-1) - 2]
     why: dict[str, float | int] = {

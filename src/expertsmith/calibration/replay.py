@@ -1,6 +1,6 @@
-"""The routing of one decoder layer: watched as it happens, and played again from the router's logits with some experts masked out.
+"""The routing of one decoder layer: observed in the model, and re-run from the router's logits with some experts masked.
 
-Played again is the family's own forward. What precedes the logits runs on the meta device, where it costs nothing, so only what follows
+The re-run uses the family's own forward. Everything before the logits runs on the meta device at no cost, so only what follows
 from the logits is computed.
 """
 
@@ -38,7 +38,7 @@ Visit = Callable[[Seen, Callable[[], torch.Tensor]], torch.Tensor | None]
 
 
 def router_extras(arch: Architecture, config: Mapping[str, Any]) -> frozenset[int]:
-    """How many classes a router of the family may have besides the routed experts (zero experts, skip classes, shared experts)."""
+    """How many classes a router of the family may have in addition to the routed experts (zero experts, skip classes, shared experts)."""
     return frozenset(
         entry.extra if isinstance(entry.extra, int) else int(config_get(config, entry.extra) or 0)
         for entry in arch.stacked
@@ -55,7 +55,7 @@ class _Reached(Exception):  # noqa: N818  (a signal)
 
 
 class _Again(Exception):  # noqa: N818  (a signal)
-    """The block has to run anew without these experts."""
+    """The block must be re-run without these experts."""
 
     def __init__(self, dropped: torch.Tensor) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class RoutedBlock:
         first, second = self._find(selected), self._find(weights)
         self._places = None if first is None or second is None else (first, second)
         if self._places is None and not self.arch.block:
-            raise RuntimeError(f"{type(self.router).__name__} does not return what the experts are given")
+            raise RuntimeError(f"{type(self.router).__name__} does not return the inputs of the experts")
         return Seen(flat(hidden_states), logits, selected, weights, hidden_states.dim())
 
     def _find(self, wanted: torch.Tensor) -> int | None:
@@ -209,7 +209,7 @@ class RoutedBlock:
         return result
 
     def _replay(self, logits: torch.Tensor, dropped: torch.Tensor) -> list[torch.Tensor]:
-        """What the router returns, or the experts' selection and weights where the block has to be played again."""
+        """What the router returns, or the experts' selection and weights if the block must be re-run."""
         alone = self._places is not None or self.arch.call == "dense_inputs"
         args, kwargs = self._calls["router" if alone else "block"]
         convert = partial(_on_meta, shape=_hidden(args, kwargs).shape[:-1], tokens=len(logits), own=self._own)
@@ -226,7 +226,7 @@ class RoutedBlock:
             self._ghost = None
         needed = [found[0]] if self.arch.call == "dense_inputs" else [found[place] for place in self._places or (0, 1)]
         if ghost.count != 1 or any(value.is_meta for value in needed):
-            raise RuntimeError(f"{type(self.router).__name__}: the routing does not follow from the router's logits alone")
+            raise RuntimeError(f"{type(self.router).__name__}: the routing depends on more than the router's logits")
         return found
 
 
@@ -268,8 +268,8 @@ class _Logits(TorchFunctionMode):
 
 
 class _Ghost(TorchFunctionMode):
-    """While a block is played again: its inputs are meta tensors, and so is whatever they touch, until the router's logits are asked for,
-    which are real. A selection bias, or what was made of it alone, is -inf at the dropped experts where it meets values of the tokens."""
+    """During a re-run of a block: its inputs are meta tensors, and so is everything computed from them, until the router's logits are asked for,
+    which are real. A selection bias, or a value computed from it alone, is -inf at the dropped experts where it is combined with values of the tokens."""
 
     DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""One pass over the calibration data: every layer is observed once, saved, and never observed again by a run that resumes."""
+"""One pass over the calibration data: every layer is observed once and saved; a resumed run does not observe it again."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def collect(  # noqa: C901  (ranks and resuming, side by side in every step)
         spilled = newest(out) if world == 1 else None
         skip = 0 if spilled is None or spilled >= todo[0] else spilled + 1
         if done and rank == 0:
-            progress.note(f"resuming: {len(done)} of {len(wanted)} layers are there, going on from decoder layer {skip}")
+            progress.note(f"resuming: {len(done)} of {len(wanted)} layers are finished, continuing at decoder layer {skip}")
         states = Spill(out, enabled=world == 1)
         tokens = sum(batch.tokens for batch in batches)
         with progress.task("calibrate", tokens * (todo[-1] + 1 - skip), "layer tokens") as advance:
@@ -228,7 +228,7 @@ def _prepare(out: Path, header: Mapping[str, Any], resume: bool) -> None:
                 theirs = {k: v for k, v in old[key].items() if k != "source"} if key == "model" else old[key]
                 if mine != theirs:
                     raise UserError(
-                        f"{out} holds the statistics of another calibration (its {key} differs)",
+                        f"{out} has the statistics of another calibration ({key} differs)",
                         "choose another folder, or pass --fresh to replace it",
                     )
     out.mkdir(parents=True, exist_ok=True)

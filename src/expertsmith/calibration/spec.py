@@ -1,4 +1,4 @@
-"""How data is named on the command line: `[DOMAIN=]SOURCE[:N]`. No torch: recipes are checked with it."""
+"""Parse data specifications of the command line: `[DOMAIN=]SOURCE[:N]`. Needs no torch, because recipes are checked with it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def parse_spec(text: str) -> Spec:
     else:
         source = rest
     if not source:
-        raise UserError(f"--data {text!r} names no source", "write [DOMAIN=]SOURCE[:N], for example math=calib.jsonl:64")
+        raise UserError(f"--data {text!r} has no source", "write [DOMAIN=]SOURCE[:N], for example math=calib.jsonl:64")
     if source.startswith(DEMO):
         demo_text(source)
     return Spec(domain or DEFAULT_DOMAIN, source, limit)

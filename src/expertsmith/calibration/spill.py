@@ -1,7 +1,7 @@
-"""What the last finished layer handed on, on disk: an interrupted calibration goes on from there.
+"""The outputs of the last finished layer on disk, from which an interrupted calibration resumes.
 
-One folder `.states-LLL` in the statistics folder, with a file a batch. It is written at most every half a minute, so that short runs write
-nothing and long ones lose little; it is removed when the calibration is complete.
+One folder `.states-LLL` in the statistics folder, with one file per batch. It is written at most every half minute, so short runs write
+nothing and long runs lose little. It is removed when the calibration is complete.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Statistics:
             UserError: the two are of different models or layers.
         """
         if self.header["model"]["fingerprint"] != other.header["model"]["fingerprint"] or set(self.layers) != set(other.layers):
-            raise UserError("the two statistics belong to different models")
+            raise UserError("the two statistics are from different models")
         data: dict[str, dict[str, Any]] = {}
         for key in ("tokens", "sequences", "sequence_lengths", "packed"):
             mine, theirs = self.header["data"][key], other.header["data"][key]
@@ -141,7 +141,7 @@ def save_layer(folder: Path, layer: int, domains: Mapping[str, Mapping[str, Arra
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise UserError(
-            f"{target} could not be written: {error}", "free some space and run the same command again: it resumes"
+            f"{target} could not be written: {error}", "free some space and run the same command again to resume"
         ) from None
     partial.replace(target)
 
@@ -180,11 +180,11 @@ def load_layer(folder: Path, layer: int, names: Iterable[str] | None = None) -> 
         flat = load_file(layer_path(folder, layer))
     except FileNotFoundError:
         raise UserError(
-            f"{layer_path(folder, layer)} is missing", "run `expertsmith calibrate` with the same options again: it resumes"
+            f"{layer_path(folder, layer)} is missing", "run `expertsmith calibrate` again with the same options to resume"
         ) from None
     except Exception as error:  # safetensors raises its own error class for a damaged file
         raise UserError(
-            f"{layer_path(folder, layer)} is damaged: {error}", "delete it and calibrate again: only that layer is redone"
+            f"{layer_path(folder, layer)} is damaged: {error}", "delete it and calibrate again; only that layer is recomputed"
         ) from None
     wanted = None if names is None else set(names)
     for key, value in flat.items():
@@ -207,6 +207,6 @@ def load_statistics(folder: Path | str) -> Statistics:
     if absent:
         raise UserError(
             f"the calibration in {root} is not finished: layer {absent[0]} is missing",
-            "run `expertsmith calibrate` with the same options again: it resumes",
+            "run `expertsmith calibrate` again with the same options to resume",
         )
     return Statistics(header, layers)

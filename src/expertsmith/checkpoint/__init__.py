@@ -1,4 +1,4 @@
-"""Safetensors checkpoints as bytes: read headers, read tensors, write shards. Knows nothing of experts."""
+"""Safetensors checkpoints as bytes: read headers, read tensors, write shards. Independent of experts."""
 
 from expertsmith.checkpoint.hub import pinned
 from expertsmith.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint

@@ -1,4 +1,4 @@
-"""Code files of a checkpoint, which `auto_map` entries name. They are copied and never run."""
+"""Code files of a checkpoint, named by `auto_map` entries. They are copied and never run."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def drop_auto_map(config: dict[str, Any]) -> bool:
 
 
 def code_files(path: Path, config: Mapping[str, Any]) -> list[str]:
-    """Names of the .py files in a checkpoint's folder that a config.json and the tokenizer's and processors' configs beside it name in
-    `auto_map`, and of those that these import from beside them."""
+    """Names of the .py files in a checkpoint's folder that a config.json and the tokenizer's and processors' configs next to it name in
+    `auto_map`, and of those that these import from the same folder."""
     entries = list(_entries(config)) + list(_entries(config.get("text_config")))
     for file in sorted(path.glob("*config.json")) if path.is_dir() else ():
         if file.name != "config.json":
@@ -47,10 +47,10 @@ def code_notes(path: Path, source: Mapping[str, Any], written: Mapping[str, Any]
     """What a reader should know of the code: whether `auto_map` went, and which files came along."""
     notes, files = [], [name for name in code_files(path, written) if name != f"{OWN}.py"]
     if _foreign(source) and not _foreign(written):
-        notes.append(f"auto_map is not in config.json any more: transformers has {source.get('model_type')} built in")
+        notes.append(f"auto_map was removed from config.json, because transformers has {source.get('model_type')} built in")
     if files:
         loads = " (the model is loaded with it: trust_remote_code)" if _foreign(written) else ""
-        notes.append(f"code of the source came along, unchanged, and was not run{loads}: {', '.join(files)}")
+        notes.append(f"code files of the source were copied unchanged and not run{loads}: {', '.join(files)}")
     return notes
 
 

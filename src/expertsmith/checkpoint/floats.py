@@ -1,7 +1,7 @@
-"""A quantised checkpoint seen as floats: tensors under the names, shapes and values that an unquantised one would have.
+"""A float view of a quantised checkpoint: tensors with the names, shapes and values of an unquantised one.
 
-Everything above reads this view: a decoder layer that is loaded, an expert that is scored, a weight that is healed. Only `apply` and
-the byte half of `verify` look at the codes themselves.
+All higher rooms read this view, to load decoder layers, score experts or heal weights. Only `apply` and
+the byte comparison of `verify` read the codes themselves.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Floats(Checkpoint):
         return {entry.parts[role].name: codes for role, codes in encode(values.float(), entry).items()}
 
     def rounded(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """The float32 values that `encoded` stands for."""
+        """The float32 values of `encoded`."""
         import torch
 
         entry, made = self.stored[name], self.encoded(name, values)
@@ -165,8 +165,8 @@ def refuse_unencodable(found: Quantisation, names: Collection[str]) -> None:
 
 def _unencodable(entry: Stored) -> UserError:
     return UserError(
-        f"{entry.name} is {formats()[entry.format].title(entry)}, which cannot be quantised again without calibration data",
-        "leave --requantise out: the result is then written in bfloat16",
+        f"{entry.name} is {formats()[entry.format].title(entry)}, which cannot be re-quantised without calibration data",
+        "remove --requantise to write the result in bfloat16",
     )
 
 
@@ -242,12 +242,12 @@ def _find(checkpoint: Checkpoint) -> Quantisation | None:
             if headers.method not in entry.methods:
                 raise UserError(
                     f"{weight.name} is {entry.title(weight)}, but {checkpoint.source}/config.json says quant_method {headers.method!r}",
-                    "config.json and weights do not belong together",
+                    "config.json and weights do not match",
                 )
             names = {info.name for info in weight.parts.values()}
             twice = weight.name in stored or (weight.name in checkpoint.tensors and weight.name not in names)
             if twice or names & held:
-                raise UserError(f"{weight.name} stands in {checkpoint.source} twice", "it is not known which one is right")
+                raise UserError(f"{weight.name} is in {checkpoint.source} twice", "remove the wrong one")
             held |= names
             stored[weight.name] = weight
     left = [info for name, info in checkpoint.tensors.items() if name not in held]
@@ -272,7 +272,7 @@ def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:
             f"{source}/config.json: quant_method {method!r} cannot be decoded"
             if method
             else f"{source}/config.json: quantization_config has no quant_method",
-            f"known are {', '.join(known)}",
+            f"supported: {', '.join(known)}",
         )
     for key in ("sparsity_config", "transform_config"):
         part = config.get(key)
@@ -283,7 +283,7 @@ def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:
             and (key != "transform_config" or part.get("config_groups"))
         ):
             raise UserError(
-                f"{source}/config.json: the quantisation has a {key}, which changes weights in a way that is not known here",
+                f"{source}/config.json: the quantisation has a {key}, which changes weights in an unsupported way",
                 "use a checkpoint without it",
             )
 
@@ -293,18 +293,18 @@ def _refuse_left(info: TensorInfo, quantised: bool) -> None:
     weight = re.search(r"(\.weight|_proj|_weight|\.w[123])$", info.name) is not None and len(info.shape) > 1
     if info.dtype in NARROW or (info.dtype in CODES and weight):
         raise UserError(
-            f"{info.name} is {info.dtype}, but no scales and no decoder were found for its codes",
-            "its scales are missing, or this format is not known: `expertsmith inspect` names what can be decoded",
+            f"{info.name} is {info.dtype}, but it has no scales and no decoder",
+            "its scales are missing, or the format is not supported: run `expertsmith inspect`",
         )
     if quantised and COMPANION.search(info.name):
         raise UserError(
-            f"{info.name} belongs to a quantised weight, but to none that can be decoded",
-            "a tensor is missing, or this format is not known",
+            f"{info.name} belongs to a quantised weight that cannot be decoded",
+            "a tensor is missing, or the format is not supported",
         )
 
 
 def quantisation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """What config.json, or else a file beside it, says of the quantisation; empty where nothing does.
+    """The quantisation settings from config.json, or else from a file next to it; empty if there are none.
 
     Raises:
         UserError: config.json says it twice.
@@ -317,8 +317,8 @@ def quantisation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
         inner = text.get(CONFIG)
     if outer and inner and outer != inner:
         raise UserError(
-            f"{checkpoint.source}/config.json has two quantization_configs that differ, one of its own and one in text_config",
-            "remove the one that is not true of the tensors",
+            f"{checkpoint.source}/config.json has two different quantization_configs, one at the top and one in text_config",
+            "remove the one that does not match the tensors",
         )
     found = outer or inner
     if not found:
@@ -329,7 +329,7 @@ def quantisation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def _beside(path: Path) -> Mapping[str, Any]:
-    """What a file beside config.json says of the quantisation, where config.json says nothing: modelopt's, or that of early GPTQ and AWQ tools."""
+    """The quantisation settings from a file next to config.json, if config.json has none: modelopt's, or that of early GPTQ and AWQ tools."""
     for name in SIDE_FILES:
         if not (path / name).is_file():
             continue

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face hub: what is fetched of a repository, and what of it is in the cache already.
+"""Checkpoints on the Hugging Face hub: which files of a repository to download, and which are already in the cache.
 
 A repository is named `owner/name`, or `owner/name@REVISION` (branch, tag or commit).
 """
@@ -45,11 +45,11 @@ def pinned(model: Any, revision: str | None) -> Any:
         return model
     if not isinstance(model, str) or Path(model).exists() or model == DEMO or not is_hub_name(model):
         raise UserError(
-            f"revision {revision!r} was asked for, but {model if isinstance(model, (str, Path)) else 'the model'} is not a model of the hub",
-            "a revision is a branch, tag or commit of owner/name; leave it out for a directory",
+            f"revision {revision!r} given, but {model if isinstance(model, (str, Path)) else 'the model'} is not a hub model",
+            "a revision is a branch, tag or commit of owner/name; remove it for a directory",
         )
     if "@" in model:
-        raise UserError(f"{model} names a revision already, and {revision!r} was asked for", "give one of them")
+        raise UserError(f"{model} already has a revision, but {revision!r} was given too", "give one of them")
     return f"{model}@{revision}"
 
 
@@ -128,7 +128,7 @@ def _or_cached(source: str, fetch: Callable[[str, str | None], T]) -> T | Path:
         if cached is not None:
             return cached
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{source!r} is neither a directory here nor could it be fetched from the hub: {first}") from None
+        raise UserError(f"{source!r} is not a local directory and could not be downloaded from the hub: {first}") from None
 
 
 def _cached(name: str, revision: str | None) -> Path | None:

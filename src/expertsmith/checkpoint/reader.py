@@ -1,7 +1,7 @@
 """Open a checkpoint directory: config, tensor headers, single tensors. Nothing is executed and nothing outside is followed.
 
-Tensors are read with plain positioned reads into fresh buffers, not through a memory map: what a process holds is what it asked
-for, which is what a memory limit counts.
+Tensors are read with plain positioned reads into fresh buffers, not through a memory map: a process holds only what it requested,
+which is what a memory limit counts.
 """
 
 from __future__ import annotations
@@ -188,17 +188,17 @@ def open_checkpoint(
         files = _weight_files(Path(keep_alive.name))
     tensors = _tensors_of(files)
     if not tensors:
-        raise UserError(f"{path}: the .safetensors files hold no tensors")
+        raise UserError(f"{path}: the .safetensors files have no tensors")
     return Checkpoint(path, config, tensors, str(source), keep_alive)
 
 
 def _pickles(path: Path, allowed: bool) -> list[Path]:
     found = sorted(file for pattern in PICKLES for file in path.glob(pattern))
     if not found:
-        raise UserError(f"{path} holds no .safetensors files")
+        raise UserError(f"{path} has no .safetensors files")
     if not allowed:
         raise UserError(
-            f"{path} holds only pickle files ({found[0].name}), which can run code when they are loaded",
+            f"{path} has only pickle files ({found[0].name}), which can run code when they are loaded",
             "convert it to safetensors, or pass --allow-pickle (then read with weights_only)",
         )
     return found
@@ -211,14 +211,12 @@ def _tensors_of(files: Mapping[Path, Collection[str]]) -> dict[str, TensorInfo]:
         found = read_header(file)
         missing = [name for name in expected if name not in found]
         if missing:
-            raise UserError(
-                f"{file.name} lacks tensor {missing[0]!r}, which the index says it holds", "download the shard again"
-            )
+            raise UserError(f"{file.name} lacks tensor {missing[0]!r}, which the index lists there", "download the shard again")
         for name, info in found.items():
             if expected and name not in expected:
                 continue
             if name in tensors:
-                raise UserError(f"tensor {name!r} stands in both {tensors[name].file.name} and {file.name}")
+                raise UserError(f"tensor {name!r} is in both {tensors[name].file.name} and {file.name}")
             tensors[name] = info
     return tensors
 
@@ -267,8 +265,8 @@ def parse_header(header: Any, base: int, size: int, file: Path) -> dict[str, Ten
         expected = math.prod(shape) * DTYPE_BITS[dtype] // 8
         if min(shape, default=0) < 0 or not 0 <= begin <= end or end - begin != expected:
             raise UserError(
-                f"{file.name}: {name} claims shape {list(shape)} of {dtype} = {expected} bytes, but its offsets span {end - begin}",
-                "the header lies or the shard is damaged",
+                f"{file.name}: {name} has shape {list(shape)} of {dtype} = {expected} bytes, but its offsets span {end - begin}",
+                "the header is wrong or the shard is damaged",
             )
         if base + end > size:
             raise UserError(
@@ -288,7 +286,7 @@ def parse_header(header: Any, base: int, size: int, file: Path) -> dict[str, Ten
     if position != size:
         raise UserError(
             f"{file.name}: the tensors end at byte {position}, but the file has {size}",
-            "the header lies or the shard is damaged",
+            "the header is wrong or the shard is damaged",
         )
     return {info.name: info for info in tensors}
 
@@ -304,8 +302,8 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
                 raise UserError(
-                    f"{index.name} places {name!r} in {shard!r}, which is outside the checkpoint directory",
-                    "an index may only name files beside it",
+                    f"{index.name} puts {name!r} in {shard!r}, which is outside the checkpoint directory",
+                    "an index may only name files in its own folder",
                 )
             files.setdefault(path / shard, set()).add(name)
         return dict(sorted(files.items()))
@@ -315,7 +313,7 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
     usual = [file for file in files_here if not file.name.startswith(OWN_LAYOUT)]
     if files_here and not usual:
         raise UserError(
-            f"{path} holds only {files_here[0].name}: the weights in Mistral's own layout, not in Hugging Face's",
+            f"{path} has only {files_here[0].name}: weights in Mistral's layout, not Hugging Face's",
             "give a checkpoint with model.safetensors files",
         )
     return {file: set() for file in usual}

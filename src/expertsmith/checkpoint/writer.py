@@ -1,7 +1,7 @@
 """Write a checkpoint as bounded shards from byte ranges of other files, which are never decoded, and from bytes that are computed.
 
-Everything lands under a temporary name beside the target and is renamed when complete; config.json is written last, so that what an
-interrupted run leaves behind does not load.
+Everything is written under a temporary name next to the target and renamed when complete; config.json is written last, so the
+output of an interrupted run does not load.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Bytes that stand in no file: `make` computes them, `nbytes` of them, whenever they are written or compared."""
+    """Bytes that are not in a file: `make` computes them, `nbytes` of them, whenever they are written or compared."""
 
     nbytes: int
     make: Callable[[], bytes | memoryview]
@@ -127,7 +127,7 @@ def write_checkpoint(
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
                 f"the disk of {out.parent} is full, or a size limit was reached ({error.strerror}): the checkpoint needs {total / 1e9:.2f} GB",
-                "nothing was left behind",
+                "no partial output was left",
             ) from None
         raise
     finally:

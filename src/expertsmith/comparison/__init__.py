@@ -1,1 +1,1 @@
-"""Many methods side by side: one calibration, a plan and a judgement a cell, one table and one picture."""
+"""Compare many methods: one calibration, one plan and one evaluation per cell, one table and one plot."""

@@ -1,4 +1,4 @@
-"""The cells of a comparison: which methods, ratios, budgets and ways of healing go together, and where a finished one lies. No torch."""
+"""The cells of a comparison: which methods, ratios, budgets and healing methods are combined, and where a finished cell is stored. Needs no torch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def contenders(asked: Sequence[str]) -> list[Contender]:
         UserError: no method, an unknown one, or an option that it does not have.
     """
     if not asked:
-        raise UserError("no methods were given", "pass --method NAME (repeatable), or --method all")
+        raise UserError("no method given", "pass --method NAME (repeatable), or --method all")
     names = [name for text in asked for name in (methods() if text == ALL else (text,)) if name != BASELINE]
     made = {}
     for label in [*names, *(f"{BASELINE}:seed={seed}" for seed in SEEDS)]:
@@ -125,12 +125,12 @@ def cells_of(
         parse_heal(way)
     shares: list[float | int] = list(dict.fromkeys(map(parse_keep, keeps)))
     if not shares:
-        raise UserError("no ratio was given", "pass --keep 0.5 (repeatable)")
+        raise UserError("no ratio given", "pass --keep 0.5 (repeatable)")
     cells, notes = [], []
     for entry in contenders(asked):
         mine = [budget for budget in budgets if budget in entry.method.budgets]
         notes += [
-            f"{entry.label} has no budget {budget}: not in the table"
+            f"{entry.label} does not support budget {budget}, so it is not in the table"
             for budget in budgets
             if budget not in mine and entry.method.name != BASELINE
         ]
@@ -142,7 +142,7 @@ def cells_of(
         ]
     if all(cell.contender.method.name == BASELINE for cell in cells):
         raise UserError(
-            f"there is nothing to compare with the random draws at budget {' or '.join(budgets)}",
+            f"there is no method to compare with the random draws at budget {' or '.join(budgets)}",
             "pass --method NAME, or another --budget",
         )
     return cells, notes

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of a stretch of work within this process."""
+"""Seconds and peak memory of a piece of work within this process."""
 
 from __future__ import annotations
 

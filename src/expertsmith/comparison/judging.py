@@ -1,4 +1,4 @@
-"""What a model and its original are asked besides text: lm-eval tasks and prompts to go on from, checked before a model is loaded."""
+"""Evaluation inputs other than text for a model and its original: lm-eval tasks and prompts to continue, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from expertsmith.engine import LoadedModel
     from expertsmith.evaluation.tasks import Tasks
 
-WHOLE = "tasks and generation run a model many times, so it has to be in memory as a whole"
+WHOLE = "tasks and generation run the model many times, so the whole model must be in memory"
 
 
 def asking(
@@ -56,7 +56,7 @@ def asking(
         for domain in questions.formats:
             if tokenizer is None or not questions.responses[domain]:
                 raise UserError(
-                    f"--format looks at answers, but the data of domain {domain} has none", "its records need prompt + response"
+                    f"--format checks answers, but the data of domain {domain} has none", "its records need prompt + response"
                 )
     subjects = [
         Subject(
@@ -76,7 +76,7 @@ def refuse_stream(memory: str) -> None:
         UserError: `memory` is "stream".
     """
     if memory == "stream":
-        raise UserError(WHOLE, "leave --memory stream out, or measure --data only")
+        raise UserError(WHOLE, "remove --memory stream, or use --data only")
 
 
 def tasks_for(
@@ -91,8 +91,8 @@ def tasks_for(
 
     if tokenizer is None:
         raise UserError(
-            "lm-eval tasks are text, but the model directory has no tokenizer (code of a checkpoint is not run)",
-            "add the tokenizer files to it",
+            "lm-eval tasks are text, but the model directory has no tokenizer (code from a checkpoint is not run)",
+            "add the tokenizer files",
         )
     return find(names, folders, limit, progress)
 
@@ -127,7 +127,7 @@ def resident(entry: Checkpoint, *, device: str, dtype: str, memory: str) -> Iter
 
     where = choose_device(device)
     if choose_memory(memory, [entry], where, dtype) == "stream":
-        raise UserError(f"{WHOLE}, and {entry.source} does not fit", "use a larger machine, or measure --data only")
+        raise UserError(f"{WHOLE}, and {entry.source} does not fit", "use a larger machine, or --data only")
     loaded = load_model(entry, record_of(entry.config), device=where, dtype=dtype)
     for index in range(len(loaded.layers)):
         loaded.bring(index)

@@ -1,4 +1,4 @@
-"""comparison.html: one page without network, in the manner of the page of `analyze`, whose style and plotly.js it shares."""
+"""comparison.html: one offline page with the style and plotly.js of the `analyze` page."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def _data(found: Mapping[str, Any]) -> dict[str, Any]:
         line["points"].sort(key=lambda point: point["share"])
     order = sorted(lines.values(), key=lambda line: -line["points"][0]["values"]["mean"])
     measures = {
-        "mean": "mean rise of the loss, nats a token",
+        "mean": "mean loss increase, nats per token",
         "kl": "KL divergence from the original, nats",
-        "lost": "tokens with another top-1, %",
+        "lost": "tokens with a different top-1, %",
     }
-    measures |= {f"on {name}": f"rise of the loss on {name}, nats a token" for name in found["original"]["domains"]}
+    measures |= {f"on {name}": f"loss increase on {name}, nats per token" for name in found["original"]["domains"]}
     return {"measures": measures, "lines": order}
 
 

@@ -1,4 +1,4 @@
-"""comparison.svg: quality over size as a static picture, light and dark, without scripts."""
+"""comparison.svg: quality over size as a static plot, light and dark, without scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DASHES = ("", "7 4", "2 3")  # after all colours were used once, lines are told 
 
 def series_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Lines of the picture: `points` [share of the original's bytes, mean rise] from small to large, the original last; `random` ones have a third
-    number and a fourth, the least and the largest draw. Sorted as they stand at the smallest size, worst first."""
+    number and a fourth, the least and the largest draw. Sorted by loss at the smallest size, worst first."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     several = len({group["budget"] for group in found["groups"]}) > 1
     for group in found["groups"]:
@@ -77,7 +77,7 @@ def svg(found: Mapping[str, Any]) -> str:
         path = " ".join(f"{x(p[0]):.1f},{y(p[1]):.1f}" for p in entry["points"])
         parts.append(f'<polyline class="line {kind}" points="{path}"' + (f' stroke-dasharray="{dash}"' if dash else "") + "/>")
         for point, said in zip(entry["points"][:-1], entry["said"], strict=False):
-            note = escape(f"{entry['name']}, {said}: {point[1]:+.3f} nats a token at {100 * point[0]:.0f} % of the bytes")
+            note = escape(f"{entry['name']}, {said}: {point[1]:+.3f} nats per token at {100 * point[0]:.0f} % of the bytes")
             parts.append(
                 f'<circle class="dot {kind}" cx="{x(point[0]):.1f}" cy="{y(point[1]):.1f}" r="3.6"><title>{note}</title></circle>'
             )
@@ -88,13 +88,13 @@ def svg(found: Mapping[str, Any]) -> str:
             + "/>"
         )
         parts.append(f'<text x="{WIDTH - RIGHT + 50}" y="{row + 4:.1f}">{escape(entry["name"])}</text>')
-    name = escape(f"{found['model']['source']}: what is lost, by size")
+    name = escape(f"{found['model']['source']}: loss increase by size")
     parts.append(f'<text class="title" x="{LEFT - 46}" y="22">{name}</text>')
     parts.append(
         f'<text class="soft" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 10}" text-anchor="middle">bytes, share of the original</text>'
     )
     parts.append(
-        f'<text class="soft" transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2:.0f}" y="15" text-anchor="middle">mean rise of the loss, nats a token</text>'
+        f'<text class="soft" transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2:.0f}" y="15" text-anchor="middle">mean loss increase, nats per token</text>'
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{name}">\n'

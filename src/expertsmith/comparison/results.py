@@ -1,4 +1,4 @@
-"""Finished cells put together: rows in order, the random draws as one, who is best and who is worse than chance; as JSON and Markdown."""
+"""Combine finished cells: sorted rows, the random draws as one row, which are best and which worse than chance; as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -102,10 +102,10 @@ def _random(row: Row) -> bool:
 
 
 def title(group: Mapping[str, Any]) -> str:
-    """ "Keep 0.5", "Keep 0.5, budget global", "The methods' own thresholds"."""
+    """ "Keep 0.5", "Keep 0.5, budget global", "Thresholds of the methods"."""
     if group["keep"] is None:
-        return "The methods' own thresholds"
-    share = f"Keep {group['keep']:g}" if isinstance(group["keep"], float) else f"Keep {group['keep']} experts a layer"
+        return "Thresholds of the methods"
+    share = f"Keep {group['keep']:g}" if isinstance(group["keep"], float) else f"Keep {group['keep']} experts per layer"
     return share if group["budget"] == "uniform" else f"{share}, budget {group['budget']}"
 
 
@@ -161,7 +161,7 @@ def sizes(row: Row) -> list[str]:
 
 
 def alike(rows: Sequence[Row]) -> bool:
-    """Whether all rows have the same size, which then stands in the title."""
+    """Whether all rows have the same size, which is then shown in the title."""
     return len({(*row["experts"], *row["parameters"], *row["bytes"]) for row in rows}) == 1
 
 
@@ -180,7 +180,7 @@ def columns(found: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
         "method",
         *size,
         *found["original"]["domains"],
-        "mean rise ± se",
+        "mean increase ± se",
         "KL",
         "top-1",
         *_task_names(found),
@@ -249,9 +249,9 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
         rows = shown(group)
         first, (rise, error) = rows[0], rows[0]["rise"]["mean"]
         text = (
-            f"{title(group)}: {label(first)} loses least, {rise:+.3f}"
+            f"{title(group)}: {label(first)} has the smallest loss increase, {rise:+.3f}"
             + ("" if error is None else f" ± {error:.3f}")
-            + " nats a token"
+            + " nats per token"
         )
         chance = next((entry for entry in group["random"] if entry["heal"] is None), None)
         if chance:
@@ -270,11 +270,11 @@ def how(found: Mapping[str, Any]) -> list[str]:
         took = f"; one pass for all statistics took {calibration['seconds']:.1f} s" if "seconds" in calibration else ""
         chosen = f"Experts chosen on {sum(calibration['tokens'].values()):,} tokens ({', '.join(calibration['tokens'])}){took}"
     return [
-        f"{chosen}; judged on {sum(heldout['tokens'].values()):,} predicted tokens of held-out text, dtype {found['dtype']}.",
-        "Perplexity a domain; mean rise: nats a token above the original, mean over domains, with the paired standard error over sequences (random: [least, "
+        f"{chosen}; evaluated on {sum(heldout['tokens'].values()):,} predicted tokens of held-out text, dtype {found['dtype']}.",
+        "Perplexity by domain; mean increase: loss minus the original's in nats per token, mean over domains, with the paired standard error over sequences (random: [least, "
         "largest draw]); KL(original ‖ compressed) in nats; top-1: share of tokens with the same most probable next token.",
-        "plan s and memory are what planning alone took: seconds, and bytes above what the process held before; weights that a method measures are measured "
-        "once for all ratios, by its first cell.",
+        "plan s and memory are for planning alone: seconds, and additional bytes of the process. If a method measures weights, "
+        "only its first cell does so, once for all ratios.",
         f"Bold: best of its column. {WORSE}: worse than the mean of the random draws. `expertsmith apply MODEL plans/NAME.json -o OUT` writes any of these models.",
     ]
 
@@ -301,6 +301,6 @@ def original_file(job: Comparison) -> Path:
 
 
 def statistics_folder(job: Comparison) -> Path:
-    """Where the statistics lie; beside it, in a file of the same name with .json, what calibrating took."""
+    """The folder of the statistics; the time and memory of calibration are in a .json file of the same name next to it."""
     everything = any(cell.contender.method.all_outputs for cell in job.cells)
     return job.folder / WORK / ("statistics-all-outputs" if everything else "statistics")

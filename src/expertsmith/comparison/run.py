@@ -1,4 +1,4 @@
-"""Calibrate once, plan every cell, judge every plan, write table, picture and page. What is finished is not made again."""
+"""Calibrate once, plan every cell, evaluate every plan, write table, plot and page. Finished cells are not recomputed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RESULTS = ("comparison.json", "comparison.html", "comparison.svg", "comparison.m
 
 @dataclass(frozen=True)
 class Tasks:
-    """lm-eval tasks that every cell is asked: what the answers depend on besides the model, and scores by name of a loaded one."""
+    """lm-eval tasks for every cell: what the answers depend on apart from the model, and scores by name of a loaded model."""
 
     identity: str
     scores: Callable[[LoadedModel], Mapping[str, float]]
@@ -45,7 +45,7 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Stages:
-    """The verbs that a comparison is made of."""
+    """The verbs that a comparison uses."""
 
     calibrate: Callable[..., Any]
     plan: Callable[..., Plan]
@@ -172,7 +172,7 @@ def compare(
     held = {cell.name: load(_result(job, cell), job.made_with(cell)) for cell in cells}
     missing = [cell for cell in cells if not _complete(held[cell.name], asked)]
     if len(missing) < len(cells):
-        progress.note(f"{len(cells) - len(missing)} of {len(cells)} cells are there already")
+        progress.note(f"{len(cells) - len(missing)} of {len(cells)} cells already exist")
     planned = _plans(job, missing)
     _judge(job, [cell for cell in missing if cell.heal is None], planned, held)
     _heal(job, [cell for cell in missing if cell.heal is not None], planned, held)
@@ -205,7 +205,7 @@ def _tasks(
 
 
 def _check(inventory: Inventory, cells: Sequence[Cell]) -> None:
-    """Refuse what no cell of its kind could be made of, before anything is computed."""
+    """Refuse inputs that make cells impossible, before anything is computed."""
     from expertsmith.experts.rules import refuse_groups
     from expertsmith.surgery.uneven import check_uneven, refuse_padded
 
@@ -384,7 +384,7 @@ def _finish(
     more = {"plan": f"{PLANS}/{cell.plan_name}.json", **summary, "planning": planned[cell.plan_name]["planning"], **found}
     held[cell.name] = save(_result(job, cell), job.made_with(cell), more)
     mean, error = found["rise"]["mean"]
-    job.progress.note(f"{cell.name}: {mean:+.4f} ± {error:.4f} nats a token")
+    job.progress.note(f"{cell.name}: {mean:+.4f} ± {error:.4f} nats per token")
 
 
 def write(folder: Path, found: Mapping[str, Any]) -> None:

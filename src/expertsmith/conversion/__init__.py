@@ -1,1 +1,1 @@
-"""Dense → Mixture-of-Experts: which neurons form an expert, which router picks it, and the stock checkpoint that says so."""
+"""Dense → Mixture-of-Experts: the neurons of each expert, the router, and the stock checkpoint."""

@@ -1,4 +1,4 @@
-"""ToMoE's attention: one static mask over query-key dimensions a layer, and a mask over value-output dimensions for every token.
+"""ToMoE's attention: one static mask over query-key dimensions per layer, and one mask over value-output dimensions per token.
 
     r = mean over experts of the hypernetwork's s for the attention module                                      [128]
     q_k = last h/2 rows of C GELU(LayerNorm(r)); mask m_k, repeated to [m_k, m_k]: a rotary pair (i, i + h/2) stays or goes together

@@ -155,7 +155,7 @@ def _decide(
     watch, rest = sequences[:WATCHED], sequences[WATCHED:]
     if not rest:
         raise UserError(
-            f"the data hold {len(sequences)} sequences; training needs more than {WATCHED}",
+            f"the data has {len(sequences)} sequences; training needs more than {WATCHED}",
             "give more text, or a smaller --seq-len",
         )
     grouped = request.start == "grouped"

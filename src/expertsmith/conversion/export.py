@@ -1,6 +1,6 @@
-"""Write splits as a stock Mixture-of-Experts checkpoint: MLP tensors are made anew from the dense ones, all others are copied byte for byte.
+"""Write splits as a stock Mixture-of-Experts checkpoint: MLP tensors are computed from the dense ones, all others are copied byte for byte.
 
-Every chosen expert has to count once, whatever the architecture makes of the router's logits (card MoEfication, "gate-weight recipes"):
+Every selected expert must have weight 1, for every way in which the architecture uses the router's logits (card MoEfication, "gate-weight recipes"):
 
     top_k = E                     router 0, down_proj * E: every routing weight is exactly 1/E (or 1/k of k, the same)
     top_k = 1, renormalised       nothing: the weight is exactly 1 (qwen2_moe: router * a large power of two, so that the softmax itself is 1 but for ties:
@@ -115,8 +115,8 @@ def output_config(source: Mapping[str, Any], target: Target, shape: Shape, renor
         config[target.head_key] = head
     elif head * heads != source["hidden_size"]:
         raise UserError(
-            f"its heads are {head} wide, but a {target.model_type} model takes hidden_size / num_attention_heads",
-            "no other target holds it",
+            f"its heads have size {head}, but a {target.model_type} model takes hidden_size / num_attention_heads",
+            "no other target supports it",
         )
     config.setdefault("num_key_value_heads", heads)
     for key, value in target.defaults.items():
@@ -143,7 +143,7 @@ class Writer:
         self.scales = [scales_of(target, shape, std) for std in logit_std]
 
     def tensors(self) -> list[OutputTensor]:
-        """Every tensor of the output, in the source's order; a layer's new ones stand where its first MLP tensor stood."""
+        """Every tensor of the output, in the source's order; a layer's new tensors are at the place of its first MLP tensor."""
         made: list[OutputTensor] = []
         done: set[int] = set()
         for name, info in self.source.tensors.items():
@@ -172,7 +172,7 @@ class Writer:
         info, layer = self.source.tensors[name], _query_key(name)
         assert layer is not None
         if info.dtype not in TORCH:
-            raise UserError(f"{name} is {info.dtype}: quantised attention cannot be cut", "use an unquantised checkpoint")
+            raise UserError(f"{name} is {info.dtype}: quantised attention cannot be pruned", "use an unquantised checkpoint")
         width = head_width(self.source.config)
         kept = self.heads[layer].kept
         heads = info.shape[0] // width
@@ -321,10 +321,10 @@ def check_source(source: Checkpoint, layers: int) -> None:
         for role in ("gate", "up", "down"):
             info = source.tensors.get(_name(layer, role))
             if info is None:
-                raise UserError(f"{source.source} has no tensor {_name(layer, role)}", "is it a complete dense checkpoint?")
+                raise UserError(f"{source.source} has no tensor {_name(layer, role)}", "use a complete dense checkpoint")
             if info.dtype not in TORCH:
                 raise UserError(
-                    f"{info.name} is {info.dtype}: a quantised MLP cannot be cut",
+                    f"{info.name} is {info.dtype}: a quantised MLP cannot be split",
                     "use an unquantised checkpoint, or --gguf-file for GGUF",
                 )
 

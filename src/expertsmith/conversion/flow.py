@@ -1,4 +1,4 @@
-"""dense model → splits → stock checkpoint → report: what `expertsmith convert` does, in order."""
+"""dense model → splits → stock checkpoint → report: the stages of `expertsmith convert`."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def as_batches(sequences: Sequence[Sequence[int]]) -> list[Batch]:
 def measured(
     model: LoadedModel, splits: Sequence[Split], heads: Sequence[Heads], batches: Sequence[Batch], seed: int, progress: Progress
 ) -> Converted:
-    """Captured energy, shares and spread of logits of splits that are there already, on the outputs of the converted layers before each."""
+    """Captured energy, shares and spread of logits of splits that already exist, on the outputs of the converted layers before each."""
     made = Converted(list(splits), [], heads=list(heads))
 
     def decide(layer: int, mlp: Any, x: torch.Tensor, _: torch.Tensor) -> Split:
@@ -161,7 +161,7 @@ def warnings_of(converted: Converted, asked: Asked) -> list[str]:
         overlap = sum(row["overlap"] for row in converted.layers) / len(converted.layers)
         if overlap > 0.9:
             notes.append(
-                f"the experts share {100 * overlap:.0f} % of their neurons: the router has next to nothing to decide, this is a static prune"
+                f"the experts share {100 * overlap:.0f} % of their neurons, so the router has almost no effect: this is a static prune"
             )
     odd = [
         row["layer"]
@@ -184,7 +184,7 @@ def check_growth(numbers: Mapping[str, Any], max_growth: float, remedy: str) -> 
     if numbers["total_ratio"] > max_growth:
         raise UserError(
             f"the checkpoint would have {numbers['total'] / 1e6:.1f} M parameters, {numbers['total_ratio']:.2f} times the dense model's "
-            f"{numbers['dense']['total'] / 1e6:.1f} M, because neurons that several experts have are written several times",
+            f"{numbers['dense']['total'] / 1e6:.1f} M, because neurons in several experts are written several times",
             f"{remedy}, or allow it with --max-growth {numbers['total_ratio'] + 0.05:.1f}",
         )
 
@@ -293,7 +293,7 @@ def report(
 
 
 def texts_of(result: Mapping[str, Any], splits: Sequence[Split], card: str) -> dict[str, str]:
-    """The files that a converted checkpoint carries besides its weights."""
+    """The files of a converted checkpoint other than its weights."""
     return {
         "README.md": card,
         "expertsmith/conversion.json": json.dumps(result, indent=1) + "\n",
@@ -312,16 +312,16 @@ def card_of(result: Mapping[str, Any], source: Checkpoint, quality: str = "") ->
         f"# {source.path.name} as a Mixture of Experts",
         "",
         f"Made by expertsmith from `{source.source}` ({result['source']['model_type']}, dense) with {way.title} ({way.paper}). Attention, norms and embeddings "
-        "are byte for byte the dense model's; MLP weights are its own rows and columns, down projections times a factor where several experts run.",
+        "are byte for byte the dense model's; MLP weights are its own rows and columns, with down projections multiplied by a factor if several experts run.",
         "",
         "| | dense | this |",
         "|---|---|---|",
-        f"| parameters in all | {sizes['dense']['total']:,} | {sizes['total']:,} |",
-        f"| parameters a token uses | {sizes['dense']['total']:,} | {sizes['active']['total']:,} |",
+        f"| total parameters | {sizes['dense']['total']:,} | {sizes['total']:,} |",
+        f"| parameters per token | {sizes['dense']['total']:,} | {sizes['active']['total']:,} |",
         f"| routed experts, top_k | – | {sizes['experts']}, {sizes['top_k']} |",
         f"| neurons: routed expert, always on | {sizes['neurons']} | {sizes['expert_width']}, {sizes['shared_width']} |",
         "",
-        f"- **Share of the MLP that a token runs**: {sizes['mlp_ratio_useful']:.3f} of its neurons",
+        f"- **Share of the MLP per token**: {sizes['mlp_ratio_useful']:.3f} of its neurons",
         f"- **Measured quality**: {quality or 'not measured yet; see `expertsmith evaluate --reference`'}",
         *(f"- **Note**: {note}" for note in result["notes"]),
         "",
@@ -349,7 +349,7 @@ def from_gguf(source: str | Path, file: str, target: Path, progress: Progress) -
     if target.exists():
         if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == origin:
             return target
-        raise UserError(f"{target} exists, and is not the dequantised {file}", "choose another output, or remove that folder")
+        raise UserError(f"{target} exists and is not the dequantised {file}", "choose another output, or delete that folder")
     try:
         import gguf  # noqa: F401
     except ModuleNotFoundError:
@@ -378,7 +378,7 @@ def from_gguf(source: str | Path, file: str, target: Path, progress: Progress) -
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"transformers cannot make a model of {folder / file}: {first}",
-            install_line(error) or "is it a complete GGUF file of a dense Llama, Mistral or Qwen model?",
+            install_line(error) or "use a complete GGUF file of a dense Llama, Mistral or Qwen model",
         ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Neurons → equal disjoint groups without training: at random, by their weights, or by what they do on calibration text.
+"""Neurons → equal disjoint groups without training: at random, by their weights, or by their activations on calibration text.
 
-D neurons, E routed experts of width m each; what E m leaves of D always runs (the shared part), so that no neuron is lost.
+D neurons, E routed experts of width m each; the remaining D - E m neurons always run (the shared part), so no neuron is lost.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def importance(mlp: Any, x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a grouping may look at: one dense MLP and its inputs on calibration text."""
+    """The inputs of a grouping: one dense MLP and its inputs on calibration text."""
 
     mlp: Any
     x: torch.Tensor  # [tokens, hidden]

@@ -1,4 +1,4 @@
-"""One passage of calibration text through a dense model, in which every MLP is decided on the inputs that the layers converted so far give."""
+"""One pass of calibration text through a dense model. Every MLP is converted on the inputs from the layers converted before it."""
 
 from __future__ import annotations
 

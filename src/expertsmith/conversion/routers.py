@@ -1,4 +1,4 @@
-"""One linear layer that sends tokens to experts, and how much of a layer's output energy a choice of experts captures.
+"""A linear router, and how much of a layer's output energy a choice of experts captures.
 
 u_ti = |a_i| ||column i of W_down|| (`groups.importance`); the energy of expert e for token t is the sum of u over its neurons. Captured
 energy: over the tokens, the sum of u over the neurons that ran (shared and chosen), divided by the sum over all neurons.

@@ -1,4 +1,4 @@
-"""What a conversion was asked for, checked against the dense model before anything runs. No torch."""
+"""The settings of a conversion, checked against the dense model before anything runs. Needs no torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ WAYS = {
     way.name: way
     for way in (
         Way(
-            "random", "random groups", "-", "a seeded split of the neurons and a random router: the control", "random", 8, False
+            "random",
+            "random groups",
+            "-",
+            "a seeded random split of the neurons and a random router, the baseline",
+            "random",
+            8,
+            False,
         ),
         Way(
             "moefication",
@@ -53,7 +59,7 @@ WAYS = {
             "cmoe",
             "CMoE",
             "arXiv 2502.04416",
-            "the neurons that are active most often always run, the others are grouped by when they are active",
+            "the most frequently active neurons always run, the others are grouped by co-activation",
             "ridge",
             8,
         ),
@@ -61,7 +67,7 @@ WAYS = {
             "expertweaver",
             "ExpertWeaver",
             "arXiv 2602.15521",
-            "neurons of large gate activation always run, the others are grouped by their profile over texts; router: mean gate rows",
+            "neurons with large gate activations always run, the others are grouped by their profile over texts; router: mean gate rows",
             "gate_mean",
             8,
         ),
@@ -139,13 +145,13 @@ def dense_family(config: Mapping[str, Any], where: str) -> Dense:
     model_type = str(config_get(config, "model_type") or "")
     if model_type in families():
         raise UserError(
-            f"{where} is a Mixture of Experts already ({families()[model_type].title})",
+            f"{where} is already a Mixture of Experts ({families()[model_type].title})",
             "prune or merge its experts with `expertsmith compress`",
         )
     if model_type in BLOCKED:
         raise UserError(f"{where} is a {model_type} model, which cannot be converted: {BLOCKED[model_type]}")
     if model_type not in DENSE:
-        raise unknown("dense family that can be converted", model_type, DENSE)
+        raise unknown("convertible dense family", model_type, DENSE)
     return DENSE[model_type]
 
 
@@ -176,24 +182,26 @@ def ask(
         UserError: whatever does not go together, with the numbers and what would.
     """
     if method not in WAYS:
-        raise unknown("method of conversion", method, WAYS)
+        raise unknown("conversion method", method, WAYS)
     way, family = WAYS[method], dense_family(config, where)
     count = way.experts if experts is None else experts
     neurons = int(config["intermediate_size"])
     goal = _target(family, config, where, target, always=shared > 0 or core)
     if core and (not way.learned or goal.shared_key is None):
         raise UserError(
-            f"--export core needs {'--method tomoe' if not way.learned else f'an always-on part, which a {goal.model_type} model has not'}",
+            f"--export core needs {'--method tomoe' if not way.learned else f'an always-on part, which a {goal.model_type} model does not have'}",
             "use --export plain",
         )
     if count < 1 or shared < 0:
-        raise UserError(f"--experts is {count} and --shared {shared}; there is at least one routed expert")
+        raise UserError(f"--experts is {count} and --shared {shared}; at least one routed expert is needed")
     if attention != "none":
         if not way.learned:
-            raise UserError(f"--attention {attention} is learned, which {method} is not", "use --method tomoe, or leave it out")
+            raise UserError(
+                f"--attention {attention} is learned, but method {method} is not", "use --method tomoe, or remove --attention"
+            )
         if active_of != "block":
             raise UserError(
-                f"with --attention {attention} the budget is that of attention and MLPs together", "pass --active-of block"
+                f"with --attention {attention} the budget covers attention and MLPs together", "pass --active-of block"
             )
         active_of = "mlp"  # the training divides it between the two: an MLP starts with the same share as the whole
     ratio = _mlp_ratio(config, active, active_of)
@@ -203,7 +211,7 @@ def ask(
     if kind not in ROUTERS:
         raise unknown("router", kind, ROUTERS)
     if count < 2:
-        raise UserError("one routed expert leaves nothing to choose", "give --experts 2 or more")
+        raise UserError("a router needs at least two routed experts", "give --experts 2 or more")
     width, rest = _groups(neurons, count, shared)
     chosen = _top_k(ratio, top_k, count, width, rest, neurons, active)
     goal = _target(family, config, where, target, always=rest > 0, several=1 < chosen < count)
@@ -243,7 +251,7 @@ def _mlp_ratio(config: Mapping[str, Any], active: float | None, active_of: str) 
     if ratio <= 0:
         least = attention / (attention + mlp)
         raise UserError(
-            f"--active {active:g} of attention and MLPs is impossible with attention kept, which is {least:.3f} of them by itself",
+            f"--active {active:g} of attention and MLPs is impossible if attention is kept, which alone is {least:.3f} of them",
             f"give more than {least + 0.02:.2f}, or prune attention too (--method tomoe --attention static)",
         )
     return ratio
@@ -268,7 +276,7 @@ def _groups(neurons: int, experts: int, shared: int) -> tuple[int, int]:
         raise UserError(
             f"{neurons} neurons do not divide into {experts} experts ({rest} would be left)",
             (f"give --experts {' or '.join(map(str, close))}, or " if close else "")
-            + "--shared 1, whose expert takes what is left",
+            + "--shared 1, whose expert takes the remainder",
         )
     if width < 1:
         raise UserError(f"{neurons} neurons are too few for {experts + shared} experts", "give fewer --experts")
@@ -281,7 +289,7 @@ def _top_k(
     shares = [(shared + k * width) / neurons for k in range(1, experts + 1)]
     if ratio is not None and ratio < shares[0] - 0.5 * width / neurons:
         raise UserError(
-            f"--active {active:g} means {ratio:.3f} of the MLP, but the always-on part and one expert are {shares[0]:.3f} of it",
+            f"--active {active:g} means {ratio:.3f} of the MLP, but the always-on part and one expert alone are {shares[0]:.3f}",
             f"give --active {shares[0]:.2f} or more, more --experts, or fewer --shared",
         )
     if top_k is None:
@@ -292,8 +300,8 @@ def _top_k(
         raise UserError(f"--top-k is {top_k}, but there are {experts} routed experts")
     if ratio is not None and abs(shares[top_k - 1] - ratio) > 0.5 * width / neurons:
         raise UserError(
-            f"--top-k {top_k} of {experts} runs {shares[top_k - 1]:.3f} of the MLP, but --active asks for {ratio:.3f} of it",
-            "leave one of the two out",
+            f"--top-k {top_k} of {experts} runs {shares[top_k - 1]:.3f} of the MLP, but --active sets {ratio:.3f}",
+            "remove one of the two",
         )
     return top_k
 
@@ -310,10 +318,10 @@ def _tomoe(
     neurons: int,
 ) -> Asked:
     if top_k not in (None, 1):
-        raise UserError(f"--top-k is {top_k}, but ToMoE's router picks one expert", "leave --top-k out")
+        raise UserError(f"--top-k is {top_k}, but ToMoE's router selects one expert", "leave --top-k out")
     if shared or router:
         raise UserError(
-            f"--{'shared' if shared else 'router'} means nothing to ToMoE, which learns its experts and router",
+            f"--{'shared' if shared else 'router'} has no effect on ToMoE, which learns its experts and router",
             "use --export core for an always-on part" if shared else "leave it out",
         )
     wanted = 0.5 if ratio is None else ratio

@@ -1,8 +1,8 @@
-"""What a conversion decides for one MLP, whatever the method: the neurons of every expert, those that always run, and a linear router.
+"""The result of any conversion method for one MLP: the neurons of every expert, those that always run, and a linear router.
 
 A dense MLP is a sum over its neurons, so any set of them can be left out: with `a` the activated neurons (act(gate x) * up x), a token that
-is sent to experts S gets down(a * [neuron in shared or in an expert of S]). `sparse` puts exactly that in force on the dense model, and is
-the reference that a written checkpoint is held to.
+is sent to experts S gets down(a * [neuron in shared or in an expert of S]). `sparse` applies exactly this to the dense model. It is
+the reference for the written checkpoint.
 """
 
 from __future__ import annotations

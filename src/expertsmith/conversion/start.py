@@ -1,4 +1,4 @@
-"""A start for ToMoE's masks without training: tokens and neurons grouped together, from one forward over calibration text.
+"""A training-free start for ToMoE's masks: co-clustered tokens and neurons from one forward pass over calibration text.
 
 Per layer, with the importance u_ti = |a_ti| ||column i of W_down|| of neuron i for token t:
 

@@ -1,6 +1,6 @@
-"""ToMoE's training loop: accelerate for the devices, checkpoints to go on from at any step, the same result interrupted or not on CPU.
+"""ToMoE's training loop: accelerate for devices, resumable at any saved step, with the same result on CPU whether interrupted or not.
 
-Every random number of a step comes from (seed, step), so nothing but the weights, the optimiser and the step number is state.
+Every random number of a step comes from (seed, step), so the only state is the weights, the optimiser and the step number.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ def _watch(
 
 def _sentence(row: dict[str, Any], recipe: Recipe) -> str:
     return (
-        f"step {row['step']}/{recipe.steps}: KL {row['kl']:.3f} with noise, {row['kl_written']:.3f} as it would be written; width {row['ratio']:.3f}, "
+        f"step {row['step']}/{recipe.steps}: KL {row['kl']:.3f} with noise, {row['kl_written']:.3f} as written; width {row['ratio']:.3f}, "
         f"coverage {row['coverage']:.3f}, balance {row['balance']:.2f}, expert overlap {row['overlap']:.2f}"
     )
 
@@ -327,14 +327,14 @@ def _restore(folder: Path, identity: dict[str, Any], net: MaskNet, optimizer: An
     if theirs != identity:
         keys = [key for key in identity["recipe"] if theirs["recipe"].get(key) != identity["recipe"][key]]
         what = f"other settings ({', '.join(keys)})" if keys else "another model or other data"
-        raise UserError(f"{folder} holds a training with {what}", "pass --fresh to start again, or another output")
+        raise UserError(f"{folder} has a training run with {what}", "pass --fresh to start again, or another output")
     net.load_state_dict(state["net"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
 
 
 def _cut_log(file: Path, step: int) -> None:
-    """Forget what was logged after the step that the training goes on from."""
+    """Remove log entries after the step from which the training resumes."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     kept = [line for line in lines if line.strip() and json.loads(line)["step"] <= step]
     file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`expertsmith demo`: the whole flow on a small trained model that ships with the package, on text of the Python installation."""
+"""`expertsmith demo`: the whole flow on the small packaged model and text from the Python installation."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def demo(
 def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Calibrate on three domains, keep half of the experts for one of them by several methods, verify and measure each.
 
-    Ends with a look at what the experts do. Leaves text, statistics, plans, checkpoints, `results.json`, `report.html` and `analysis/` in `out`;
+    Ends with an analysis of the experts. Writes text, statistics, plans, checkpoints, `results.json`, `report.html` and `analysis/` in `out`;
     a folder that an earlier demo left is replaced.
 
     Raises:
@@ -72,11 +72,11 @@ def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     begin = time.perf_counter()
     if out.exists():
         if not (out / MARK).exists():
-            raise UserError(f"{out} exists already and was not left by the demo", "choose another folder with -o")
+            raise UserError(f"{out} exists already and is not the demo's output", "choose another folder with -o")
         shutil.rmtree(out)
     out.mkdir(parents=True)
     (out / MARK).write_text("{}\n")
-    progress.note(f"text: {', '.join(corpus.DOMAINS)}, read from this Python installation")
+    progress.note(f"text from this Python installation: {', '.join(corpus.DOMAINS)}")
     corpus.write(out / "text" / "calib", "calib")
     corpus.write(out / "text" / "heldout", "heldout")
     calib = [f"{name}={out / 'text' / 'calib' / f'{name}.jsonl'}:{CALIBRATION_SEQUENCES}" for name in corpus.DOMAINS]
@@ -178,6 +178,6 @@ def _summary(result: dict[str, Any]) -> str:
     random = next(value for label, value in by_label.items() if label.startswith("random")) - base
     before, after = result["bytes"]
     return (
-        f"On {target}, half of the experts chosen by easy_ep cost {chosen:+.2f} nats a token, chosen at random {random:+.2f}; "
+        f"On {target}, half of the experts chosen by easy_ep cost {chosen:+.2f} nats per token, chosen at random {random:+.2f}; "
         f"the checkpoint shrinks from {before / 1e6:.1f} to {after / 1e6:.1f} MB. {result['seconds']:.0f} s."
     )

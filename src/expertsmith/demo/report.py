@@ -1,4 +1,4 @@
-"""The demo's page: one self-contained HTML file, light and dark, with inline SVG and no scripts from elsewhere."""
+"""The demo's page: one self-contained HTML file, light and dark, with inline SVG and no external scripts."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def write_report(path: Path, result: dict[str, Any], statistics: Statistics, row
         if row["plan"] is not None and row["domain"] and row["label"].startswith("easy_ep")
     }
     body = [
-        "<h1>Half of the experts, chosen for what you need</h1>",
+        "<h1>Half of the experts, chosen for one domain</h1>",
         f'<p class="lead">{escape(result["summary"])}</p>',
-        '<p class="soft">A small Mixture-of-Experts model, trained on text that every Python installation carries. Its experts are calibrated '
-        "once; then half of them are removed in several ways. Every result was verified against the original with the same experts masked.</p>",
-        f"<h2>What is lost, by domain</h2><p>Rise of the held-out loss over the original, nats a token (lower is better). Experts chosen for "
-        f"{escape(result['target'])} keep {escape(result['target'])} and give up the rest.</p>",
+        '<p class="soft">A small Mixture-of-Experts model, trained on text from the Python installation. It is calibrated once; '
+        "then several methods remove half of its experts. Every result was verified against the original with the same experts masked.</p>",
+        f"<h2>Loss increase by domain</h2><p>Increase of the held-out loss over the original, nats per token (lower is better). Experts chosen for "
+        f"{escape(result['target'])} keep {escape(result['target'])} and lose on the other domains.</p>",
         _bars(result),
         "<h2>Perplexity on held-out text</h2>",
         f"<p>{_why(result)}</p>",
         _table(result),
-        "<h2>Who is used for what</h2><p>Share of each domain's tokens that a layer sends to each expert: the stronger the colour, the more. Framed experts "
-        "are the half that <i>easy_ep</i> keeps for that domain. Point at a cell for its number.</p>",
-        '<p>More of what the experts do, with every number: <a href="analysis/report.html">the analysis of this model</a>.</p>',
+        "<h2>Expert use by domain</h2><p>Share of each domain's tokens that a layer routes to each expert; stronger colour means more. "
+        "<i>easy_ep</i> keeps the framed half for that domain. Point at a cell to see its value.</p>",
+        '<p>For all measures of the experts, see <a href="analysis/report.html">the analysis of this model</a>.</p>',
         '<div class="maps">' + "".join(_map(name, statistics, plans.get(name)) for name in result["domains"]) + "</div>",
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>expertsmith demo</title><style>{STYLE}</style>'
@@ -82,7 +82,7 @@ def _bars(result: dict[str, Any]) -> str:
         f'<span><span class="dot" style="background:{PALETTE[i % len(PALETTE)]}"></span>{escape(row["label"])}</span>'
         for i, row in enumerate(rows)
     )
-    svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Rise of the held-out loss by domain and choice">{"".join(parts)}</svg>'
+    svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Increase of the held-out loss by domain and choice">{"".join(parts)}</svg>'
     return f'<div class="legend">{legend}</div><div class="wide">{svg}</div>'
 
 
@@ -92,12 +92,12 @@ def _why(result: dict[str, Any]) -> str:
     by_label = {row["label"]: row for row in result["rows"]}
     ours, reap = by_label[f"easy_ep for {target}"], by_label[f"reap for {target}"]
     text = (
-        f"<i>easy_ep</i> adds up what an expert does over all {escape(target)} tokens, so it keeps the experts that "
-        f"{100 * ours['routed']:.0f} % of them are routed to. <i>reap</i> averages over the tokens that an expert got, however few"
+        f"<i>easy_ep</i> sums an expert's contribution over all {escape(target)} tokens, so it keeps the experts that "
+        f"handle {100 * ours['routed']:.0f} % of them. <i>reap</i> averages over the tokens of each expert, however few"
     )
     if reap["routed"] < ours["routed"]:
-        text += f": here it keeps specialists of other domains that hardly any {escape(target)} token reaches ({100 * reap['routed']:.0f} %)"
-    return text + ". Calibrate <i>reap</i> on everything that the model has to keep."
+        text += f": here it keeps experts for other domains that hardly any {escape(target)} token reaches ({100 * reap['routed']:.0f} %)"
+    return text + ". Calibrate <i>reap</i> on every domain that the model must keep."
 
 
 def _table(result: dict[str, Any]) -> str:

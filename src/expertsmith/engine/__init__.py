@@ -1,4 +1,4 @@
-"""Run a model: whole in memory or one decoder layer at a time, with the model's own forward. Knows nothing of methods or plans."""
+"""Run a model: whole in memory or one decoder layer at a time, with the model's own forward. Independent of methods and plans."""
 
 from expertsmith.engine.loading import LoadedModel, load_model
 from expertsmith.engine.uneven import load

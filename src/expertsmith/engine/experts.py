@@ -1,4 +1,4 @@
-"""Run chosen (token, expert) pairs of an experts module, with the raw outputs in sight."""
+"""Run selected (token, expert) pairs of an experts module and expose the raw outputs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def grouped_outputs(experts: Any, x: torch.Tensor, token: torch.Tensor, expert: 
     from transformers.integrations.moe import _grouped_linear
 
     count = experts.num_experts
-    offsets = torch.cumsum(torch.bincount(expert, minlength=count)[:count], 0, dtype=torch.int32)
+    ids = torch.arange(count, device=expert.device)
+    offsets = torch.searchsorted(expert, ids, right=True, out_int32=True)  # counting them would wait for the device
 
     def linear(inputs: torch.Tensor, name: str) -> torch.Tensor:
         bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None

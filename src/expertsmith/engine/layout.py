@@ -1,4 +1,4 @@
-"""Where a decoder layer has its experts, and how their module holds their weights."""
+"""Where the experts of a decoder layer are, and how their module stores their weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def expert_count(experts: nn.Module) -> int:
     for name in ("num_routed_experts", "num_experts"):
         if isinstance(getattr(experts, name, None), int):
             return int(getattr(experts, name))
-    raise UserError(f"the experts module {type(experts).__name__} does not tell its number of experts")
+    raise UserError(f"the experts module {type(experts).__name__} has no known number of experts")
 
 
 def is_grouped(experts: nn.Module) -> bool:
@@ -69,5 +69,5 @@ def _memory_layout(experts: Any, name: str, record: Architecture) -> Layout:
         return layout  # type: ignore[no-any-return]
     layouts = {record.layout_of(entry.name) for entry in record.stacked if entry.name.endswith(f".{name}")}
     if len(layouts) != 1 or None in layouts:
-        raise RuntimeError(f"{type(experts).__name__}.{name}: the record of {record.model_type} does not tell its layout")
+        raise RuntimeError(f"{type(experts).__name__}.{name}: the record of {record.model_type} has no layout for it")
     return layouts.pop()  # type: ignore[return-value]

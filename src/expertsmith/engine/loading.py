@@ -157,12 +157,12 @@ class LoadedModel:
         if info.conversion_errors:
             if any(re.search(OUT_OF_MEMORY, str(text)) for text in info.conversion_errors.values()):
                 raise UserError(
-                    f"memory ran out while the tensors {where} were put together",
-                    "the machine (or its limit) is too small for one decoder layer of this model",
+                    f"memory ran out while loading the tensors {where}",
+                    "use a machine (or limit) with enough memory for one decoder layer",
                 )
             raise UserError(
                 f"tensors {where} could not be converted: {sorted(map(str, info.conversion_errors))[0]}",
-                "config.json and weights do not belong together, or a tensor has a wrong shape",
+                "config.json and weights do not match, or a tensor has a wrong shape",
             )
 
 
@@ -224,10 +224,10 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
         if package or isinstance(error, ImportError):
             raise UserError(
                 f"{checkpoint.path}/config.json needs a package that is not installed: {_first_line(error)}",
-                package or "install what this message names",
+                package or "install the package in this message",
             ) from None
         raise UserError(
-            f"{checkpoint.path}/config.json is not understood by transformers {transformers.__version__}: {_first_line(error)}"
+            f"{checkpoint.path}/config.json is not supported by transformers {transformers.__version__}: {_first_line(error)}"
         ) from None
     except Exception as error:  # strict config classes raise validation errors of their own
         if "Validation" not in type(error).__name__:
@@ -290,11 +290,11 @@ def load_model(  # noqa: C901  (every way of loading, decided in one place)
         if package or isinstance(error, ImportError):
             raise UserError(
                 f"{checkpoint.source} needs a package that is not installed: {_first_line(error)}",
-                package or "install what this message names",
+                package or "install the package in this message",
             ) from None
         raise UserError(
             f"transformers cannot load {checkpoint.source}: {_first_line(error)}",
-            "is a shard damaged, or a tensor of a wrong shape?",
+            "check for a damaged shard or a tensor with a wrong shape",
         ) from None
     module.eval().requires_grad_(False)
     path = layers_of(module, architecture.layers if architecture else "model.layers")
@@ -327,7 +327,7 @@ def _ahead_in(weights: Checkpoint, architecture: Architecture | None) -> Invento
 def _config_of(
     checkpoint: Checkpoint, architecture: Architecture | None, overrides: Mapping[str, Any] | None, ahead: Inventory | None
 ) -> Any:
-    """The config to build a model from: with what the family's record says of missing keys, with `overrides`, and with a layer for multi-token prediction."""
+    """The config to build a model from: with the family record's defaults for missing keys, with `overrides`, and with a layer for multi-token prediction."""
     config = transformers_config(checkpoint)
     inner, given = config.get_text_config(), text_config(checkpoint.config)
     for key, other in architecture.same_as if architecture else ():
@@ -385,8 +385,8 @@ def load_decoded(
     """
     if others:
         raise UserError(
-            f"{checkpoint.source} is quantised and is loaded decoded, which {sorted(others)[0]} has no part in",
-            "leave it out, or write a plain checkpoint first with `expertsmith dequantise`",
+            f"{checkpoint.source} is quantised and loaded decoded, so {sorted(others)[0]} has no effect",
+            "remove it, or write a plain checkpoint first with `expertsmith dequantise`",
         )
     places = set(device_map.values()) if isinstance(device_map, Mapping) else {"cpu" if device_map is None else device_map}
     if len(places) > 1:
@@ -437,12 +437,12 @@ def check_fits(checkpoint: Checkpoint, architecture: Architecture) -> None:
         words = error.message if isinstance(error, UserError) else _first_line(error)
         raise UserError(
             f"{checkpoint.source} cannot be treated as {architecture.runs_as or architecture.model_type}: {words}",
-            "--as takes the family whose class has these tensors, by name and shape",
+            "use the family whose class has tensors of these names and shapes",
         ) from None
 
 
 def layers_of(module: nn.Module, path: str) -> str:
-    """Where the decoder layers stand in a model: at `path`, or in a composite at the same place of its language model.
+    """Where the decoder layers are in a model: at `path`, or in a composite at the same place of its language model.
 
     Raises:
         UserError: nowhere.
@@ -455,9 +455,7 @@ def layers_of(module: nn.Module, path: str) -> str:
     places = [f"{root}.{inner}" for root in roots for inner in (path.rpartition(".")[2], path)]
     found = next((place for place in places if place in names), None)
     if found is None:
-        raise UserError(
-            f"{type(module).__name__} has no {path}, so it cannot be walked layer by layer", "use a supported family"
-        )
+        raise UserError(f"{type(module).__name__} has no {path}, so it cannot run layer by layer", "use a supported family")
     return found
 
 
@@ -561,9 +559,9 @@ def choose_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise UserError(f"device {device!r} is not known", "use auto, cpu, cuda or cuda:0") from None
+        raise UserError(f"device {device!r} is not supported", "use auto, cpu, cuda or cuda:0") from None
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} GPUs", "use --device cpu")
+        raise UserError(f"device {device!r} is not available: torch sees {torch.cuda.device_count()} GPUs", "use --device cpu")
     return chosen
 
 
@@ -579,7 +577,7 @@ def _dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
         )
     value = getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(value, torch.dtype):
-        raise UserError(f"dtype {name!r} is not known", "use auto, float32 or bfloat16")
+        raise UserError(f"dtype {name!r} is not supported", "use auto, float32 or bfloat16")
     return value
 
 
@@ -615,8 +613,8 @@ def _group_names(loaded: LoadedModel) -> list[str]:
             if left_out(name):
                 continue
             raise UserError(
-                f"{type(module).__name__} has no place for {name} of {loaded.checkpoint.source}",
-                "config.json and weights do not belong together, or this checkpoint has parts that are not known; please report it",
+                f"{type(module).__name__} has no parameter for {name} of {loaded.checkpoint.source}",
+                "config.json and weights do not match, or this checkpoint has unsupported parts; please report it",
             )
         if renamed in is_buffer:
             buffers.append(name)
@@ -629,7 +627,7 @@ def _group_names(loaded: LoadedModel) -> list[str]:
 
 
 def _left_out(loaded: LoadedModel) -> Callable[[str], bool]:
-    """Whether a tensor is one that the model does without, and rightly: what the class itself declares, buffers that old versions
+    """Whether the model correctly ignores a tensor: what the class itself declares, buffers that old versions
     saved, what the family's record names, layers after the last (multi-token prediction), and what is not the language model's."""
     record = loaded.architecture
     declared = tuple(getattr(loaded.module, "_keys_to_ignore_on_load_unexpected", None) or ())
@@ -654,9 +652,7 @@ def _refuse_mismatched(keys: Iterable[Any]) -> None:
     for key in sorted(keys, key=str):
         name, *shapes = key if isinstance(key, tuple) else (key,)
         detail = f": the file has shape {list(shapes[0])}, the model {list(shapes[1])}" if len(shapes) == 2 else ""
-        raise UserError(
-            f"{name} has a wrong shape{detail}", "config.json and weights do not belong together, or the tensor is damaged"
-        )
+        raise UserError(f"{name} has a wrong shape{detail}", "config.json and weights do not match, or the tensor is damaged")
 
 
 def _to_meta(layer: nn.Module) -> None:

@@ -60,13 +60,13 @@ def why_not_played(inventory: Inventory) -> str | None:
     if inventory.architecture.no_class:
         return inventory.architecture.no_class
     if len(layers) > 1 or layers != [inventory.num_layers]:
-        return f"there are {len(layers)} such layers, and only one right after the last decoder layer can be run"
+        return f"there are {len(layers)} such layers, but only one, right after the last decoder layer, can be run"
     if not parts_of(inventory):
-        return "what stands before its decoder layer has names that are not known"
+        return "the tensors before its decoder layer have unknown names"
     if inventory.config.get("mtp_hidden_states_first"):
-        return "config.json puts the hidden state before the embedding (mtp_hidden_states_first), which no layer with experts is known to have"
+        return "config.json puts the hidden state before the embedding (mtp_hidden_states_first), which is not supported for layers with experts"
     if inventory.overrides:
-        return "config.json gives decoder layers numbers of experts of their own, and none for this one"
+        return "config.json gives numbers of experts by decoder layer, but none for this one"
     return None
 
 
@@ -114,7 +114,7 @@ class Ahead:
 def ahead_of(
     module: Any, layers: str, weights: Checkpoint, inventory: Inventory, device: torch.device, dtype: torch.dtype
 ) -> Ahead:
-    """`Ahead` of a built model whose decoder layers stand at `layers`.
+    """`Ahead` of a built model whose decoder layers are at `layers`.
 
     The embedding is the model's own where the checkpoint's copy of it is the same, or where it has none.
     """

@@ -1,4 +1,4 @@
-"""A decoder layer whose routed experts do not fit into memory together: each is read when tokens are sent to it, and let go again.
+"""A decoder layer whose routed experts do not fit into memory together: each expert is read when tokens are routed to it, then released.
 
 The experts module keeps its parameters on the meta device, and its class is exchanged for one whose forward reads the experts that were
 chosen, a few at a time, into a module of the stock class that holds only those. So every way of running experts works as it is. Each

@@ -1,6 +1,6 @@
-"""What glibc does with freed memory, through ctypes, because Python has no other way to ask. On another C library nothing happens.
+"""Control how glibc returns freed memory, through ctypes, because Python has no API for it. With another C library this does nothing.
 
-An allocator of torch's own for CPU memory, as it has for GPUs, would replace this file.
+A caching allocator for CPU memory in torch, like the one for GPUs, would replace this file.
 """
 
 from __future__ import annotations

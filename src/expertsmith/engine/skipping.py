@@ -1,7 +1,7 @@
-"""Dynamic skipping: a token leaves out those of its selected experts whose routing weights are small, and they are not computed.
+"""Dynamic skipping: a token skips its selected experts with small routing weights, which are then not computed.
 
 "Not All Experts are Equal" (arXiv 2402.14800, ACL 2024), section 3.3 and appendix A.2. With the routing weights of a token sorted,
-w_1 >= ... >= w_k (what multiplies the experts' outputs: never the biased scores that a router selects by), and one threshold a layer:
+w_1 >= ... >= w_k (what multiplies the experts' outputs: never the biased scores that a router selects by), and one threshold per layer:
 
     ratio (top_k = 2): the second expert is skipped where w_2 / w_1 < threshold;
     tail: the first i experts stay, i >= 1 the smallest with sum_{m>i} w_m / sum_m w_m <= threshold.
@@ -81,7 +81,7 @@ def keep_slots(weights: torch.Tensor, rule: Rule, threshold: float, skippable: t
 
 def rescaled_weights(weights: torch.Tensor, keep: torch.Tensor, skippable: torch.Tensor | None = None) -> torch.Tensor:
     """Routing weights times sum_m |w_m| / sum_{m stays} |w_m|, over the skippable slots of each token; a token that keeps all keeps
-    its weights bit for bit. What stands at skipped slots means nothing."""
+    its weights bit for bit. Values at skipped slots have no meaning."""
     sizes = routed_sizes(weights, skippable)
     total = sizes.sum(-1, keepdim=True)
     factor = total / (sizes * keep).sum(-1, keepdim=True)  # exactly 1 where nothing is skipped
@@ -160,8 +160,8 @@ def install(module: nn.Module, architecture: Architecture, thresholds: Mapping[i
     for layer, experts in _checked(module, layers, architecture, thresholds, rule).items():
         if any(parameter.is_meta for parameter in experts.parameters()):
             raise UserError(
-                f"decoder layer {layer}: the experts' weights are offloaded, and skipping needs them in memory",
-                "load the model on a device that holds it",
+                f"decoder layer {layer}: the experts' weights are offloaded, but skipping needs them in memory",
+                "load the model on a device with enough memory",
             )
         _attach(experts, architecture, layer, rule, thresholds[layer], None)
 
@@ -176,14 +176,14 @@ def _checked(
         if not 0 <= layer < len(layers) or not has_experts(layers[layer], architecture):
             raise UserError(
                 f"decoder layer {layer} has a skip threshold, but no routed experts",
-                "leave it out: thresholds are for MoE layers",
+                "remove it: thresholds are for MoE layers",
             )
         if not (math.isfinite(threshold) and threshold >= 0):
-            raise UserError(f"decoder layer {layer}: the skip threshold is {threshold}", "it has to be a number of at least 0")
+            raise UserError(f"decoder layer {layer}: the skip threshold is {threshold}", "it must be at least 0")
         found[layer] = experts_of(layers[layer], architecture)
         if getattr(found[layer], "_is_expert_parallel", False):
             raise UserError(
-                f"decoder layer {layer}: the experts are spread over processes, so no process sees all weights of a token",
+                f"decoder layer {layer}: the experts are distributed over processes, so no process has all routing weights of a token",
                 "skip without expert parallelism",
             )
     return found
@@ -201,8 +201,8 @@ def check_rule(config: Any, architecture: Architecture, rule: str) -> None:
     kind = architecture.model_type
     if architecture.call == "dense_inputs":
         raise UserError(
-            f"{kind}: the router scales the experts' inputs, so no expert can be skipped by its weight",
-            "skipping is for models that weight the experts' outputs",
+            f"{kind}: the router scales the experts' inputs, so experts cannot be skipped by weight",
+            "use a model that weights the experts' outputs",
         )
     found = config_first(config.get_text_config().to_dict(), architecture.top_k_key)
     if found is None:
@@ -210,11 +210,11 @@ def check_rule(config: Any, architecture: Architecture, rule: str) -> None:
     key, top_k = found
     several = top_k if isinstance(top_k, list) else [top_k]
     if min(several) < 2:
-        raise UserError(f"{kind}: {key} is {top_k}, so a token has no second expert to skip", "nothing is to be gained here")
-    if rule == "ratio" and set(several) != {2}:
         raise UserError(
-            f"{kind}: {key} is {top_k}, and the ratio rule compares the two experts of a token", "use the rule tail"
+            f"{kind}: {key} is {top_k}, so a token has no second expert to skip", "skipping needs top_k of at least 2"
         )
+    if rule == "ratio" and set(several) != {2}:
+        raise UserError(f"{kind}: {key} is {top_k}, but the ratio rule is for two experts per token", "use the rule tail")
 
 
 def _attach(

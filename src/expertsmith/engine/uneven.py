@@ -1,4 +1,4 @@
-"""Models that no stock class holds. Decoder layers with different numbers of experts: config.json's `per_layer_config`, and classes that build by it.
+"""Models that no stock class can represent: decoder layers with different numbers of experts, from `per_layer_config` in config.json.
 
 transformers 5.23 reads `per_layer_config` into the config, but its models build every layer from the one config. `PerLayerExperts` makes
 them build each layer from its own. The same class, as source text, is what a written checkpoint carries (`shim_of`), so that plain
@@ -228,7 +228,7 @@ def layer_classes(stock: Any) -> tuple[Any, ...]:
 
 
 def auto_map(config: Any) -> dict[str, str]:
-    """What config.json says of the class in `shim_of`."""
+    """The entries of config.json for the class in `shim_of`."""
     return {"AutoModelForCausalLM": f"{SHIM.removesuffix('.py')}.{stock_class(config).__name__}"}
 
 
@@ -283,7 +283,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     from transformers import PreTrainedConfig
 
     if kwargs.pop("trust_remote_code", False):
-        raise UserError("load runs no code of a checkpoint, so trust_remote_code means nothing here", "leave it out")
+        raise UserError("load runs no code from a checkpoint, so trust_remote_code has no effect", "leave it out")
     if "config" not in kwargs:
         where = {
             key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "subfolder", "token") if key in kwargs

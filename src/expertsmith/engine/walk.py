@@ -1,6 +1,6 @@
 """Carry batches through a model in lock-step: all batches through decoder layer 0, then all through layer 1, and so on.
 
-Each batch runs the model's own forward in a greenlet of its own; the forward is stopped at the door of every decoder layer. So masks,
+Each batch runs the model's own forward in its own greenlet; the forward pauses before every decoder layer. So masks,
 position embeddings and any state that a model hands from layer to layer are the model's own, and a layer's weights are needed once.
 Greenlets instead of threads: OpenMP would start a pool of workers for every thread.
 """

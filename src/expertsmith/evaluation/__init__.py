@@ -1,1 +1,1 @@
-"""Measure a model: quality on held-out text, and against a reference. Knows nothing of pruning."""
+"""Measure a model: quality on held-out text, and compared with a reference. Independent of pruning."""

@@ -1,4 +1,4 @@
-"""What a model writes when it goes on greedily: repetition, loops, end of text, answer format. By domain, next to a reference."""
+"""Measures of greedily generated text: repetition, loops, end of text, answer format. By domain, next to a reference."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Two models on the same documents: each one's score, the difference, and standard errors that use the pairing.
 
-Both models answer the same documents, and most of what makes a score vary (hard and easy documents) is common to them. So the standard error of
-the difference is that of the per-document differences d, s(d) / sqrt(n), and not the root of the sum of two squares, which would take
-the two for independent samples.
+Both models answer the same documents, and most of a score's variance (hard and easy documents) is common to both. So the standard error of
+the difference is that of the per-document differences d, s(d) / sqrt(n), not the root of the sum of two squares, which assumes
+independent samples.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Quality:
     more: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Results by domain, and their unweighted mean over domains (perplexity: exp of the mean loss); what else was measured beside them."""
+        """Results by domain, and their unweighted mean over domains (perplexity: exp of the mean loss), with the other measurements."""
         if not self.domains:
             return dict(self.more)
         rows = {name: entry.to_json(self.has_reference) for name, entry in self.domains.items()}
@@ -111,7 +111,7 @@ def measure(
         for group in groups:
             _measure_group(model, reference, group, quality, advance)
     if not any(entry.tokens for entry in quality.domains.values()):
-        raise UserError("the evaluation data has no token to predict", "give longer text")
+        raise UserError("the evaluation data has no tokens to predict", "give longer text")
     return quality
 
 

@@ -1,4 +1,4 @@
-"""Put the same tasks and prompts to a model and its reference, one model in memory at a time; what is finished is kept and not asked again."""
+"""Run the same tasks and prompts on a model and its reference, one model in memory at a time; finished results are kept and not recomputed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Subject:
 
 @dataclass
 class Questions:
-    """lm-eval tasks, and prompts as token ids by domain (with the answers that the data gives, where it does) to go on from greedily.
+    """lm-eval tasks, and prompts as token ids by domain (with the data's answers, if it has any) to continue greedily.
 
     `formats` are patterns by domain, for answers as text.
     """

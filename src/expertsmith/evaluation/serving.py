@@ -1,4 +1,4 @@
-"""Speed, memory and energy of models in a serving engine, each in a process of its own, in turns within one run."""
+"""Speed, memory and energy of models in a serving engine, each in its own process, alternating within one run."""
 
 from __future__ import annotations
 
@@ -37,9 +37,11 @@ class Setting:
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("prompt_len", 1), ("new_tokens", 2), ("rounds", 1)):
             if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}", f"speed wants at least {least}")
+                raise UserError(f"{name} is {getattr(self, name)}", f"speed needs at least {least}")
         if self.engine != "transformers" and self.device != "auto":
-            raise UserError(f"--device is {self.device}, but {self.engine} runs where it was built for", "leave --device out")
+            raise UserError(
+                f"--device is {self.device}, but {self.engine} runs on the device that it was built for", "remove --device"
+            )
         if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
             raise UserError(f"--dtype is {self.dtype!r}", "choose auto, float32, float16 or bfloat16")
 
@@ -102,7 +104,9 @@ def _described(model: str | Path, setting: Setting) -> tuple[Path, int, int]:
     config = text_config(found.config)
     window, length = config.get("max_position_embeddings"), setting.prompt_len + setting.new_tokens
     if isinstance(window, int) and length > window:
-        raise UserError(f"prompt and new tokens are {length}, but {model} has {window} positions", "make --prompt-len less")
+        raise UserError(
+            f"prompt and new tokens together are {length}, but {model} has {window} positions", "use a smaller --prompt-len"
+        )
     return found.path, found.nbytes, int(config.get("vocab_size") or 1000)
 
 
@@ -163,5 +167,5 @@ def _source(meter: Any) -> str:
     """Where codecarbon's watts come from: counters of the hardware, or what it estimates without them."""
     parts = ", ".join(part.description() for part in meter._hardware)
     guessed = "Cpu Load" in parts or "W)" in parts or "[generic]" in parts
-    how = "; no power counter was found: the CPU's watts are an estimate from its rated power and load" if guessed else ""
+    how = "; no power counter found, so the CPU's watts are estimated from its rated power and load" if guessed else ""
     return f"codecarbon, whole machine: {parts}{how}"

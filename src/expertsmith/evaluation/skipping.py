@@ -1,4 +1,4 @@
-"""What skipping experts costs in quality and gives in speed: one model with and without it."""
+"""Quality loss and speed-up of skipping experts: one model with and without skipping."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def with_and_without(
         progress.note("speed is not measured: the model is streamed")
         return {"quality": quality, "skip_rate": rates, "speed": None}
     ids = max((batch.input_ids[0, batch.mask[0]] for batch in batches), key=len)
-    progress.note("speed: prefill and decode with and without skipping, in turns")
+    progress.note("speed: prefill and decode with and without skipping, alternating")
     variants = {"all": nullcontext, "skipping": lambda: in_force(model, None)}
     prompt: torch.Tensor = ids[None, :PROMPT].to(model.device)
     speed = prefill_and_decode(model.module, variants, prompt)

@@ -1,4 +1,4 @@
-"""Time variants of one model in turns, so that what else the machine does hits all of them alike."""
+"""Time variants of one model alternately, so that other load on the machine affects all of them equally."""
 
 from __future__ import annotations
 

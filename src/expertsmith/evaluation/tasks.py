@@ -1,7 +1,7 @@
-"""lm-eval tasks: found by name or in local folders, put to a model document by document, and tabulated against a reference.
+"""lm-eval tasks: found by name or in local folders, run on a model document by document, and tabulated next to a reference.
 
-lm-eval builds the prompts and scores the answers, with the settings of the task's own yaml. Its results are kept as one value a document and
-metric, so that two models can be compared on each document.
+lm-eval builds the prompts and scores the answers, with the settings of the task's own yaml. Results are stored as one value per document and
+metric, so two models can be compared on each document.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def find(names: Sequence[str], folders: Sequence[str | Path], limit: int | None,
     refuse_missing(folders)
     wanted = list(dict.fromkeys(name.strip() for text in names for name in text.split(",") if name.strip()))
     if not wanted:
-        raise UserError("--tasks names no task", "write --tasks hellaswag,arc_easy")
+        raise UserError("--tasks is empty", "write --tasks hellaswag,arc_easy")
     with _quietly():
         manager = _manager(wanted, folders, progress)
         roots = [Path(folder).resolve() for folder in folders]
@@ -83,9 +83,11 @@ def find(names: Sequence[str], folders: Sequence[str | Path], limit: int | None,
 def _settle(name: str, task: Any) -> None:
     """Refuse a task that cannot be asked here, and give it no examples where it does not say how many."""
     if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(f"task {name} runs code that the model writes, which is not done here", "run it with lm-eval itself")
+        raise UserError(
+            f"task {name} runs code that the model writes, which expertsmith does not do", "run it with lm-eval directly"
+        )
     if getattr(task, "MULTIMODAL", False):
-        raise UserError(f"task {name} shows images or sound, but only text models are evaluated")
+        raise UserError(f"task {name} uses images or sound, but only text is supported")
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
 
@@ -99,7 +101,7 @@ def _manager(wanted: Sequence[str], folders: Sequence[str | Path], progress: Pro
     paths = [str(folder) for folder in folders]
     manager = TaskManager(include_path=paths, include_defaults=False)
     if not all(_complete(manager.task_index, name) for name in wanted):
-        progress.note("reading the list of lm-eval's tasks (tasks of --task-path alone do without)")
+        progress.note("reading lm-eval's list of tasks (not needed for tasks of --task-path alone)")
         manager = TaskManager(include_path=paths)
     for name in wanted:
         if name not in manager.task_index:
@@ -108,7 +110,7 @@ def _manager(wanted: Sequence[str], folders: Sequence[str | Path], progress: Pro
 
 
 def settings_of(found: Tasks, name: str) -> dict[str, Any]:
-    """What a task's result depends on besides the model: version of lm-eval, settings, documents, limit."""
+    """What a task's result depends on, apart from the model: version of lm-eval, settings, documents, limit."""
     task = found.tasks[name]
     documents = list(task.eval_docs)[: found.limit]
     if task.get_config("num_fewshot"):
@@ -173,7 +175,8 @@ def answer(found: Tasks, name: str, model: Any, progress: Progress, label: str) 
             raise
         except Exception as error:  # templates, metrics and functions of the yaml raise anything
             raise UserError(
-                f"lm-eval cannot run task {name}: {_first_line(error)}", "is its yaml right, and does it fit this model?"
+                f"lm-eval cannot run task {name}: {_first_line(error)}",
+                "check its yaml file, and that the task fits this model",
             ) from error
     values: dict[str, dict[str, Any]] = {}
     asked = hashlib.sha256()
@@ -239,7 +242,7 @@ def table(found: Tasks, mine: Mapping[str, Any], theirs: Mapping[str, Any] | Non
 
 
 def identity_of(found: Tasks) -> str:
-    """A hash of all that the answers depend on besides the model."""
+    """A hash of everything that the answers depend on, apart from the model."""
     text = json.dumps({name: settings_of(found, name) for name in found.tasks}, sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
@@ -261,7 +264,7 @@ def scores(found: Tasks, model: LoadedModel, tokenizer: Any, batch_tokens: int, 
             made.setdefault(row["task"], row)
     for name in found.tasks:
         if name not in made:
-            raise UserError(f"task {name} has no metric of which more is better", "leave it out of the comparison")
+            raise UserError(f"task {name} has no metric where higher is better", "remove it from the comparison")
     return {f"{name} {row['metric']}": row["value"] for name, row in made.items()}
 
 
@@ -354,18 +357,18 @@ def _cannot_load(name: str, entry: Any, error: Exception) -> UserError:
     reason = _first_line(error.__cause__ if read else error)  # type: ignore[arg-type]
     out_of_reach = isinstance(error, (OSError, ModuleNotFoundError)) or "Offline" in type(error).__name__
     if out_of_reach and source in LOCAL:
-        return UserError(f"the data of task {name} cannot be read: {reason}", "data_files stand next to the task's yaml")
+        return UserError(f"the data of task {name} cannot be read: {reason}", "put data_files next to the task's yaml")
     if out_of_reach and entry.yaml_path is not None:
         splits = [config[key] for key in ("training_split", "validation_split", "test_split") if config.get(key)]
         files = ", ".join(f"{split}: FILE.jsonl" for split in splits) or "<split>: FILE.jsonl"
         what = f"the data set {source} of the hub" if source else "data sets of the hub"
         return UserError(
             f"task {name} needs {what}, which is not available here: {reason}",
-            "fetch it where there is a network and copy the Hugging Face cache (HF_HOME), or give the documents as a file: a folder for --task-path with "
-            f"a yaml that says `include: {Path(entry.yaml_path).resolve()}`, a task name of its own, `dataset_path: json` and "
+            "download it on a machine with network and copy the Hugging Face cache (HF_HOME), or give the documents as a file: a folder for --task-path with "
+            f"a yaml that says `include: {Path(entry.yaml_path).resolve()}`, a new task name, `dataset_path: json` and "
             f"`dataset_kwargs: {{data_files: {{{files}}}}}`",
         )
-    return UserError(f"task {name} cannot be built: {reason}", "is its yaml right?")
+    return UserError(f"task {name} cannot be built: {reason}", "check its yaml file")
 
 
 @contextlib.contextmanager

@@ -1,1 +1,1 @@
-"""A checkpoint seen as experts: what its routers need, which tensor is what, one expert's matrices."""
+"""The experts of a checkpoint: router requirements, the role of each tensor, one expert's matrices."""

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint is what: headers + the family's record → every tensor claimed exactly once.
+"""The role of each tensor of a checkpoint: headers + the family's record → every tensor claimed exactly once.
 
 `inspect`, `plan`, `apply` and `verify` read this; no weights are needed for it.
 """
@@ -245,15 +245,15 @@ def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False) -> Inve
     if not inventory.layers:
         prefix = record.expert_prefix[0] if record.expert_prefix else record.stacked[0].name
         raise UserError(
-            f"{checkpoint.source} holds no routed experts (no tensors such as layers.0.{prefix}…)",
-            "is this the right checkpoint for its config.json?",
+            f"{checkpoint.source} has no routed experts (no tensors such as layers.0.{prefix}…)",
+            "check that config.json matches the checkpoint",
         )
     for layer in inventory.layers + inventory.mtp_layers:
         count = inventory.experts_in(layer)
         if count % groups:
             place = f" in decoder layer {layer}" if layer in own else ""
             raise UserError(
-                f"{checkpoint.source}/config.json has {count} experts{place} in {groups} expert_groups, which does not divide"
+                f"{checkpoint.source}/config.json has {count} experts{place} in {groups} expert_groups, which does not divide evenly"
             )
         if known:
             _check_layer(inventory.floats, layer)  # quantised experts may be stored in different ways, but are of one shape
@@ -280,7 +280,7 @@ def per_layer_numbers(config: Mapping[str, Any], wanted: tuple[str, ...], where:
         if len(set(numbers)) > 1 and len(numbers) != depth:
             raise UserError(
                 f"{where}: {held[0]} has {len(numbers)} different numbers for {depth} decoder layers",
-                "give one number a layer, or one for all",
+                "give one number per layer, or one for all",
             )
         if len(set(numbers)) > 1:
             found = {layer: number for layer, number in enumerate(numbers) if number}
@@ -288,7 +288,7 @@ def per_layer_numbers(config: Mapping[str, Any], wanted: tuple[str, ...], where:
     for name, keys in layers.items() if isinstance(layers, Mapping) else [(layers, None)]:
         if not str(name).isdigit() or not isinstance(keys, Mapping):
             raise UserError(
-                f"{where}: per_layer_config has the entry {name!r}, but it has to give config keys to numbers of decoder layers"
+                f"{where}: per_layer_config has the entry {name!r}, but it must map decoder layer numbers to config keys"
             )
         held = config_first(keys, wanted)
         if held is not None:
@@ -307,14 +307,14 @@ def _count(config: Any, keys: tuple[str, ...], checkpoint: Checkpoint) -> int:
 def _numbers(found: tuple[str, Any], where: str) -> list[int]:
     key, values = found
     if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values) or not any(values):
-        raise UserError(f"{where}: {key} is {values!r}, but its entries have to be positive numbers, one a decoder layer")
+        raise UserError(f"{where}: {key} is {values!r}, but it must have one positive number per decoder layer")
     return list(values)
 
 
 def _positive(found: tuple[str, Any], where: str) -> int:
     key, value = found
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{where}: {key} is {value!r}, but has to be a positive number")
+        raise UserError(f"{where}: {key} is {value!r}, but must be a positive number")
     return value
 
 
@@ -364,8 +364,8 @@ def _claim(
     if entry is None:
         if info.shape and info.shape[0] == experts and re.search(r"(^|\.)experts\.", rest):
             raise UserError(
-                f"{info.name} seems to run over the {experts} experts, but the {record.model_type} family is not known to have it",
-                "slicing a checkpoint around it would break it; please report this checkpoint",
+                f"{info.name} seems to be stacked over the {experts} experts, but the record of the {record.model_type} family does not have it",
+                "pruning without it would break the checkpoint; please report this checkpoint",
             )
         return Claim(info, "other", layer, rest, mtp=mtp)
     extra = entry.extra if isinstance(entry.extra, int) else int(config_get(config, entry.extra) or 0)
@@ -376,7 +376,7 @@ def _claim(
         wanted = f"{experts} experts" + (f" + {extra} further rows" if extra else "")
         raise UserError(
             f"{info.name} has shape {list(info.shape)}, which does not fit {wanted} of config.json",
-            "config.json and weights do not belong together, or the tensor is damaged",
+            "config.json and weights do not match, or the tensor is damaged",
         )
     return Claim(info, "stacked", layer, rest, entry=entry, rows=per_expert, extra=extra, row_axis=axis, mtp=mtp)
 
@@ -396,13 +396,13 @@ def _check_layer(inventory: Inventory, layer: int) -> None:
         if missing:
             raise UserError(
                 f"decoder layer {layer} lacks {below} of expert {missing[0]} ({len(held)} of {experts} are there)",
-                "download the checkpoint again, or is config.json of another model?",
+                "download the checkpoint again, and check that config.json is from the same model",
             )
         usual = shapes[below].most_common(1)[0][0]
         odd = next((info for info in held.values() if info.shape != usual), None)
         if odd is not None:
             raise UserError(
-                f"{odd.name} has shape {list(odd.shape)}, but its sibling experts have {list(usual)}", "the tensor is damaged"
+                f"{odd.name} has shape {list(odd.shape)}, but the other experts have {list(usual)}", "the tensor is damaged"
             )
     if not any(claim.entry is not None and claim.entry.role == "router" for claim in inventory.by_layer[layer]):
         raise UserError(f"decoder layer {layer} has experts but no router weight", "download the checkpoint again")

@@ -1,4 +1,4 @@
-"""From saliency to kept experts: how many a layer keeps (the budget), and which. Knows nothing of where saliency came from."""
+"""From saliency to kept experts: how many each layer keeps (the budget), and which. Independent of the source of the saliency."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def parse_keep(text: str | float | int) -> float | int:
     else:
         value = text
     if value <= 0 or (isinstance(value, float) and not math.isfinite(value)):
-        raise UserError(f"keep is {text}, but at least one expert has to stay", remedy)
+        raise UserError(f"keep is {text}, but at least one expert must be kept", remedy)
     if isinstance(value, float) and value > 1:
         raise UserError(f"keep is the ratio {text}, but a ratio is at most 1.0", remedy)
     return value
@@ -72,7 +72,7 @@ def keep_count(keep: float | int, rules: Rules, where: str = "the model") -> int
     else:
         count = keep
     if count > n:
-        raise UserError(f"{where}: {count} experts should be kept, but it has only {n}")
+        raise UserError(f"{where}: {count} experts cannot be kept, as it has only {n}")
     if count < rules.least:
         need = f"its router needs top_k={rules.top_k}"
         if rules.groups > 1:
@@ -166,6 +166,6 @@ def refuse_groups(rules: Mapping[int, Rules]) -> None:
     """
     if any(entry.groups > 1 for entry in rules.values()):
         raise UserError(
-            "budget global leaves different numbers in the expert_groups of this model's router",
+            "budget global keeps different numbers in the router's expert_groups",
             "use --budget uniform or --router-groups flatten",
         )

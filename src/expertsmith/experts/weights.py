@@ -79,7 +79,7 @@ def _roles(claim: Claim, inventory: Inventory) -> tuple[str, ...]:
     layout = layout_of(claim, inventory)
     if layout is None:
         raise UserError(
-            f"{claim.info.name}: it is not known which projection of an expert this is",
+            f"{claim.info.name}: unknown expert projection",
             "please report this checkpoint",
         )
     return roles_of(layout)
@@ -102,7 +102,7 @@ def matrix_of(inventory: Inventory, claim: Claim, expert: int) -> torch.Tensor |
         return None
     info = claim.info
     if info.dtype not in FLOATS:
-        raise UserError(f"{info.name} is {info.dtype}: its numbers are no weights", "please report this checkpoint")
+        raise UserError(f"{info.name} is {info.dtype}: this dtype is not for weights", "please report this checkpoint")
     values = inventory.rows(claim, expert).float()
     if not bool(values.isfinite().all()):
         raise UserError(f"{info.name} has NaN or inf", "the checkpoint is damaged; download it again")

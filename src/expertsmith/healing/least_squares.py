@@ -8,11 +8,14 @@ has been added so far), one step for one expert is the ridge regression
 which pulls towards the weights as they are: an expert with few tokens hardly moves. The experts take turns (block Gauss-Seidel), `sweeps`
 times over. lambda is chosen for every step by the held-out tokens, and a step that does not lower the held-out error is not made; an
 expert without held-out tokens cannot be judged and stays. Sums and solves in float64.
+
+Phi^T Phi is the same in every sweep. So it is summed and factored once, for several experts and all lambdas in one call, and kept while there
+is room. Nothing waits for the device within a sweep: which step is made is decided there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +24,8 @@ from expertsmith.healing.experts import LayerExperts, Routed
 
 RIDGES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 ROWS = 4096  # tokens whose features are held in float64 at a time
-KEPT = 2**25  # features of an expert that are kept for the update of the residual, instead of being computed again
+ROOM = 3 * 2**30  # bytes of factors, sums and features that are kept from sweep to sweep, instead of being made again
+AT_ONCE = 2**28  # bytes of matrices that are factored in one call
 
 
 @dataclass
@@ -46,85 +50,140 @@ class Solution:
 
 def solve(layer: LayerExperts, problem: Problem, sweeps: int = 2, tick: Callable[[float], None] = lambda _: None) -> Solution:
     """Sweep over the experts of a layer. `tick` is told the share of the work that each step was."""
-    rest = problem.wanted.clone()
-    found = Solution()
-    weight = torch.ones(len(rest), device=rest.device) if problem.strength is None else problem.strength
-    weight = weight.square()
-
-    def held_error() -> float:
-        return float((rest[problem.held].double().square().sum(1) * weight[problem.held].double()).sum())
-
-    found.errors.append(held_error())
-    pairs = [_pairs(problem.routed, expert) for expert in range(layer.count)]
+    turns = _Turns(layer, problem)
+    errors = [turns.held_error()]
     for _ in range(sweeps):
-        for expert, (rows, slots) in enumerate(pairs):
-            tick(1 / (sweeps * layer.count))
-            held = problem.held[rows]
-            if not bool(held.any()) or bool(held.all()):
-                continue
-            step = _step(layer, problem, expert, rows, slots, rest, weight)
-            if step is not None:
-                found.down[expert] = found.down.get(expert, layer.down(expert)) + step[0]
-                found.ridges[expert] = step[1]
-        found.errors.append(held_error())
-    return found
+        for group in turns.groups:
+            turns.prepare(group)
+            for expert in group:
+                turns.step(expert)
+            tick(len(group) / (sweeps * len(turns.experts)))
+        errors.append(turns.held_error())
+    made = torch.stack([*turns.made.values()]).tolist() if turns.made else []
+    changed = [expert for expert, done in zip(turns.made, made, strict=True) if done]
+    down = {expert: layer.down(expert) + turns.change[expert].T for expert in changed}
+    return Solution(down, errors, {expert: float(turns.ridge[expert]) for expert in changed})
 
 
-def _pairs(routed: Routed, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, slots = (routed.expert == expert).nonzero(as_tuple=True)
-    return rows, slots
+@dataclass
+class _Sums:
+    """Phi^T Phi of an expert over its held-out and its training tokens, and the factors of the second where all fit."""
+
+    held: torch.Tensor
+    gram: torch.Tensor
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-def _step(  # noqa: C901  (a fallback after another, each for a reason that is said)
-    layer: LayerExperts,
-    problem: Problem,
-    expert: int,
-    rows: torch.Tensor,
-    slots: torch.Tensor,
-    rest: torch.Tensor,
-    weight: torch.Tensor,
-) -> tuple[torch.Tensor, float] | None:
-    """One expert's step: (dW [outputs, features], its ridge), `rest` updated; None where no ridge lowers the held-out error."""
-    sums: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    room = KEPT
-    for part, phi in _features(layer, problem.routed, expert, rows, slots):
-        for held in (False, True):
-            at = problem.held[part] == held
-            one, two = phi[at].double(), rest[part[at]].double()
-            weighted = one * weight[part[at], None].double()
-            gram, moment = weighted.T @ one, weighted.T @ two
-            old = sums.get(held)
-            sums[held] = (gram, moment) if old is None else (old[0] + gram, old[1] + moment)
-        room -= phi.numel()
-        if room > 0:
-            kept.append((part, phi))
-    (gram, moment), (held_gram, held_moment) = sums[False], sums[True]
-    mean = gram.diagonal().mean()
-    if not bool(mean > 0) or not bool(moment.any()):
-        return None
-    best: tuple[float, float, torch.Tensor] | None = None
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for ridge in RIDGES:
-        factor, failed = torch.linalg.cholesky_ex(gram + ridge * mean * eye)
-        if int(failed):
-            continue
-        change = torch.cholesky_solve(moment, factor)  # [features, outputs]
-        gained = float((change * (held_gram @ change - 2 * held_moment)).sum())  # change of the squared held-out error
-        if gained < 0 and (best is None or gained < best[0]):
-            best = (gained, ridge, change)
-    if best is None:
-        return None
-    change = best[2]
-    if room <= 0:
-        kept = []
-    for part, phi in kept or _features(layer, problem.routed, expert, rows, slots):
-        rest[part] -= (phi.double() @ change).float()
-    return change.T, best[1]
+class _Turns:
+    """The state of the sweeps: the residual, and what is known of every expert."""
+
+    def __init__(self, layer: LayerExperts, problem: Problem) -> None:
+        self.layer, self.routed = layer, problem.routed
+        self.rest = problem.wanted.clone()
+        device = self.rest.device
+        strength = torch.ones(len(self.rest), device=device) if problem.strength is None else problem.strength
+        self.weight = strength.double().square()
+        self.held = problem.held.nonzero().squeeze(1)
+        self.ridges = torch.tensor(RIDGES, dtype=torch.float64, device=device)
+        self._sort(problem)
+        width = layer.down(0).shape[1]
+        size = width**2 * 8
+        number = AT_ONCE // (len(RIDGES) * size)  # experts whose factors are made together; 0: not even those of one
+        self.all_at_once = number > 0
+        self.groups = [self.experts[start : start + max(1, number)] for start in range(0, len(self.experts), max(1, number))]
+        room = ROOM - (2 + len(RIDGES)) * size * len(self.experts)
+        self.keeps_sums = room >= 0
+        self.keeps_features = (room if self.keeps_sums else ROOM) >= len(self.rows) * width * 4
+        self._sums: dict[int, _Sums] = {}
+        self._features: dict[int, list[torch.Tensor]] = {}
+        self.change: dict[int, torch.Tensor] = {}  # [features, outputs]
+        self.ridge: dict[int, torch.Tensor] = {}
+        self.made: dict[int, torch.Tensor] = {}
+
+    def _sort(self, problem: Problem) -> None:
+        """All (token, slot) pairs by expert, an expert's training tokens before its held-out ones, and who has both."""
+        count, slots = self.layer.count, problem.routed.expert.shape[1]
+        expert = problem.routed.expert
+        key = torch.where(expert < 0, 2 * count, 2 * expert + problem.held[:, None]).reshape(-1)
+        order = torch.argsort(key, stable=True)
+        ends = torch.bincount(key, minlength=2 * count + 1)[: 2 * count].cumsum(0).tolist()
+        starts = [0, *ends]
+        self.bounds = {e: (starts[2 * e], starts[2 * e + 1], starts[2 * e + 2]) for e in range(count)}
+        self.experts = [e for e, (first, middle, last) in self.bounds.items() if first < middle < last]
+        self.rows, self.slots = order // slots, order % slots
+
+    def held_error(self) -> float:
+        """The squared error of the routed output on the held-out tokens."""
+        return float((self.rest[self.held].double().square().sum(1) * self.weight[self.held]).sum())
+
+    def _parts(self, expert: int) -> Iterator[tuple[bool, torch.Tensor, torch.Tensor]]:
+        """(whether held out, tokens, features [tokens, features]) of an expert, some at a time."""
+        first, middle, last = self.bounds[expert]
+        places = [(False, at, min(at + ROWS, middle)) for at in range(first, middle, ROWS)]
+        places += [(True, at, min(at + ROWS, last)) for at in range(middle, last, ROWS)]
+        known = self._features.get(expert)
+        made = []
+        for number, (held, start, end) in enumerate(places):
+            rows = self.rows[start:end]
+            phi = known[number] if known else self.layer.features(self.routed, expert, rows, self.slots[start:end])
+            made.append(phi)
+            yield held, rows, phi
+        if self.keeps_features:
+            self._features[expert] = made
+
+    def prepare(self, group: Sequence[int]) -> None:
+        """Have the sums of experts ready, and where there is room for all lambdas at once, their factors."""
+        if group[0] in self._sums:
+            return
+        if not self.keeps_sums:
+            self._sums.clear()
+        for expert in group:
+            both: dict[bool, torch.Tensor] = {}
+            for held, rows, phi in self._parts(expert):
+                one = phi.double()
+                gram = (one * self.weight[rows, None]).T @ one
+                both[held] = both[held] + gram if held in both else gram
+            self._sums[expert] = _Sums(both[True], both[False])
+        if self.all_at_once:
+            made = _factored(torch.stack([self._sums[expert].gram for expert in group]), self.ridges)
+            for expert, *factors in zip(group, *made, strict=True):
+                self._sums[expert].factors = (factors[0], factors[1])
+
+    def _factors(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(lambdas, factors, which failed), all together or one by one."""
+        sums = self._sums[expert]
+        if sums.factors is not None:
+            yield self.ridges, *sums.factors
+            return
+        for ridge in torch.split(self.ridges, 1):
+            yield ridge, *_factored(sums.gram, ridge)
+
+    def step(self, expert: int) -> None:
+        """One expert's step, where it lowers the held-out error."""
+        moments: dict[bool, torch.Tensor] = {}
+        for held, rows, phi in self._parts(expert):
+            moment = phi.double().T @ (self.rest[rows].double() * self.weight[rows, None])
+            moments[held] = moments[held] + moment if held in moments else moment
+        best: list[torch.Tensor] = []  # change of the squared held-out error, lambda, dW^T
+        for ridges, factors, failed in self._factors(expert):
+            changes = torch.cholesky_solve(moments[False].expand(len(ridges), -1, -1), factors)  # [lambdas, features, outputs]
+            gained = (changes * (self._sums[expert].held @ changes - 2 * moments[True])).sum((1, 2))
+            gained = torch.where((failed == 0) & gained.isfinite(), gained, torch.inf)
+            at = gained.argmin(0, keepdim=True)
+            found = [values.index_select(0, at)[0] for values in (gained, ridges, changes)]
+            best = [torch.where(found[0] < best[0], *pair) for pair in zip(found, best, strict=True)] if best else found
+        made = best[0] < 0
+        change = torch.where(made, best[2], 0.0)
+        for _, rows, phi in self._parts(expert):
+            self.rest[rows] -= (phi.double() @ change).float()
+        self.change[expert] = change + self.change[expert] if expert in self.change else change
+        self.ridge[expert] = torch.where(made, best[1], self.ridge.get(expert, best[1]))
+        self.made[expert] = made | self.made[expert] if expert in self.made else made
 
 
-def _features(
-    layer: LayerExperts, routed: Routed, expert: int, rows: torch.Tensor, slots: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for part, places in zip(torch.split(rows, ROWS), torch.split(slots, ROWS), strict=True):
-        yield part, layer.features(routed, expert, part, places)
+def _factored(gram: torch.Tensor, ridges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Cholesky factors [..., lambdas, features, features], where not 0 there is none [..., lambdas]) of gram + lambda mean(diagonal) I."""
+    shift = ridges * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(gram.unsqueeze(-3) + shift[..., None, None] * eye)
+    return factor, failed

@@ -110,7 +110,7 @@ def parse_healer(method: str, given: Mapping[str, Any]) -> Any:
         UserError: no such method or option, or a value of the wrong type or below its bound.
     """
     if method not in HEALERS:
-        raise unknown("way of healing", method, HEALERS)
+        raise unknown("healing method", method, HEALERS)
     kind = HEALERS[method]
     hints = get_type_hints(kind, include_extras=True)
     names = [entry.name for entry in fields(kind)]

@@ -79,7 +79,8 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     student = load_model(source, job.inventory.architecture, memory=mode, device=where, dtype=job.dtype)
     teacher = _teacher(job.teacher, mode, where, job.dtype)
     check_pair(student, teacher)
-    size = min(job.batch_tokens, TRAINED_BATCH) if trains else job.batch_tokens
+    trained = max(TRAINED_BATCH, job.options.step_tokens) if job.method == "layer_local" else TRAINED_BATCH
+    size = min(job.batch_tokens, trained) if trains else job.batch_tokens
     pad = getattr(student.config.get_text_config(), "pad_token_id", None)
     batches = job.data.batches(size, pad_id=pad if isinstance(pad, int) and pad >= 0 else 0)
     held = held_out(job.data, batches)

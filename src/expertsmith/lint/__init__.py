@@ -1,8 +1,8 @@
-"""Will a serving engine take this checkpoint? Rules read in the engines' sources, tested on config.json and tensor headers.
+"""Will a serving engine load this checkpoint? Rules from the engines' sources, tested on config.json and tensor headers.
 
-A rule is data: what it says, where in which version of the engine it was read, and a test on a `Subject`. Where an engine has a
-fallback, the finding is a warning or an info, not an error; what was not found in a source is not a rule. What depends on the
-hardware says so in its message, since the hardware is not known here.
+A rule is data: its text, its source file and engine version, and a test on a `Subject`. If an engine has a
+fallback, the finding is a warning or an info, not an error. Only what was found in a source is a rule. If a rule depends on
+the hardware, its message says so, because the hardware is unknown here.
 """
 
 from __future__ import annotations

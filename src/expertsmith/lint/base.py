@@ -1,4 +1,4 @@
-"""What the engines' rules share: what a rule sees, says and finds, and the tests and facts that several engines need."""
+"""Common parts of the engines' rules: input, text and findings of a rule, and tests and facts for several engines."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def _mixed(inventory: Inventory) -> str:
         modules = sorted(ways)
         odd = next((module for module in modules if ways[module] != ways[modules[0]]), None)
         if odd is not None:
-            return f"{odd} is stored in another way than {modules[0]}"
+            return f"{odd} is stored differently from {modules[0]}"
     return ""
 
 
@@ -219,17 +219,17 @@ OWN_TOPK = names(
     "afmoe cohere2_moe deepseek_v4 gemma4_text gpt_oss hy_v3 inkling_text lfm2_moe llama4_text longcat_flash phimoe"
 )
 
-EVEN = "plan with --uniform, or write it with --pad, which says whether this family allows it"
+EVEN = "plan with --uniform, or apply with --pad (not possible for all families)"
 COMPUTED = "the engine computes all top_k experts; serve it from Python with expertsmith.load to skip"
-LAYOUT = "keep a number that divides into the expert_groups, or plan with --router-groups flatten"
+LAYOUT = "keep a number that is divisible by the number of expert_groups, or plan with --router-groups flatten"
 MORE = "keep more experts"
 # what the sources of the DeepSeek family read from config.json and transformers does not write
 ROUTER_KEYS = 'copy "topk_method": "noaux_tc" and "scoring_func": "sigmoid" from the original model\'s config.json'
 MINIMAX_KEYS = 'copy "scoring_func": "sigmoid" and "use_routing_bias": true from the original model\'s config.json'
 
 
-FLOATS = "write it out in bfloat16 first: `expertsmith dequantise`"
-FEWER_RANKS = "use fewer tensor-parallel ranks, or expert parallelism, which leaves experts whole"
+FLOATS = "write it in bfloat16 first: `expertsmith dequantise`"
+FEWER_RANKS = "use fewer tensor-parallel ranks, or expert parallelism, which does not split experts"
 
 
 # --- tests that several engines share ---
@@ -239,7 +239,7 @@ def unknown_method(engine: str, known: frozenset[str]) -> Test:
     """A quant_method that is not among the `known` ones."""
 
     def test(s: Subject) -> str | None:
-        return f"{engine} has no quant_method {s.method!r}" if s.method and s.method not in known else None
+        return f"{engine} does not support quant_method {s.method!r}" if s.method and s.method not in known else None
 
     return test
 
@@ -257,7 +257,7 @@ def unfit_blocks(s: Subject) -> str | None:
     rows, columns = block
     if s.width_of_rank % rows == 0 and (s.tensor_parallel == 1 or s.width_of_rank % columns == 0):
         return None
-    return f"an expert has {s.width_of_rank} neurons on each rank, which do not divide into blocks of {rows} x {columns}"
+    return f"an expert has {s.width_of_rank} neurons on each rank, which is not divisible into blocks of {rows} x {columns}"
 
 
 def too_few(s: Subject) -> str | None:
@@ -267,7 +267,7 @@ def too_few(s: Subject) -> str | None:
         top_k, count = s.chosen.get(layer, s.top_k), s.declared.get(layer, s.num_experts)
         if top_k > count:
             place = f" in decoder layer {layer}" if layer in s.chosen or layer in s.declared else ""
-            short.append((count, layer, f"a token uses {top_k} experts, but there are {count}{place}"))
+            short.append((count, layer, f"each token uses {top_k} experts, but there are {count}{place}"))
     return min(short)[2] if short else None
 
 
@@ -279,16 +279,14 @@ def indivisible(s: Subject) -> str | None:
 def too_many_groups(s: Subject) -> str | None:
     """A token uses no expert_group, or more than there are."""
     if s.groups > 1 and not 1 <= s.top_groups <= s.groups:
-        return f"a token uses {s.top_groups} expert_groups, but there are {s.groups}"
+        return f"each token uses {s.top_groups} expert_groups, but there are {s.groups}"
     return None
 
 
 def out_of_reach(s: Subject) -> str | None:
     """The expert_groups that a token may use hold fewer than top_k experts."""
     if s.groups > 1 and s.reachable < s.top_k <= s.fewest:
-        return (
-            f"a token uses {s.top_k} experts, but the {s.top_groups} of {s.groups} expert_groups it may use hold {s.reachable}"
-        )
+        return f"each token uses {s.top_k} experts, but the {s.top_groups} of {s.groups} expert_groups it may use have {s.reachable}"
     return None
 
 
@@ -314,7 +312,7 @@ def padded(s: Subject) -> str | None:
 
 def thresholds(s: Subject) -> str | None:
     """There are skipping thresholds."""
-    return "config.json has skipping thresholds, which only expertsmith puts in force" if "skip" in s.extras else None
+    return "config.json has skip thresholds, which only expertsmith applies" if "skip" in s.extras else None
 
 
 def uneven_ranks(s: Subject) -> str | None:
@@ -340,7 +338,7 @@ def missing(engine: str, absent: frozenset[str]) -> Test:
 
     def test(s: Subject) -> str | None:
         name = s.architectures[0] if s.architectures else ""
-        return f"{engine} has no model called {name}" if name in absent else None
+        return f"{engine} has no model {name}" if name in absent else None
 
     return test
 
@@ -353,7 +351,7 @@ def speculative(engine: str, families: frozenset[str], option: str) -> Test:
             return None
         if s.model_type in families:
             return f"its multi-token prediction serves speculative decoding: {option}"
-        return f"{engine} does not decode speculatively with multi-token prediction of {s.model_type}, which then only takes disk space"
+        return f"{engine} does not use the multi-token prediction of {s.model_type} for speculative decoding, so it only takes disk space"
 
     return test
 
@@ -361,12 +359,12 @@ def speculative(engine: str, families: frozenset[str], option: str) -> Test:
 def without_mtp(s: Subject) -> str | None:
     """config.json has a key for layers of multi-token prediction, which says none."""
     key = next((key for key in MTP_KEYS if s.config.get(key) == 0 and not isinstance(s.config[key], bool)), None)
-    return f"config.json has {key} = 0: there is no multi-token prediction to decode speculatively with" if key else None
+    return f"config.json has {key} = 0: there is no multi-token prediction for speculative decoding" if key else None
 
 
 def nameless(s: Subject) -> str | None:
-    """config.json names no architectures."""
-    return None if s.architectures else "config.json names no architectures"
+    """config.json has no architectures."""
+    return None if s.architectures else "config.json has no architectures"
 
 
 def disagree(keys: tuple[str, ...]) -> Test:
@@ -395,7 +393,7 @@ def lacks(families: str, *keys: str) -> Test:
 def sparsemixer(s: Subject) -> str | None:
     """Phi-3.5-MoE with another top_k than 2."""
     return (
-        f"a token uses {s.top_k} experts, but sparsemixer always chooses 2"
+        f"each token uses {s.top_k} experts, but sparsemixer always selects 2"
         if s.model_type == "phimoe" and s.top_k != 2
         else None
     )

@@ -1,4 +1,4 @@
-"""What llama.cpp and its converter take: read in llama.cpp 0c1e57098 (llama-cpp-python 0.3.36)."""
+"""What llama.cpp and its converter support, from the source of llama.cpp 0c1e57098 (llama-cpp-python 0.3.36)."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def _indivisible(s: Subject) -> str | None:
 def _top_groups(s: Subject) -> str | None:
     groups, top = _groups(s)
     if groups > 1 and top is not None and not 0 < top < groups:
-        return f"a token uses {top} of {groups} expert_groups, but llama.cpp wants fewer than there are"
+        return f"each token uses {top} of {groups} expert_groups, but llama.cpp needs fewer than all"
     return None
 
 
 def _group_score(s: Subject) -> str | None:
     groups, _ = _groups(s)
     if s.model_type == "deepseek_v2" and groups > 1:
-        return "llama.cpp scores an expert_group by its best two experts, this model by its best one (or not at all)"
+        return "llama.cpp scores an expert_group by its best two experts, but this model by its best one (or not at all)"
     return None
 
 
@@ -149,7 +149,7 @@ def _undecoded(s: Subject) -> str | None:
     if held.get("format") == NVFP4 or (held.get("format") == "mixed-precision" and set(kinds) == {NVFP4}):
         return None
     if len(groups) > 1:
-        return f"the converter decodes compressed-tensors with one config group, and here are {len(groups)}"
+        return f"the converter decodes compressed-tensors with one config group, but this checkpoint has {len(groups)}"
     weights = next(iter(groups.values())).get("weights") or {}
     strategies = STRATEGIES.get(str(held.get("format")))
     if strategies is None or weights.get("strategy") not in strategies:
@@ -169,7 +169,7 @@ def _mixed(s: Subject) -> str | None:
 RULES: tuple[Rule, ...] = (
     rule(
         "llama.cpp-quant-method",
-        "The converter decodes or repacks bitnet, fp8, gptq, compressed-tensors, modelopt and (for gpt-oss) mxfp4, and nothing else.",
+        "The converter decodes or repacks only bitnet, fp8, gptq, compressed-tensors, modelopt and (for gpt-oss) mxfp4.",
         "conversion/base.py, ModelBase.dequant_model (Quant method is not yet supported); conversion/gpt_oss.py, repack_mxfp4",
         "error",
         unknown_method("llama.cpp's converter", METHODS),
@@ -186,15 +186,15 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "llama.cpp-mixed",
-        "NVFP4 experts of a layer are stacked as they are found, so that one in another precision is missing from the stack.",
+        "NVFP4 experts of a layer are stacked as found, so an expert in another precision is missing from the stack.",
         "conversion/base.py, ModelBase._generate_nvfp4_tensors and _flush_nvfp4_experts",
         "error",
         _mixed,
-        f"quantise all experts of a layer alike, or {FLOATS}",
+        f"quantise all experts of a layer the same way, or {FLOATS}",
     ),
     rule(
         "llama.cpp-nameless",
-        "The converter finds a model by the architectures entry of config.json.",
+        "The converter selects the model by the architectures entry of config.json.",
         "conversion/base.py, get_model_architecture",
         "error",
         nameless,
@@ -202,15 +202,15 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "llama.cpp-registry",
-        "The converter knows the architectures of its table only.",
+        "The converter supports only the architectures in its table.",
         "conversion/__init__.py, TEXT_MODEL_MAP and get_model_class",
         "error",
         _unconvertible,
-        "use another engine (for Phi-3.5-MoE, name it PhiMoEForCausalLM as the original does)",
+        "use another engine (for Phi-3.5-MoE, use the original's name PhiMoEForCausalLM)",
     ),
     rule(
         "llama.cpp-max-experts",
-        "A model has at most 1024 experts a layer.",
+        "A model has at most 1024 experts per layer.",
         "src/llama-hparams.h, LLAMA_MAX_EXPERTS; src/llama-model.cpp, load_hparams",
         "error",
         _limit,
@@ -218,7 +218,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "llama.cpp-attention",
-        "All layers of these architectures have one key length and one value length, and no value dimension is chosen by token.",
+        "All layers of these architectures have the same key length and value length, and no value masks per token.",
         "src/llama-model.cpp, load_tensors (LLM_ARCH_LLAMA, LLM_ARCH_QWEN2MOE, LLM_ARCH_QWEN3MOE)",
         "error",
         pruned_attention,
@@ -226,7 +226,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "llama.cpp-uneven",
-        "A model has one number of experts, n_expert, and every layer's tensors are looked for with that many.",
+        "A model has one number of experts, n_expert, and expects it in every layer's tensors.",
         "src/llama-hparams.h (n_expert); conversion/base.py, TextModel.set_gguf_parameters",
         "error",
         uneven,
@@ -234,7 +234,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "llama.cpp-padded",
-        "Dead experts are stored and routed like others; a bias that is added before the selection keeps them from it.",
+        "Dead experts are stored and routed like others; a bias added before the selection keeps them from being selected.",
         "src/llama-graph.cpp, build_moe_ffn",
         "info",
         padded,
@@ -242,7 +242,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "llama.cpp-skip",
-        "Every token runs all of the top_k experts that config.json names.",
+        "Every token runs all top_k experts of config.json.",
         "src/llama-graph.cpp, build_moe_ffn (n_expert_used)",
         "info",
         thresholds,
@@ -258,7 +258,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "llama.cpp-group-count",
-        "There are fewer groups than experts, also where the model has one group.",
+        "There must be fewer groups than experts, even with one group.",
         "src/llama-model.cpp, load_hparams (GGML_ASSERT(hparams.n_expert_groups < hparams.n_expert))",
         "error",
         _group_count,
@@ -266,7 +266,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "llama.cpp-groups",
-        "The experts divide into the groups.",
+        "The number of experts is divisible by the number of groups.",
         "src/llama-model.cpp, load_hparams (GGML_ASSERT(hparams.n_expert % hparams.n_expert_groups == 0))",
         "error",
         _indivisible,
@@ -274,7 +274,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "llama.cpp-top-groups",
-        "Of more than one group a token uses at least one and not all.",
+        "With more than one group, a token uses at least one group but not all.",
         "src/llama-model.cpp, load_hparams (GGML_ASSERT(hparams.n_group_used < hparams.n_expert_groups))",
         "error",
         _top_groups,
@@ -282,7 +282,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "llama.cpp-group-score",
-        "Every model's groups are scored by the sum of their two best experts.",
+        "Groups are always scored by the sum of their two best experts.",
         "src/llama-graph.cpp, build_moe_ffn (ggml_argsort_top_k(ctx0, selection_groups, 2)); conversion/base.py",
         "warning",
         _group_score,
@@ -298,7 +298,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "llama.cpp-scores",
-        "Without scoring_func in config.json DeepSeek V3's scores become softmax, and V3.2 does not load; transformers does "
+        "Without scoring_func in config.json, DeepSeek V3's scores become softmax and V3.2 does not load. transformers does "
         "not write this key.",
         "conversion/base.py, TextModel.set_gguf_parameters; src/models/deepseek2.cpp and deepseek32.cpp (expert_gating_func)",
         "error",
@@ -307,7 +307,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "llama.cpp-keys",
-        "The number of experts is the first found of num_local_experts, num_experts and n_routed_experts.",
+        "The number of experts is the first key found of num_local_experts, num_experts and n_routed_experts.",
         "conversion/base.py, TextModel.set_gguf_parameters",
         "warning",
         disagree(EXPERT_KEYS),
@@ -324,7 +324,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "llama.cpp-olmoe-keys",
-        "OLMoE's key norm has as many values as the hidden size, so every attention head has keys of its own.",
+        "OLMoE's key norm has the hidden size, so every attention head needs its own keys.",
         "src/models/olmoe.cpp, load_arch_tensors (attn_k_norm {n_embd})",
         "error",
         _olmoe_keys,
@@ -332,21 +332,21 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "llama.cpp-topk-kernel",
-        "Other numbers of experts take the unfused operations.",
+        "Other numbers of experts use unfused operations.",
         "ggml/src/ggml-cuda/topk-moe.cu, ggml_cuda_should_use_topk_moe",
         "info",
         _topk,
     ),
     rule(
         "llama.cpp-eight",
-        "The quantization mix has a rule for exactly 8 experts, so files of the same type are not comparable across counts.",
+        "The quantization mix has a rule for exactly 8 experts, so files of the same type are not comparable across expert counts.",
         "src/llama-quant.cpp (n_expert == 8)",
         "info",
         _eight,
     ),
     rule(
         "llama.cpp-mtp",
-        "Multi-token prediction of these families is converted, as further blocks; of others it is left out.",
+        "Multi-token prediction of these families is converted as further blocks; that of other families is dropped.",
         "conversion/*.py (supports_mtp_export, add_nextn_predict_layers); conversion/deepseek.py, skip_mtp",
         "info",
         speculative("llama.cpp's converter", MTP, "--spec-type draft-mtp"),

@@ -1,4 +1,4 @@
-"""What SGLang takes: read in sglang 0.5.23."""
+"""What SGLang supports, from the source of sglang 0.5.23."""
 
 from __future__ import annotations
 
@@ -104,14 +104,14 @@ def _shared(s: Subject) -> str | None:
 def _gptq(s: Subject) -> str | None:
     bits, sym = s.quantisation.get("bits"), s.quantisation.get("sym")
     if s.method == "gptq" and (bits, sym) not in ((4, True), (8, True)):
-        return f"GPTQ with {bits} bits, {'symmetric' if sym else 'asymmetric'}, has no Marlin kernel, and on CUDA experts have no other"
+        return f"GPTQ with {bits} bits, {'symmetric' if sym else 'asymmetric'}, has no Marlin kernel, the only kernel for experts on CUDA"
     return None
 
 
 RULES: tuple[Rule, ...] = (
     rule(
         "sglang-quant-method",
-        "Other values of quant_method are refused as unknown.",
+        "Other values of quant_method are refused.",
         "srt/configs/model_config.py, ModelConfig._verify_quantization; srt/layers/quantization/__init__.py, BASE_QUANTIZATION_METHODS",
         "error",
         unknown_method("sglang", METHODS),
@@ -119,7 +119,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "sglang-gptq",
-        "GPTQ experts run in Marlin only, which takes symmetric codes of 4 or 8 bits.",
+        "GPTQ experts run in Marlin only, which supports symmetric codes of 4 or 8 bits.",
         "srt/layers/quantization/gptq/gptq.py, GPTQConfig.get_quant_method (does not support MoE) and GPTQMarlinConfig.TYPE_MAP",
         "warning",
         _gptq,
@@ -127,16 +127,16 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "sglang-mixed",
-        "The experts of a layer are one module, and its scheme is that of expert 0.",
+        "The experts of a layer are one module with the scheme of expert 0.",
         "srt/layers/quantization/compressed_tensors/compressed_tensors.py, get_moe_scheme; srt/layers/quantization/utils.py, "
         "get_dynamic_override",
         "error",
         mixed_experts,
-        f"quantise all experts of a layer alike, or {FLOATS}",
+        f"quantise all experts of a layer the same way, or {FLOATS}",
     ),
     rule(
         "sglang-fp8-blocks",
-        "On each tensor-parallel rank an expert's neurons have to divide into the blocks.",
+        "On each tensor-parallel rank, an expert's neurons must be divisible into the blocks.",
         "srt/layers/quantization/fp8.py, Fp8MoEMethod.create_fp8_moe_weight_ (weight quantization block_n, block_k)",
         "error",
         unfit_blocks,
@@ -144,7 +144,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "sglang-nameless",
-        "A model is found by the architectures entry of config.json.",
+        "The model is selected by the architectures entry of config.json.",
         "srt/models/registry.py, resolve_model_cls",
         "error",
         nameless,
@@ -152,11 +152,11 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "sglang-registry",
-        "An architecture that the registry lacks runs on SGLang's transformers backend.",
+        "An architecture outside the registry runs on SGLang's transformers backend.",
         "srt/models (EntryClass); srt/model_loader/utils.py, resolve_transformers_arch",
         "warning",
         missing("sglang", UNREGISTERED - NO_BACKEND),
-        "try it before you rely on it: SGLang falls back to its transformers backend",
+        "test it first: SGLang falls back to its transformers backend",
     ),
     rule(
         "sglang-no-backend",
@@ -168,7 +168,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "sglang-attention",
-        "Queries, keys and values have one head_dim, from config.json.",
+        "Queries, keys and values have the same head_dim, from config.json.",
         "srt/models/mixtral.py, MixtralAttention.__init__ (and the other families' attention)",
         "error",
         pruned_attention,
@@ -176,7 +176,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "sglang-uneven",
-        "Every block is built with the number of experts that config.json has for the model.",
+        "Every block is built with the number of experts in config.json.",
         "srt/models/qwen3_moe.py, Qwen3MoeSparseMoeBlock.__init__, and deepseek_v2.py, DeepseekV2MoE.__init__ (and the other "
         "families' blocks)",
         "error",
@@ -185,7 +185,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "sglang-padded",
-        "Dead experts are stored and routed like others; a bias that is added before the selection keeps them from it.",
+        "Dead experts are stored and routed like others; a bias added before the selection keeps them from being selected.",
         "srt/layers/moe/topk.py, biased_topk_impl",
         "info",
         padded,
@@ -193,7 +193,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "sglang-skip",
-        "Every token runs all of the top_k experts that config.json names.",
+        "Every token runs all top_k experts of config.json.",
         "srt/models/qwen3_moe.py, Qwen3MoeSparseMoeBlock.__init__ (num_experts_per_tok)",
         "info",
         thresholds,
@@ -201,7 +201,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "sglang-top-k",
-        "The router takes the top_k of all expert scores, so there have to be as many.",
+        "The router takes the top_k of all expert scores, so there must be at least top_k experts.",
         "srt/layers/moe/topk.py, biased_topk_impl (torch.topk); kernels/jit/csrc/moe/moe_topk_sigmoid.cuh (topk <= "
         "num_experts)",
         "error",
@@ -244,7 +244,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "sglang-expert-parallel",
-        "Every expert-parallel rank holds the same number of experts.",
+        "Every expert-parallel rank has the same number of experts.",
         "srt/layers/moe/fused_moe_triton/layer.py, FusedMoE.__init__ (assert _num_global_routed % storage_ep_size == 0)",
         "error",
         uneven_ranks,
@@ -260,15 +260,15 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "sglang-topk-kernel",
-        "Other numbers of experts take two kernels, softmax and then top-k.",
+        "Other numbers of experts use two kernels, softmax and then top-k.",
         "kernels/ops/moe/moe_topk_softmax.py; kernels/jit/csrc/moe/moe_topk_softmax.cuh, topkGatingSoftmaxKernelLauncher",
         "info",
         _topk,
     ),
     rule(
         "sglang-grouped-kernel",
-        "flashinfer's grouped kernel takes a power of two of experts, 32 a group, 128 in the chosen groups and top_k 8; "
-        "else a Triton kernel that takes any number does it.",
+        "flashinfer's grouped kernel supports a power of two of experts, 32 per group, 128 in the selected groups and top_k 8. "
+        "Otherwise a Triton kernel runs, which supports any number.",
         "srt/layers/moe/topk.py, biased_grouped_topk_gpu",
         "info",
         _grouped,
@@ -282,17 +282,17 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "sglang-mtp",
-        "Multi-token prediction of these families is loaded from the same checkpoint as a draft model, with the number of experts that config.json has.",
+        "Multi-token prediction of these families is loaded from the same checkpoint as a draft model, with the number of experts in config.json.",
         "srt/configs/model_config.py, ModelConfig._config_draft_model; srt/models/*_nextn.py and *_mtp.py",
         "info",
         speculative("SGLang", MTP, MTP_OPTION),
     ),
     rule(
         "sglang-no-mtp",
-        "The draft model's layers are looked for where config.json says how many there are.",
+        "The number of the draft model's layers is read from config.json.",
         "srt/models/deepseek_nextn.py and others (num_nextn_predict_layers)",
         "info",
         without_mtp,
-        "leave --speculative-algorithm out, or pass another draft model",
+        "remove --speculative-algorithm, or pass another draft model",
     ),
 )

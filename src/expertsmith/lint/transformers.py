@@ -1,4 +1,4 @@
-"""What transformers takes: read in transformers 5.23.0."""
+"""What transformers supports, from the source of transformers 5.23.0."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def _group_default(s: Subject) -> str | None:
     named = any(key is not None and config_get(s.config, key) is not None for key in (s.group_key, s.group_alias))
     if default == 1 or s.group_key is None or named:
         return None
-    found = f"config.json has no {s.group_key}, so transformers takes {default}"
-    return f"{found}, into which {s.num_experts} experts do not divide" if s.num_experts % default else found
+    found = f"config.json has no {s.group_key}, so transformers uses {default}"
+    return f"{found}, and {s.num_experts} experts are not divisible by that" if s.num_experts % default else found
 
 
 def _lonely_group(s: Subject) -> str | None:
@@ -63,7 +63,7 @@ def _nvfp4(s: Subject) -> str | None:
     groups = s.quantisation.get("config_groups")
     formats = [s.quantisation.get("format")] + [g.get("format") for g in groups.values()] if isinstance(groups, dict) else []
     if s.method == "compressed-tensors" and "nvfp4-pack-quantized" in formats:
-        return "the experts are NVFP4, and their weight_global_scale is left out: weights come out many times too large"
+        return "the experts are NVFP4, but their weight_global_scale is ignored: weights become many times too large"
     return None
 
 
@@ -74,7 +74,7 @@ def _mixed(s: Subject) -> str | None:
 RULES: tuple[Rule, ...] = (
     rule(
         "transformers-quant-method",
-        "A quant_method that it does not know is skipped with a warning: codes are loaded as if they were weights.",
+        "An unknown quant_method is skipped with a warning, and codes are loaded as if they were weights.",
         "quantizers/auto.py, AutoHfQuantizer.supports_quant_method and AUTO_QUANTIZER_MAPPING",
         "error",
         unknown_method("transformers", METHODS),
@@ -82,7 +82,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "transformers-nvfp4",
-        "compressed-tensors experts are unpacked from codes, scale and shape only, without the global scale that NVFP4 has.",
+        "compressed-tensors experts are unpacked from codes, scale and shape only, without NVFP4's global scale.",
         "integrations/compressed_tensors.py, CompressedTensorsDequantize.convert (DummyModule)",
         "error",
         _nvfp4,
@@ -90,24 +90,24 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "transformers-mixed",
-        "The experts of a layer become one stacked parameter, and scales are matched with experts by their order in it.",
+        "The experts of a layer become one stacked parameter, and scales are matched to experts by order.",
         "integrations/compressed_tensors.py, CompressedTensorsDequantize.convert (zip of weights and scales); "
         "integrations/finegrained_fp8.py, FP8Experts",
         "error",
         _mixed,
-        f"quantise all experts of a layer alike, or {FLOATS}",
+        f"quantise all experts of a layer the same way, or {FLOATS}",
     ),
     rule(
         "transformers-count",
-        "A decoder layer's experts are one stacked parameter with as many entries as config.json says.",
+        "A decoder layer's experts are one stacked parameter with the number of experts in config.json.",
         "models/deepseek_v3/modeling_deepseek_v3.py, DeepseekV3Experts.__init__",
         "error",
         _surplus,
-        "config.json and weights do not belong together",
+        "config.json and weights do not match",
     ),
     rule(
         "transformers-attention",
-        "The stock attention has one head_dim for queries, keys and values; only the class that auto_map names, or expertsmith.load, goes by expertsmith_attention.",
+        "The stock attention has the same head_dim for queries, keys and values. Only the class in auto_map, or expertsmith.load, applies expertsmith_attention.",
         "models/mixtral/modeling_mixtral.py, MixtralAttention.__init__ (and the other families' attention)",
         "warning",
         pruned_attention,
@@ -115,8 +115,8 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "transformers-uneven",
-        "The stock classes build every decoder layer with the one number of experts in the config; only the class that "
-        "auto_map names, or expertsmith.load, goes by per_layer_config.",
+        "The stock classes build every decoder layer with the one number of experts in the config. Only the class in "
+        "auto_map, or expertsmith.load, applies per_layer_config.",
         "models/mixtral/modeling_mixtral.py, MixtralExperts.__init__ (and the other families' experts)",
         "warning",
         uneven,
@@ -132,7 +132,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "transformers-top-k",
-        "The router takes the top_k of all expert scores, so there have to be as many.",
+        "The router takes the top_k of all expert scores, so there must be at least top_k experts.",
         "models/deepseek_v2/modeling_deepseek_v2.py, DeepseekV2TopkRouter.forward (torch.topk)",
         "error",
         too_few,
@@ -156,7 +156,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "transformers-group-score",
-        "A group's score is the sum of its two best experts, so a group needs two.",
+        "A group's score is the sum of its two best experts, so every group needs two.",
         "models/deepseek_v3/modeling_deepseek_v3.py, DeepseekV3TopkRouter.forward (.topk(2, dim=-1))",
         "error",
         _lonely_group,
@@ -164,7 +164,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "transformers-reach",
-        "Where the chosen groups hold fewer than top_k experts, the choice is filled up from the masked groups.",
+        "If the selected groups have fewer than top_k experts, the rest are selected from the masked groups.",
         "models/deepseek_v3/modeling_deepseek_v3.py, DeepseekV3TopkRouter.forward (masked_fill, torch.topk)",
         "warning",
         out_of_reach,
@@ -172,7 +172,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "transformers-group-default",
-        "A config.json without the group keys gets the config class's own, not one group.",
+        "A config.json without the group keys gets the defaults of the config class, not one group.",
         "models/deepseek_v3/configuration_deepseek_v3.py, DeepseekV3Config (also axk1, bailing_hybrid, beam, deepseek_v32)",
         "warning",
         _group_default,
@@ -180,7 +180,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "transformers-sparsemixer",
-        "Phi-3.5-MoE's sparsemixer returns two experts a token whatever top_k is.",
+        "Phi-3.5-MoE's sparsemixer returns two experts per token for any top_k.",
         "models/phimoe/modeling_phimoe.py, sparsemixer",
         "warning",
         sparsemixer,

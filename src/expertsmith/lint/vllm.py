@@ -1,4 +1,4 @@
-"""What vLLM takes: read in vllm 0.32.0."""
+"""What vLLM supports, from the source of vllm 0.32.0."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ rule = partial(make_rule, VERSION)
 
 def _ungrouped(s: Subject) -> str | None:
     if s.groups > 1 and (s.num_experts % s.groups or s.num_experts <= s.groups):
-        return f"{s.num_experts} experts in {s.groups} expert_groups: vLLM routes over all experts as if there were no groups"
+        return f"{s.num_experts} experts in {s.groups} expert_groups: vLLM ignores the groups and routes over all experts"
     return None
 
 
 def _v2_none(s: Subject) -> str | None:
     absent = [key for key in ("n_group", "topk_group") if s.config.get(key) is None]
     if s.model_type == "deepseek_v2" and absent:
-        return f"config.json has no {' and no '.join(absent)}, which its config class leaves at None"
+        return f"config.json has no {' and no '.join(absent)}, which its config class sets to None"
     return None
 
 
@@ -103,7 +103,7 @@ def _v2_greedy(s: Subject) -> str | None:
 
 def _grouped_kernel(s: Subject) -> str | None:
     if s.groups > 1 and s.group_minimum == 2 and (s.groups > 32 or s.top_k > 32):
-        return f"{s.groups} expert_groups and top_k = {s.top_k}: the fused grouped_topk kernel takes at most 32 of each"
+        return f"{s.groups} expert_groups and top_k = {s.top_k}: the fused grouped_topk kernel supports at most 32 of each"
     return None
 
 
@@ -123,13 +123,13 @@ def _topk(s: Subject) -> str | None:
 
 def _v4(s: Subject) -> str | None:
     if s.model_type == "deepseek_v4" and s.num_experts not in FUSED_TOPK:
-        return f"the sqrt(softplus) top-k kernel does not take {s.num_experts} experts"
+        return f"the sqrt(softplus) top-k kernel does not support {s.num_experts} experts"
     return None
 
 
 def _v4_cpu(s: Subject) -> str | None:
     if s.model_type == "deepseek_v4" and s.top_k not in V4_CPU.get(s.num_experts, ()):
-        return f"on a CPU, the sqrt(softplus) top-k kernel does not take {s.num_experts} experts with top_k = {s.top_k}"
+        return f"on a CPU, the sqrt(softplus) top-k kernel does not support {s.num_experts} experts with top_k = {s.top_k}"
     return None
 
 
@@ -141,13 +141,15 @@ def _fp32_router(s: Subject) -> str | None:
 
 
 def _align(s: Subject) -> str | None:
-    return f"{s.num_experts} experts, of which moe_align_block_size takes at most 992" if s.num_experts > 992 else None
+    return f"{s.num_experts} experts, but moe_align_block_size supports at most 992" if s.num_experts > 992 else None
 
 
 def _cpu_sigmoid(s: Subject) -> str | None:
     sigmoid = s.model_type == "laguna" or (s.model_type == "minimax_m2" and s.config.get("scoring_func") == "sigmoid")
     return (
-        "on a CPU, vLLM's router asserts softmax scores for ungrouped routing, but this one's are sigmoid" if sigmoid else None
+        "on a CPU, vLLM's router asserts softmax scores for ungrouped routing, but this model's are sigmoid"
+        if sigmoid
+        else None
     )
 
 
@@ -157,20 +159,20 @@ def _cpu_bias(s: Subject) -> str | None:
 
 def _cpu_heads(s: Subject) -> str | None:
     if s.head_dim and s.head_dim not in CPU_HEADS and s.config.get("kv_lora_rank") is None:
-        return f"on a CPU, vLLM's attention kernels do not take head_dim = {s.head_dim}"
+        return f"on a CPU, vLLM's attention kernels do not support head_dim = {s.head_dim}"
     return None
 
 
 def _latent(s: Subject) -> str | None:
     latent, rotary = s.config.get("kv_lora_rank"), s.config.get("qk_rope_head_dim")
     if s.model_type in MLA and isinstance(latent, int) and isinstance(rotary, int) and latent + rotary not in LATENTS:
-        return f"kv_lora_rank + qk_rope_head_dim is {latent + rotary}, but MLA takes 320, 512 or 576"
+        return f"kv_lora_rank + qk_rope_head_dim is {latent + rotary}, but MLA supports 320, 512 or 576"
     return None
 
 
 def _cpu_latent(s: Subject) -> str | None:
     if s.model_type == "deepseek_v2":
-        return "on a CPU, vLLM's attention of this family gives other logits than transformers from the second token on"
+        return "on a CPU, vLLM's attention of this family gives different logits than transformers from the second token on"
     return None
 
 
@@ -181,7 +183,7 @@ def _blocks(s: Subject) -> str | None:
 def _refined_blocks(s: Subject) -> str | None:
     found = unfit_blocks(s)
     return (
-        f"{found}; they are refined to {_refined(s)} x {_refined(s)}, for which there are only Triton kernels"
+        f"{found}; they are refined to {_refined(s)} x {_refined(s)}, which only Triton kernels support"
         if found and _refined(s) >= 32
         else None
     )
@@ -205,7 +207,7 @@ def _marlin(s: Subject) -> str | None:
 RULES: tuple[Rule, ...] = (
     rule(
         "vllm-quant-method",
-        "Other values of quant_method are refused as unknown.",
+        "Other values of quant_method are refused.",
         "config/model.py, ModelConfig._verify_quantization; model_executor/layers/quantization/__init__.py, QuantizationMethods; "
         "quantization/inc/inc.py (auto-round)",
         "error",
@@ -214,16 +216,16 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-mixed",
-        "The experts of a layer are one module with one scheme; what the quantisation config says of single experts is not looked up.",
+        "The experts of a layer are one module with one scheme; settings for single experts in the quantisation config are ignored.",
         "model_executor/layers/quantization/compressed_tensors/compressed_tensors_moe/compressed_tensors_moe.py (same quantization scheme); "
         "auto_gptq.py, get_moe_quant_method (dynamic, for the prefix of all experts); utils/quant_utils.py, is_layer_skipped",
         "error",
         mixed_experts,
-        f"quantise all experts of a layer alike, or {FLOATS}",
+        f"quantise all experts of a layer the same way, or {FLOATS}",
     ),
     rule(
         "vllm-fp8-blocks",
-        "On each tensor-parallel rank an expert's neurons have to divide into the blocks, or into finer ones of 32 or more.",
+        "On each tensor-parallel rank, an expert's neurons must divide into the blocks, or into finer blocks of at least 32.",
         "model_executor/layers/quantization/utils/fp8_utils.py, validate_fp8_block_shape_moe; "
         f"{MOE}/oracle/fp8.py, refine_fp8_moe_block_shape",
         "error",
@@ -232,7 +234,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-fp8-refined",
-        "Blocks that do not fit a rank are made finer as it loads; only Triton kernels take other blocks than 128 x 128.",
+        "Blocks that do not fit a rank are refined on loading; only Triton kernels support blocks other than 128 x 128.",
         f"{MOE}/oracle/fp8.py, refine_fp8_moe_block_shape",
         "info",
         _refined_blocks,
@@ -240,8 +242,8 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-marlin",
-        "GPTQ and AWQ experts run in Marlin where hidden size is a multiple of 128 and an expert's neurons on a rank are one of the "
-        "group size, which is 32, 64 or 128; others fall back to the WNA16 kernels.",
+        "GPTQ and AWQ experts run in Marlin if the hidden size is a multiple of 128 and an expert's neurons on a rank are a multiple of the "
+        "group size (32, 64 or 128); others fall back to the WNA16 kernels.",
         "model_executor/layers/quantization/utils/marlin_utils.py, check_moe_marlin_supports_config; auto_gptq.py and auto_awq.py, get_quant_method",
         "info",
         _marlin,
@@ -249,7 +251,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-nameless",
-        "A config.json without architectures is taken for the family's base model, which has no language-model head.",
+        "A config.json without architectures loads the family's base model, which has no language-model head.",
         "transformers_utils/config.py, get_config (MODEL_MAPPING_NAMES)",
         "warning",
         nameless,
@@ -257,15 +259,15 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-registry",
-        "An architecture that the registry lacks runs on vLLM's transformers backend, if its transformers class allows that.",
+        "An architecture outside the registry runs on vLLM's transformers backend, if its transformers class allows that.",
         "model_executor/models/registry.py, _VLLM_MODELS and _ModelRegistry._try_resolve_transformers",
         "warning",
         missing("vllm", UNREGISTERED),
-        "try it before you rely on it: vLLM falls back to its transformers backend",
+        "test it first: vLLM falls back to its transformers backend",
     ),
     rule(
         "vllm-attention",
-        "Queries, keys and values have one head_dim, from config.json.",
+        "Queries, keys and values have the same head_dim, from config.json.",
         "model_executor/models/mixtral.py, MixtralAttention.__init__ (and the other families' attention)",
         "error",
         pruned_attention,
@@ -273,7 +275,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-uneven",
-        "Every block is built with the number of experts that config.json has for the model.",
+        "Every block is built with the number of experts in config.json.",
         "model_executor/models/qwen3_moe.py, Qwen3MoeSparseMoeBlock.__init__ (and the other families' blocks); "
         "transformers_utils/model_arch_config_convertor.py, get_num_experts",
         "error",
@@ -282,7 +284,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-padded",
-        "Dead experts are stored and routed like others; a bias that is added before the selection keeps them from it.",
+        "Dead experts are stored and routed like others; a bias added before the selection keeps them from being selected.",
         f"{MOE}/router/fused_topk_bias_router.py, fused_topk_bias",
         "info",
         padded,
@@ -290,7 +292,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-skip",
-        "Every token runs all of the top_k experts that config.json names.",
+        "Every token runs all top_k experts of config.json.",
         "model_executor/models/qwen3_moe.py, Qwen3MoeSparseMoeBlock.__init__ (num_experts_per_tok)",
         "info",
         thresholds,
@@ -298,7 +300,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-top-k",
-        "A CPU router takes the top_k of all scores; the grouped kernel wants top_k experts in the groups that a token "
+        "A CPU router takes the top_k of all scores; the grouped kernel needs top_k experts in the groups that a token "
         "may use.",
         f"{MOE}/router/cpu_router.py, _softmax_topk; csrc/moe/grouped_topk_kernels.cu, grouped_topk",
         "error",
@@ -307,7 +309,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-top-groups",
-        "The grouped kernel wants topk_group <= n_group.",
+        "The grouped kernel needs topk_group <= n_group.",
         "csrc/moe/grouped_topk_kernels.cu, grouped_topk",
         "error",
         too_many_groups,
@@ -315,7 +317,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-groups",
-        "Groups that the experts do not divide into, or that are not fewer than the experts, are dropped without a word "
+        "Groups are ignored without a warning if experts do not divide into them, or if they are not fewer than the experts "
         "(and fail on a CPU).",
         f"{MOE}/router/grouped_topk_router.py, GroupedTopKRouter._compute_routing (valid_grouping); "
         "router/cpu_router.py, _grouped_topk",
@@ -325,7 +327,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-router-keys",
-        "The block of DeepSeek V3, V3.2 and GLM-5 has sigmoid scores and a selection bias only if config.json names "
+        "The block of DeepSeek V3, V3.2 and GLM-5 has sigmoid scores and a selection bias only if config.json sets "
         "them; transformers does not write these keys.",
         "model_executor/models/deepseek_v2.py, DeepseekV2MoE.__init__ (getattr topk_method, scoring_func) and load_weights",
         "error",
@@ -343,7 +345,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-v2-none",
-        "DeepSeek V2's block always asks for grouped routing, which wants numbers for n_group and topk_group.",
+        "DeepSeek V2's block always uses grouped routing, which needs n_group and topk_group.",
         f"model_executor/models/deepseek_v2.py, DeepseekV2MoE.__init__; {MOE}/router/router_factory.py, "
         "create_fused_moe_router",
         "error",
@@ -352,7 +354,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-v2-greedy",
-        "DeepSeek V2's block applies n_group whatever topk_method is.",
+        "DeepSeek V2's block applies n_group for any topk_method.",
         "model_executor/models/deepseek_v2.py, DeepseekV2MoE.__init__ (use_grouped_topk=True)",
         "warning",
         _v2_greedy,
@@ -367,15 +369,15 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-grouped-small",
-        "Up to 256 experts, 32 a group, 128 in the chosen groups, top_k 8 and 4 chosen groups take a faster kernel; "
-        "others the general one.",
+        "Up to 256 experts, 32 per group, 128 in the selected groups, top_k 8 and 4 selected groups use a faster kernel; "
+        "others use the general one.",
         "csrc/moe/grouped_topk_kernels.cu, invokeNoAuxTc (is_multi_group)",
         "info",
         _small_kernel,
     ),
     rule(
         "vllm-topk-kernel",
-        "Other numbers of experts take two kernels, softmax or sigmoid and then top-k; on ROCm only powers of two are fused.",
+        "Other numbers of experts use two kernels, softmax or sigmoid and then top-k; on ROCm only powers of two are fused.",
         "csrc/moe/topk_softmax_kernels.cu, topkGatingKernelLauncher",
         "info",
         _topk,
@@ -391,7 +393,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-v4-topk-cpu",
-        "DeepSeek V4's CPU kernel takes 64, 128, 256 or 384 experts with top_k 6 or 8 (or 9 of 256), with no fallback.",
+        "DeepSeek V4's CPU kernel supports 64, 128, 256 or 384 experts with top_k 6 or 8 (or 9 of 256), with no fallback.",
         "csrc/cpu/sgl-kernels/topk.cpp, biased_topk_cpu",
         "warning",
         _v4_cpu,
@@ -399,7 +401,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-fp32-router",
-        "The fp32 router kernel is compiled for hidden size 3072 with 256 experts and 6144 with 128; other shapes take a "
+        "The fp32 router kernel is compiled for hidden size 3072 with 256 experts and 6144 with 128; other shapes use a "
         "general GEMM.",
         f"{MOE}/router/gate_linear.py, GateLinear.FP32_SUPPORTED_SHAPES and forward; csrc/fp32_router_gemm_entry.cu",
         "info",
@@ -407,7 +409,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-align",
-        "The CUDA kernel that sorts tokens by expert takes fewer than 1024 experts, counted in steps of 32.",
+        "The CUDA kernel that sorts tokens by expert supports fewer than 1024 experts, padded to a multiple of 32.",
         "csrc/moe/moe_align_sum_kernels.cu, moe_align_block_size (padded_num_experts < 1024)",
         "warning",
         _align,
@@ -423,17 +425,17 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-expert-parallel",
-        "Ranks may hold different numbers of experts, but load balancing (--enable-eplb) wants them equal, redundant "
-        "ones counted.",
+        "Ranks may have different numbers of experts, but load balancing (--enable-eplb) needs equal numbers, including redundant "
+        "experts.",
         f"{MOE}/expert_map_manager.py, determine_expert_map; {MOE}/layer.py, FusedMoEFactory (EPLB currently only "
         "supports even distribution)",
         "warning",
         uneven_ranks,
-        "serve without --enable-eplb, or set num_redundant_experts so that the sum divides",
+        "serve without --enable-eplb, or set num_redundant_experts so that the sum is divisible",
     ),
     rule(
         "vllm-keys",
-        "The number of experts is the first found of num_experts, moe_num_experts, n_routed_experts and num_local_experts.",
+        "The number of experts is the first key found of num_experts, moe_num_experts, n_routed_experts and num_local_experts.",
         "transformers_utils/model_arch_config_convertor.py, get_num_experts",
         "warning",
         disagree(EXPERT_KEYS),
@@ -441,7 +443,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-sparsemixer",
-        "Phi-3.5-MoE's routing function takes top-2 only.",
+        "Phi-3.5-MoE's routing function supports top-2 only.",
         "model_executor/models/phimoe.py, phimoe_routing_function (assert topk == 2)",
         "error",
         sparsemixer,
@@ -449,7 +451,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-cpu-sigmoid",
-        "On a CPU, ungrouped routing is softmax only.",
+        "On a CPU, ungrouped routing supports softmax only.",
         f"{MOE}/router/cpu_router.py, CPURouter._compute_routing; model_executor/models/minimax_m2.py and laguna.py (no "
         "grouped top-k)",
         "warning",
@@ -475,8 +477,8 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-cpu-latent",
-        "DeepSeek V2's attention on a CPU agrees with transformers on one token, and on no longer text.",
-        "model_executor/models/deepseek_v2.py, DeepseekV2Attention and DeepseekV2MLAAttention (tried, not read: random models in float32)",
+        "DeepSeek V2's attention on a CPU agrees with transformers on one token, but not on longer text.",
+        "model_executor/models/deepseek_v2.py, DeepseekV2Attention and DeepseekV2MLAAttention (tested, not read: random models in float32)",
         "warning",
         _cpu_latent,
         "serve it on a GPU, or with llama.cpp or transformers",
@@ -491,7 +493,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(
         "vllm-mtp",
-        "Multi-token prediction of these families is loaded from the same checkpoint as a draft model, with the number of experts that config.json has.",
+        "Multi-token prediction of these families is loaded from the same checkpoint as a draft model, with the number of experts in config.json.",
         "config/speculative.py, MTPModelTypes and SpeculativeConfig.hf_config_override; model_executor/models/*_mtp.py",
         "info",
         speculative("vLLM", MTP, MTP_OPTION),
@@ -502,6 +504,6 @@ RULES: tuple[Rule, ...] = (
         "config/speculative.py, SpeculativeConfig.hf_config_override (n_predict)",
         "info",
         without_mtp,
-        "leave method mtp out of --speculative-config",
+        "remove method mtp from --speculative-config",
     ),
 )

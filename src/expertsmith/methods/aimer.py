@@ -16,14 +16,14 @@ from expertsmith.methods.base import Array, Facts, every, method
     "Peakiness of the weights, without data",
     "arXiv 2603.18492",
     reads="weights",
-    limits="Blind to the domain; near chance on models that hardly trained.",
+    limits="Ignores the domain; near chance on briefly trained models.",
 )
 def aimer(weights: Iterable[ExpertWeights], facts: Facts) -> Array:
     """Saliency -P / sqrt(M Q), over all M entries w of the expert's matrices together: P = sum |w|, Q = sum w^2. Data-free.
 
-    The paper's score P / sqrt(M Q) = mean|w| / RMS(w) lies in [1 / sqrt(M), 1] and HIGHER IS PRUNED: flat weights go, peaky ones
-    stay; hence the sign. An all-zero expert has score 0 and so is never pruned, as in the authors' code. Sums in float64 (theirs:
-    float32).
+    The paper's score P / sqrt(M Q) = mean|w| / RMS(w) lies in [1 / sqrt(M), 1] and HIGHER IS PRUNED: flat weights are
+    removed and peaky ones kept; hence the sign. An all-zero expert has score 0 and is never pruned, as in the authors' code. Sums are in
+    float64 (theirs: float32).
     """
 
     def score(entry: ExpertWeights) -> float:

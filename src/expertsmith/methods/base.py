@@ -1,13 +1,13 @@
-"""What a method is: a function with keyword arguments as its options, and what it reads and gives.
+"""Definition of a method: a function whose keyword arguments are its options, and what it reads and returns.
 
     reads        the first argument of the function            gives      what it returns
-    statistics   LayerStatistics of one layer                  saliency   one number an expert, higher stays
-    weights      ExpertWeights of a layer, one by one          order      experts in the order in which they go, and where to stop
-    arrays       what its own `measure` made of the weights    choice     what stays and what is merged, for a given count
+    statistics   LayerStatistics of one layer                  saliency   one per expert, highest are kept
+    weights      ExpertWeights of a layer, one by one          order      order of removal, and where to stop
+    arrays       result of its own `measure` on the weights    choice     kept and merged experts for a given count
     model        a probe that runs a block with any kept set
     nothing      -
 
-A method knows no families, tensor names or devices. Names, types and defaults of the options are read from the signatures, so that
+A method does not depend on families, tensor names or devices. Names, types and defaults of the options are read from the signatures, so that
 `-O name=value`, the plan and `expertsmith methods` agree.
 """
 
@@ -54,7 +54,7 @@ class Projections(Protocol):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a method may know of the layer besides what it reads."""
+    """Further facts about the layer that a method may use."""
 
     layer: int
     num_experts: int
@@ -88,7 +88,7 @@ class Order:
 class Method:
     """A registered method.
 
-    `measure` turns a layer's `Projections` into arrays that are costly to make and stay beside the plan; `allot` turns every layer's
+    `measure` turns a layer's `Projections` into arrays that are costly to compute and are stored next to the plan; `allot` turns every layer's
     statistics into counts for budget "global". `budgets`: the first is what it does where the user does not say.
     """
 

@@ -17,7 +17,7 @@ from expertsmith.methods.base import Array, Facts, Natural, Positive, method
     "Domain experts from a few demonstrations",
     "arXiv 2504.06792 (NeurIPS 2025)",
     ties="keep_lower",
-    limits="Keeps what the demonstrations use: other domains suffer.",
+    limits="Keeps the experts that the demonstrations use, so other domains get worse.",
 )
 def easy_ep(
     statistics: LayerStatistics,
@@ -28,9 +28,9 @@ def easy_ep(
     seed: Natural = 42,
 ) -> Array:
     """S_j = sum over tokens of g_j ||f_j|| s, with s = max(0, 1 - cos(x, x + r)): the token's residual stream x against x plus the routed
-    output r, shared experts excluded. The lower id stays on a tie.
+    output r, shared experts excluded. On a tie the lower id is kept.
 
-    Several domains: sum over domains D of S_D,j / sum_i S_D,i (section "mixed-domain"), so that every domain counts alike.
+    Several domains: sum over domains D of S_D,j / sum_i S_D,i (section "mixed-domain"), so that all domains have equal weight.
 
     demonstrations: "all" sequences of a domain, "random" (the paper: `count` at random) or "longest" (the authors' code: the `count`
     longest). Deviation: length is counted in tokens, theirs in characters of the JSON line; ties by position.

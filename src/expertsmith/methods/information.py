@@ -1,4 +1,4 @@
-"""Entropy and mutual information of arrays whose entries are put into histogram bins: exact integer counts, and fast.
+"""Entropy and mutual information of binned arrays, fast and with exact integer counts.
 
 Entries of two arrays of one size are paired by position. Each array has its own equal-width bins (`edges`). With p = counts / n:
 
@@ -6,7 +6,7 @@ Entries of two arrays of one size are paired by position. Each array has its own
     I(A; B) = H(A) + H(B) - H(A, B)
     NMI(A, B) = I(A; B) / sqrt(H(A) H(B))  in [0, 1]
 
-An array is put into bins once (`codes`), so that a pair costs one pass over small integers. An entropy is summed over how often each
+An array is binned once (`codes`), so a pair costs one pass over small integers. An entropy is summed over how often each
 count occurs, with `math.fsum`: it depends on the counts alone, so NMI(A, B) and NMI(B, A) are equal to the last bit.
 """
 
@@ -69,7 +69,7 @@ def edges(values: Array, bins: BinRule = "numpy2") -> Array:
         UserError: the array is empty, its range is infinite, or it would have too many bins for memory or for its precision.
     """
     if values.size == 0:
-        raise UserError("an array without entries has no histogram")
+        raise UserError("an empty array has no histogram")
     flat = values.reshape(-1)
     low, high = flat.min(), flat.max()
     if low == high:
@@ -159,7 +159,7 @@ def joint_counts(a: Codes, b: Codes) -> Array:
     """
     n = a.codes.size
     if b.codes.size != n:
-        raise UserError(f"arrays of {n} and {b.codes.size} entries cannot be paired", "compare matrices of one shape")
+        raise UserError(f"arrays of {n} and {b.codes.size} entries cannot be paired", "compare matrices of the same shape")
     cells = a.used * b.used
     if cells > n:
         kind = np.uint32 if cells < 2**32 else np.uint64
@@ -242,7 +242,7 @@ def nmi_matrix(arrays: Sequence[Codes], workers: int | None = None, advance: Cal
             if arrays[i].codes.size != arrays[j].codes.size:
                 raise UserError(
                     f"arrays {i} and {j} have {arrays[i].codes.size} and {arrays[j].codes.size} entries",
-                    "compare matrices of one shape",
+                    "compare matrices of the same shape",
                 )
             if arrays[i].constant or arrays[j].constant:
                 matrix[i, j] = matrix[j, i] = _of_constants(arrays[i], arrays[j])

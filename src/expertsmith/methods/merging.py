@@ -1,7 +1,7 @@
-"""Which experts become one: HC-SMoE (Chen et al., arXiv 2410.08589, ICML 2025) and M-SMoE (Li et al., arXiv 2310.01334, ICLR 2024).
+"""Methods that merge experts: HC-SMoE (Chen et al., arXiv 2410.08589, ICML 2025) and M-SMoE (Li et al., arXiv 2310.01334, ICLR 2024).
 
 Usage f_i = selections of expert i / selections of all experts of the layer. Both methods merge inside the router's expert_groups only,
-with the same number of clusters in each, so that group-limited routing goes on working.
+with the same number of clusters in each, so group-limited routing still works.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LLOYD_STEPS = 300
 
 @method(
     "hc_smoe",
-    "Merge experts whose mean outputs are close, by hierarchical clustering",
+    "Merge experts with similar mean outputs, by hierarchical clustering",
     "arXiv 2410.08589 (ICML 2025)",
     gives="choice",
     cost="one calibration pass that runs every expert on every token",
@@ -50,15 +50,15 @@ def hc_smoe(
     seed: Natural = 0,
 ) -> Choice:
     """Clusters of o_i = mean over ALL tokens x of E_i(x) (raw outputs, routed or not), by Euclidean distance; `keep_count` clusters remain.
-    The centre, whose place and router row the merged expert takes, is the member nearest to the mean of the cluster's o_i.
+    The merged expert gets the id and router row of the centre, the member nearest to the mean of the cluster's o_i.
 
     linkage: "average" (the paper's), "single", "complete" or "ward". weights: "frequency" f_i / sum f, "authors" f_i / (sum f + 1e-7),
-    "average" 1 / |c|; a cluster that no token used takes the plain mean. clustering "kmeans" starts from k-means++ with `seed`.
-    align puts the neurons of every member into the centre's order first, as in m_smoe: our extension, without which experts that do not come
-    from one origin do not survive averaging. router: the centre's row, or the members' rows averaged with the same weights; log_count adds ln |c| to a router's logit bias.
+    "average" 1 / |c|; a cluster without tokens uses the plain mean. clustering "kmeans" starts from k-means++ with `seed`.
+    align first re-orders the neurons of every member to match the centre, as in m_smoe. This is our extension; without it, averaging destroys
+    experts without a common origin. router: the centre's row, or the members' rows averaged with the same weights; log_count adds ln |c| to a router's logit bias.
 
     Deviations from the authors' code: complete and ward linkage are the standard ones (theirs join the farthest clusters first, and ward
-    does not square); usage counts the model's own top_k (theirs is always 2); clusters of no use are not zeroed; their run scripts
+    does not square); usage counts the model's own top_k (theirs is always 2); unused clusters are not zeroed; their run scripts
     misspell the option and run k-means.
     """
     outputs = statistics.total("all_output_sum") / float(statistics.total("tokens").item())
@@ -89,11 +89,11 @@ def m_smoe_allot(statistics: Mapping[int, LayerStatistics], average: float) -> d
 
 @method(
     "m_smoe",
-    "Merge rarely used experts into often used ones whose router logits are alike",
+    "Merge rarely used experts into frequently used ones with similar router logits",
     "arXiv 2310.01334 (ICLR 2024)",
     gives="choice",
-    cost="one calibration pass; an assignment of neurons for every expert that goes",
-    limits="Float weights only; near chance at half the experts without training afterwards",
+    cost="one calibration pass; one neuron assignment per merged expert",
+    limits="Float weights only; near chance with half of the experts unless trained afterwards",
     budgets=("uniform", "global"),
     allot=m_smoe_allot,
 )
@@ -108,23 +108,23 @@ def m_smoe(
     log_count: bool = False,
     capacity: Natural = 0,
 ) -> Choice:
-    """The `keep_count` most used experts are dominant. Every other one, in descending usage, joins the dominant expert d with the largest
-    s_id = (cos(R[:, i], R[:, d]) + 1) / 2, R the raw router logits [tokens, experts]; the most used dominant wins a tie, as does the
-    lower id among equal usages.
+    """The `keep_count` most used experts are dominant. Every other expert, in descending usage, joins the dominant expert d with the largest
+    s_id = (cos(R[:, i], R[:, d]) + 1) / 2, R the raw router logits [tokens, experts]; on a tie the most used dominant expert wins; among
+    equal usages, the lower id.
 
-    align: the neurons of every source are put into the dominant expert's order by weight matching before averaging. weights: "frequency"
-    f_i / sum f, "authors" f_i / (sum f + 1e-7), "average" 1 / |c|; a cluster that no token used takes the plain mean. capacity: experts
-    that a cluster may hold, the dominant one included; 0 sets no limit. router, log_count: as in hc_smoe.
+    align: weight matching re-orders the neurons of every source to match the dominant expert before averaging. weights: "frequency"
+    f_i / sum f, "authors" f_i / (sum f + 1e-7), "average" 1 / |c|; a cluster without tokens uses the plain mean. capacity: maximum
+    number of experts in a cluster, including the dominant one; 0 is no limit. router, log_count: as in hc_smoe.
 
-    Deviations from the authors' code: alignment is to the cluster's dominant expert and knows gated experts (theirs aligns all experts
-    to expert 0, two-matrix ones only); router rows go with their experts (theirs keeps all rows and shares modules); no training
-    follows. The global budget is `m_smoe_budget`.
+    Deviations from the authors' code: alignment is to the cluster's dominant expert and supports gated experts (theirs aligns all experts
+    to expert 0, and only two-matrix experts); router rows are removed with their experts (theirs keeps all rows and shares modules);
+    there is no training afterwards. The global budget is `m_smoe_budget`.
     """
     use = usage(statistics)
     similarity = logit_similarity(statistics.total("logit_gram"))
     if capacity and capacity * keep_count < facts.num_experts:
         raise UserError(
-            f"layer {facts.layer}: {keep_count} clusters of at most {capacity} cannot hold {facts.num_experts} experts",
+            f"layer {facts.layer}: {keep_count} clusters of at most {capacity} cannot contain {facts.num_experts} experts",
             f"use -O capacity={-(-facts.num_experts // keep_count)} or more, or 0 for no limit",
         )
 
@@ -149,7 +149,9 @@ def m_smoe_budget(usages: Mapping[int, Array], average: float) -> dict[int, int]
     experts = sum(len(values) for values in usages.values())
     total = int(np.floor(average * len(usages) + ROUNDING))
     if total > experts:
-        raise UserError(f"{average} clusters a layer are more than there are experts ({experts / len(usages):g} a layer)")
+        raise UserError(
+            f"{average} clusters per layer are more than the number of experts ({experts / len(usages):g} per layer)"
+        )
     if total == experts:
         return {layer: len(values) for layer, values in usages.items()}
     raised = {}
@@ -159,7 +161,8 @@ def m_smoe_budget(usages: Mapping[int, Array], average: float) -> dict[int, int]
     threshold = np.sort(np.concatenate(list(raised.values())))[::-1][total]
     if threshold >= 1:
         raise UserError(
-            f"{average} clusters a layer leave some of the {len(usages)} layers without any", "keep at least one expert a layer"
+            f"{average} clusters per layer leave some of the {len(usages)} layers without any",
+            "keep at least one expert per layer",
         )
     return {layer: int((values > threshold).sum()) for layer, values in raised.items()}
 
@@ -294,12 +297,12 @@ def _choice(
     groups = groups_of(facts.rules)
     if not 1 <= keep_count <= facts.num_experts:
         raise UserError(
-            f"layer {facts.layer}: {keep_count} clusters were asked for, but there are {facts.num_experts} experts",
+            f"layer {facts.layer}: {keep_count} clusters requested, but there are {facts.num_experts} experts",
             f"keep between 1 and {facts.num_experts}",
         )
     if keep_count % len(groups):
         raise UserError(
-            f"layer {facts.layer}: {keep_count} clusters cannot be spread evenly over {len(groups)} expert_groups",
+            f"layer {facts.layer}: {keep_count} clusters cannot be distributed evenly over {len(groups)} expert_groups",
             f"keep a multiple of {len(groups)}, or plan with --router-groups flatten",
         )
     if keep_count == facts.num_experts:

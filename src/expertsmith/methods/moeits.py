@@ -1,7 +1,7 @@
-"""MoEITS: remove experts whose weights tell the most about another expert's (Balderas, Lastra, Benítez, arXiv 2604.10603).
+"""MoEITS: remove experts whose weights have the most mutual information with another's (Balderas, Lastra, Benítez, arXiv 2604.10603).
 
-Data-free. `measure` compares the experts of a layer pair by pair, which is the costly part and done once; `removal_path` turns the matrix
-into an order of removal, of which every threshold and every count is a prefix.
+Data-free. `measure` compares the experts of a layer pair by pair, which is costly and done once. `removal_path` turns the matrix
+into an order of removal; every threshold and every count is a prefix of it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Threshold:
-    """tau = max(0, mean + factor * iqr), and what it was made of."""
+    """tau = max(0, mean + factor * iqr), with its inputs."""
 
     tau: float
     mean: float
@@ -59,12 +59,12 @@ def measure(
         entropy_r    [E]    nats, of each expert's matrix
         bins_r       [E]    number of bins
         constant_r   [E]    whether all entries are equal: its NMI, 0 / 0, is taken as 0 (1 between two equal constants)
-        baseline_r   [P]    NMI of up to 4 pairs after one of the two has been shuffled: what chance gives at this size
+        baseline_r   [P]    NMI of up to 4 pairs after shuffling one of the two: the chance level at this size
 
-    One role's codes are in memory at a time: 2 bytes an entry of all experts, and as much again in the temporary folder.
+    One role's codes are in memory at a time: 2 bytes per entry of all experts, and the same again in the temporary folder.
 
     Deviations from the authors' code: entries are cast from half precision first (their edges stay float16 and can collide); counts are
-    integers, where they normalise densities; an array is put into bins once, not once a pair.
+    integers (they normalise densities); an array is binned once, not once per pair.
 
     Raises:
         UserError: experts of different shapes, or entries that do not fit into bins.
@@ -179,25 +179,25 @@ def choose(path: Path, tau: float, most: int) -> tuple[int, bool]:
 
 @method(
     "moeits",
-    "Remove experts whose weights are alike in information",
+    "Remove experts whose weights have high mutual information",
     "arXiv 2604.10603",
     reads="arrays",
     gives="order",
-    cost="every pair of experts of a layer is compared once, on all cores; kept beside the plan",
-    limits="Blind to what experts do; two experts that differ by a permutation of neurons look unrelated. Its own threshold leaves layers different counts.",
+    cost="every pair of experts of a layer is compared once, on all cores; stored next to the plan",
+    limits="Ignores what experts compute; two experts that differ by a permutation of neurons look unrelated. Its own threshold gives layers different counts.",
     budgets=("threshold", "uniform", "global"),
     measure=measure,
 )
 def moeits(arrays: Mapping[str, Array], facts: Facts, *, factor: float = 1.5, weights: str = "preset") -> Order:
-    """Experts in the order in which they go, from the NMI of their weights (`measure`), and how many go by the layer's own threshold.
+    """The order in which experts are removed, from the NMI of their weights (`measure`), and how many the layer's own threshold removes.
 
     M: mean of the roles' matrices, weighted by `weights`: "gate,up,down" such as 0.2,0.4,0.4, or preset: these for qwen2_moe and
     deepseek_v2, equal ones for all others, as in the authors' code. tau = mean(M) + factor * IQR(M), once, from the whole layer. While the
-    largest entry of M exceeds tau, of that pair the expert with the larger mean of its row goes, the higher id on a tie. A larger factor
-    removes fewer; the order does not depend on it. Never fewer stay than the router needs (the authors' code has no such limit).
+    largest entry of M exceeds tau, the expert of that pair with the larger row mean is removed (on a tie, the higher id). A larger factor
+    removes fewer experts; the order does not depend on it. The router's minimum is always kept (the authors' code has no such limit).
 
-    NMI is blind to sign and scale, and two experts that differ only by a permutation of their neurons look unrelated: the measure
-    means most where experts have one origin. Warnings say where the numbers do not carry the decision.
+    NMI ignores sign and scale, and two experts that differ only by a permutation of their neurons look unrelated. The measure is most
+    meaningful for experts with a common origin. Notes warn if the numbers do not support the decision.
 
     Raises:
         UserError: `weights` is neither "preset" nor three numbers of at least 0, not all 0.
@@ -217,11 +217,11 @@ def moeits(arrays: Mapping[str, Array], facts: Facts, *, factor: float = 1.5, we
     if count > 1:
         level = math.fsum(off.tolist()) / len(off)
         if limit.iqr < FLAT * limit.mean:
-            warnings.append("NMI hardly differs between pairs: the threshold says little here")
+            warnings.append("NMI hardly differs between pairs, so the threshold is not informative")
         if off.min() > limit.tau:
             warnings.append("every pair is above the threshold, which would leave one expert")
         if baseline is not None and level < NEAR * baseline:
-            warnings.append("the mean NMI is that of shuffled weights: pairs share no more than chance")
+            warnings.append("the mean NMI equals that of shuffled weights: pairs share no more than chance")
     for role, experts in constant.items():
         if experts:
             warnings.append(f"all entries of {role} are equal in experts {experts}: NMI taken as 0, or 1 between equal ones")

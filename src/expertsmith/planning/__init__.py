@@ -1,1 +1,1 @@
-"""Method + budget → plan: the plan's format, how it is made, and choices of other tools."""
+"""Method + budget → plan: the plan format, how plans are built, and other tools' formats."""

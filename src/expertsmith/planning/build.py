@@ -1,4 +1,4 @@
-"""Method + budget → plan: what each shape of method is given, how many experts each layer keeps, and what the plan tells of it."""
+"""Method + budget → plan: the inputs of each kind of method, how many experts each layer keeps, and the plan's details and notes."""
 
 from __future__ import annotations
 
@@ -141,9 +141,9 @@ def _ahead(job: Job, layers: list[int], count: int, router_groups: str) -> dict[
     elif job.statistics is not None and not set(layers) <= set(job.statistics.layers):
         from expertsmith.engine.mtp import why_not_played
 
-        why = why_not_played(job.inventory) or "the statistics are of an older version, which did not look at it"
+        why = why_not_played(job.inventory) or "the statistics are from an older version, which did not include it"
     elif "uniform" not in job.method.budgets:
-        why = f"method {job.method.name} has no uniform budget"
+        why = f"method {job.method.name} does not support budget uniform"
     else:
         rules = rules_of(job.inventory, router_groups, mtp=True)
         # not from the work folder, which holds the decoder layers
@@ -191,7 +191,7 @@ def _even_out(job: Job, uneven: Mapping[int, LayerPlan], counts: Mapping[int, in
     total, groups = sum(counts.values()), max(rules.groups for rules in job.rules.values())
     least = max(rules.least for rules in job.rules.values())
     count = max(least, round(total / len(counts) / groups) * groups)
-    found = f"{job.budget} kept {min(counts.values())} to {max(counts.values())} experts a layer, {total} in all"
+    found = f"{job.budget} kept {min(counts.values())} to {max(counts.values())} experts per layer, {total} in all"
     job.keep, job.budget, job.resume = count, "uniform", True  # what was measured a moment ago stands
     job.notes.clear()  # of the plan that is not made
     entries = _entries(job)
@@ -199,11 +199,11 @@ def _even_out(job: Job, uneven: Mapping[int, LayerPlan], counts: Mapping[int, in
     before, after = (_kept_share(plan, job) for plan in (uneven, entries))
     if before is not None and after is not None:
         word = {"saliency": "saliency", "choice": "routed slots of the kept experts"}.get(job.method.gives, "")
-        note += f"; share of {word} that stays, mean of the layers: {before:.4f} → {after:.4f}"
+        note += f"; share of {word} that is kept, mean over layers: {before:.4f} → {after:.4f}"
     if job.method.gives == "order":
         early = sum(max(0, counts[layer] - count) for layer in counts)
         late = sum(max(0, count - counts[layer]) for layer in counts)
-        note += f"; {early} experts go that the threshold would keep, {late} stay that it would remove"
+        note += f"; {early} experts are removed that the threshold would keep, {late} are kept that it would remove"
     job.notes.append(note)
     return entries
 
@@ -267,7 +267,7 @@ def _finite(job: Job, layer: int, scores: Array) -> list[float]:
     if bad is not None:
         raise UserError(
             f"method {job.method.name} gives decoder layer {layer}'s expert {bad} the saliency {values[bad]}",
-            "activations overflowed while calibrating? calibrate with --dtype float32",
+            "if activations overflowed in the calibration, calibrate with --dtype float32",
         )
     return values
 
@@ -300,12 +300,12 @@ def _by_order(job: Job) -> dict[int, LayerPlan]:
         n = job.rules[layer].num_experts
         gone = set(order.experts[: removed[layer]])
         if len(order.experts) < removed[layer]:
-            raise UserError(f"decoder layer {layer}: the method can remove {len(order.experts)} of {n} experts at most")
+            raise UserError(f"decoder layer {layer}: the method can remove at most {len(order.experts)} of {n} experts")
         why = {**order.why, "order": order.experts, "height": order.height}
         said += [(text, layer) for text in why.get("warnings", ())]
         if job.budget == "threshold" and why.get("guard"):
             least = job.rules[layer].least
-            said.append((f"the threshold would leave fewer experts than the router needs: {least} stay", layer))
+            said.append((f"the threshold would keep fewer experts than the router needs, so {least} are kept", layer))
         entries[layer] = LayerPlan(layer=layer, num_experts=n, keep=[e for e in range(n) if e not in gone], why=why)
     for text in dict.fromkeys(text for text, _ in said):
         where = [layer for other, layer in said if other == text]
@@ -369,10 +369,10 @@ def _prepare(folder: Path, job: Job, made_with: Mapping[str, Any]) -> None:
         except (OSError, json.JSONDecodeError):
             raise UserError(f"{folder} contains files that are not measured weights", "choose another output name") from None
         if old == header and job.resume:
-            job.progress.note(f"using what was measured before in {folder}")
+            job.progress.note(f"using earlier measurements in {folder}")
             return
         if old != header:
-            job.progress.note(f"{folder} was made with another model or other options: measured again")
+            job.progress.note(f"{folder} is from another model or other options, so it is measured again")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
@@ -390,7 +390,7 @@ def _by_choice(job: Job) -> dict[int, LayerPlan]:
             least = job.rules[layer].least
             if count < least:
                 job.notes.append(
-                    f"decoder layer {layer}: {count} experts would be left, the router needs {least}; {least} stay"
+                    f"decoder layer {layer}: {count} experts would be left, but the router needs {least}, so {least} are kept"
                 )
                 counts[layer] = least
     else:
@@ -462,12 +462,12 @@ def _warn(entries: Mapping[int, LayerPlan], job: Job) -> None:
     if unreached:
         layers = sorted({layer for layer, _ in unreached})
         job.notes.append(
-            f"{len(unreached)} kept experts (layers {', '.join(map(str, layers))}) were reached by no calibration token: the calibration is too small for this ratio"
+            f"{len(unreached)} kept experts (layers {', '.join(map(str, layers))}) got no calibration token: use more calibration text for this ratio"
         )
     few = [e for layer, counts in used.items() for e in entries[layer].keep if 0 < counts[e] < FEW_TOKENS]
     if few and job.method.averages:
         job.notes.append(
-            f"{len(few)} kept experts were reached by fewer than {FEW_TOKENS} tokens: their mean is noise; more calibration text helps"
+            f"{len(few)} kept experts got fewer than {FEW_TOKENS} tokens, so their mean is noise: use more calibration text"
         )
 
 
@@ -481,7 +481,7 @@ def statistics_for(inventory: Inventory, method: Method, given: Statistics | str
     entry = next(iter(statistics.layers.values()))
     if method.all_outputs and not all("all_output_sum" in held for held in entry.domains.values()):
         raise UserError(
-            f"method {method.name} needs every expert's output on all tokens, which these statistics do not hold",
+            f"method {method.name} needs every expert's output on all tokens, which these statistics do not have",
             "calibrate again with --all-outputs",
         )
     return statistics
@@ -497,7 +497,7 @@ def matching_statistics(
     """
     statistics = (given if isinstance(given, Statistics) else load_statistics(given)).select(domains)
     if statistics.header["model"]["fingerprint"] != inventory.checkpoint.fingerprint:
-        raise UserError(f"the statistics belong to another model than {inventory.checkpoint.source}", "calibrate this one")
+        raise UserError(f"the statistics are from another model than {inventory.checkpoint.source}", "calibrate this model")
     if [layer for layer in statistics.layers if layer not in inventory.mtp_layers] != inventory.layers:
         raise UserError("the statistics do not cover the same layers as the checkpoint", "calibrate again")
     if mtp:

@@ -1,12 +1,12 @@
 """Choices of experts in the formats of other tools, to and from plans.
 
-    ordered    JSONL, a line a layer: {"0": [106, 65, …]}, best expert first; what stays is a count or ratio of it (vllm-ascend's
+    ordered    JSONL, one line per layer: {"0": [106, 65, …]}, best expert first; a count or ratio of it is kept (vllm-ascend's
                expert_list_file)
-    mask       JSON, a row a decoder layer with experts: [[1, 0, …], …], 1 where an expert stays (EASY-EP's expert_mask), or layer → row
-    retained   JSON, layer → ids of the experts that stay: {"0": [2, 5], …}, or the lists in the order of the MoE layers
+    mask       JSON, one row per decoder layer with experts: [[1, 0, …], …], 1 for a kept expert (EASY-EP's expert_mask), or layer → row
+    retained   JSON, layer → ids of the kept experts: {"0": [2, 5], …}, or the lists in the order of the MoE layers
 
-A layer is named by its number in the checkpoint, or by a module path that holds it (model.layers.3.mlp). What a format cannot hold, merges and
-skip thresholds, is refused rather than lost.
+A layer is given by its index in the checkpoint, or by a module path that contains it (model.layers.3.mlp). Merges and
+skip thresholds, which these formats cannot represent, are refused.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ def plan_from(
             if keep is not None:
                 wanted = keep_count(parse_keep(keep), rules[layer], where)
                 if wanted > len(ids):
-                    raise UserError(f"{where} lists {len(ids)} experts, but {wanted} are to stay", "keep fewer")
+                    raise UserError(f"{where} lists {len(ids)} experts, but {wanted} are to be kept", "keep fewer")
                 ids = ids[:wanted]
             elif len(ids) == count:
-                raise UserError(f"{path} orders all {count} experts of layer {layer}", "say how many stay with --keep")
+                raise UserError(f"{path} orders all {count} experts of layer {layer}", "pass --keep to set how many are kept")
         keep_count(len(ids), rules[layer], where)
         entries.append(LayerPlan(layer=layer, num_experts=count, keep=sorted(ids), mtp=True if layer in ahead else None))
     if keep is not None and kind != "ordered":
         raise UserError(f"{path} already says which experts to keep", "leave --keep out")
     notes: list[str] = []
     if mtp == "keep" and inventory.mtp_layers != ahead:
-        most, why = max(len(entry.keep) for entry in entries), f"{Path(path).name} does not speak of it"
+        most, why = max(len(entry.keep) for entry in entries), f"{Path(path).name} does not contain it"
         left = [layer for layer in inventory.mtp_layers if layer not in ahead]
         entries += by_weights(inventory, left, most, router_groups, why, notes, progress or Silent()).values()
     options = {"file": Path(path).name, "format": kind, **({"keep": parse_keep(keep)} if keep is not None else {})}
@@ -94,7 +94,7 @@ def export(plan: Plan, kind: str) -> str:
         raise unknown("format", kind, FORMATS)
     if plan.merges or plan.skip is not None:
         what = "merges experts" if plan.merges else "has skip thresholds"
-        raise UserError(f"the plan {what}, which {kind} lists cannot hold", "export a plan that only prunes")
+        raise UserError(f"the plan {what}, which {kind} lists cannot represent", "export a plan that only prunes")
     if kind == "mask":
         rows = [[int(e in entry.keep) for e in range(entry.num_experts)] for entry in plan.layers if not entry.mtp]
         return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
@@ -143,7 +143,7 @@ def _line(text: str, where: str) -> Mapping[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error}") from None
     if not isinstance(found, Mapping):
-        raise UserError(f"{where} is a {type(found).__name__}, but a line is layer → list of experts")
+        raise UserError(f"{where} is a {type(found).__name__}, but a line must be layer → list of experts")
     return found
 
 
@@ -154,7 +154,7 @@ def _merged(parts: Sequence[Mapping[str, Any]], path: Path) -> dict[int, Any]:
             match = LAYER.search(name)
             number = name if name.isdigit() else match[1] if match else None
             if number is None:
-                raise UserError(f"{path}: {name!r} names no layer", "keys are layer numbers or module paths with layers.N")
+                raise UserError(f"{path}: {name!r} is not a layer", "keys are layer numbers or module paths with layers.N")
             if int(number) in rows:
                 raise UserError(f"{path} has layer {int(number)} twice")
             rows[int(number)] = row

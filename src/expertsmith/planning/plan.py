@@ -1,4 +1,4 @@
-"""The plan: which experts stay, layer by layer. Small, readable, diffable JSON that people review before it is applied."""
+"""The plan: the kept experts, layer by layer. Small, readable, diffable JSON that people review before it is applied."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class LayerPlan(_Strict):
     def _ids(self) -> LayerPlan:
         where = f"layer {self.layer}"
         if not self.keep:
-            raise ValueError(f"{where}: keep is empty; at least one expert has to stay")
+            raise ValueError(f"{where}: keep is empty; keep at least one expert")
         if len(set(self.keep)) != len(self.keep):
             twice = sorted({e for e in self.keep if self.keep.count(e) > 1})
             raise ValueError(f"{where}: keep names expert {twice[0]} twice")
@@ -85,7 +85,7 @@ class LayerPlan(_Strict):
             raise ValueError(f"{where}: saliency has {len(self.saliency)} numbers for {self.num_experts} experts")
         self._check_merges(where)
         if self.skip_threshold is not None and self.skip_threshold < 0:
-            raise ValueError(f"{where}: skip_threshold is {self.skip_threshold}, but it is a ratio of routing weights")
+            raise ValueError(f"{where}: skip_threshold is {self.skip_threshold}, but it must be a ratio of routing weights")
         return self
 
     def _check_merges(self, where: str) -> None:
@@ -97,7 +97,7 @@ class LayerPlan(_Strict):
             if merge.into not in self.keep:
                 raise ValueError(f"{where}: merge into {merge.into}, which is not a kept expert")
             if not merge.sources or len(set(merge.sources)) != len(merge.sources):
-                raise ValueError(f"{where}: merge into {merge.into} has to name experts, each once, but names {merge.sources}")
+                raise ValueError(f"{where}: merge into {merge.into} must list experts, each once, but lists {merge.sources}")
             outside = [e for e in merge.sources if not 0 <= e < self.num_experts]
             if outside:
                 raise ValueError(
@@ -111,7 +111,7 @@ class LayerPlan(_Strict):
             if kept:
                 raise ValueError(f"{where}: expert {kept[0]} is merged into {merge.into}, so it cannot be kept as well")
             if min(merge.weights) < 0 or sum(merge.weights) <= 0:
-                raise ValueError(f"{where}: merge into {merge.into} has weights {merge.weights}, but they are shares")
+                raise ValueError(f"{where}: merge into {merge.into} has weights {merge.weights}, but they must be shares")
         merged = [e for merge in self.merge for e in merge.sources]
         if len(set(merged)) != len(merged):
             again = next(e for e in merged if merged.count(e) > 1)
@@ -157,14 +157,14 @@ class Plan(_Strict):
         if not numbers:
             raise ValueError("layers is empty")
         if numbers != sorted(set(numbers)):
-            raise ValueError(f"layers has to ascend without repetition, but reads {numbers}")
+            raise ValueError(f"layers must be ascending without repetition, but is {numbers}")
         without = next((entry.layer for entry in self.layers if entry.skip_threshold is not None), None)
         if without is not None and self.skip is None:
             raise ValueError(f"layer {without} has a skip_threshold, but the plan has no skip rule")
         ahead = next((entry.layer for entry in self.layers if entry.mtp), None)
         if ahead is not None and (self.mtp != "keep" or not all(entry.mtp for entry in self.layers if entry.layer >= ahead)):
             raise ValueError(
-                f"layer {ahead} is of multi-token prediction, which has to follow the decoder layers in a plan that keeps it"
+                f"layer {ahead} is for multi-token prediction, which must follow the decoder layers in a plan that keeps it"
             )
         if self.skip is not None and without is None:
             raise ValueError(f"the plan has the skip rule {self.skip.rule}, but no layer has a skip_threshold")

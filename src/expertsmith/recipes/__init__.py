@@ -1,4 +1,4 @@
-"""The recipes that come along: one YAML file each in this folder, found by scanning."""
+"""The packaged recipes: one YAML file each in this folder, found by scanning."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Change a checkpoint as a plan says, mask a loaded model as the plan says, and prove that the two are the same."""
+"""Apply a plan to a checkpoint, mask a loaded model by the same plan, and prove that the two are the same."""

@@ -1,6 +1,6 @@
-"""Plan + source → output checkpoint, by byte ranges: nothing is loaded, decoded or converted but what is merged.
+"""Plan + source → output checkpoint, by byte ranges: only merged experts are loaded, decoded or converted.
 
-What stays keeps its bytes. Experts are renumbered from 0 in ascending order of their old ids; router rows, biases and fused expert tensors
+Kept tensors keep their bytes. Experts are renumbered from 0 in ascending order of their old ids; router rows, biases and fused expert tensors
 lose the rows of dropped experts and keep extra rows (shared, zero and skip classes) at the end.
 """
 
@@ -73,8 +73,8 @@ def _check_model(plan: Plan, inventory: Inventory) -> None:
         raise UserError(f"the plan is for a {plan.model.model_type} model, but {where} is {inventory.architecture.model_type}")
     if plan.model.fingerprint != inventory.checkpoint.fingerprint:
         raise UserError(
-            f"the plan was made for another checkpoint (its fingerprint is not that of {where})",
-            "make a plan for this one with `expertsmith plan`",
+            f"the plan was made for another checkpoint (its fingerprint differs from {where})",
+            "make a plan for this checkpoint with `expertsmith plan`",
         )
     wanted = inventory.layers + (inventory.mtp_layers if plan.mtp == "keep" else [])
     if list(plan.kept) != wanted:
@@ -84,7 +84,7 @@ def _check_model(plan: Plan, inventory: Inventory) -> None:
 def _check_layer(entry: LayerPlan, rules: Rules) -> None:
     if entry.num_experts != rules.num_experts:
         raise UserError(
-            f"layer {entry.layer} of the plan has {entry.num_experts} experts, but that of the checkpoint has {rules.num_experts}"
+            f"layer {entry.layer} of the plan has {entry.num_experts} experts, but the checkpoint has {rules.num_experts} there"
         )
     count = len(entry.keep)
     if count < rules.least:
@@ -95,7 +95,7 @@ def _check_layer(entry: LayerPlan, rules: Rules) -> None:
     per_group = [sum(e in group for e in entry.keep) for group in groups_of(rules)]
     if len(set(per_group)) > 1:
         raise UserError(
-            f"layer {entry.layer} keeps {per_group} experts of the {rules.groups} expert_groups, but they have to stay equal in size",
+            f"layer {entry.layer} keeps {per_group} experts of the {rules.groups} expert_groups, but the groups must stay equal in size",
             "plan with the default --router-groups keep, or with flatten",
         )
 
@@ -108,7 +108,7 @@ def _check_mtp(entry: LayerPlan, plan: Plan, inventory: Inventory) -> None:
     if entry.mtp and len(entry.keep) != max(plan.counts):
         raise UserError(
             f"multi-token-prediction layer {entry.layer} of the plan keeps {len(entry.keep)} experts, but config.json will say {max(plan.counts)}",
-            "keep the same number there",
+            "keep the same number in that layer",
         )
 
 
@@ -137,7 +137,7 @@ def check_requantise(plan: Plan, inventory: Inventory) -> None:
     found = quantisation_of(inventory.checkpoint)
     if not plan.merges or found is None:
         what = "no expert is merged" if found else f"{inventory.checkpoint.source} is not quantised"
-        raise UserError(f"--requantise has nothing to do: {what}", "leave it out")
+        raise UserError(f"--requantise has no effect: {what}", "leave it out")
     refuse_unencodable(found, {claim.info.name for claim in inventory.floats.claims if claim.routed})
 
 
@@ -187,7 +187,7 @@ def _renumbered(claim: Claim, inventory: Inventory, keep: list[int]) -> str | No
         if claim.rest.startswith(old_head):
             base = claim.info.name[: len(claim.info.name) - len(claim.rest)]
             return base + new_head + claim.rest[len(old_head) :]
-    raise AssertionError(f"{claim.info.name} was claimed by a prefix that it does not have")
+    raise AssertionError(f"{claim.info.name} does not start with its prefix")
 
 
 def _rows(claim: Claim, inventory: Inventory, keep: list[int], merger: Merger | None) -> OutputTensor:
@@ -308,21 +308,23 @@ def apply_plan(  # noqa: C901  (a note a circumstance)
     tensors = output_tensors(plan, inventory, pad, merger)
     notes = list(plan.notes)
     if decoded:
-        notes.append("the source is quantised, and merged experts are not: all weights were decoded, and are bfloat16 here")
+        notes.append("the source is quantised, but merged experts are not: all weights were decoded to bfloat16")
     if plan.calibration and text_config(inventory.checkpoint.config) is not inventory.checkpoint.config:
         notes.append(
-            "the calibration data are text: experts that serve images or sound were judged by text alone, so measure those too"
+            "the calibration data is text only, so experts for images or sound were judged by text: evaluate those too"
         )
     if drops_mtp(plan, inventory):
         count = sum(claim.mtp for claim in inventory.claims)
-        notes.append(f"{count} tensors of multi-token prediction were left out: engines cannot decode speculatively with them")
+        notes.append(
+            f"{count} tensors of multi-token prediction were removed: engines cannot use them for speculative decoding"
+        )
     if plan.router_groups == "flatten" and inventory.rules.groups > 1:
         notes.append(
             f"n_group and topk_group are now 1 (were {inventory.rules.groups} and {inventory.rules.top_groups}): tokens may use experts of any group"
         )
     if pad:
         notes.append(
-            f"layers with fewer than {max(plan.counts)} experts are filled up with dead ones, which are never selected: no memory is saved"
+            f"layers with fewer than {max(plan.counts)} experts are padded with dead experts, which are never selected: this saves no memory"
         )
     elif plan.uniform_count is None:
         notes.append(
@@ -359,7 +361,7 @@ def apply_plan(  # noqa: C901  (a note a circumstance)
 def cost_line(what: str, error: float, norm: float) -> str:
     """What quantising weights again cost: sqrt(sum (quantised - float)^2 / sum float^2)."""
     share = (error / norm) ** 0.5 if norm else 0.0
-    return f"{what} were quantised again, in the source's own format: they differ from their float values by {share:.2%} (root mean square, relative)"
+    return f"{what} were re-quantised in the source's own format: they differ from their float values by {share:.2%} (root mean square, relative)"
 
 
 FINITE_LIMITS: dict[

@@ -27,11 +27,9 @@ def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), qual
         calibration = f"{sum(plan.calibration.tokens.values()):,} tokens ({tokens}), data fingerprint `{plan.calibration.fingerprint[:23]}…`"
     else:
         calibration = "none (the method needs no data)"
-    stayed = "The weights that stayed are byte for byte those of the base model."
+    stayed = "The kept weights are byte for byte those of the base model."
     if plan.merges:
-        stayed = (
-            "Merged experts are weighted means of the base model's; all other weights that stayed are byte for byte its own."
-        )
+        stayed = "Merged experts are weighted means of the base model's experts; all other kept weights are byte for byte those of the base model."
     lines = [
         "---",
         "tags: [expertsmith, mixture-of-experts, pruned]",
@@ -43,14 +41,14 @@ def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), qual
         "",
         "| | base | this |",
         "|---|---|---|",
-        f"| routed experts a layer | {had} | {has} |",
-        f"| experts a token uses (top_k) | {inventory.top_k} | {inventory.top_k} |",
+        f"| routed experts per layer | {had} | {has} |",
+        f"| experts per token (top_k) | {inventory.top_k} | {inventory.top_k} |",
         f"| parameters | {before[0]:,} | {after[0]:,} |",
         f"| bytes | {before[1]:,} | {after[1]:,} |",
         "",
         f"- **Method**: {plan.method.name}" + (f" ({options})" if options else ""),
         f"- **Calibration**: {calibration}",
-        "- **Which experts stayed, and why**: `expertsmith/plan.json` (ids are those of the base model)",
+        "- **Kept experts, and why**: `expertsmith/plan.json` (ids are those of the base model)",
         f"- **Measured quality**: {quality or 'not measured yet; see `expertsmith evaluate`'}",
         *(f"- **Note**: {note}" for note in notes),
         "",

@@ -1,4 +1,4 @@
-"""How many experts a plan leaves in a checkpoint's layers, and whether its multi-token prediction stays."""
+"""How many experts a plan keeps in a checkpoint's layers, and whether it keeps multi-token prediction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A quantised checkpoint written out as plain bfloat16, tensor by tensor, and read back."""
+"""Write a quantised checkpoint as plain bfloat16, tensor by tensor, and read it back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 def dequantise(
     checkpoint: Checkpoint, out: Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Write every quantised weight as the bfloat16 value nearest to what its codes stand for, all other tensors byte for byte; then read
+    """Write every quantised weight as the bfloat16 value nearest to its decoded value, all other tensors byte for byte; then read
     the result and compare every weight with a second decoding. Memory holds one tensor at a time.
 
     Returns sizes: tensors, weights (decoded ones), bytes [before, after]; and notes.

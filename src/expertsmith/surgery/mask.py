@@ -1,7 +1,7 @@
-"""A plan on a loaded model, reversibly: dropped experts cannot be selected, and routing renormalises over the rest.
+"""Apply a plan to a loaded model, reversibly: dropped experts cannot be selected, and routing renormalises over the rest.
 
-This is the definition of "the same model with some experts gone": logits of dropped experts are -inf inside the router's own forward
-(a finite value where -inf breaks it), and so are their selection biases. Nothing else is touched.
+This defines "the same model without some experts": logits of dropped experts are -inf inside the router's own forward
+(a finite value where -inf breaks it), and so are their selection biases. Nothing else changes.
 """
 
 from __future__ import annotations

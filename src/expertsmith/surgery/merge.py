@@ -1,9 +1,9 @@
-"""Merged experts: their tensors computed from a checkpoint, and the same merge on a loaded model as the reference for them.
+"""Merged experts: compute their tensors from a checkpoint, and apply the same merge to a loaded model as the reference.
 
     W_merged = sum over sources i of w_i P_i W_i
 
 with the weights w_i of the plan and, with align "weights", the permutation P_i of source i's neurons that fits the expert in whose place the
-merged one stands best (P is the identity for that expert itself). Permuting neurons leaves an expert as it is: gate, up and their
+merged one stands best (P is the identity for that expert itself). Permuting neurons does not change an expert: gate, up and their
 biases by rows, down by columns. Sums are taken in float64 and rounded once to the tensor's dtype (the authors of M-SMoE and HC-SMoE
 add up in the weights' own dtype).
 """
@@ -57,12 +57,12 @@ def check_merges(plan: Plan, inventory: Inventory) -> None:
         for claim in inventory.floats.by_layer[entry.layer]:
             if claim.kind in ("expert", "stacked") and claim.info.dtype not in FLOATS:
                 raise UserError(
-                    f"{claim.info.name} is {claim.info.dtype}: experts in it cannot be averaged",
+                    f"{claim.info.name} is {claim.info.dtype}, and experts of this dtype cannot be averaged",
                     "please report this checkpoint",
                 )
             if claim.routed and layout_of(claim, inventory) is None and any(merge.align != "none" for merge in entry.merge):
                 raise UserError(
-                    f"{claim.info.name}: it is not known which projection of an expert this is, so its neurons cannot be aligned",
+                    f"{claim.info.name}: unknown expert projection, so its neurons cannot be aligned",
                     "merge with align none",
                 )
         if any(merge.log_count for merge in entry.merge):
@@ -73,9 +73,9 @@ def _check_log_count(inventory: Inventory, layer: int) -> None:
     record = inventory.architecture
     reason = ""
     if record.score != "softmax":
-        reason = f"its scores are a {record.score} of each logit, for which ln |c| more is not |c| times the weight"
+        reason = f"its scores are a {record.score} of each logit, so adding ln |c| does not multiply the weight by |c|"
     elif not any(_is_logit_bias(claim, record) for claim in inventory.by_layer[layer]):
-        reason = "its router adds no bias to the logits, so there is nowhere to keep it"
+        reason = "its router has no logit bias to store it in"
     if reason:
         raise UserError(
             f"log_count is not possible for the {record.model_type} family: {reason}", "plan with -O log_count=false"
@@ -152,7 +152,7 @@ class Merger:
         self._orders: dict[tuple[int, int], torch.Tensor] = {}
 
     def piece(self, claim: Claim, expert: int) -> Made | None:
-        """What a per-expert tensor becomes, or what stands for `expert` in a stacked one; None where the source's bytes stay."""
+        """The new value of a per-expert tensor, or of `expert` in a stacked one; None if the source's bytes are kept."""
         assert claim.layer is not None
         merge = self._merges.get((claim.layer, expert))
         if merge is None or len(merge.sources) == 1:
@@ -432,7 +432,7 @@ def router_tensor(block: nn.Module, claim: Claim, record: Architecture) -> torch
     ]
     scored = sorted(((_common(name, claim.rest), tensor) for name, tensor in found), key=lambda pair: -pair[0])
     if not scored or (len(scored) > 1 and scored[0][0] == scored[1][0]):
-        raise RuntimeError(f"{claim.info.name}: {len(found)} tensors of {type(router).__name__} may be this one, expected 1")
+        raise RuntimeError(f"{claim.info.name}: {len(found)} tensors of {type(router).__name__} match it, expected 1")
     return scored[0][1]
 
 

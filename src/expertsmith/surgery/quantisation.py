@@ -1,9 +1,9 @@
-"""Names of experts in what a checkpoint says of its quantisation: renumbered as the experts are.
+"""Renumber the names of experts in a checkpoint's quantisation settings.
 
-Mixed precision is written down by module name: `ignore` and `targets` of compressed-tensors, `dynamic` of GPTQModel (regular expressions),
+Mixed precision is configured by module name: `ignore` and `targets` of compressed-tensors, `dynamic` of GPTQModel (regular expressions),
 `extra_config` of AutoRound, `modules_to_not_convert` of transformers, `exclude_modules` and `quantized_layers` of modelopt; in config.json and
-in files beside it. Every entry is held to one rule: a module of the output is matched exactly where the module that it was before is
-matched in the source. Entries for which that is so already stay as they are; others become the names of what they match.
+in files next to it. Every entry follows one rule: a module of the output matches exactly if its module in the source
+matches. Entries that already comply do not change; others are replaced by the names of what they match.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Renumbering:
 
     def matched(self, matches: Matches) -> tuple[bool, list[str]]:
         """(whether a rule selects in the output what it selects in the source, the output's names of what it selects in the source).
-        A rule that selects only what goes is not the same: it has to go too."""
+        A rule that selects only dropped experts is not the same: it must be dropped too."""
         same, had = True, False
         selected: list[str] = []
         for source, names in self.modules.items():
@@ -100,7 +100,7 @@ def output_quantisation(config: dict[str, Any], renumbering: Renumbering) -> Non
 
 
 def output_files(renumbering: Renumbering) -> dict[str, str]:
-    """Name → text of the files beside config.json that speak of the quantisation and change with the experts (hf_quant_config.json,
+    """Name → text of the files next to config.json that describe the quantisation and change with the experts (hf_quant_config.json,
     quantize_config.json and their like).
 
     Raises:
@@ -115,7 +115,7 @@ def output_files(renumbering: Renumbering) -> dict[str, str]:
         try:
             held = json.loads(file.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is not JSON: {error}", "download it again, or remove it if nothing reads it") from None
+            raise UserError(f"{file} is not JSON: {error}", "download it again, or remove it if it is not needed") from None
         changed = renumbered(held, renumbering)
         if changed != held:
             made[file.name] = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
@@ -168,9 +168,9 @@ def _entry(entry: str, key: str, method: str, renumbering: Renumbering) -> list[
         return [entry]
     if any(selected != found[0][1] for _, selected in found):
         raise UserError(
-            f"{renumbering.inventory.checkpoint.source}: {entry!r} in {key or 'the quantisation config'} matches experts by number, and "
-            "different ones as a wildcard and as a regular expression",
-            "write the names of the experts out in full in the source's config.json",
+            f"{renumbering.inventory.checkpoint.source}: {entry!r} in {key or 'the quantisation config'} matches experts by number, "
+            "but matches different ones as a wildcard and as a regular expression",
+            "list the full names of the experts in the source's config.json",
         )
     names = [*found[0][1], *(name for name in renumbering.others if rules[0](name))]
     if key == "dynamic":

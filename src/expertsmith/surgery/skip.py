@@ -1,4 +1,4 @@
-"""What only expertsmith reads in a config.json: skip thresholds (and how they come from a plan), and which layers are filled up."""
+"""The parts of config.json that only expertsmith reads: skip thresholds (and how they come from a plan), and which layers are padded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from expertsmith.calibration.ratios import LayerThreshold
     from expertsmith.engine.skipping import Rule
 
-SKIPS = "skip thresholds are in config.json: expertsmith.load(…) skips experts by them, other engines run all"
+SKIPS = "config.json has skip thresholds: expertsmith.load(…) applies them, other engines run all experts"
 KEY = "expertsmith"  # of config.json: what only `expertsmith.load` puts in force
 
 

@@ -1,8 +1,8 @@
-"""Different numbers of experts a layer in a stock checkpoint: config.json and the module beside it, or layers filled up with dead experts.
+"""Different numbers of experts per layer in a stock checkpoint: config.json and the module next to it, or layers padded with dead experts.
 
-`write_counts` + `code_for`: config.json keeps the largest number where it always stood and gives every layer its own in
-`per_layer_config`, and `modeling_expertsmith.py` lets plain transformers build that (`engine.uneven`). `pad`: every layer is filled up to
-the largest number with experts of zeros that can never be selected, so that the stock class and any engine load it; nothing is saved.
+`write_counts` + `code_for`: config.json keeps the largest number under its usual key and gives every layer its own in
+`per_layer_config`, and `modeling_expertsmith.py` lets plain transformers build that (`engine.uneven`). `pad`: every layer is padded to
+the largest number with zero experts that can never be selected, so the stock class and any engine load it; this saves no memory.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def check_uneven(inventory: Inventory) -> None:
         from expertsmith.engine.uneven import runs_as_a_whole
 
         if runs_as_a_whole(transformers_config(inventory.checkpoint)):
-            why = "transformers runs this checkpoint's language model only as a part of the whole"
+            why = "transformers runs this checkpoint's language model only as part of the whole model"
     if why is not None:
         raise UserError(
-            f"the layers of a {record.model_type} model cannot hold different numbers of experts: {why}",
+            f"the layers of a {record.model_type} model cannot have different numbers of experts: {why}",
             "keep the same number in every layer: --uniform",
         )
 
@@ -53,8 +53,8 @@ def refuse_padded(inventory: Inventory) -> None:
     """
     if is_padded(inventory.checkpoint.config):
         raise UserError(
-            f"layers of {inventory.checkpoint.source} are filled up with dead experts, which must not be chosen among",
-            "use the checkpoint that it was made from, or one written without --pad",
+            f"layers of {inventory.checkpoint.source} are padded with dead experts, which a plan must not keep",
+            "use the original checkpoint, or one written without --pad",
         )
 
 
@@ -114,7 +114,7 @@ def _listed(before: list[int], counts: Mapping[int, int], most: int) -> list[int
         return [counts.get(layer, min(number, most)) for layer, number in enumerate(before)]
     if len(set(counts.values())) > 1:
         raise UserError(
-            f"config.json has a list of {len(before)} expert counts, which cannot hold those of layer {max(counts)}",
+            f"config.json has a list of {len(before)} expert counts, with no entry for layer {max(counts)}",
             "keep the same number in every layer: --uniform",
         )
     return [most] * len(before)
@@ -148,8 +148,8 @@ def check_padding(inventory: Inventory, counts: Mapping[int, int], groups: int) 
         UserError: routing weights that are a softmax over all experts, expert_groups, no bias that could hide an expert.
     """
     record = inventory.architecture
-    place = f"layers of {inventory.checkpoint.source} cannot be filled up with dead experts"
-    remedy = "keep the same number in every layer (--uniform), or write it without padding"
+    place = f"layers of {inventory.checkpoint.source} cannot be padded with dead experts"
+    remedy = "keep the same number in every layer (--uniform), or remove --pad"
     if groups > 1:
         raise UserError(f"{place}: its router scores {groups} expert_groups, which dead experts would change", remedy)
     if record.selection_bias and record.score == "softmax":
@@ -157,7 +157,9 @@ def check_padding(inventory: Inventory, counts: Mapping[int, int], groups: int) 
     for layer, count in counts.items():
         biases = [claim for claim in inventory.by_layer[layer] if _is_bias(claim, inventory)]
         if count < max(counts.values()) and not biases:
-            raise UserError(f"{place}: the router of decoder layer {layer} has no bias that could keep them unselected", remedy)
+            raise UserError(
+                f"{place}: the router of decoder layer {layer} has no bias to keep dead experts from being selected", remedy
+            )
         for claim in biases:
             if claim.info.dtype not in FLOATS:
                 raise UserError(f"{place}: {claim.info.name} is {claim.info.dtype}, which cannot hold -inf", remedy)

@@ -1,6 +1,6 @@
 """Proof that an output checkpoint is the source without the dropped experts.
 
-Three findings: every tensor of the output is byte for byte what the plan says; every decoder layer's output, and the logits, equal those of
+Three findings: every tensor of the output is byte for byte as planned; every decoder layer's output, and the logits, equal those of
 the source with the same experts masked. The source runs masked (`surgery.mask`) and with merged weights set in place (`surgery.merge`), the
 output runs as any user would load it. Where transformers has no class for the family, the first finding stands alone, and the verdict says so. Skipping, where the plan has thresholds, is compared layer by layer with the stock forward on the
 same inputs and the weights of skipped slots at zero.
@@ -266,8 +266,8 @@ def find_plan(output: Path) -> Path:
     path = output / "expertsmith" / "plan.json"
     if (output / "expertsmith" / "heal.json").is_file():
         raise UserError(
-            f"{output} was healed, so its weights are no longer those of the original",
-            "verify the checkpoint that it was healed from, and measure this one with `expertsmith evaluate --reference`",
+            f"{output} was healed, so its weights differ from the original's",
+            "verify the checkpoint from before healing, and evaluate this one with `expertsmith evaluate --reference`",
         )
     if not path.is_file():
         raise UserError(f"{output} has no expertsmith/plan.json", "pass --plan plan.json")

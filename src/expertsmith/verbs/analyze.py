@@ -58,9 +58,9 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     pairs: Annotated[int, Opt("Expert pairs per layer that neuron matching samples.", least=1)] = 32,
     **given: Unpack[Calibrating],
 ) -> dict[str, Any]:
-    """Show what the experts do, as numbers (OUT/measures.json) and as one page to look at (OUT/report.html).
+    """Show what the experts do, as numbers (OUT/measures.json) and as one HTML page (OUT/report.html).
 
-    From the weights alone; with --data also which experts serve which domain and what a cut would lose.
+    From the weights alone; with --data also which experts each domain uses and the expected loss of pruning.
 
     [dim]expertsmith analyze Qwen/Qwen1.5-MoE-A2.7B -d code=code.jsonl -d math=math.jsonl --all-experts 512 -o look[/dim]
 
@@ -93,7 +93,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     if all_experts and not data:
         raise UserError("--all-experts runs the model on text", "pass --data FILE")
     if reference is None and (plan is not None or reference_stats is not None):
-        raise UserError("a plan or statistics of a reference were given, but no reference", "pass --reference MODEL")
+        raise UserError("--reference-plan or --reference-stats given without --reference", "pass --reference MODEL")
     if dense is not None:
         hidden = int(inventory.config.get("hidden_size") or inventory.config.get("d_model") or 0)
         material.dense = dense_model(open_checkpoint(dense, allow_pickle=given["allow_pickle"]), hidden)
@@ -106,7 +106,9 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
             else load_plan(plan if plan is not None else inventory.checkpoint.path / "expertsmith" / "plan.json")
         )
         if made.model.fingerprint != base.checkpoint.fingerprint:
-            raise UserError(f"the plan was not made for {reference}", "give the original model of this plan as --reference")
+            raise UserError(
+                f"the plan was made for another model than {reference}", "pass the original model of this plan as --reference"
+            )
         made = made.of_decoder_layers()
         check_plan(made, str(reference), base.counts, inventory.counts, str(model))
         material.plan, material.reference_name = made, str(reference)
@@ -123,7 +125,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     texts = {part.header["data"]["fingerprint"] for part in (material.statistics, material.reference) if part is not None}
     if len(texts) > 1:
         raise UserError(
-            "the statistics of the reference are of other text, so that routing cannot be compared",
+            "the statistics of the reference are from other text, so routing cannot be compared",
             "calibrate both on the same data with the same options, or pass --data and neither --stats nor --reference-stats",
         )
     if all_experts:

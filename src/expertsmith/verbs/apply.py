@@ -32,11 +32,11 @@ def apply(
     plan: PlanFile,
     out: Out,
     *,
-    check_values: Annotated[bool, Opt("Look for NaN and inf in what is copied.", "--check-values/--no-check-values")] = True,
+    check_values: Annotated[bool, Opt("Check copied tensors for NaN and inf.", "--check-values/--no-check-values")] = True,
     pad: Annotated[
         bool,
         Opt(
-            "Layers with different numbers of experts: fill all up with dead experts, so that stock engines load the result (selection biases only; saves no memory).",
+            "Layers with different numbers of experts: pad all with dead experts, so that stock engines load the result (selection biases only; saves no memory).",
             "--pad",
         ),
     ] = False,

@@ -68,7 +68,7 @@ def recipes(
     from expertsmith.recipes import copy, shipped
 
     if name is None and to is not None:
-        raise UserError("--to was given, but no recipe to copy", "expertsmith recipes NAME --to FILE")
+        raise UserError("--to given without a recipe name", "expertsmith recipes NAME --to FILE")
     if name is not None:
         return {"name": name, "out": str(copy(name, Path(to or f"{name}.yaml")))}
     return [

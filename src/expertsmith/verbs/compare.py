@@ -33,7 +33,7 @@ def compare(
         Opt("Routed experts to keep: ratio (0.5, 50%) or count. Repeatable.", "--keep", "-k", kind=str),
     ],
     data: Data,
-    eval_data: Annotated[Sequence[str], Opt("Held-out text to judge on. Repeatable.", "--eval-data", "-e", metavar=SPECS)],
+    eval_data: Annotated[Sequence[str], Opt("Held-out text for evaluation. Repeatable.", "--eval-data", "-e", metavar=SPECS)],
     out: Annotated[
         str | Path, Opt("Plans, finished cells, table, picture and page.", "--out", "-o", metavar="FOLDER", kind=Path)
     ],
@@ -53,7 +53,7 @@ def compare(
 ) -> dict[str, Any]:
     """Compare many methods and ratios from one calibration: one table, and a picture of quality over size. Random draws are always included.
 
-    Only plans and numbers are written: each plan is judged on the loaded model. An interrupted run resumes after the last finished cell.
+    Only plans and numbers are written: each plan is evaluated on the loaded model. An interrupted run resumes after the last finished cell.
 
     [dim]expertsmith compare allenai/OLMoE-1B-7B-0924 -m all -k 0.75 -k 0.5 -d c4.jsonl -e heldout.jsonl -o olmoe-methods[/dim]
 
@@ -64,7 +64,7 @@ def compare(
         budgets: "uniform", "global" or "threshold" (the methods' own, without keep).
         heal: ways of healing, `NAME[:KEY=VALUE,…]`, each beside the cell without.
 
-    A cell's plan stands in `out/plans` (apply it to get that model); it is judged on the loaded original with the plan's experts masked and
+    A cell's plan is in `out/plans` (apply it to get that model). It is evaluated on the loaded original with the plan's experts masked and
     merged, which is what `verify` holds a written checkpoint to. Finished cells are kept, and are not made again for the same model, text,
     method and options. Leaves comparison.json, .html, .svg and .md; returns what comparison.json holds.
 

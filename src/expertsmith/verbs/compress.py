@@ -55,7 +55,7 @@ def _show(result: Any, given: Mapping[str, Any]) -> None:
     if "heal" in result:
         show.show_healing({"out": result["out"], **result["heal"]})
     if result["quality"]:
-        own = "the calibration text itself (flattering; pass --eval-data)"
+        own = "the calibration text itself (too optimistic; pass --eval-data)"
         show.show_quality(result["quality"], "held-out text" if result["quality"]["held_out"] else own)
     show.line("seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
     show.line(f"[bold]{show.escape(result['out'])}[/bold]  (plan inside: expertsmith/plan.json)")
@@ -91,7 +91,7 @@ def compress(
     overwrite: Overwrite = False,
     **given: Unpack[Calibrating],
 ) -> dict[str, Any]:
-    """Calibrate, plan, apply, verify and measure in one go.
+    """Calibrate, plan, apply, verify and evaluate in one command.
 
     [dim]expertsmith compress mistralai/Mixtral-8x7B-v0.1 -m easy_ep -k 0.5 -d math=math.jsonl -e math=heldout.jsonl -o mixtral-math[/dim]
 
@@ -150,7 +150,7 @@ def compress(
         )
     with timed(seconds, "apply"):
         if requantise and not (made.merges or heal):
-            raise UserError("--requantise has nothing to do: no expert is merged or healed", "leave it out")
+            raise UserError("--requantise has no effect: no expert is merged or healed", "leave it out")
         again = requantise and bool(made.merges)
         notes = apply(inventory, made, written, requantise=again, overwrite=overwrite or heal is not None, progress=progress)
     with timed(seconds, "verify"):
@@ -202,7 +202,7 @@ def _check_heal(method: str, data: Sequence[str]) -> None:
     parse_healer(method, {})
     if method not in LAYERWISE:
         raise UserError(
-            f"compress heals layer by layer, but --heal is {method}",
+            f"compress heals layer by layer only, but --heal is {method}",
             f"choose {' or '.join(LAYERWISE)}, or run `expertsmith heal`",
         )
     if not data:

@@ -28,10 +28,8 @@ def convert(
     out: Out,
     *,
     experts: Annotated[int | None, Opt("Routed experts of every layer. Default: 8; tomoe 4.", shown=False)] = None,
-    top_k: Annotated[int | None, Opt("Experts a token runs. Default: what --active asks for; tomoe: 1.", shown=False)] = None,
-    shared: Annotated[
-        int, Opt("Always-on experts, of the routed experts' width; they also take neurons that do not divide.")
-    ] = 0,
+    top_k: Annotated[int | None, Opt("Experts per token. Default: from --active; tomoe: 1.", shown=False)] = None,
+    shared: Annotated[int, Opt("Always-on experts, with the routed experts' width; they also take the remaining neurons.")] = 0,
     active: Annotated[
         float | None,
         Opt("Share of the parameters that a token uses. Default: 0.5.", "--active", "-a", shown=False),
@@ -44,33 +42,33 @@ def convert(
     ] = None,
     target: Annotated[
         str | None,
-        Opt("Architecture of the result, where there is a choice: mixtral or granitemoeshared.", shown=False),
+        Opt("Architecture of the result, if there is a choice: mixtral or granitemoeshared.", shown=False),
     ] = None,
     export: Annotated[
         Literal["plain", "core"],
-        Opt("tomoe: plain writes experts whole; core writes what all of them have once, as an always-on part."),
+        Opt("tomoe: plain writes whole experts; core writes neurons that all experts share once, as an always-on part."),
     ] = "plain",
-    max_growth: Annotated[float, Opt("Refuse a result with more parameters than this times the dense model's.")] = 2.0,
+    max_growth: Annotated[float, Opt("Limit of the result's parameters, as a multiple of the dense model's.")] = 2.0,
     markers: Annotated[
         int | None,
         Opt("cmoe: neurons marked as active per token. Default: 10, or 1 % of the neurons if more.", shown=False),
     ] = None,
-    steps: Annotated[int, Opt("tomoe: training steps; 0 writes the start.")] = 300,
-    batch: Annotated[int, Opt("tomoe: sequences a step, over all processes.")] = 1,
+    steps: Annotated[int, Opt("tomoe: training steps; 0 writes the untrained start.")] = 300,
+    batch: Annotated[int, Opt("tomoe: sequences per step, over all processes.")] = 1,
     lr: Annotated[float, Opt("tomoe: learning rate of the masks.")] = 2e-3,
     router_lr: Annotated[float, Opt("tomoe: learning rate of the routers.")] = 1e-3,
     start: Annotated[
         Literal["grouped", "dense"],
-        Opt("tomoe: grouped starts from tokens and neurons grouped together; dense from all neurons, as published."),
+        Opt("tomoe: grouped starts from co-clustered tokens and neurons; dense starts from all neurons, as published."),
     ] = "grouped",
     widths: Annotated[
         Literal["equal", "per_layer"],
-        Opt("tomoe: equal, or per_layer: layers share the budget, and narrower ones are padded in a stock checkpoint."),
+        Opt("tomoe: equal, or per_layer: layers share the budget; narrower layers are padded in a stock checkpoint."),
     ] = "equal",
     attention: Annotated[
         Literal["none", "static", "dynamic"],
         Opt(
-            "tomoe: static prunes query-key dimensions, dynamic also masks value dimensions for every token (saves no arithmetic). Such a result runs in transformers only."
+            "tomoe: static prunes query-key dimensions, dynamic also masks value dimensions per token (saves no arithmetic). The result runs in transformers only."
         ),
     ] = "none",
     data: Data = (),
@@ -82,11 +80,11 @@ def convert(
     seq_len: Annotated[int, Opt("Tokens per sequence.")] = 512,
     seed: Annotated[int, Opt("Seed of the sampling.")] = 42,
     gguf_file: Annotated[
-        str | None, Opt("Name of a GGUF file in DENSE; it is dequantised into OUT.dense once.", "--gguf-file")
+        str | None, Opt("Name of a GGUF file in DENSE; it is dequantised once, into OUT.dense.", "--gguf-file")
     ] = None,
     device: Annotated[str, Opt("auto, cpu, cuda or cuda:0.")] = "auto",
     dtype: Annotated[str, Opt("auto (as stored), float32 or bfloat16.")] = "auto",
-    resume: Annotated[bool, Opt("tomoe: resume from OUT.training, or start again.", "--resume/--fresh")] = True,
+    resume: Annotated[bool, Opt("tomoe: resume from OUT.training, or start over.", "--resume/--fresh")] = True,
     revision: Annotated[
         str | None,
         Opt("Branch, tag or commit of DENSE on the hub; owner/name@REV works too.", "--revision", metavar="REV", shown=False),

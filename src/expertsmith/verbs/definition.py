@@ -23,7 +23,7 @@ MISSING = inspect.Parameter.empty
 
 
 class Opt:
-    """What the command line says of an option.
+    """The description of an option on the command line.
 
     Args:
         help: one or two short sentences.

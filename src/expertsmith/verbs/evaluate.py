@@ -29,12 +29,12 @@ Tasks = Annotated[
 TaskPath = Annotated[
     Sequence[str | Path],
     Opt(
-        "Folder of lm-eval task yamls, with data files next to them. Python that a yaml names is run. Repeatable.",
+        "Folder of lm-eval task yamls, with data files next to them. Runs Python code that a yaml refers to. Repeatable.",
         kind=Path,
         shown=False,
     ),
 ]
-Limit = Annotated[int | None, Opt("Documents per task at most.", least=1, shown=False)]
+Limit = Annotated[int | None, Opt("Maximum number of documents per task.", least=1, shown=False)]
 
 
 class Judging(Drawing, Running, Opened, total=False):
@@ -65,10 +65,10 @@ class Serving(TypedDict, total=False):
             shown=False,
         ),
     ]
-    batch: Annotated[int, Opt("With --speed: prompts at once.", least=1, default=1)]
-    prompt_len: Annotated[int, Opt("With --speed: tokens of a prompt.", least=1, default=128)]
-    new_tokens: Annotated[int, Opt("With --speed: tokens generated after each.", least=2, default=32)]
-    rounds: Annotated[int, Opt("With --speed: how often, in turns; medians are shown.", least=1, default=5)]
+    batch: Annotated[int, Opt("With --speed: batch size in prompts.", least=1, default=1)]
+    prompt_len: Annotated[int, Opt("With --speed: tokens per prompt.", least=1, default=128)]
+    new_tokens: Annotated[int, Opt("With --speed: new tokens per prompt.", least=2, default=32)]
+    rounds: Annotated[int, Opt("With --speed: rounds; the models alternate, and medians are shown.", least=1, default=5)]
     energy: Annotated[bool, Opt("With --speed: watt hours, by codecarbon.", "--energy", default=False)]
 
 
@@ -117,10 +117,10 @@ def evaluate(
 
     progress = given["progress"]
     if not data and not tasks:
-        raise UserError("there is nothing to measure", "pass --data FILE for text, or --tasks NAME for lm-eval tasks")
+        raise UserError("nothing to measure", "pass --data FILE for text, or --tasks NAME for lm-eval tasks")
     if (generate or formats) and not (data and generate):
         missing = "--data FILE" if not data else "--generate N"
-        raise UserError("--generate and --format work on prompts: they need both --data and --generate", f"pass {missing}")
+        raise UserError("--generate needs --data, and --format needs both", f"pass {missing}")
     opened = [
         open_checkpoint(path, allow_pickle=given["allow_pickle"])
         for path in ([model] if reference is None else [model, reference])
@@ -195,11 +195,8 @@ def _against(model: str, engine: str) -> str:
     try:
         found = [finding for finding in lint(model, engine=engine) if finding.level != "info"]
     except UserError as error:
-        return f"lint cannot tell why ({error.message})"
-    return (
-        "\n".join(f"lint {entry.rule.id}: {entry.message}; {entry.remedy}" for entry in found)
-        or "lint knows no rule against it"
-    )
+        return f"lint could not check it ({error.message})"
+    return "\n".join(f"lint {entry.rule.id}: {entry.message}; {entry.remedy}" for entry in found) or "lint has no rule for this"
 
 
 def _show(found: Any, given: Mapping[str, Any]) -> None:
@@ -230,7 +227,7 @@ def _evaluate(
     formats: Annotated[
         Sequence[str],
         Opt(
-            "With --generate and data of prompt + response: what an answer has to match. Repeatable.",
+            "With --generate and prompt + response data: the pattern that an answer must match. Repeatable.",
             "--format",
             metavar="[DOMAIN=]REGEX",
             shown=False,
@@ -238,16 +235,16 @@ def _evaluate(
     ] = (),
     out: Annotated[
         str | Path | None,
-        Opt("Keep the answers to every finished task here, and resume from there.", "--out", "-o", kind=Path, shown=False),
+        Opt("Save the answers of every finished task here, and resume from them.", "--out", "-o", kind=Path, shown=False),
     ] = None,
     resume: Resume = True,
     batch_tokens: BatchTokens = 4096,
     speed: Annotated[
-        bool, Opt("Measure speed and memory in an engine, in turns with the reference; --data is optional then.", "--speed")
+        bool, Opt("Measure speed and memory in an engine, alternating with the reference; --data is then optional.", "--speed")
     ] = False,
     **given: Unpack[JudgingAndServing],
 ) -> dict[str, Any]:
-    """Measure perplexity by domain on held-out text, lm-eval tasks, and what the model writes, next to a reference; with --speed how fast both are.
+    """Measure perplexity by domain on held-out text, lm-eval tasks, and generated text, next to a reference; with --speed also the speed of both.
 
     Differences in tasks and texts come with the standard error of the paired differences, document by document.
 
@@ -257,7 +254,7 @@ def _evaluate(
     """
     found: dict[str, Any] = {}
     if speed and given["as_type"] is not None:
-        raise UserError("--as has no effect with --speed: engines load the checkpoint by themselves", "leave one out")
+        raise UserError("--as has no effect with --speed, because engines load the checkpoint themselves", "leave one out")
     if speed:
         where = {"device": given["device"], "dtype": given["dtype"], "progress": given["progress"]}
         found["speed"] = measure_speed(model, reference=reference, **part(Serving, given), **where)  # type: ignore[arg-type]

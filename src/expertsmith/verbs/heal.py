@@ -35,7 +35,7 @@ def heal(
     model: Annotated[str | Path, Opt("The compressed checkpoint.", argument=True, metavar="OUT", kind=str)],
     teacher: Annotated[str | Path, Opt("The original model.", "--teacher", "-t", kind=str)],
     data: Data,
-    out: Annotated[str | Path, Opt("Where the healed checkpoint goes.", "--out", "-o", metavar="OUT2", kind=Path)],
+    out: Annotated[str | Path, Opt("Output folder for the healed checkpoint.", "--out", "-o", metavar="OUT2", kind=Path)],
     *,
     method: Annotated[str, Opt("least_squares, layer_local, router or lora.", "--method", "-m")] = "least_squares",
     options: Options = None,
@@ -46,14 +46,14 @@ def heal(
     overwrite: Overwrite = False,
     **given: Unpack[Healing],
 ) -> dict[str, Any]:
-    """Recover a compressed model towards its original. A result that is worse on held-out tokens is not accepted.
+    """Recover the quality of a compressed model. Changes that are worse on held-out tokens are rejected.
 
     least_squares: down projections in closed form, layer by layer, resident or streamed. layer_local: the same, then router, gate, up and down
     projections by gradients within each layer. router: router rows by distillation. lora: merged adapters (needs peft).
 
     [dim]expertsmith heal mixtral-half --teacher mistralai/Mixtral-8x7B-v0.1 -m layer_local -d c4.jsonl -o mixtral-half-healed[/dim]
 
-    Returns the report that also stands in `OUT/expertsmith/heal.json`. Finished layers stay in `<out>.healing` until the end, so that an
+    Returns the report, which is also in `OUT/expertsmith/heal.json`. Finished layers stay in `<out>.healing` until the end, so that an
     interrupted run resumes from there.
 
     Args:

@@ -19,7 +19,7 @@ RATIOS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 @verb(LOOK, show=lambda facts, given: show.show_inspection(facts), headers_only=True)
 def inspect(model: Named, **given: Unpack[Opening]) -> dict[str, Any]:
-    """What a checkpoint is, from config and headers only, and what each keep ratio would leave.
+    """Show what a checkpoint is and the size for each keep ratio, from config and headers only.
 
     Raises:
         UserError: not a checkpoint of a supported MoE family, or a damaged one.

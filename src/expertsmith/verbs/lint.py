@@ -20,7 +20,7 @@ COLOURS = {"error": "red", "warning": "yellow", "info": "dim"}
 def _show(findings: Any, given: Mapping[str, Any]) -> None:
     if not findings:
         engines = given["engine"] or "transformers, vllm, sglang or llama.cpp"
-        show.line(f"[green]nothing found[/green] that would keep {engines} from serving this checkpoint")
+        show.line(f"[green]nothing found[/green]: {engines} should serve this checkpoint")
     for finding in findings:
         text = f"{finding.message}; {finding.remedy}" if finding.remedy else finding.message
         show.line(f"[{COLOURS[finding.level]}]{finding.level:7}[/] {finding.rule.engine}: {show.escape(text)}")

@@ -39,7 +39,7 @@ Named = Annotated[  # where the verb opens it itself
         kind=str,
     ),
 ]
-Out = Annotated[str | Path, Opt("Where the result goes.", "--out", "-o", metavar="OUT", kind=Path)]
+Out = Annotated[str | Path, Opt("Output folder.", "--out", "-o", metavar="OUT", kind=Path)]
 Data = Annotated[
     Sequence[str],
     Opt(
@@ -93,7 +93,7 @@ Mtp = Annotated[
     ),
 ]
 Measure = Annotated[bool, Opt("Measure quality at the end.", "--measure/--no-measure")]
-Resume = Annotated[bool, Opt("Complete what an interrupted run left, or start again.", "--resume/--fresh")]
+Resume = Annotated[bool, Opt("Resume an interrupted run, or start over.", "--resume/--fresh")]
 Overwrite = Annotated[bool, Opt("Replace an existing output.", "--overwrite")]
 Requantise = Annotated[
     bool,
@@ -190,7 +190,7 @@ class Text(Drawing, total=False):
 class Calibration(Text, Running, total=False):
     """One pass of a model over text."""
 
-    resume: Annotated[bool, Opt("Complete what an interrupted run left, or start again.", "--resume/--fresh", default=True)]
+    resume: Annotated[bool, Opt("Resume an interrupted run, or start over.", "--resume/--fresh", default=True)]
 
 
 class Calibrating(Calibration, Opening, Report, total=False):
@@ -202,5 +202,5 @@ class Opened(Opening, Report, total=False):
 
 
 def part(group: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `given` belongs to a group, to hand it on."""
+    """The part of `given` that belongs to a group, to pass it on."""
     return {name: given[name] for name in group.__annotations__ if name in given}

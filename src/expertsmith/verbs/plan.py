@@ -51,10 +51,14 @@ def plan(  # noqa: C901  (a case a kind of method)
     *,
     from_file: Annotated[
         str | Path | None,
-        Opt("Instead of a method: ordered lists (JSONL, with --keep), a mask or retained experts (JSON).", "--from", kind=Path),
+        Opt(
+            "Read the choice from a file instead of a method: ordered lists (JSONL, with --keep), a mask or retained experts (JSON).",
+            "--from",
+            kind=Path,
+        ),
     ] = None,
     out: Annotated[
-        str | Path | None, Opt("Where the plan goes.", "--out", "-o", metavar="OUT", kind=Path, cli=Path("plan.json"))
+        str | Path | None, Opt("Output file for the plan.", "--out", "-o", metavar="OUT", kind=Path, cli=Path("plan.json"))
     ] = None,
     stats: Stats = None,
     data: Data = (),
@@ -67,7 +71,7 @@ def plan(  # noqa: C901  (a case a kind of method)
     work: str | Path | None = None,
     **given: Unpack[Calibrating],
 ) -> Plan:
-    """Choose which experts stay, and which are merged → plan.json, small enough to read and to review.
+    """Choose which experts are kept and which are merged → plan.json, small enough to read and review.
 
     Seconds from statistics; with --data instead of --stats the calibration runs first. Costly results (measured weights, searches) are kept
     in OUT.measured, and an interrupted run resumes from there.
@@ -90,7 +94,7 @@ def plan(  # noqa: C901  (a case a kind of method)
     from expertsmith.planning import build as planning
 
     if (method is None) == (from_file is None):
-        raise UsageError("a plan is made by a method or from a file", "pass --method NAME or --from FILE")
+        raise UsageError("plan needs a method or a file", "pass --method NAME or --from FILE")
     progress = given["progress"]
     inventory = inventory_of(model, given["allow_pickle"])
     if method is None:
@@ -101,7 +105,7 @@ def plan(  # noqa: C901  (a case a kind of method)
         return made
     chosen, values, share, chosen_budget, rules = request(inventory, method, keep, budget, options, router_groups)
     if domains and (chosen.reads == "model" or chosen.data_free):
-        raise UserError(f"method {method} reads no statistics, of which --domain could choose", "leave --domain out")
+        raise UserError(f"method {method} reads no statistics, so --domain has no effect", "remove --domain")
     place = None if work is None and out is None else Path(work) if work is not None else beside(out or "", "measured")
     job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress, work=place)
     job.mtp = mtp

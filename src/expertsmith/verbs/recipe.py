@@ -175,7 +175,7 @@ class Convert(_section(convert)):  # type: ignore[misc]
             return given
         faults = [unknown("option of convert", name, cls.model_fields) for name in given if name not in cls.model_fields]
         if isinstance(given.get("method"), str) and given["method"] not in WAYS:
-            faults.append(unknown("way of converting", given["method"], WAYS))
+            faults.append(unknown("conversion method", given["method"], WAYS))
         if faults:
             raise ValueError("; ".join(map(str, faults)))
         return given
@@ -218,7 +218,7 @@ Calibrate = _section(calibrate)
 Analyze = _section(
     analyze,
     without=("reference", "plan", "reference_stats"),
-    doc="Options of `expertsmith analyze`, of the model before anything is removed. `stats` defaults to what `calibrate` of the recipe makes.",
+    doc="Options of `expertsmith analyze`, run on the model before anything is removed. `stats` defaults to the output of the recipe's `calibrate`.",
 )
 Apply = _section(apply, without=("plan", "check_values"))
 Verify = _section(verify, without=("out", "plan", "seq_len"), tolerance=(float, Field(1e-4, gt=0)))
@@ -264,11 +264,11 @@ class Recipe(_Step):
 WORK = {"convert", "calibrate", "analyze", "plan", "evaluate", "skip", "compare"}  # sections that need no other one
 
 
-NEEDS = (("apply", "plan", ""), ("verify", "apply", ""), ("heal", "apply", ", so nothing that could be healed"))
+NEEDS = (("apply", "plan", ""), ("verify", "apply", ""), ("heal", "apply", ", so there is nothing to heal"))
 
 
 def _plan_faults(there: Mapping[str, Any]) -> list[str]:
-    """What the method of the plan section needs besides."""
+    """What else the method of the plan section needs."""
     from expertsmith.methods import methods
 
     faults = []
@@ -277,7 +277,7 @@ def _plan_faults(there: Mapping[str, Any]) -> list[str]:
     if method and method.reads == "statistics" and not plan.get("stats") and "calibrate" not in there:
         faults.append(f"plan: method {method.name} needs statistics: add a calibrate section or plan.stats")
     if method and method.reads == "model" and not plan.get("data"):
-        faults.append(f"plan: method {method.name} runs the model on text: add plan.data")
+        faults.append(f"plan: method {method.name} needs text: add plan.data")
     calibrate = there["calibrate"] if isinstance(there.get("calibrate"), Mapping) else None
     if method and method.all_outputs and calibrate is not None and not plan.get("stats") and not calibrate.get("all_outputs"):
         faults.append(
@@ -289,7 +289,7 @@ def _plan_faults(there: Mapping[str, Any]) -> list[str]:
 
 
 def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
-    """Sections that need another one, told from the sections as they stand in the file, whatever is wrong inside them."""
+    """Sections that need another one, from the sections present in the file, even if their contents are wrong."""
 
     there = {name: section for name, section in sections.items() if section is not None}
     faults = _plan_faults(there)
@@ -298,19 +298,17 @@ def _chain_faults(sections: Mapping[str, Any]) -> list[str]:
             faults.append(f"{name}: there is no {needed} section{so}")
     analyze = there["analyze"] if isinstance(there.get("analyze"), Mapping) else {}
     if analyze.get("all_experts") and not analyze.get("data"):
-        faults.append("analyze: all_experts runs the model on text: add analyze.data")
+        faults.append("analyze: all_experts needs text: add analyze.data")
     evaluate = there["evaluate"] if isinstance(there.get("evaluate"), Mapping) else None
     if evaluate is not None and not evaluate.get("data") and not evaluate.get("tasks"):
-        faults.append("evaluate: there is nothing to measure: add evaluate.data or evaluate.tasks")
+        faults.append("evaluate: nothing to measure: add evaluate.data or evaluate.tasks")
     outs: dict[str, list[str]] = {}
     for name, section in there.items():
         if isinstance(section, Mapping) and isinstance(section.get("out"), str):
             outs.setdefault(section["out"], []).append(name)
     if sections.get("as") and "convert" in there:
-        faults.append(
-            "as: convert makes a dense model into one of a family that is known, so there is nothing to treat as another"
-        )
-    faults += [f"{' and '.join(names)} have the same out, {out}" for out, names in outs.items() if len(names) > 1]
+        faults.append("as: has no effect with convert, whose result has a known family")
+    faults += [f"{' and '.join(names)} have the same output, {out}" for out, names in outs.items() if len(names) > 1]
     if not there.keys() & WORK:
         faults.append(f"nothing to do: add {', '.join(sorted(WORK))}")
     return faults
@@ -333,7 +331,7 @@ def load_recipe(path: str | Path) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path} is not a table of sections", "`expertsmith recipes` has examples")
+        raise UserError(f"{path} is not a mapping of sections", "`expertsmith recipes` has examples")
     faults = []
     try:
         recipe = Recipe.model_validate(raw)

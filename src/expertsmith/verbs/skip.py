@@ -45,14 +45,14 @@ def skip(
         float | None, Opt("With --statistic quantile: which one, 0 to 1. Higher skips more.", shown=False)
     ] = None,
     active: Annotated[
-        float | None, Opt("Instead: the wanted mean number of experts a token runs (top_k > 2).", shown=False)
+        float | None, Opt("Instead of --statistic: the target mean number of experts per token (top_k > 2).", shown=False)
     ] = None,
     eval_data: EvalData = (),
     measure: Annotated[bool, Opt("Measure quality and speed at the end.", "--measure/--no-measure")] = True,
     overwrite: Overwrite = False,
     **given: Unpack[Skipping],
 ) -> dict[str, Any]:
-    """Dynamic skipping: tokens leave out experts of small routing weight. The thresholds are written with the checkpoint.
+    """Dynamic skipping: a token skips experts with a small routing weight. The thresholds are written into the checkpoint.
 
     `expertsmith.load(OUT)` and `evaluate` run it with skipping; other engines load OUT and skip nothing.
 

@@ -28,7 +28,7 @@ class Proving(Placing, Opened, total=False):
 )
 def verify(
     model: Model,
-    out: Annotated[str | Path, Opt("The checkpoint to prove.", argument=True, metavar="OUT", kind=Path)],
+    out: Annotated[str | Path, Opt("The checkpoint to verify.", argument=True, metavar="OUT", kind=Path)],
     *,
     plan: Annotated[str | Path | Plan | None, Opt("plan.json; default: the one inside OUT.", "--plan", kind=Path)] = None,
     data: Data = (),

@@ -59,8 +59,8 @@ def table_of(*columns: str, title: str = "", header: bool = True) -> Any:
 def show_plan(made: Plan) -> None:
     """Which experts stay in every layer, which are merged, and how close the decision was."""
     merges = any(entry.merge for entry in made.layers)
-    columns = ["layer", "kept experts", *(["merged into them"] if merges else []), _reason_title(made)]
-    table = table_of(*columns, title=f"{made.method.name}: what stays")
+    columns = ["layer", "kept experts", *(["merged experts"] if merges else []), _reason_title(made)]
+    table = table_of(*columns, title=f"{made.method.name}: kept experts")
     for entry in made.layers:
         groups = "  ".join(f"{m.into} ← {ranges([e for e in m.sources if e != m.into])}" for m in entry.merge)
         cells = [str(entry.layer), f"{len(entry.keep):>3} of {entry.num_experts}: {ranges(entry.keep)}"]
@@ -126,7 +126,7 @@ def show_verdict(verdict: Verdict, layers: bool = False) -> None:
     """What `verify` found, with `layers` layer by layer."""
     if verdict.wrong_tensors or verdict.config_differs:
         what = (
-            [f"{len(verdict.wrong_tensors)} tensors are not what the plan says (first: {verdict.wrong_tensors[0]})"]
+            [f"{len(verdict.wrong_tensors)} tensors differ from the plan (first: {verdict.wrong_tensors[0]})"]
             if verdict.wrong_tensors
             else []
         )
@@ -141,7 +141,7 @@ def show_verdict(verdict: Verdict, layers: bool = False) -> None:
         return
     if verdict.mtp_not_compared:
         line(
-            "[yellow]note[/yellow] multi-token prediction was compared byte for byte, its outputs were not: "
+            "[yellow]note[/yellow] multi-token prediction was compared byte for byte, but not its outputs: "
             + escape(verdict.mtp_not_compared)
         )
     if layers:
@@ -167,7 +167,7 @@ def show_skipping(result: dict[str, Any]) -> None:
     made, rates = result["plan"], result.get("skip_rate") or {}
     title = f"{result['rule']} rule, threshold = {made.skip.statistic} of the calibration tokens"
     table = table_of(
-        "layer", "threshold", "median", "mean", "skipped, calibration", "skipped, measured", "experts a token", title=title
+        "layer", "threshold", "median", "mean", "skipped, calibration", "skipped, measured", "experts per token", title=title
     )
     for entry in made.layers:
         why = entry.why["skip"]
@@ -178,22 +178,22 @@ def show_skipping(result: dict[str, Any]) -> None:
     if result["quality"]:
         show_quality(
             result["quality"],
-            "held-out text, against the same experts without skipping"
+            "held-out text, compared with the same experts without skipping"
             if result["quality"]["held_out"]
-            else "the calibration text itself, against the same experts without skipping",
+            else "the calibration text itself, compared with the same experts without skipping",
         )
     if result["speed"]:
         for what in ("prefill", "decode"):
             key = f"{what}_tokens_per_second"
             values = {name: result["speed"][name][key] for name in ("all", "skipping", "ratio")}
             line(
-                f"{what:8} {values['all']:.1f} → {values['skipping']:.1f} tokens/s, [bold]{values['ratio']:.2f} ×[/bold] (batch 1, in turns)"
+                f"{what:8} {values['all']:.1f} → {values['skipping']:.1f} tokens/s, [bold]{values['ratio']:.2f} ×[/bold] (batch 1, alternating)"
             )
     line(f"[bold]{escape(result['out'])}[/bold]")
 
 
 def show_conversion(result: dict[str, Any]) -> None:
-    """What a conversion made of every layer, its sizes, and what was measured."""
+    """The result of a conversion: every layer, sizes, and measurements."""
     table = table_of(
         "layer",
         "neurons: expert, always on",
@@ -213,11 +213,11 @@ def show_conversion(result: dict[str, Any]) -> None:
     sizes = result["sizes"]
     active, dense = sizes["active"], sizes["dense"]
     line(
-        f"a token uses {count(active['total'])} of {count(dense['total'])} parameters: {100 * sizes['mlp_ratio_useful']:.1f} % of the MLPs' neurons, "
+        f"each token uses {count(active['total'])} of {count(dense['total'])} parameters: {100 * sizes['mlp_ratio_useful']:.1f} % of the MLPs' neurons, "
         f"{100 * sizes['mlp_ratio']:.1f} % of the MLPs with router and padding, {100 * sizes['block_ratio']:.1f} % of attention and MLPs"
     )
     line(
-        f"of these: {count(active['experts'])} in {sizes['top_k']} of {sizes['experts']} routed experts, {count(active['shared'])} always on, {count(active['router'])} "
+        f"of which {count(active['experts'])} in {sizes['top_k']} of {sizes['experts']} routed experts, {count(active['shared'])} always on, {count(active['router'])} "
         f"in routers, {count(active['padding'])} padding; in all {count(sizes['total'])} parameters, {sizes['total_ratio']:.2f} × dense"
     )
     if "note" in sizes["attention"]:
@@ -226,12 +226,14 @@ def show_conversion(result: dict[str, Any]) -> None:
     line(
         f"written checkpoint against the dense model with the same neurons masked: logits differ by {same['logits_difference']:.2g} (logits up to "
         f"{same['logits_scale']:.3g}), same token at {100 * same['same_token']:.2f} % of {same['tokens']} positions; "
-        f"its router chooses as the split's does for {100 * same['same_choice']:.3f} % of tokens and layers"
+        f"its router selects the same experts as the split for {100 * same['same_choice']:.3f} % of tokens and layers"
     )
     if result.get("quality"):
         show_quality(
             result["quality"],
-            "held-out text" if result["quality"]["held_out"] else "the calibration text itself (flattering; pass --eval-data)",
+            "held-out text"
+            if result["quality"]["held_out"]
+            else "the calibration text itself (too optimistic; pass --eval-data)",
         )
     if result.get("speed"):
         speed = result["speed"]
@@ -264,16 +266,16 @@ def show_healing(report: dict[str, Any]) -> None:
             table.add_row(name, *cells, f"{was['kl']:.4f}", f"[bold]{now['kl']:.4f}[/bold]", f"{was['tokens']:,}")
         line(table)
     if not report["accepted"]:
-        line("[yellow]note[/yellow] healing was not better on the held-out part, so no weight was changed")
+        line("[yellow]note[/yellow] healing did not improve the held-out part, so no weight was changed")
     again = report.get("requantised")
     if again:
         now, float_ = again["quality"]["mean"], report["held_out"]["after"]["mean"]
         line(
-            f"quantised again: weights differ by {again['weight_error']:.2%} (relative root mean square); on the held-out part loss {float_['loss']:.4f} → "
+            f"re-quantised: weights differ by {again['weight_error']:.2%} (relative root mean square); on the held-out part loss {float_['loss']:.4f} → "
             f"{now['loss']:.4f}, KL {float_['kl']:.4f} → {now['kl']:.4f}"
         )
         if not again["accepted"]:
-            line("[yellow]note[/yellow] that is worse than before healing, so no weight was changed")
+            line("[yellow]note[/yellow] this is worse than before healing, so no weight was changed")
     tokens = sum(report["data"]["tokens"].values())
     line(f"{tokens:,} tokens, {report['seconds']:.1f} s  [bold]{escape(report['out'])}[/bold]")
 
@@ -290,7 +292,7 @@ def show_evaluation(found: dict[str, Any], title: str) -> None:
 
 def show_tasks(found: dict[str, Any]) -> None:
     """Scores by task and metric, next to the reference's."""
-    limited = f", at most {found['limit']} documents each" if found["limit"] else ""
+    limited = f", up to {found['limit']} documents each" if found["limit"] else ""
     against = "difference" in found["rows"][0]
     columns = ["original", "here", "difference", ""] if against else ["score"]
     table = table_of("task", "metric", "n", *columns, title=f"lm-eval tasks{limited}, ± standard error")
@@ -308,12 +310,12 @@ def show_tasks(found: dict[str, Any]) -> None:
     line(table)
     for name, cut in {row["task"]: row["cut"] for row in found["rows"] if row["cut"]}.items():
         line(
-            f"[yellow]note[/yellow] {cut:,} requests of {escape(name)} are longer than the window: their beginning was left out"
+            f"[yellow]note[/yellow] {cut:,} requests of {escape(name)} are longer than the window and were truncated on the left"
         )
     if against:
         line(
-            "[dim]errors of differences are paired: of the per-document differences, or of bootstrap draws common to both models where a score "
-            "is no mean over documents[/dim]"
+            "[dim]errors of differences are paired: over documents, or over bootstrap samples shared by both models if a score "
+            "is not a mean over documents[/dim]"
         )
 
 
@@ -321,7 +323,7 @@ def show_generation(found: dict[str, Any]) -> None:
     """What the runs of every domain are like, next to the reference's."""
     against = "difference" in next(iter(found["domains"].values()))["length"]
     columns = ["original", "here", "difference", ""] if against else ["here"]
-    table = table_of("domain", "measure", *columns, title=f"Greedy runs of {found['new_tokens']} tokens, ± standard error")
+    table = table_of("domain", "measure", *columns, title=f"Greedy decoding of {found['new_tokens']} tokens, ± standard error")
     _numbers_whole(table, len(columns))
     wanted = {
         "repetition": ("repeated 4-grams", False),
@@ -405,12 +407,12 @@ def show_quality(quality: dict[str, Any], title: str) -> None:
 
 
 def show_speed(found: dict[str, Any]) -> None:
-    """Speed, memory and energy of a model in an engine, beside its reference's."""
+    """Speed, memory and energy of a model in an engine, next to its reference."""
     setting = found["setting"]
     names = [name for name in ("reference", "model", "ratios") if name in found]
     title = (
         f"{setting['engine']}, batch {setting['batch']}, {setting['prompt_len']} + {setting['new_tokens']} tokens, {setting['dtype']}; "
-        f"medians of {setting['rounds']} rounds in turns"
+        f"medians of {setting['rounds']} alternating rounds"
     )
     table = table_of("", *(name.replace("ratios", "ratio") for name in names), title=title)
     for key, what, unit in (
@@ -420,7 +422,7 @@ def show_speed(found: dict[str, Any]) -> None:
         ("peak_memory", "peak memory of the process", byte_count),
         ("gpu_memory", "peak GPU memory", byte_count),
         ("weight_bytes", "weights", byte_count),
-        ("watt_hours_per_1000_tokens", "Wh a 1000 new tokens", "{:.4f}".format),
+        ("watt_hours_per_1000_tokens", "Wh per 1000 new tokens", "{:.4f}".format),
     ):
         if found["model"].get(key):
             cells = [f"[bold]{found[name][key]:.2f} ×[/bold]" if name == "ratios" else unit(found[name][key]) for name in names]
@@ -455,8 +457,8 @@ def _from_to(numbers: Iterable[int]) -> str:
 def _mtp(found: dict[str, Any]) -> str:
     size, layers = byte_count(found["bytes"]), found["moe_layers"]
     if not layers:
-        return f"{size}, without experts: stays as it is"
-    return f"{size}, with experts (layer{'s' * (len(layers) > 1)} {ranges(layers)}): pruned with the others"
+        return f"{size}, without experts: not changed"
+    return f"{size}, with experts (layer{'s' * (len(layers) > 1)} {ranges(layers)}): pruned with the other layers"
 
 
 def show_inspection(facts: dict[str, Any]) -> None:
@@ -470,7 +472,7 @@ def show_inspection(facts: dict[str, Any]) -> None:
     for name, value in (
         ("family", f"{facts['family']}  ({facts['model_type']})"),
         ("layers", f"{facts['layers']}, of which {len(moe)} with experts ({moe[0]}–{moe[-1]})"),
-        ("routed experts", f"{_from_to(facts['experts_by_layer'].values())} a layer, a token uses {facts['top_k']}"),
+        ("routed experts", f"{_from_to(facts['experts_by_layer'].values())} per layer, {facts['top_k']} per token"),
         ("shared experts", str(facts["shared_experts"])),
         *((("multi-token prediction", _mtp(facts["multi_token_prediction"])),) if facts["multi_token_prediction"] else ()),
         ("router", router),
@@ -480,14 +482,14 @@ def show_inspection(facts: dict[str, Any]) -> None:
         ),
         *((("quantisation", quantisation["formats"]),) if quantisation else ()),
         ("bytes", byte_count(facts["bytes"])),
-        ("least", f"{facts['least_experts']} experts a layer have to stay"),
+        ("least", f"{facts['least_experts']} experts per layer must be kept"),
         *((("note", facts["notes"]),) if facts["notes"] else ()),
     ):
         table.add_row(name, value)
     line(table)
     if quantisation and quantisation["cannot_be_decoded"]:
         line(
-            f"[yellow]warning[/yellow] cannot be decoded: {escape(quantisation['cannot_be_decoded'])} (parameters are counted as they are stored)"
+            f"[yellow]warning[/yellow] cannot be decoded: {escape(quantisation['cannot_be_decoded'])} (counts are those of the stored tensors)"
         )
     ratios = table_of("keep", "experts", "parameters", "bytes", "of the original")
     for row in facts["keep_ratios"]:

@@ -1,4 +1,4 @@
-// Figures on what a cut would lose, and what one did.
+// Figures on the expected loss before pruning, and on the effect of pruning.
 const B = M.before_cut, A = M.after_cut;
 const column = (l) => B.layers.indexOf(l);
 const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
@@ -7,8 +7,8 @@ const lost = (what, m, r, domain) => (domain === "all" ? B.layers.map((_, i) => 
 const cuttable = () => B && B.ratios.length > 0;
 
 FIGURES.push({
-  id: "saliency", section: "before", full: true, title: "Saliency and what would stay", uses: ["domain", "keep"], when: cuttable,
-  read: "EASY-EP saliency as a share of its layer: dots mark the experts that would stay at the chosen ratio, for the chosen domain.",
+  id: "saliency", section: "before", full: true, title: "Saliency and kept experts", uses: ["domain", "keep"], when: cuttable,
+  read: "EASY-EP saliency as a share of its layer. Dots mark the experts kept at the chosen ratio for the chosen domain.",
   draw: (s) => {
     const r = B.ratios.indexOf(s.keep), kept = B.kept[s.domain === "all" ? "all" : "for " + s.domain][r];
     const z = L.map((e) => padded(used(e, s.domain).saliency.map((v) => v * e.num_experts))), x = [], y = [];
@@ -20,7 +20,7 @@ FIGURES.push({
 const PARTS = { energy: "output energy", mass: "routing mass" };
 FIGURES.push({
   id: "lost", section: "before", title: "What each method would lose", uses: ["domain", "part"], when: cuttable,
-  read: "Share that goes with the dropped experts, mean over layers, experts chosen for all domains: lower is better, and random is what no method gives.",
+  read: "Share of the dropped experts, mean over layers, with experts chosen for all domains. Lower is better; random is the baseline.",
   draw: (s) => {
     const rows = B.methods.map((_, m) => B.ratios.map((_, r) => mean(lost(s.part, m, r, s.domain)))), traces = B.methods.map((name, m) => line(name, B.ratios, rows[m], m, name === "random" ? { line: { dash: "dot", color: series(5) }, marker: { color: series(5) } } : {}));
     if (s.domain !== "all") { const d = B.domains.indexOf(s.domain), m = B.methods.indexOf("easy_ep"); traces.push(line(`easy_ep chosen for ${s.domain}`, B.ratios, B.ratios.map((_, r) => mean(B[s.part + "_own"][m][r][d])), m, { line: { dash: "dash", color: series(m), width: 3 } })); }
@@ -29,23 +29,23 @@ FIGURES.push({
 });
 FIGURES.push({
   id: "lostmap", section: "before", title: "Where it would be lost", uses: ["domain", "part"], when: cuttable,
-  read: "EASY-EP by layer and ratio: strong rows are layers that need their experts, faint ones could give up more than others.",
+  read: "EASY-EP by layer and ratio. Strong rows are layers that need their experts; faint rows can lose more of them.",
   draw: (s) => {
     const m = Math.max(0, B.methods.indexOf("easy_ep")), rows = B.ratios.map((_, r) => lost(s.part, m, r, s.domain)), z = B.layers.map((_, i) => rows.map((row) => row[i]));
     return { traces: [heat(z, B.ratios.map((r) => 100 * r + " %"), B.layers.map(String), { colorscale: losing(), zmin: 0, hovertemplate: "layer %{y}, keep %{x}: %{z:.1%} lost<extra></extra>" })], layout: { height: Math.max(400, mapHeight()), xaxis: { title: "experts kept", type: "category" }, yaxis: { title: "layer", type: "category", autorange: "reversed" } }, csv: table(["layer", ...B.ratios], z.map((row, i) => [B.layers[i], ...row])) };
   },
 });
 FIGURES.push({
-  id: "budget", section: "before", title: "A budget to start from", uses: ["domain"], when: () => M.suggested_budget != null,
-  read: "The fewest experts of each layer that lose at most 5 % of output energy (for all domains, or the chosen one); the pale part could go.",
+  id: "budget", section: "before", title: "Suggested budget", uses: ["domain"], when: () => M.suggested_budget != null,
+  read: "The fewest experts of each layer that lose at most 5 % of output energy (for all domains, or the chosen one). The pale part can be removed.",
   draw: (s) => {
     const found = s.domain === "all" || !M.suggested_budget.for_domain ? M.suggested_budget : M.suggested_budget.for_domain[s.domain], rows = found.by_layer, x = rows.map((r) => String(r.layer));
-    return { traces: [bars("keep", x, rows.map((r) => r.keep), 0), bars("could go", x, rows.map((r) => r.of - r.keep), 5, { opacity: 0.35 })], layout: { height: 340, barmode: "stack", xaxis: { title: "layer", type: "category" }, yaxis: { title: "experts" } }, csv: table(["layer", "keep", "of", "worst lost energy"], rows.map((r) => [r.layer, r.keep, r.of, r.worst_lost_energy])) };
+    return { traces: [bars("keep", x, rows.map((r) => r.keep), 0), bars("removable", x, rows.map((r) => r.of - r.keep), 5, { opacity: 0.35 })], layout: { height: 340, barmode: "stack", xaxis: { title: "layer", type: "category" }, yaxis: { title: "experts" } }, csv: table(["layer", "keep", "of", "worst lost energy"], rows.map((r) => [r.layer, r.keep, r.of, r.worst_lost_energy])) };
   },
 });
 FIGURES.push({
   id: "turn", section: "before", title: "How much each layer does", uses: [], when: () => M.redundant_layers != null,
-  read: "How far the routed experts turn the residual stream, 1 − cosine (log scale): low points are layers that change little.",
+  read: "How much the routed experts change the direction of the residual stream, 1 − cosine (log scale). Low points are layers that change little.",
   draw: () => {
     const rows = M.redundant_layers.turn, names = Object.keys(rows[0]).filter((k) => k !== "layer");
     return { traces: names.map((d, i) => line(d, rows.map((r) => String(r.layer)), rows.map((r) => r[d]), i)), layout: { height: 340, xaxis: { title: "layer", type: "category" }, yaxis: { title: "1 − cos", ...logAxis } }, csv: table(["layer", ...names], rows.map((r) => [r.layer, ...names.map((d) => r[d])])) };
@@ -53,16 +53,16 @@ FIGURES.push({
 });
 
 FIGURES.push({
-  id: "gone", section: "after", title: "What went", uses: [], when: () => A != null && A.layers.some((r) => r.lost),
-  read: "Share of the original's output energy that the dropped experts carried, by domain and layer.",
+  id: "gone", section: "after", title: "What was removed", uses: [], when: () => A != null && A.layers.some((r) => r.lost),
+  read: "Share of the original's output energy from the dropped experts, by domain and layer.",
   draw: () => {
     const names = Object.keys(A.layers[0].lost), x = A.layers.map((r) => String(r.layer));
     return { traces: names.map((d, i) => line(d, x, A.layers.map((r) => r.lost[d].energy), i)), layout: { height: 340, xaxis: { title: "layer", type: "category" }, yaxis: { title: "lost output energy", tickformat: ".0%", rangemode: "tozero" } }, csv: table(["layer", "domain", "selections", "mass", "energy"], A.layers.flatMap((r) => names.map((d) => [r.layer, d, r.lost[d].selections, r.lost[d].mass, r.lost[d].energy]))) };
   },
 });
 FIGURES.push({
-  id: "moved", section: "after", title: "How routing moved", uses: [], when: () => A != null && A.layers.some((r) => r.routing),
-  read: "Share of the kept experts' slots that went to another expert than before, by domain: 0 means that the rest is used as it was.",
+  id: "moved", section: "after", title: "How routing changed", uses: [], when: () => A != null && A.layers.some((r) => r.routing),
+  read: "Share of the kept experts' slots that now go to a different expert, by domain. 0 means no change.",
   draw: () => {
     const names = Object.keys(A.layers[0].routing), x = A.layers.map((r) => String(r.layer));
     return { traces: names.map((d, i) => line(d, x, A.layers.map((r) => r.routing[d].moved), i)), layout: { height: 340, xaxis: { title: "layer", type: "category" }, yaxis: { title: "moved share", tickformat: ".0%", rangemode: "tozero" } }, csv: table(["layer", "domain", "moved", "entropy before", "entropy after", "turn before", "turn after"], A.layers.flatMap((r) => names.map((d) => [r.layer, d, r.routing[d].moved, ...r.routing[d].routing_entropy, ...r.routing[d].turn]))) };
@@ -70,7 +70,7 @@ FIGURES.push({
 });
 FIGURES.push({
   id: "shift", section: "after", full: true, title: "Use of the kept experts before and after", uses: ["layer", "domain"], when: () => A != null && A.layers.some((r) => r.routing),
-  read: "Share of the slots of the experts that stay, in the original (of what stays) and now; ids are those of the original.",
+  read: "Share of the kept experts' slots, in the original and now. Ids are those of the original.",
   draw: (s) => {
     const row = A.layers.find((r) => r.layer === LAYERS[s.layer]), d = s.domain === "all" ? Object.keys(row.routing)[0] : s.domain, x = row.kept.map(String), found = row.routing[d];
     return { traces: [bars("before, " + d, x, found.before, 5), bars("after, " + d, x, found.after, 0)], layout: { height: 320, barmode: "group", xaxis: { title: "expert of the original", type: "category" }, yaxis: { title: "share", tickformat: ".0%" } }, csv: table(["expert", "before", "after"], row.kept.map((e, i) => [e, found.before[i], found.after[i]])) };
@@ -78,7 +78,7 @@ FIGURES.push({
 });
 FIGURES.push({
   id: "dropped", section: "after", full: true, title: "Kept, merged and dropped", uses: [], when: () => A != null,
-  read: "Each row is a layer of the original: blue stays, orange was merged into another expert, empty is gone.",
+  read: "Each row is a layer of the original. Blue experts were kept, orange ones merged into another expert, empty ones dropped.",
   draw: () => {
     const size = Math.max(...A.layers.map((r) => r.kept.length + r.dropped.length)), state = (r, e) => (r.kept.includes(e) ? 2 : r.merged.some((m) => m.from.includes(e)) ? 1 : e < r.kept.length + r.dropped.length ? 0 : null), words = ["gone", "merged", "stays"];
     const z = A.layers.map((r) => range(size).map((e) => state(r, e)));

@@ -1,4 +1,4 @@
-// Figures on what experts do. Each: where it stands, how to read it, which selectors it follows, when it is there, and what it draws.
+// Figures on what experts do. Each has its section, how to read it, its selectors, when it is shown, and what it draws.
 const L = M.layers, LAYERS = L.map((entry) => entry.layer), labels = LAYERS.map(String);
 const DOMAINS = M.data ? Object.keys(M.data.tokens) : [];
 const has = (...path) => L.some((entry) => path.reduce((held, key) => (held == null ? held : held[key]), entry) != null);
@@ -11,17 +11,17 @@ const mapHeight = () => Math.max(230, 60 + 20 * L.length);
 const FIGURES = [];
 
 const SECTIONS = {
-  use: ["Who is used for what", "How text of each domain spreads over layers and experts."],
-  alike: ["How alike the experts are", "Similar experts can be merged or dropped with less loss; different ones carry different things."],
-  router: ["What the router goes by", "Whether it looks for large outputs, how sure it is, and how evenly it spreads the load."],
-  before: ["Before you cut", "Shares that the dropped experts carry, before tokens are routed anew: a first guess, not the loss itself (`evaluate` measures that)."],
-  after: ["After the cut", "What the plan took away, and where the tokens go now."],
+  use: ["What experts are used for", "How text of each domain is distributed over layers and experts."],
+  alike: ["How similar experts are", "Similar experts can be merged or dropped with less loss than different ones."],
+  router: ["The router", "Whether it prefers large outputs, how certain it is, and how evenly it balances the load."],
+  before: ["Before pruning", "Shares of the dropped experts before tokens are re-routed. This is an estimate; `evaluate` measures the loss."],
+  after: ["After pruning", "What the plan removed, and how tokens are routed now."],
 };
 
 const USES = { usage: "share of routed slots × experts (1: even)", energy: "share of output energy × experts", mean_norm: "mean output norm", score: "mean router score × experts" };
 FIGURES.push({
   id: "usage", section: "use", full: true, title: "Layer × expert", uses: ["domain", "shown"], when: () => has("usage"),
-  read: "Each row is a layer, each cell an expert: the stronger the colour, the more of the domain's text it handles; 1 is an even share.",
+  read: "Each row is a layer, each cell an expert. Stronger colour means a larger share of the domain's text; 1 is an even share.",
   draw: (s) => {
     const scale = (values, n) => values.map((v) => (v == null || s.shown === "mean_norm" ? v : v * n));
     const z = L.map((entry) => padded(scale(used(entry, s.domain)[s.shown], entry.num_experts)));
@@ -30,7 +30,7 @@ FIGURES.push({
 });
 FIGURES.push({
   id: "flows", section: "use", title: "From domains to experts", uses: ["layer"], when: () => DOMAINS.length > 1,
-  read: "Left the domains, right the experts of this layer: a ribbon is as thick as the share of the domain's slots that goes there.",
+  read: "Domains are on the left, experts of this layer on the right. The width of a ribbon is the share of the domain's slots.",
   draw: (s) => {
     const entry = L[s.layer], rows = DOMAINS.map((d) => used(entry, d).usage), n = entry.num_experts;
     const total = range(n).map((e) => rows.reduce((sum, row) => sum + row[e], 0));
@@ -62,15 +62,15 @@ FIGURES.push({
 });
 FIGURES.push({
   id: "special", section: "use", title: "How specialised the layers are", uses: [], when: () => has("usage", "specialisation", "information_share"),
-  read: "How much of the domain one learns from knowing the expert: 0 is no specialisation, 1 is one domain an expert; grey is what unlike sequences give by chance (of saliency).",
+  read: "Share of the domain information that expert choice explains. 0 is no specialisation, 1 is one domain per expert. Grey is chance for saliency (permuted sequences).",
   draw: () => {
     const most = Math.log(Math.min(DOMAINS.length, M.model.num_experts)), info = byLayer((e) => e.usage.specialisation.information_share), chance = byLayer((e) => e.usage.specialisation.saliency_information_null / most), mass = byLayer((e) => e.usage.specialisation.saliency_information / most);
-    return { traces: [line("usage", labels, info, 0), line("saliency (EASY-EP)", labels, mass, 1), line("chance for saliency", labels, chance, 5, { line: { dash: "dot", color: series(5) } })], layout: { height: 320, xaxis: { title: "layer", type: "category" }, yaxis: { title: "share of the greatest information", rangemode: "tozero" } }, csv: table(["layer", "usage", "saliency", "chance"], LAYERS.map((l, i) => [l, info[i], mass[i], chance[i]])) };
+    return { traces: [line("usage", labels, info, 0), line("saliency (EASY-EP)", labels, mass, 1), line("chance for saliency", labels, chance, 5, { line: { dash: "dot", color: series(5) } })], layout: { height: 320, xaxis: { title: "layer", type: "category" }, yaxis: { title: "share of the maximum information", rangemode: "tozero" } }, csv: table(["layer", "usage", "saliency", "chance"], LAYERS.map((l, i) => [l, info[i], mass[i], chance[i]])) };
   },
 });
 FIGURES.push({
   id: "stability", section: "use", title: "How few demonstrations are enough", uses: ["layer"], when: () => L.some((e) => e.usage && Object.keys(e.usage.stability).length),
-  read: "Half of the experts chosen from n sequences against the half that all the others choose: high lines need few demonstrations; dotted is chance.",
+  read: "Overlap of the half of the experts chosen from n sequences with the half chosen from all others. If lines are high, few demonstrations are enough. Dotted is chance.",
   draw: (s) => {
     const found = L[s.layer].usage.stability, names = Object.keys(found), traces = names.map((d, i) => line(d, found[d].map((r) => r.demonstrations), found[d].map((r) => r.overlap), i, { error_y: { type: "data", array: found[d].map((r) => r.deviation), thickness: 1, width: 2, color: series(i) } }));
     if (names.length) traces.push(line("chance", found[names[0]].map((r) => r.demonstrations), found[names[0]].map((r) => r.chance), 5, { mode: "lines", line: { dash: "dot", color: series(5) } }));
@@ -80,7 +80,7 @@ FIGURES.push({
 const S = M.super_experts;
 FIGURES.push({
   id: "super", section: "use", title: "Experts with extreme outputs", uses: [], when: () => S != null,
-  read: "Each point is an expert, at its largest output norm over the median expert's (log scale); above the dotted line stand super-experts, which a cut has to spare.",
+  read: "Each point is an expert: its largest output norm relative to the median expert's (log scale). Above the dotted line are super-experts, which must be kept.",
   draw: () => {
     const points = L.flatMap((entry, i) => entry.usage.all.max_norm.map((value, e) => ({ layer: labels[i], expert: e, value, far: value > S.bar }))).filter((p) => p.value > 0);
     const part = (name, far, i) => { const at = points.filter((p) => p.far === far); return { type: "scatter", mode: "markers", name, x: at.map((p) => p.layer), y: at.map((p) => p.value / S.median), text: at.map((p) => "expert " + p.expert), marker: { size: far ? 10 : 6, color: series(i), opacity: far ? 1 : 0.55 }, hovertemplate: "layer %{x}, %{text}: %{y:.3g} × the median<extra></extra>" }; };
@@ -89,8 +89,8 @@ FIGURES.push({
   },
 });
 FIGURES.push({
-  id: "tokens", section: "use", title: "Tokens that an expert loves", uses: ["layer"], when: () => has("sample"), html: true,
-  read: "Tokens that go to the expert most above its usual rate, of those seen five times or more; the number is how many times above.",
+  id: "tokens", section: "use", title: "Typical tokens of each expert", uses: ["layer"], when: () => has("sample"), html: true,
+  read: "Tokens that are routed to the expert most often relative to its usual rate, among those seen at least five times. The number is that ratio.",
   draw: (s) => {
     const rows = (L[s.layer].sample || { loved_tokens: [] }).loved_tokens;
     const clean = (t) => (t.text === undefined ? "#" + t.token : t.text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ /, "␣") || "∅");
@@ -108,7 +108,7 @@ for (const role of roles) MATRICES[`${role} matrices, cosine`] = [(e) => e.stati
 if (has("usage", "coselection_lift")) MATRICES["chosen together, times chance"] = [(e) => e.usage.coselection_lift, null, [0, 2]];
 FIGURES.push({
   id: "matrix", section: "alike", title: "Expert × expert", uses: ["layer", "matrix"], when: () => Object.keys(MATRICES).length > 0,
-  read: "How alike two experts of the layer are, like ones next to each other; strong blocks off the diagonal are groups of similar experts.",
+  read: "Similarity of two experts of the layer, sorted so that similar experts are adjacent. Strong blocks off the diagonal are groups of similar experts.",
   draw: (s) => {
     const [find, members, span] = MATRICES[s.matrix], full = square(find(L[s.layer])), names = members ? members(L[s.layer]) : full.map((_, i) => String(i));
     const order = clustered(full), z = order.map((i) => order.map((j) => (i === j ? null : full[i][j]))), who = order.map((i) => names[i]);
@@ -120,7 +120,7 @@ FIGURES.push({
 });
 FIGURES.push({
   id: "depth", section: "alike", title: "Similarity by depth", uses: [], when: () => L.length > 1,
-  read: "Mean similarity over expert pairs in every layer: falling lines mean experts that differ more with depth, a jump at the end an outlier.",
+  read: "Mean similarity over expert pairs in every layer. Falling lines mean that experts differ more with depth; a jump at the end is an outlier.",
   draw: () => {
     const found = [["outputs (angular)", byLayer((e) => e.sample.output_similarity)], ["router rows", byLayer((e) => e.static.router_similarity)]];
     for (const role of roles) found.push([`mean ${role} neurons`, byLayer((e) => e.static.projections[role].neuron_similarity)]);
@@ -131,7 +131,7 @@ FIGURES.push({
 });
 FIGURES.push({
   id: "pca", section: "alike", title: "Experts on a plane", uses: ["layer", "role"], when: () => roles.length > 0,
-  read: "The two directions in which the experts' whole matrices differ most; a lone point is an odd expert, a close pair a similar one.",
+  read: "The two principal components of the experts' whole matrices. An isolated point is an unusual expert; close points are similar experts.",
   draw: (s) => {
     const found = L[s.layer].static.projections[s.role], p = found.pca;
     return { traces: [{ type: "scatter", mode: "markers+text", x: p.map((v) => v[0]), y: p.map((v) => v[1]), text: p.map((_, e) => String(e)), textposition: "top center", textfont: { size: 10, color: css("--soft") }, marker: { size: 9, color: series(0) }, customdata: found.effective_rank, hovertemplate: "expert %{text}<br>effective rank %{customdata:.1f} of " + found.effective_rank_of + "<extra></extra>" }], layout: { height: 340, xaxis: { title: `component 1 (${percent(found.pca_explained[0])})` }, yaxis: { title: `component 2 (${percent(found.pca_explained[1])})` } }, csv: table(["expert", "component 1", "component 2", "norm", "effective rank"], p.map((v, e) => [e, v[0], v[1], found.norm[e], found.effective_rank[e]])) };
@@ -139,23 +139,23 @@ FIGURES.push({
 });
 FIGURES.push({
   id: "match", section: "alike", title: "Neurons after matching", uses: ["role"], when: () => roles.length > 0 && L.some((e) => e.static.projections[roles[0]].match),
-  read: "Mean cosine of best-matched neurons of two experts (error bars: over pairs) against what matching finds in shuffled neurons: above it, experts share neurons in another order.",
+  read: "Mean cosine of best-matched neurons of two experts (error bars: over pairs), compared with shuffled neurons. Above that, experts share neurons in a different order.",
   draw: (s) => {
     const of = (key) => byLayer((e) => e.static.projections[s.role].match[key]), found = of("similarity"), error = of("error"), none = of("null"), plain = byLayer((e) => { const v = e.static.projections[s.role].match.cosine_unordered; return v.reduce((a, b) => a + b, 0) / v.length; });
-    return { traces: [line("matched", labels, found, 0, { error_y: { type: "data", array: error, color: series(0), thickness: 1 } }), line("matched, shuffled (null)", labels, none, 5, { line: { dash: "dot", color: series(5) } }), line("as they stand", labels, plain, 1)], layout: { height: 340, xaxis: { title: "layer", type: "category" }, yaxis: { title: "cosine" } }, csv: table(["layer", "matched", "error", "null", "as they stand"], LAYERS.map((l, i) => [l, found[i], error[i], none[i], plain[i]])) };
+    return { traces: [line("matched", labels, found, 0, { error_y: { type: "data", array: error, color: series(0), thickness: 1 } }), line("matched, shuffled (null)", labels, none, 5, { line: { dash: "dot", color: series(5) } }), line("unmatched", labels, plain, 1)], layout: { height: 340, xaxis: { title: "layer", type: "category" }, yaxis: { title: "cosine" } }, csv: table(["layer", "matched", "error", "null", "as they stand"], LAYERS.map((l, i) => [l, found[i], error[i], none[i], plain[i]])) };
   },
 });
 FIGURES.push({
   id: "dense", section: "alike", title: "Nearest neuron of the dense model", uses: ["role"], when: () => roles.length > 0 && L.some((e) => e.static.projections[roles[0]].dense_match),
-  read: "For each expert the mean cosine of its neurons to their nearest neuron in the dense FFN of the same layer: 1 where they were taken over unchanged.",
+  read: "For each expert, the mean cosine of its neurons to their nearest neuron in the dense FFN of the same layer. 1 means copied.",
   draw: (s) => {
     const z = L.map((e) => padded(e.static.projections[s.role].dense_match || []));
     return { traces: [heat(z, experts, labels, { colorscale: sequential(), zmin: 0, zmax: 1, hovertemplate: "layer %{y}, expert %{x}: %{z:.3f}<extra></extra>" })], layout: { height: mapHeight(), xaxis: { title: "expert" }, yaxis: { title: "layer", autorange: "reversed", type: "category" } }, csv: table(["layer", "expert", "cosine"], z.flatMap((row, i) => row.map((v, e) => [LAYERS[i], e, v]))) };
   },
 });
 FIGURES.push({
-  id: "r2", section: "alike", title: "Do router rows follow neurons?", uses: [], when: () => roles.length > 0 && L.some((e) => e.static.router_expert[roles[0]]),
-  read: "R² between the similarity of router rows and of mean neurons: high bars of gate alone are observation 1; the dotted line is chance.",
+  id: "r2", section: "alike", title: "Are router rows similar where neurons are?", uses: [], when: () => roles.length > 0 && L.some((e) => e.static.router_expert[roles[0]]),
+  read: "R² between the similarity of router rows and of mean neurons. Observation 1 holds if only gate has high bars. The dotted line is chance.",
   draw: () => {
     const of = (role, key) => byLayer((e) => e.static.router_expert[role][key]), rows = roles.map((role) => of(role, "r2")), chance = of(roles[0], "null");
     return { traces: [...roles.map((role, i) => bars(role, labels, rows[i], i, { customdata: of(role, "p"), hovertemplate: `${role}, layer %{x}: R² %{y:.3f}, p %{customdata:.3g}<extra></extra>` })), line("chance", labels, chance, 5, { mode: "lines", line: { dash: "dot", color: series(5) } })], layout: { height: 340, barmode: "group", xaxis: { title: "layer", type: "category" }, yaxis: { title: "R²" } }, csv: table(["layer", ...roles, "chance"], LAYERS.map((l, i) => [l, ...rows.map((row) => row[i]), chance[i]])) };
@@ -164,7 +164,7 @@ FIGURES.push({
 
 FIGURES.push({
   id: "scatter", section: "router", title: "Output norm and router score", uses: ["layer"], when: () => has("sample"),
-  read: "Each point is an expert on a token: right of 1 its output is larger than the token's average, higher up the router scores it more.",
+  read: "Each point is an expert on a token. Right of 1, its output is larger than the token's average; the vertical axis is the router score.",
   draw: (s) => {
     const p = L[s.layer].sample.points, pick = (flag) => range(p.score.length).filter((i) => p.selected[i] === flag);
     const part = (name, flag, i) => { const at = pick(flag); return { type: "scatter", mode: "markers", name, x: at.map((k) => p.relative_norm[k]), y: at.map((k) => p.score[k]), text: at.map((k) => "expert " + p.expert[k]), marker: { size: 5, color: series(i), opacity: 0.65 }, hovertemplate: "%{text}<br>norm %{x:.2f} × mean, score %{y:.3f}<extra></extra>" }; };
@@ -173,7 +173,7 @@ FIGURES.push({
 });
 FIGURES.push({
   id: "ranks", section: "router", title: "Norm rank and score rank", uses: ["layer"], when: () => has("sample"),
-  read: "How often the expert of this norm rank has that score rank, times chance: a strong diagonal means that the router orders experts by output size.",
+  read: "How often the expert of this norm rank has that score rank, relative to chance. A strong diagonal means that the router ranks experts by output norm.",
   draw: (s) => {
     const counts = L[s.layer].sample.rank_counts, n = counts.length, sum = counts.flat().reduce((a, b) => a + b, 0), z = counts.map((row) => row.map((v) => (v * n * n) / sum));
     const at = range(n).map((i) => i + 1), top = Math.max(2, ...z.flat());
@@ -182,17 +182,17 @@ FIGURES.push({
 });
 FIGURES.push({
   id: "rho", section: "router", title: "Does the router prefer large outputs?", uses: [], when: () => has("sample"),
-  read: "Rank correlation of output norm and router score in every layer with 95 % intervals over texts: above 0 supports observation 2.",
+  read: "Rank correlation of output norm and router score in every layer, with 95 % intervals over texts. Values above 0 support observation 2.",
   draw: () => {
     const r = byLayer((e) => e.sample.norm_score_rho), mean = r.map((v) => v && v.mean), up = r.map((v) => (v && v.high != null ? v.high - v.mean : 0)), down = r.map((v) => (v && v.low != null ? v.mean - v.low : 0)), lift = byLayer((e) => e.sample.largest_norm_top_scored.mean * e.num_experts);
     return { traces: [line("rank correlation", labels, mean, 0, { customdata: lift, error_y: { type: "data", symmetric: false, array: up, arrayminus: down, color: series(0), thickness: 1 }, hovertemplate: "layer %{x}: ρ %{y:.3f}<br>largest output top-scored %{customdata:.2f} × chance<extra></extra>" })], layout: { height: 320, showlegend: false, xaxis: { title: "layer", type: "category" }, yaxis: { title: "ρ of norm and score", zeroline: true, zerolinewidth: 2 } }, csv: table(["layer", "rho", "low", "high", "lift of the largest norm"], LAYERS.map((l, i) => [l, mean[i], r[i] && r[i].low, r[i] && r[i].high, lift[i]])) };
   },
 });
 FIGURES.push({
-  id: "health", section: "router", title: "How sure and how even", uses: ["domain"], when: () => has("usage"),
-  read: "Load near 1 is an even use of all experts; scores near 1 are a router that hardly prefers any, near 0 one that is sure.",
+  id: "health", section: "router", title: "Router entropy and load balance", uses: ["domain"], when: () => has("usage"),
+  read: "Load near 1 is an even use of all experts. Scores near 1 mean an uncertain router, near 0 a certain one.",
   draw: (s) => {
     const of = (key) => byLayer((e) => used(e, s.domain)[key]), load = of("load_entropy_share"), sure = of("routing_entropy_share"), unused = of("unused"), cv = of("load_cv");
-    return { traces: [line("load (entropy of use)", labels, load, 0, { customdata: unused, hovertemplate: "layer %{x}: %{y:.3f}, %{customdata} unused<extra></extra>" }), line("router scores (mean entropy)", labels, sure, 1)], layout: { height: 320, xaxis: { title: "layer", type: "category" }, yaxis: { title: "share of the greatest entropy", range: [0, 1.05] } }, csv: table(["layer", "load", "scores", "unused", "load cv"], LAYERS.map((l, i) => [l, load[i], sure[i], unused[i], cv[i]])) };
+    return { traces: [line("load (entropy of use)", labels, load, 0, { customdata: unused, hovertemplate: "layer %{x}: %{y:.3f}, %{customdata} unused<extra></extra>" }), line("router scores (mean entropy)", labels, sure, 1)], layout: { height: 320, xaxis: { title: "layer", type: "category" }, yaxis: { title: "share of the maximum entropy", range: [0, 1.05] } }, csv: table(["layer", "load", "scores", "unused", "load cv"], LAYERS.map((l, i) => [l, load[i], sure[i], unused[i], cv[i]])) };
   },
 });

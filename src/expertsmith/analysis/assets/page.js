@@ -1,4 +1,4 @@
-// Puts the figures on the page, draws them when they come into sight, and follows the selectors and the theme.
+// Puts the figures on the page, draws them when they scroll into view, and updates them for selectors and theme.
 const esc = (text) => String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
 const present = FIGURES.filter((figure) => figure.when());
 const CHOICES = {

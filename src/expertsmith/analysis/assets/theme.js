@@ -39,7 +39,7 @@ function square(flat) {
   return full;
 }
 
-// order in which like items stand together: average-linkage clustering of the distance 1 - similarity
+// order that puts similar items next to each other: average-linkage clustering of the distance 1 - similarity
 function clustered(full) {
   const n = full.length;
   let groups = range(n).map((i) => [i]);

@@ -21,7 +21,7 @@ def _find(headers: Headers) -> Iterator[Stored]:  # noqa: C901  (a check a tenso
         return
     version = str(headers.config.get("version") or "gemm").lower()
     if headers.method == "awq" and version != "gemm":
-        raise UserError(f"AWQ of version {version!r} packs its codes in another way", "only version gemm can be decoded")
+        raise UserError(f"AWQ of version {version!r} packs its codes differently", "only version gemm can be decoded")
     for name, info in headers.tensors.items():
         if not name.endswith(".qweight") or info.dtype != "I32":
             continue
@@ -75,7 +75,7 @@ FORMATS = (
         tensors="`qweight`, `qzeros` I32, `scales` F16; 4 bits, version gemm",
         title=lambda stored: (
             "AWQ, 4 bits, "
-            + (f"groups of {stored.settings['group']}" if stored.settings["group"] > 0 else "one scale a channel")
+            + (f"groups of {stored.settings['group']}" if stored.settings["group"] > 0 else "one scale per channel")
         ),
         find=_find,
         decode=_decode,

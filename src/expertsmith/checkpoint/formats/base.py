@@ -1,7 +1,7 @@
-"""What the quantised formats share: how a format finds its weights among a checkpoint's tensors, and how it says what they are worth.
+"""Common parts of the quantised formats: how a format finds its weights among a checkpoint's tensors, and how it decodes them.
 
-A format knows tensors, not experts: a float weight `name` stands on disk as several tensors (its *parts*: codes, scales, zero points), and
-`decode` makes the float values of some of its rows from them.
+A format knows tensors, not experts. A float weight `name` is stored as several tensors (its *parts*: codes, scales, zero points), and
+`decode` computes the float values of some of its rows from them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Headers:
-    """What a format sees when it looks for its weights: tensor headers, and what config.json says of the quantisation."""
+    """The inputs of a format's search for its weights: tensor headers, and the quantisation settings of config.json."""
 
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]  # quantization_config, or what a file beside config.json says; empty where there is none
@@ -69,7 +69,7 @@ class Headers:
         return str(self.config.get("quant_method") or "")
 
     def weights_of(self, module: str) -> Mapping[str, Any]:
-        """What compressed-tensors' config_groups say of a module's weights (num_bits, strategy, group_size, …): the first group that names it,
+        """The settings of compressed-tensors' config_groups for a module's weights (num_bits, strategy, group_size, …): the first group that names it,
         with the group's format as "format"; empty where none does."""
         groups = self.config.get("config_groups")
         for group in groups.values() if isinstance(groups, Mapping) else ():
@@ -103,7 +103,7 @@ class Format:
 
 
 def matches(target: str, module: str) -> bool:
-    """Whether a name of a quantisation config stands for a module: the whole name, its end, or a regular expression after "re:"."""
+    """Whether a name of a quantisation config matches a module: the whole name, its end, or a regular expression after "re:"."""
     if target.startswith("re:"):
         return re.match(target[3:], module) is not None
     return target == module or module.endswith(f".{target}")
@@ -113,7 +113,7 @@ def disagree(where: str, what: str, found: object, said: object) -> UserError:
     """The error for tensors that contradict the quantisation config."""
     return UserError(
         f"{where}: its tensors say {what} {found}, but the quantisation config says {said}",
-        "config.json and weights do not belong together",
+        "config.json and weights do not match",
     )
 
 

@@ -78,7 +78,7 @@ def _four_bits(state: str, headers: Headers) -> Stored:
 def _library() -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            "this checkpoint was quantised by bitsandbytes, which only its own library can decode, and it is not installed",
+            "this checkpoint was quantised by bitsandbytes, which only its own library can decode, but it is not installed",
             INSTALL,
         )
     import bitsandbytes
@@ -107,7 +107,7 @@ def _decode_eight(stored: Stored, read: Read, first: int, last: int, dtype: torc
     """code · scale / 127, rows by rows."""
     functional = _library()
     if "layout" in stored.parts and int(stored.part("layout", read).reshape(-1)[0]) != 0:
-        raise UserError(f"{stored.name} is stored in a layout of a GPU", "only row-major LLM.int8 weights can be decoded")
+        raise UserError(f"{stored.name} is stored in a GPU layout", "only row-major LLM.int8 weights can be decoded")
     codes = stored.part("codes", read, first, last)
     values: torch.Tensor = functional.int8_vectorwise_dequant(codes, stored.scale("scale", read, first, last))
     return values.to(dtype)

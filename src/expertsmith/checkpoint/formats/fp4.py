@@ -1,4 +1,4 @@
-"""FP4 (E2M1): two codes a byte, the low one first, and scales of small groups.
+"""FP4 (E2M1): two codes per byte, the low one first, and scales of small groups.
 
 NVFP4: groups of 16 with an FP8 scale, and one float32 scale for the tensor, which divides in compressed-tensors (`weight_global_scale`) and
 multiplies in modelopt (`weight_scale_2`). MXFP4: groups of 32 with a power of two; gpt-oss stores it as X_blocks and X_scales, and its
@@ -34,9 +34,7 @@ def _find_nv(headers: Headers) -> Iterator[Stored]:
         if top not in headers.tensors:
             raise missing(weight, top)
         if f"{weight}_zero_point" in headers.tensors:
-            raise UserError(
-                f"{weight} is NVFP4 with zero points, which are not known to exist", "please report this checkpoint"
-            )
+            raise UserError(f"{weight} is NVFP4 with zero points, which is not a known format", "please report this checkpoint")
         *lead, half = info.shape
         shape = (*lead, 2 * half)
         if list(scale.shape) != [*lead, half // 8] or half % 8:
@@ -84,9 +82,7 @@ def _find_mx(headers: Headers) -> Iterator[Stored]:
         if scale is None or scale.dtype not in POWERS or list(scale.shape) != [*lead, half // 16] or half % 16:
             continue
         if f"{weight}_zero_point" in headers.tensors:
-            raise UserError(
-                f"{weight} is MXFP4 with zero points, which are not known to exist", "please report this checkpoint"
-            )
+            raise UserError(f"{weight} is MXFP4 with zero points, which is not a known format", "please report this checkpoint")
         _agree(weight, 32, headers)
         yield Stored(weight, (*lead, 2 * half), "mxfp4", {"codes": info, "scale": scale}, {"transposed": False})
 

@@ -1,6 +1,6 @@
-"""FP8: one byte a weight, and a scale for each block, each output channel, each expert or the whole tensor. w = code · scale.
+"""FP8: one byte per weight, and a scale for each block, each output channel, each expert or the whole tensor. w = code · scale.
 
-DeepSeek-V3, Qwen3-FP8 and MiniMax-M2 have blocks of 128 × 128 (`weight_scale_inv`, which in spite of its name multiplies); compressed-tensors
+DeepSeek-V3, Qwen3-FP8 and MiniMax-M2 have blocks of 128 × 128 (`weight_scale_inv`, which multiplies despite its name); compressed-tensors
 and modelopt name the scale `weight_scale`. MXFP8 has a power of two for every 32 inputs. Fused experts: the same with a leading axis.
 """
 
@@ -30,7 +30,7 @@ def _find(headers: Headers) -> Iterator[Stored]:
             continue
         found = [part for part in _scales(name) if part in headers.tensors]
         if len(found) > 1:
-            raise UserError(f"{name} has two scales, {found[0]} and {found[1]}", "it is not known which one is right")
+            raise UserError(f"{name} has two scales, {found[0]} and {found[1]}", "remove the wrong one")
         if found:
             scale = headers.tensors[found[0]]
             block = _block(info, scale, headers)
@@ -77,12 +77,12 @@ def _block(info: TensorInfo, scale: TensorInfo, headers: Headers) -> tuple[int, 
         else:
             block = (rows // shape[-2], columns // shape[-1])
     if said.get("kind") not in (None, kind) and prod(shape) > 1:
-        raise disagree(info.name, "one scale a", kind, f"one a {said['kind']}")
+        raise disagree(info.name, "one scale per", kind, f"one per {said['kind']}")
     return block
 
 
 def _said(name: str, headers: Headers) -> dict[str, Any]:
-    """What the quantisation config says of a weight: "kind" (tensor, channel, block) and "block"."""
+    """The settings of the quantisation config for a weight: "kind" (tensor, channel, block) and "block"."""
     block = headers.config.get("weight_block_size")
     if block:
         return {"block": block}  # mixed checkpoints hold channel and tensor scales beside it
@@ -173,8 +173,8 @@ def _encode(values: torch.Tensor, stored: Stored) -> dict[str, torch.Tensor]:
     if prod(part.shape) == 1:  # one scale for the whole tensor, whatever its shape
         if values.shape != info.shape:
             raise UserError(
-                f"{info.name} has one scale for all experts, so a single one cannot be quantised again",
-                "leave --requantise out",
+                f"{info.name} has one scale for all experts, so single experts cannot be re-quantised",
+                "remove --requantise",
             )
         top = values.abs().amax().reshape([1] * values.dim())
     else:
@@ -206,9 +206,9 @@ def _title(stored: Stored) -> str:
         return "MXFP8"
     kind = f"blocks of {rows} × {columns}"
     if (rows, columns) == tuple(stored.shape[-2:]):
-        kind = "one scale a tensor"
+        kind = "one scale per tensor"
     elif rows == 1 and columns >= stored.shape[-1]:
-        kind = "one scale a channel"
+        kind = "one scale per channel"
     return f"FP8, {kind}"
 
 

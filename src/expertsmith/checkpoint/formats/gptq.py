@@ -72,20 +72,20 @@ def _is_gptq(headers: Headers) -> bool:
         packing = str(headers.config.get("packing_format") or "auto_round:auto_gptq")
         if packing not in (*PACKINGS, "auto_round:auto_awq", "auto_awq"):
             raise UserError(
-                f"AutoRound's packing_format {packing!r} is not known",
-                f"known are {', '.join(PACKINGS)} and auto_round:auto_awq",
+                f"AutoRound's packing_format {packing!r} is not supported",
+                f"supported: {', '.join(PACKINGS)} and auto_round:auto_awq",
             )
         return packing in PACKINGS
     if headers.method == "gptq":
         kind = headers.config.get("checkpoint_format") or "gptq"
         if kind not in ("gptq", "gptq_v2"):
-            raise UserError(f"GPTQ's checkpoint_format {kind!r} is not known", "known are gptq and gptq_v2")
+            raise UserError(f"GPTQ's checkpoint_format {kind!r} is not supported", "supported: gptq and gptq_v2")
         return True
     return False
 
 
 def settings_of(config: Mapping[str, Any], module: str) -> dict[str, Any]:
-    """What a GPTQ or AutoRound config says of a module: its own numbers where it gives any."""
+    """The settings of a GPTQ or AutoRound config for a module: the module's own, if any."""
     said = dict(config)
     for pattern, change in (config.get("dynamic") or {}).items():
         wanted = pattern.removeprefix("+:")
@@ -111,7 +111,7 @@ def _decode(stored: Stored, read: Read, first: int, last: int, dtype: torch.dtyp
         if int(order.min()) < 0 or int(order.max()) >= len(scale):
             raise UserError(f"{stored.parts['order'].name} refers to a group that does not exist", "the checkpoint is damaged")
         if not stored.settings["ordered"] and not torch.equal(order, place):
-            raise disagree(stored.parts["order"].name, "columns are", "in an order of their own", "desc_act false")
+            raise disagree(stored.parts["order"].name, "columns are", "in a custom order", "desc_act false")
         place = order
     part = slice(first, last)
     values = codes.float() - zero[:, part].T.float()[:, place]
@@ -121,7 +121,7 @@ def _decode(stored: Stored, read: Read, first: int, last: int, dtype: torch.dtyp
 
 def _title(stored: Stored) -> str:
     size = stored.settings["group"]
-    return f"GPTQ, {stored.settings['bits']} bits, " + (f"groups of {size}" if size > 0 else "one scale a channel")
+    return f"GPTQ, {stored.settings['bits']} bits, " + (f"groups of {size}" if size > 0 else "one scale per channel")
 
 
 FORMATS = (

@@ -1,7 +1,7 @@
 """Integers of compressed-tensors: `pack-quantized` (2 to 8 bits in int32 words) and `int-quantized` (a byte each). w = (code - zero) · scale.
 
 Kimi-K2-Thinking and RedHatAI's W4A16 checkpoints are packed, W8A8 ones are bytes. Packed codes are offset by 2^(bits - 1); zero points of
-asymmetric weights are packed along the outputs in the same way. `weight_g_idx` (actorder "group") tells the group of every column.
+asymmetric weights are packed along the outputs in the same way. `weight_g_idx` (actorder "group") gives the group of every column.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _codes(values: torch.Tensor, stored: Stored, bits: int) -> tuple[torch.Tenso
     columns = values.shape[-1]
     if prod(part.shape) == 1:
         if values.shape != stored.parts["codes"].shape and len(values.shape) > 2:
-            raise UserError(f"{part.name} is one scale for all experts, so a single one cannot be quantised again")
+            raise UserError(f"{part.name} is one scale for all experts, so single experts cannot be re-quantised")
         top = values.abs().amax().reshape([1] * values.dim())
         size = columns
     else:
@@ -239,10 +239,8 @@ def _decode_bytes(stored: Stored, read: Read, first: int, last: int, dtype: torc
 def _title(stored: Stored) -> str:
     bits, size = stored.settings["bits"], stored.settings["group"]
     whole = prod(stored.parts["scale"].shape) == 1
-    kind = f"groups of {size}" if size > 0 else "one scale a tensor" if whole else "one scale a channel"
-    more = [
-        word for word, role in (("asymmetric", "zero"), ("columns in an order of their own", "order")) if role in stored.parts
-    ]
+    kind = f"groups of {size}" if size > 0 else "one scale per tensor" if whole else "one scale per channel"
+    more = [word for word, role in (("asymmetric", "zero"), ("columns in a custom order", "order")) if role in stored.parts]
     return ", ".join([f"INT{bits}", kind, *more])
 
 

@@ -1,4 +1,4 @@
-"""A model in a serving engine: a process of the engine's own Python that is kept alive and asked over JSON lines (`runner.py`)."""
+"""A model in a serving engine: a persistent process of the engine's own Python, driven over JSON lines (`runner.py`)."""
 
 from __future__ import annotations
 
@@ -59,10 +59,11 @@ def python_of(engine: str, path: str | Path | None = None) -> str:
     named = path or os.environ.get(variable)
     if not named:
         raise UserError(
-            f"where is {engine}?", f"pass --engine-python or set {variable}, the Python of an environment made by {install}"
+            f"{engine} was not found",
+            f"pass --engine-python or set {variable}, the Python of an environment made with {install}",
         )
     if not Path(named).is_file():
-        raise UserError(f"{named} is not there, so that {engine} cannot be run", f"make the environment by {install}")
+        raise UserError(f"{named} does not exist, so {engine} cannot be run", f"make the environment with {install}")
     return str(named)
 
 
@@ -95,7 +96,7 @@ def engine(name: str, model: str | Path, python: str | Path | None = None, **opt
         try:
             begun = _reply(process, log, model)
             if "missing" in begun:
-                raise UserError(f"{interpreter} has no {begun['missing']}", f"make an environment by {PLACES[name][1]}")
+                raise UserError(f"{interpreter} has no {begun['missing']}", f"make an environment with {PLACES[name][1]}")
 
             def ask(prompts: Sequence[Sequence[int]], new: int, top: int = 0) -> dict[str, Any]:
                 assert process.stdin is not None

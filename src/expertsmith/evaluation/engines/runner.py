@@ -4,14 +4,14 @@
 
 It answers {"ready": true}, {"missing": MODULE} or {"refused": WORDS}, and then every request {"prompts": [[id, …], …], "new": N, "top": K} with
 
-    tokens   the N greedy tokens of every prompt; no token ends a text
+    tokens   the N greedy tokens of every prompt; no token ends the generation
     top      K > 0: for each of them the K best tokens' natural log-probabilities, {id: value}
     first    seconds until every prompt had its first token
-    after    tokens that were made after that
-    seconds  until all were made
+    after    tokens generated after that
+    seconds  until all were generated
     peak     bytes: the highest resident memory of this process so far, and of the GPU where torch holds it
 
-What the engine itself prints goes to stderr.
+The engine's own output goes to stderr.
 """
 
 from __future__ import annotations

@@ -1,0 +1,186 @@
+"""A halted layer, run again and again on chosen tokens while its experts and router rows are trained.
+
+Most of a layer does not change meanwhile: attention, norms before the experts, shared experts. Those are the modules whose outputs no
+gradient reaches, so autograd tells which they are, in any family. Their outputs are computed once, for all tokens, and handed out again;
+what is left to run is the router, the experts and what stands behind them. Where that works token by token, a step takes any tokens of any
+batches, in one call; where it does not (a convolution behind the experts), a step takes whole batches. Which of the two is found by trying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from expertsmith.engine import hidden_of
+from expertsmith.healing.halted import SMALL, Halted
+
+SAME = 1e-4  # squared distance, relative, between a layer's output and that of its replay on tokens in another order
+Span = tuple[int, int]  # rows and length of a batch
+
+
+class _Kept:
+    """A tensor that belongs to tokens, of all batches: [T, …], and whether rows and length of a batch were axes of their own."""
+
+    def __init__(self, parts: Sequence[torch.Tensor], spans: Sequence[Span]) -> None:
+        self.batched = parts[0].shape[:2] == spans[0]
+        self.values = torch.cat([part.flatten(0, 1) if self.batched else part for part in parts])
+
+    def at(self, rows: torch.Tensor) -> torch.Tensor:
+        """What belongs to the tokens `rows` [rows, length]."""
+        found = self.values[rows.reshape(-1)]
+        return found.reshape(*rows.shape, *self.values.shape[1:]) if self.batched else found
+
+
+def _kept(parts: Sequence[Any], spans: Sequence[Span]) -> _Kept | None:
+    """Values of all batches, or None where they do not belong to tokens."""
+    shapes = set()
+    for part, (rows, length) in zip(parts, spans, strict=False):
+        if not isinstance(part, torch.Tensor):
+            return None
+        batched = part.shape[:2] == (rows, length)
+        if not batched and part.shape[:1] != (rows * length,):
+            return None
+        shapes.add((batched, part.shape[2 if batched else 1 :]))
+    return _Kept(parts, spans) if len(parts) == len(spans) and len(shapes) == 1 else None
+
+
+class Replay:
+    """A halted layer, ready to be run on the tokens of its batches, which are numbered through: row by row, batch by batch.
+
+    Args:
+        weights: those that will change.
+    """
+
+    def __init__(self, halted: Halted, weights: Sequence[nn.Parameter]) -> None:
+        self.calls = halted.calls
+        self.spans: list[Span] = [(mask.shape[0], mask.shape[1]) for mask in halted.masks]
+        sizes = [rows * length for rows, length in self.spans]
+        every = torch.arange(sum(sizes), device=halted.masks[0].device)
+        self.batches = [part.reshape(span) for part, span in zip(torch.split(every, sizes), self.spans, strict=True)]
+        targets = torch.cat([target.flatten(0, 1) for target in halted.targets])
+        parts = zip(torch.split(targets, sizes), halted.targets, strict=True)
+        halted.targets = [part.reshape(target.shape) for part, target in parts]  # views, so that there is one copy
+        self._targets = targets
+        self._outputs: dict[nn.Module, tuple[bool, list[_Kept | None]]] = {}
+        outputs = self._record(halted.experts.layer, weights)
+        self._arguments = {
+            name: _kept([_named(call)[name] for call in self.calls], self.spans) for name in _named(self.calls[0])
+        }
+        self.by_token = self._works_by_token(outputs, halted.masks[0])
+
+    def _record(self, layer: nn.Module, weights: Sequence[nn.Parameter]) -> torch.Tensor:
+        """Keep what does not change; returns the output on the first batch."""
+        layer.requires_grad_(False)  # a streamed layer's parameters come as they are made
+        for weight in weights:
+            weight.requires_grad_(True)
+        with torch.enable_grad(), _watched(dict(layer.named_modules()), _steady) as seen:
+            first = hidden_of(self.calls[0]()).detach()
+        for weight in weights:
+            weight.requires_grad_(False)
+        modules = {name: layer.get_submodule(name) for name in _outermost(seen)}
+        with torch.no_grad(), _watched(modules, _copied) as made:
+            for call in self.calls:
+                call()
+        for name in list(made):
+            outputs = made.pop(name)
+            several = isinstance(outputs[0], tuple)
+            columns = list(zip(*outputs, strict=True)) if several else [outputs]
+            kept = [_kept(column, self.spans) for column in columns]
+            if kept[0] is not None:
+                self._outputs[modules[name]] = several, kept
+        return first
+
+    def _works_by_token(self, output: torch.Tensor, mask: torch.Tensor) -> bool:
+        """Whether the first batch's tokens, in another order and as one row, come out as they did."""
+        order = self.batches[0].reshape(1, -1).flip(1)
+        try:
+            with torch.no_grad():
+                found = self.run(order)
+        except (RuntimeError, IndexError, TypeError, ValueError):  # shapes that a layer of this family cannot do with
+            return False
+        counted = mask.reshape(-1, *(1 for _ in output.shape[2:]))
+        wrong, whole = (
+            value.flatten(0, 1).float() * counted for value in (found.flip(1).reshape(output.shape) - output, output)
+        )
+        return bool(wrong.square().sum() <= SAME * whole.square().sum())
+
+    def run(self, rows: torch.Tensor, number: int = 0) -> torch.Tensor:
+        """The layer's output on the tokens `rows` [rows, length]; `number`: the batch that lends what does not belong to tokens."""
+        call = self.calls[number]
+        given = {}
+        for name, value in _named(call).items():
+            kept = self._arguments[name]
+            given[name] = value if kept is None else kept.at(rows)
+        with ExitStack() as stack:
+            for module, (several, columns) in self._outputs.items():
+                stack.enter_context(_instead(module, partial(_handed_out, several, columns, rows)))
+            places = [given.pop(name) for name in list(given) if isinstance(name, int)]
+            return hidden_of(call.func(*places, **given))  # type: ignore[attr-defined]
+
+    def errors(self, rows: torch.Tensor, number: int = 0) -> torch.Tensor:
+        """||target - output||^2 / ||target||^2 of the tokens `rows`, in their order, as one axis."""
+        target = self._targets[rows.reshape(-1)].float().flatten(1)
+        output = self.run(rows, number).flatten(0, 1).float().flatten(1)
+        return (target - output).square().sum(1) / target.square().sum(1).clamp_min(SMALL)
+
+
+def _named(call: Any) -> dict[Any, Any]:
+    """The arguments of a halted call by position or name."""
+    return {**dict(enumerate(call.args)), **call.keywords}
+
+
+def _handed_out(several: bool, columns: list[_Kept | None], rows: torch.Tensor, *_: Any, **__: Any) -> Any:
+    made = [None if column is None else column.at(rows) for column in columns]
+    return tuple(made) if several else made[0]
+
+
+@contextmanager
+def _instead(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    held = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if held is not None:
+            module.forward = held
+
+
+@contextmanager
+def _watched(modules: dict[str, nn.Module], look: Callable[[Any], Any]) -> Iterator[dict[str, list[Any]]]:
+    """Within the context, look(output) of the modules by name, call by call."""
+    seen: dict[str, list[Any]] = {}
+
+    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        seen.setdefault(name, []).append(look(output))
+
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _steady(output: Any) -> bool:
+    """Whether no gradient reaches a module's output."""
+    tensors = [value for value in (output if isinstance(output, tuple) else (output,)) if isinstance(value, torch.Tensor)]
+    return bool(tensors) and not any(tensor.requires_grad for tensor in tensors)
+
+
+def _copied(output: Any) -> Any:
+    """A module's output as it is now: what comes next may add to it in place."""
+    if isinstance(output, tuple):
+        return tuple(_copied(value) for value in output)
+    return output.clone() if isinstance(output, torch.Tensor) else None
+
+
+def _outermost(steady: dict[str, list[bool]]) -> list[str]:
+    """Modules that ran once and are steady, without those inside another of them."""
+    found = {name for name, calls in steady.items() if name and calls == [True]}
+    return sorted(name for name in found if not any(name[:at] in found for at in range(len(name)) if name[at] == "."))

@@ -1,0 +1,216 @@
+"""The steps of a healing in detail: replayed layers against whole ones, batched factorizations against one at a time, draws of tokens."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conftest import SUPPORTED
+from expertsmith import api
+from expertsmith.healing import layerwise, least_squares, refine
+from expertsmith.healing.experts import Routed
+
+WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "bincount"}
+BY_BATCH = {"inkling_text", "inkling2_text"}  # a convolution stands behind their experts
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations for which the host waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = name.startswith("index") and any(getattr(one, "dtype", None) == torch.bool for one in args[1] or ())
+        if name in WAITS or masks:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def at_every_layer(check, model_type, checkpoints, tmp_path, monkeypatch, **options) -> None:
+    """Heal a halved tiny model with check(run, halted) in place of the training."""
+    generator = torch.Generator().manual_seed(7)
+    rows = [torch.randint(3, 120, (24 - 5 * (i % 3),), generator=generator).tolist() for i in range(12)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    seen = []
+
+    def instead(halted, inventory, chosen, tick):
+        run = refine._Run(halted, inventory, chosen, tick)
+        for weight in run.weights:
+            weight.requires_grad_(True)
+        check(run, halted)
+        for weight in run.weights:
+            weight.requires_grad_(False)
+        seen.append(halted.index)
+        return {}
+
+    monkeypatch.setattr(layerwise, "refine", instead)
+    model = checkpoints(model_type)
+    api.apply(model, api.plan(model, "random", 0.5), tmp_path / "half")
+    shape = {"seq_len": 24, "pack": False, "batch_tokens": 130, "device": "cpu"}
+    data = [f"a={tmp_path / 'a.jsonl'}"]
+    api.heal(tmp_path / "half", model, data, tmp_path / "out", method="layer_local", options=options, **shape)
+    assert seen
+
+
+def gradients(run, share: int = 1) -> list[torch.Tensor]:
+    """Those of a step on all tokens."""
+    run._gradients(*next(run.train.draw(torch.Generator().manual_seed(1), share)))
+    found = [weight.grad.clone() for weight in run.weights]
+    for weight in run.weights:
+        weight.grad = None
+    return found
+
+
+def distance(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """Relative, of all gradients together."""
+    wrong = sum(float((a - b).double().square().sum()) for a, b in zip(mine, theirs, strict=True))
+    return float((wrong / sum(float(b.double().square().sum()) for b in theirs)) ** 0.5)
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_replayed_tokens_have_the_gradient_of_the_whole_layer(model_type, checkpoints, tmp_path, monkeypatch):
+    """Everything but router and experts is kept from one run, and tokens come in any order."""
+
+    def check(run, halted) -> None:
+        assert run.replay.by_token == (model_type not in BY_BATCH)
+        assert run.replay._outputs
+        masks = [mask & ~held for mask, held in zip(halted.masks, halted.held, strict=True)]
+        with torch.enable_grad():
+            total = sum(halted.share(call(), number, masks[number]) for number, call in enumerate(halted.calls))
+            whole = torch.autograd.grad(total / sum(int(mask.sum()) for mask in masks), run.weights)
+        assert distance(gradients(run), list(whole)) < 1e-3
+
+    at_every_layer(check, model_type, checkpoints, tmp_path, monkeypatch, step_tokens=10**6)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_bfloat16_steps_go_the_same_way(model_type, checkpoints, tmp_path, monkeypatch):
+    def check(run, halted) -> None:
+        whole = gradients(run)
+        with halted.experts.in_bfloat16():
+            assert 0 < distance(gradients(run), whole) < 0.03
+        assert distance(gradients(run), whole) == 0
+
+    at_every_layer(check, model_type, checkpoints, tmp_path, monkeypatch, step_tokens=10**6)
+
+
+def test_a_step_does_not_wait_for_the_device(checkpoints, tmp_path, monkeypatch):
+    def check(run, halted) -> None:
+        drawn = run.train.draw(torch.Generator().manual_seed(1), 1)
+        with halted.experts.in_bfloat16(), Waits() as mode:
+            run._gradients(*next(drawn))
+        assert not mode.found
+
+    at_every_layer(check, "qwen2_moe", checkpoints, tmp_path, monkeypatch, step_tokens=64)
+
+
+class Layer:
+    """Experts of one hidden layer."""
+
+    count = 6
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.up = torch.randn(self.count, 5, 4, generator=generator)
+        self.start = torch.randn(self.count, 3, 5, generator=generator)
+
+    def features(self, routed, expert, rows, slots):
+        return (routed.x[rows] @ self.up[expert].T).relu() * routed.weight[rows, slots, None]
+
+    def down(self, expert):
+        return self.start[expert].double()
+
+
+def problem() -> least_squares.Problem:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, strength = (torch.rand(300, width, generator=generator) for width in (4, 2, 1))
+    expert = torch.rand(300, 6, generator=generator).topk(2).indices
+    expert[:20, 1] = -1
+    held = torch.arange(300) % 5 == 0
+    return least_squares.Problem(
+        Routed(x, expert, weight), torch.randn(300, 3, generator=generator), held, strength[:, 0] + 0.1
+    )
+
+
+def one_at_a_time(layer: Layer, given: least_squares.Problem, sweeps: int) -> dict[int, torch.Tensor]:
+    """The method as it is written down."""
+    rest, down = given.wanted.double(), {e: layer.down(e) for e in range(layer.count)}
+    weight = given.strength.double().square()
+    for _ in range(sweeps):
+        for expert in range(layer.count):
+            rows, slots = (given.routed.expert == expert).nonzero(as_tuple=True)
+            phi, held = layer.features(given.routed, expert, rows, slots).double(), given.held[rows]
+            gram = (phi * weight[rows, None])[~held].T @ phi[~held]
+            moment = (phi * weight[rows, None])[~held].T @ rest[rows][~held]
+
+            def error(change, phi=phi, rows=rows, held=held):
+                return float(((rest[rows] - phi @ change).square().sum(1) * weight[rows])[held].sum())
+
+            eye = gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+            changes = [torch.linalg.solve(gram + ridge * eye, moment) for ridge in least_squares.RIDGES]
+            best = min(changes, key=error)
+            if error(best) < error(torch.zeros_like(best)):
+                down[expert] = down[expert] + best.T
+                rest[rows] -= phi @ best
+    return down
+
+
+@pytest.mark.parametrize(("room", "at_once"), [(3 * 2**30, 2**28), (0, 2**28), (3 * 2**30, 0), (0, 0), (2**13, 3000)])
+def test_batched_steps_are_those_one_at_a_time(room, at_once, monkeypatch):
+    """Whatever is kept, and however many experts are factored in a call."""
+    monkeypatch.setattr(least_squares, "ROOM", room)
+    monkeypatch.setattr(least_squares, "AT_ONCE", at_once)
+    monkeypatch.setattr(least_squares, "ROWS", 16)
+    layer = Layer()
+    found, wanted = least_squares.solve(layer, problem(), 3).down, one_at_a_time(layer, problem(), 3)
+    for expert, matrix in wanted.items():
+        assert torch.allclose(found.get(expert, layer.down(expert)), matrix, atol=1e-5)
+
+
+def test_a_turn_does_not_wait_for_the_device():
+    turns = least_squares._Turns(Layer(), problem())
+    with Waits() as mode:
+        for group in turns.groups:
+            turns.prepare(group)
+            for expert in group:
+                turns.step(expert)
+    assert not mode.found
+
+
+def draws(share: int, size: int, seed: int, count: int = 12, by_token: bool = True) -> list[torch.Tensor]:
+    """Tokens of some steps, out of four batches of 10 tokens, of which 8 count."""
+    batches = [torch.arange(at, at + 10).reshape(2, 5) for at in range(0, 40, 10)]
+    masks = [torch.tensor([[True] * 4 + [False]] * 2)] * 4
+    tokens = refine._Tokens(masks, SimpleNamespace(batches=batches, by_token=by_token), size)
+    drawn = tokens.draw(torch.Generator().manual_seed(seed), share)
+    steps = []
+    for _ in range(count):
+        parts, number = next(drawn)
+        rows = torch.cat([part.reshape(-1) for part, _ in parts])
+        assert number == int(tokens.counts[rows].sum())
+        steps.append(rows)
+    return steps
+
+
+def test_trials_draw_from_a_share_of_the_tokens():
+    """A quarter of them, the same for every rate, and a quarter of a step's tokens at a time."""
+    steps = draws(share=4, size=16, seed=3)
+    assert {len(step) for step in steps} == {4}
+    assert len(set(torch.cat(steps).tolist())) == 8
+    assert all(torch.equal(a, b) for a, b in zip(steps, draws(share=4, size=16, seed=3), strict=True))
+    assert set(torch.cat(steps).tolist()) != set(torch.cat(draws(share=4, size=16, seed=4)).tolist())
+    assert len(set(torch.cat(draws(share=4, size=16, seed=3, by_token=False)).tolist())) == 10  # one batch
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+def test_a_step_takes_no_token_twice(by_token):
+    """Also where there are fewer than a step asks for."""
+    for step in draws(share=1, size=2048, seed=0, by_token=by_token):
+        assert len(step) == len(set(step.tolist())) == (32 if by_token else 40)
