@@ -347,7 +347,7 @@ def _heal(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any], 
 
 def _open(job: Comparison, inventory: Inventory) -> LoadedModel:
     """One of two models that are in memory together."""
-    from expertsmith.engine.loading import choose_device, choose_memory
+    from expertsmith.engine.devices import choose_device, choose_memory
 
     where, both = job.where, [inventory.checkpoint, job.inventory.checkpoint]
     mode = choose_memory(where["memory"], both, choose_device(where["device"]), where["dtype"])
