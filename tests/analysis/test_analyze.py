@@ -442,7 +442,7 @@ def test_plain_numbers_are_json():
 
 def test_importing_is_quick():
     """Neither the package, the command line nor the pure parts of the analysis bring torch in."""
-    code = "import sys, expertsmith, expertsmith.cli, expertsmith.analysis.page; assert 'torch' not in sys.modules"
+    code = "import sys, expertsmith, expertsmith.cli, expertsmith.views.pages.analysis; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert callable(expertsmith.analyze)
 

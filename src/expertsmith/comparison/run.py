@@ -18,7 +18,7 @@ from expertsmith.calibration.spec import refuse_missing
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.comparison.cells import CELLS, WORK, Cell, cells_of, load, parse_heal, save
 from expertsmith.comparison.judging import refuse_stream
-from expertsmith.comparison.results import markdown, original_file, statistics_folder
+from expertsmith.comparison.results import original_file, statistics_folder
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.experts.rules import keep_count
@@ -389,14 +389,17 @@ def _finish(
 
 def write(folder: Path, found: Mapping[str, Any]) -> None:
     """All four results, each complete or not at all."""
-    from expertsmith.comparison.page import page
-    from expertsmith.comparison.picture import svg
+    from expertsmith.comparison.results import displayed
+    from expertsmith.views.pages.comparison import page
+    from expertsmith.views.pictures import svg
+    from expertsmith.views.wording import markdown
 
+    seen = displayed(found)
     texts = {
         "comparison.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n",
-        "comparison.md": markdown(found),
-        "comparison.svg": svg(found),
-        "comparison.html": page(found),
+        "comparison.md": markdown(seen),
+        "comparison.svg": svg(seen),
+        "comparison.html": page(seen),
     }
     for name, text in texts.items():
         partial = folder / f"{name}.partial"

@@ -18,7 +18,7 @@ from expertsmith.verbs.plan import model_and_tokens
 
 
 def _show(measures: Any, given: Mapping[str, Any]) -> None:
-    from expertsmith.analysis.terminal import show_measures
+    from expertsmith.views.analysis_table import show_measures
 
     show_measures(measures, Path(given["out"]))
 
