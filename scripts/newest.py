@@ -30,7 +30,7 @@ def main() -> int:
         subprocess.run(told, env=environment, capture_output=True, text=True, check=False).stdout.strip()
         or "that cannot be imported"
     )
-    pytest = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--tb=line", "-rfE", "-p", "no:cacheprovider", *TESTS]
+    pytest = [sys.executable, "-m", "pytest", "-n", "auto", "--tb=line", "-rfE", "-p", "no:cacheprovider", *TESTS]
     run = subprocess.run(pytest, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     print(report(version, run.stdout))
     return 0
