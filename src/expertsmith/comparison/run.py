@@ -136,7 +136,7 @@ def compare(
     seed: int = 42,
     pack: bool | None = None,
     overlong: str = "refuse",
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     memory: str = "auto",
@@ -157,7 +157,11 @@ def compare(
     refuse_missing([*data, *eval_data])
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     _check(inventory, cells)
-    asked = _tasks(inventory, tasks, task_path, limit, min(batch_tokens, JUDGED_TOKENS), memory, progress) if tasks else None
+    asked = (
+        _tasks(inventory, tasks, task_path, limit, min(batch_tokens or JUDGED_TOKENS, JUDGED_TOKENS), memory, progress)
+        if tasks
+        else None
+    )
     _prepare(folder, resume)
     shape = {
         "samples": samples,
@@ -363,7 +367,9 @@ def _judged(job: Comparison, model: LoadedModel, reference: LoadedModel) -> dict
 
     with ExitStack() as stack:
         stack.enter_context(in_force(reference))
-        quality = measure(model, job.heldout.batches(min(job.shape["batch_tokens"], JUDGED_TOKENS)), reference, job.progress)
+        quality = measure(
+            model, job.heldout.batches(min(job.shape["batch_tokens"] or JUDGED_TOKENS, JUDGED_TOKENS)), reference, job.progress
+        )
         scores = {} if job.tasks is None else {"tasks": dict(job.tasks.scores(model)), "asked": job.tasks.identity}
     return {"quality": quality.to_json(), "rise": _rise(quality), **scores}
 

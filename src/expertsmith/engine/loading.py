@@ -29,6 +29,7 @@ from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
 from expertsmith.errors import UserError, install_line
 from expertsmith.experts.inventory import Inventory, take_inventory
 
+MOST_TOKENS, LEAST_TOKENS, BUFFER = 8192, 512, 16 * 2**20  # of a batch; bytes
 SHARE_OF_A_LAYER = 0.25  # of the free memory: what the experts of one decoder layer may take
 CHECKED_AT_ONCE = 2**22  # elements
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # safetensors' words
@@ -83,6 +84,21 @@ class LoadedModel:
         """Decoder layers that have routed experts."""
         assert self.architecture is not None
         return [i for i, layer in enumerate(self.layers) if has_experts(layer, self.architecture)]
+
+    def batch_tokens(self, given: int | None) -> int:
+        """Tokens of a batch: `given`, or by default `MOST_TOKENS`. On a CPU the default is smaller: a buffer of all selected experts' outputs
+        should stay below `BUFFER`, so that memory is used again (`pages.kept_pages`), and an expert should get 128 tokens on average."""
+        if given is not None or self.device.type != "cpu" or self.architecture is None:
+            return given or MOST_TOKENS
+        arch, config = self.architecture, text_config(self.checkpoint.config)
+        keys = (arch.experts_key, arch.top_k_key, arch.expert_width_key, ("hidden_size", "d_model"))
+        found = [config_first(config, key) for key in keys]
+        experts, top_k, width, hidden = (
+            max(held[1]) if held and isinstance(held[1], list) else held[1] if held else 1 for held in found
+        )
+        fits = BUFFER // (4 * top_k * max(hidden, 2 * width))
+        wanted = min(MOST_TOKENS, max(fits, 128 * experts // top_k, LEAST_TOKENS))
+        return int(2 ** (int(wanted).bit_length() - 1))
 
     def whole(self) -> None:
         """From now on, have the experts of a layer in memory with it, whatever that takes: they are to be looked at or changed there."""

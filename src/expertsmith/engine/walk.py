@@ -7,6 +7,7 @@ state that a model passes from layer to layer are the model's own, and a layer's
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from expertsmith.engine.loading import LoadedModel
+from expertsmith.engine.pages import kept_pages
 from expertsmith.engine.pauses import Lanes
 
 
@@ -88,10 +90,12 @@ class Walk:
         self._lanes = Lanes(self._forward, 0)  # one for each batch, made on entering
         self._trunk: dict[int, Any] = {}  # batch → what the last layer of the model's own returned
         self.side_state = False  # a layer left something for later layers outside of what it returned (shared key-value states)
-        self._guard = torch.no_grad()
+        self._guard = ExitStack()
 
     def __enter__(self) -> Walk:
-        self._guard.__enter__()
+        self._guard.enter_context(torch.no_grad())
+        if self.model.device.type == "cpu":
+            self._guard.enter_context(kept_pages())
         for index, layer in enumerate(self.doors):
             layer.forward = partial(self._enter_layer, index, type(layer).forward.__get__(layer))
         self._lanes = Lanes(self._forward, len(self.batches))
@@ -104,7 +108,7 @@ class Walk:
             self.model.release(index)
         self._results.clear()
         self._trunk.clear()
-        self._guard.__exit__(None, None, None)
+        self._guard.close()
 
     def layers(self, until: int | None = None) -> Iterator[int]:
         """Advance all batches layer by layer, up to and including decoder layer `until` (default: the last)."""
