@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-fast lint types imports docs docs-serve docs-reference check format engines clean
+.PHONY: demo test test-fast test-newest lint types imports docs docs-serve docs-reference check format engines clean
 
 demo: $(VENV)/.ready
 	$(BIN)/expertsmith demo -o demo-output
@@ -19,6 +19,10 @@ test: $(VENV)/.ready-dev
 test-fast: $(VENV)/.ready-dev
 	EXPERTSMITH_FAMILIES="mixtral qwen2_moe deepseek_v3" $(BIN)/pytest -n auto --dist load tests/surgery tests/planning tests/calibration tests/methods tests/verbs \
 		-k "not torchrun and not rank and not every_pair and not recipe"
+
+# the families against the newest transformers release: prints the result, and never fails
+test-newest: $(VENV)/.ready-dev
+	$(BIN)/python scripts/newest.py
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
@@ -80,4 +84,4 @@ $(ENGINES)/.llama:
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ENGINES) demo-output site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(ENGINES) .newest demo-output site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

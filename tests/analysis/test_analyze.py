@@ -317,7 +317,7 @@ def test_after_a_cut(cut, data, tmp_path):
             assert 0 < row["lost"][name]["mass"] < 1
             assert 0 <= row["routing"][name]["moved"] <= 1
             assert sum(row["routing"][name]["after"]) == pytest.approx(1, abs=1e-4)
-    assert any("took 12 of 24 experts" in sentence for sentence in found["summary"])
+    assert any("removed 12 of 24 experts" in sentence for sentence in found["summary"])
     again = api.analyze(
         folder / "half", tmp_path / "p", data=data, reference=source, reference_stats=folder / "stats", **OPTIONS
     )
@@ -394,7 +394,7 @@ def test_a_folder_with_other_things_in_it(checkpoints, tmp_path, capsys):
     ("arguments", "said"),
     [
         (["--all-experts", "64"], "--all-experts runs the model on text; pass --data FILE"),
-        (["--plan", "plan.json"], "no reference; pass --reference MODEL"),
+        (["--plan", "plan.json"], "without --reference; pass --reference MODEL"),
         (["-d", "nowhere.jsonl"], "data file not found: nowhere.jsonl"),
         (["--dense", "nowhere"], "directory not found: nowhere"),
         (["--stats", "nowhere"], "no statistics found in nowhere"),
@@ -442,7 +442,7 @@ def test_plain_numbers_are_json():
 
 def test_importing_is_quick():
     """Neither the package, the command line nor the pure parts of the analysis bring torch in."""
-    code = "import sys, expertsmith, expertsmith.cli, expertsmith.analysis.page; assert 'torch' not in sys.modules"
+    code = "import sys, expertsmith, expertsmith.cli, expertsmith.views.pages.analysis; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert callable(expertsmith.analyze)
 

@@ -17,7 +17,7 @@ import pytest
 
 from conftest import CALIBRATION, save_tiny
 from expertsmith import api
-from expertsmith.analysis.page import compact, page, write_page
+from expertsmith.views.pages.analysis import compact, page, write_page
 
 LAYERS, EXPERTS = 5, 16
 MANY_LAYERS, MANY_EXPERTS = 26, 64

@@ -505,7 +505,7 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_memory_limits_of_the_process_are_seen():
     """A model that the machine could hold, but the process may not, is streamed."""
     code = (
-        "import resource, torch, psutil; from pathlib import Path; from types import SimpleNamespace; from expertsmith.engine.loading import choose_memory\n"
+        "import resource, torch, psutil; from pathlib import Path; from types import SimpleNamespace; from expertsmith.engine.devices import choose_memory\n"
         "limit = psutil.Process().memory_info().vms + 600 * 2**20; resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "for numel in (2**20, 2**28):\n"
         "    model = SimpleNamespace(converted=False, config={}, numel=numel, tensors={}, path=Path('.'), source='m', read=None)\n"

@@ -14,10 +14,11 @@ from expertsmith import api
 from expertsmith.comparison import run
 from expertsmith.comparison.cells import Cell, cells_of, contenders, short_names
 from expertsmith.comparison.footprint import footprint
-from expertsmith.comparison.picture import series_of, svg
-from expertsmith.comparison.results import _group, cells, markdown, shown
+from expertsmith.comparison.results import _group, displayed, shown
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import DomainQuality
+from expertsmith.views.pictures import series_of, svg
+from expertsmith.views.wording import cells, markdown
 
 SHAPE = {**CALIBRATION, "dtype": "float32", "memory": "resident"}
 METHODS = ["reap", "m_smoe", "moeits"]
@@ -228,7 +229,7 @@ def test_the_draws_are_one_row_and_the_best_is_marked(small):
 
 
 def test_markdown(small):
-    text = markdown(small)
+    text = markdown(displayed(small))
     assert "**Keep 0.5: 4 of 8 experts, 50 parameters, 500 B (50 %)**" in text
     assert "| good | **3.00** | **+0.100 ± 0.010** | **0.050** | **97.5 %** | 0.50 | 2.00 kB |" in text
     assert (
@@ -240,19 +241,19 @@ def test_markdown(small):
 def test_sizes_that_differ_get_columns(small):
     group = small["groups"][0]
     group["rows"][0] = row_of("good", 0.1, size=60)
-    text = markdown({**small, "groups": [_group(0.5, "global", group["rows"])]})
+    text = markdown(displayed({**small, "groups": [_group(0.5, "global", group["rows"])]}))
     assert "**Keep 0.5, budget global**" in text
     assert "| method | experts | parameters | bytes | a |" in text
     assert "| good | 4 of 8 | 60 | 600 B (60 %) |" in text
 
 
 def test_the_picture(small):
-    lines = series_of(small)
+    lines = series_of(displayed(small))
     assert [line["name"] for line in lines] == ["bad", "random, mean of 3", "bad + least_squares", "good"]
     assert lines[3]["points"] == [[0.5, 0.1], [1.0, 0.0]]
     assert lines[1]["points"][0] == [0.5, pytest.approx(0.4), 0.2, 0.6]
     small["model"]["source"] = "<script>&"
-    root = ElementTree.fromstring(svg(small))
+    root = ElementTree.fromstring(svg(displayed(small)))
     space = "{http://www.w3.org/2000/svg}"
     assert len(root.findall(f"{space}polyline")) == 4
     assert len(root.findall(f"{space}polygon")) == 1
@@ -265,7 +266,7 @@ def test_the_picture(small):
 
 def test_many_methods_are_told_apart(small):
     rows = [row_of(f"method_{number}", 0.01 * number) for number in range(20)]
-    root = ElementTree.fromstring(svg({**small, "groups": [_group(0.5, "uniform", rows)]}))
+    root = ElementTree.fromstring(svg(displayed({**small, "groups": [_group(0.5, "uniform", rows)]})))
     lines = root.findall("{http://www.w3.org/2000/svg}polyline")
     assert len({(line.get("class"), line.get("stroke-dasharray")) for line in lines}) == 20
     texts = [float(text.get("y")) for text in root.findall("{http://www.w3.org/2000/svg}text")]

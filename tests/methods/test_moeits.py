@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from conftest import SUPPORTED
 from expertsmith.errors import UserError
 from expertsmith.experts.rules import Rules
-from expertsmith.methods import information
+from expertsmith.methods import counting, information
 from expertsmith.methods.base import Facts
 from expertsmith.methods.information import codes, edges, joint_counts, joint_entropy, nmi, nmi_matrix
 from expertsmith.methods.moeits import Path, choose, combine, grouped_path, measure, moeits, removal_path, threshold
@@ -137,7 +137,8 @@ def test_the_sum_over_chunks_is_the_whole(monkeypatch):
     a, b = draw.standard_normal((2, 5000))
     whole = [codes(x, precision="float64") for x in (a, b)]
     table = joint_counts(*whole)
-    monkeypatch.setattr(information, "CHUNK", 64)
+    for module in (information, counting):
+        monkeypatch.setattr(module, "CHUNK", 64)
     parts = [codes(x, precision="float64") for x in (a, b)]
     assert all(np.array_equal(x.codes, y.codes) for x, y in zip(whole, parts, strict=True))
     assert np.array_equal(joint_counts(*parts), table)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expertsmith.analysis.page import write_page
 from expertsmith.analysis.study import write_json
 from expertsmith.errors import UserError
+from expertsmith.views.pages.analysis import write_page
 
 MEASURES, PAGE = "measures.json", "report.html"
 OWN = {MEASURES, PAGE, f"{MEASURES}.partial", f"{PAGE}.partial", "stats", "reference.stats"}

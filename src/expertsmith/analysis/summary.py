@@ -51,7 +51,7 @@ def _alike(m: dict[str, Any]) -> list[str]:
     )
     said = []
     if outputs is not None:
-        word = "nearly identical" if outputs > HIGH else "related things" if outputs > 0.6 else "unrelated things"
+        word = "nearly identical" if outputs > HIGH else "related" if outputs > 0.6 else "unrelated"
         said.append(
             f"On the same token, outputs of different experts are {word}: angular similarity {outputs:.2f}, where 0.5 is unrelated and 1 is identical."
         )

@@ -347,7 +347,7 @@ def load_tokenizer(path: Path) -> Any | None:
         return None
     from transformers import AutoTokenizer
 
-    from expertsmith.engine.loading import quietly
+    from expertsmith.engine.stock import quietly
     from expertsmith.engine.uneven import read_config
 
     try:

@@ -110,7 +110,8 @@ def open_model(
 ) -> LoadedModel:
     """The model of a checkpoint, resident or streamed; with `router_groups` "flatten" its router has no expert_groups; with `mtp` its
     multi-token-prediction layer, where it can be run."""
-    from expertsmith.engine.loading import choose_device, choose_memory, load_model
+    from expertsmith.engine.devices import choose_device, choose_memory
+    from expertsmith.engine.loading import load_model
 
     where = choose_device(device)
     mode = choose_memory(memory, [inventory.checkpoint], where, dtype)

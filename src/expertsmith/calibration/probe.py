@@ -28,7 +28,7 @@ from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.observers import choose_sample
 from expertsmith.calibration.replay import RoutedBlock, Seen, router_extras
 from expertsmith.engine import Batch, LoadedModel, Walk
-from expertsmith.engine.loading import free_memory
+from expertsmith.engine.devices import free_memory
 from expertsmith.errors import UserError
 from expertsmith.experts.rules import Rules, subsets
 from expertsmith.views.progress import Progress, Silent
@@ -469,19 +469,19 @@ class _Lockstep(Walk):
     @property
     def current(self) -> int:
         """The number of the batch that runs."""
-        return self._current
+        return self._lanes.current
 
     def wait(self) -> None:
         """Called from inside a layer, on behalf of the batch that runs."""
-        self._waiting.append(self._current)
-        self._door()
+        self._waiting.append(self._lanes.current)
+        self._lanes.pause()
 
-    def _resume(self, number: int, run: Any) -> None:
-        super()._resume(number, run)
-        if number == len(self._runs) - 1:
+    def _resume(self, number: int) -> None:
+        super()._resume(number)
+        if number == len(self._lanes) - 1:
             waiting, self._waiting = self._waiting, []
             for waiter in waiting:
-                super()._resume(waiter, self._runs[waiter])
+                super()._resume(waiter)
 
 
 class _Search:

@@ -122,7 +122,8 @@ def _tokenizer_of(opened: Sequence[Checkpoint]) -> tuple[Any | None, str]:
 def resident(entry: Checkpoint, *, device: str, dtype: str, memory: str) -> Iterator[LoadedModel]:
     """A whole model in memory, its weights checked, with its skip thresholds in force."""
     from expertsmith.arch import record_of
-    from expertsmith.engine.loading import choose_device, choose_memory, load_model
+    from expertsmith.engine.devices import choose_device, choose_memory
+    from expertsmith.engine.loading import load_model
     from expertsmith.surgery.mask import in_force
 
     where = choose_device(device)

@@ -18,7 +18,7 @@ from expertsmith.calibration.spec import refuse_missing
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.comparison.cells import CELLS, WORK, Cell, cells_of, load, parse_heal, save
 from expertsmith.comparison.judging import refuse_stream
-from expertsmith.comparison.results import markdown, original_file, statistics_folder
+from expertsmith.comparison.results import original_file, statistics_folder
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.experts.rules import keep_count
@@ -136,7 +136,7 @@ def compare(
     seed: int = 42,
     pack: bool | None = None,
     overlong: str = "refuse",
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     memory: str = "auto",
@@ -157,7 +157,11 @@ def compare(
     refuse_missing([*data, *eval_data])
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     _check(inventory, cells)
-    asked = _tasks(inventory, tasks, task_path, limit, min(batch_tokens, JUDGED_TOKENS), memory, progress) if tasks else None
+    asked = (
+        _tasks(inventory, tasks, task_path, limit, min(batch_tokens or JUDGED_TOKENS, JUDGED_TOKENS), memory, progress)
+        if tasks
+        else None
+    )
     _prepare(folder, resume)
     shape = {
         "samples": samples,
@@ -347,7 +351,7 @@ def _heal(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any], 
 
 def _open(job: Comparison, inventory: Inventory) -> LoadedModel:
     """One of two models that are in memory together."""
-    from expertsmith.engine.loading import choose_device, choose_memory
+    from expertsmith.engine.devices import choose_device, choose_memory
 
     where, both = job.where, [inventory.checkpoint, job.inventory.checkpoint]
     mode = choose_memory(where["memory"], both, choose_device(where["device"]), where["dtype"])
@@ -363,7 +367,9 @@ def _judged(job: Comparison, model: LoadedModel, reference: LoadedModel) -> dict
 
     with ExitStack() as stack:
         stack.enter_context(in_force(reference))
-        quality = measure(model, job.heldout.batches(min(job.shape["batch_tokens"], JUDGED_TOKENS)), reference, job.progress)
+        quality = measure(
+            model, job.heldout.batches(min(job.shape["batch_tokens"] or JUDGED_TOKENS, JUDGED_TOKENS)), reference, job.progress
+        )
         scores = {} if job.tasks is None else {"tasks": dict(job.tasks.scores(model)), "asked": job.tasks.identity}
     return {"quality": quality.to_json(), "rise": _rise(quality), **scores}
 
@@ -389,14 +395,17 @@ def _finish(
 
 def write(folder: Path, found: Mapping[str, Any]) -> None:
     """All four results, each complete or not at all."""
-    from expertsmith.comparison.page import page
-    from expertsmith.comparison.picture import svg
+    from expertsmith.comparison.results import displayed
+    from expertsmith.views.pages.comparison import page
+    from expertsmith.views.pictures import svg
+    from expertsmith.views.wording import markdown
 
+    seen = displayed(found)
     texts = {
         "comparison.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n",
-        "comparison.md": markdown(found),
-        "comparison.svg": svg(found),
-        "comparison.html": page(found),
+        "comparison.md": markdown(seen),
+        "comparison.svg": svg(seen),
+        "comparison.html": page(seen),
     }
     for name, text in texts.items():
         partial = folder / f"{name}.partial"

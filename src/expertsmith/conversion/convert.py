@@ -22,7 +22,8 @@ from expertsmith.conversion.settings import WAYS, Asked, Request, ask, block_par
 from expertsmith.conversion.split import Split
 from expertsmith.conversion.training import Recipe
 from expertsmith.engine import Batch, LoadedModel
-from expertsmith.engine.loading import choose_device, load_model
+from expertsmith.engine.devices import choose_device
+from expertsmith.engine.loading import load_model
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import measure as measure_quality
 from expertsmith.surgery.card import quality_line

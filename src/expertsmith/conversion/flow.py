@@ -356,7 +356,7 @@ def from_gguf(source: str | Path, file: str, target: Path, progress: Progress) -
         raise UserError("reading GGUF files needs the gguf package", 'pip install "expertsmith[gguf]"') from None
     import transformers
 
-    from expertsmith.engine.loading import quietly
+    from expertsmith.engine.stock import quietly
 
     progress.note(f"dequantising {file} once, into {target}")
     part = target.with_name(f".{target.name}.partial")

@@ -66,7 +66,7 @@ def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     """
     from expertsmith.calibration import corpus
     from expertsmith.calibration.stats import load_statistics
-    from expertsmith.demo.report import write_report
+    from expertsmith.views.pages.demo import write_report
 
     progress = progress or Silent()
     begin = time.perf_counter()

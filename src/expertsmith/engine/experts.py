@@ -13,6 +13,7 @@ from torch import nn
 from expertsmith.arch import Architecture
 from expertsmith.engine.layout import is_grouped, routing_of
 from expertsmith.engine.on_demand import Source, is_on_demand, parts
+from expertsmith.engine.stock import grouped_linear
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,13 @@ def grouped_outputs(experts: Any, x: torch.Tensor, token: torch.Tensor, expert: 
             rows = slice(*torch.searchsorted(expert, torch.tensor([held.start, held.stop], device=expert.device)).tolist())
             raw[rows] = grouped_outputs(part, x, token[rows], expert[rows] - held.start)
         return raw
-    from transformers.integrations.moe import _grouped_linear
-
     count = experts.num_experts
     ids = torch.arange(count, device=expert.device)
     offsets = torch.searchsorted(expert, ids, right=True, out_int32=True)  # counting them would wait for the device
 
     def linear(inputs: torch.Tensor, name: str) -> torch.Tensor:
         bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
-        product: torch.Tensor = _grouped_linear(
+        product: torch.Tensor = grouped_linear(
             inputs, getattr(experts, name), offsets, bias=bias, is_transposed=experts.is_transposed
         )
         return product
@@ -162,15 +161,13 @@ def hidden_of_all(experts: Any, x: torch.Tensor, count: int) -> torch.Tensor:
     (`is_grouped`)."""
     if is_on_demand(experts):
         return torch.cat([hidden_of_all(part, x, len(held)) for held, part in parts(experts)])
-    from transformers.integrations.moe import _grouped_linear
-
     size = x.shape[0]
     inputs = x.repeat(count, 1)
     expert = torch.arange(count, device=x.device).repeat_interleave(size)
     offsets = torch.arange(size, size * count + 1, size, device=x.device, dtype=torch.int32)
     name = "gate_up_proj" if experts.has_gate else "up_proj"
     bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
-    product = _grouped_linear(inputs, getattr(experts, name), offsets, bias=bias, is_transposed=experts.is_transposed)
+    product = grouped_linear(inputs, getattr(experts, name), offsets, bias=bias, is_transposed=experts.is_transposed)
     hidden: torch.Tensor = experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
     return hidden.reshape(count, size, -1)
 

@@ -1,21 +1,14 @@
-"""Build a model from a checkpoint, either resident or streamed layer by layer.
-
-This is the only module that touches transformers' loading helpers (`core_model_loading`, `conversion_mapping`), which are public by name
-but change between minor versions; `tests/surgery/test_families.py` holds them to bit-equality with `from_pretrained`.
-"""
+"""Build a model from a checkpoint, either resident or streamed layer by layer."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,16 +18,18 @@ from expertsmith.arch import Architecture, config_first, config_get, text_config
 from expertsmith.arch.base import MTP_PATTERN, roles_of
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.floats import Floats, filled, floats
+from expertsmith.engine.devices import Memory, choose_device, dtype_of, free_memory
 from expertsmith.engine.experts import install
 from expertsmith.engine.layout import experts_of, is_grouped
 from expertsmith.engine.mtp import Ahead, ahead_of, known_names, lengthen, why_not_played
 from expertsmith.engine.on_demand import Source, remove
 from expertsmith.engine.pages import own_pages, trim
+from expertsmith.engine.stock import Naming, ignored, naming, quietly, read_in, renamer
 from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
 from expertsmith.errors import UserError, install_line
 from expertsmith.experts.inventory import Inventory, take_inventory
 
-Memory = Literal["resident", "stream"]
+MOST_TOKENS, LEAST_TOKENS, BUFFER = 8192, 512, 16 * 2**20  # of a batch; bytes
 SHARE_OF_A_LAYER = 0.25  # of the free memory: what the experts of one decoder layer may take
 CHECKED_AT_ONCE = 2**22  # elements
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # safetensors' words
@@ -61,8 +56,7 @@ class LoadedModel:
     dtype: torch.dtype
     weights: Checkpoint  # what is loaded: the float view of a quantised checkpoint, else the checkpoint itself
     _groups: dict[int | None, list[str]] = field(default_factory=dict, repr=False)
-    _mapping: list[Any] = field(default_factory=list, repr=False)
-    _dtype_plan: dict[str, torch.dtype] = field(default_factory=dict, repr=False)
+    _naming: Naming | None = field(default=None, repr=False)
     _prefix: str = ""
     _checked: set[int] = field(default_factory=set, repr=False)
     _names: Mapping[str, str | None] = field(default_factory=dict)  # of multi-token prediction: what the module knows them as
@@ -90,6 +84,21 @@ class LoadedModel:
         """Decoder layers that have routed experts."""
         assert self.architecture is not None
         return [i for i, layer in enumerate(self.layers) if has_experts(layer, self.architecture)]
+
+    def batch_tokens(self, given: int | None) -> int:
+        """Tokens of a batch: `given`, or by default `MOST_TOKENS`. On a CPU the default is smaller: a buffer of all selected experts' outputs
+        should stay below `BUFFER`, so that memory is used again (`pages.kept_pages`), and an expert should get 128 tokens on average."""
+        if given is not None or self.device.type != "cpu" or self.architecture is None:
+            return given or MOST_TOKENS
+        arch, config = self.architecture, text_config(self.checkpoint.config)
+        keys = (arch.experts_key, arch.top_k_key, arch.expert_width_key, ("hidden_size", "d_model"))
+        found = [config_first(config, key) for key in keys]
+        experts, top_k, width, hidden = (
+            max(held[1]) if held and isinstance(held[1], list) else held[1] if held else 1 for held in found
+        )
+        fits = BUFFER // (4 * top_k * max(hidden, 2 * width))
+        wanted = min(MOST_TOKENS, max(fits, 128 * experts // top_k, LEAST_TOKENS))
+        return int(2 ** (int(wanted).bit_length() - 1))
 
     def whole(self) -> None:
         """From now on, have the experts of a layer in memory with it, whatever that takes: they are to be looked at or changed there."""
@@ -144,24 +153,19 @@ class LoadedModel:
 
     def _read_in(self, names: Sequence[str], where: str) -> None:
         """Tensors of the checkpoint into the module, through transformers' own renaming and fusing."""
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
+        assert self._naming is not None
         state = {self._names.get(name) or name: _Unread(self.weights, name) for name in names}
-        options = LoadStateDictConfig(
-            weight_mapping=deepcopy(self._mapping), dtype=self.dtype, dtype_plan=self._dtype_plan, device_map={"": self.device}
-        )
-        with quietly(), _one_by_one(), own_pages():
-            info, _ = convert_and_load_state_dict_in_model(self.module, state, options)
-        _refuse_mismatched(info.mismatched_keys)
-        if info.conversion_errors:
-            if any(re.search(OUT_OF_MEMORY, str(text)) for text in info.conversion_errors.values()):
+        with own_pages():
+            outcome = read_in(self._naming, state, self.device)
+        _refuse_mismatched(outcome.mismatched)
+        if outcome.errors:
+            if any(re.search(OUT_OF_MEMORY, str(text)) for text in outcome.errors.values()):
                 raise UserError(
                     f"memory ran out while loading the tensors {where}",
                     "use a machine (or limit) with enough memory for one decoder layer",
                 )
             raise UserError(
-                f"tensors {where} could not be converted: {sorted(map(str, info.conversion_errors))[0]}",
+                f"tensors {where} could not be converted: {sorted(map(str, outcome.errors))[0]}",
                 "config.json and weights do not match, or a tensor has a wrong shape",
             )
 
@@ -190,21 +194,6 @@ class _Unread:
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         return self.checkpoint.read(self.name)
-
-
-@contextlib.contextmanager
-def _one_by_one() -> Iterator[None]:
-    """Keep transformers from reading ahead in threads: it would hold the whole layer before it fuses the first part."""
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def transformers_config(checkpoint: Checkpoint) -> Any:
@@ -262,7 +251,7 @@ def load_model(  # noqa: C901  (every way of loading, decided in one place)
     if memory == "resident" and checkpoint.converted:
         raise UserError("a pickle checkpoint is run with --memory stream only")
     target = torch.device(device)
-    chosen = _dtype(dtype, checkpoint)
+    chosen = dtype_of(dtype, checkpoint)
     weights = checkpoint if isinstance(checkpoint, Floats) else floats(checkpoint, WORDS.get(chosen, "F32"))
     if architecture is not None:
         weights = filled(weights, _never_used(weights, architecture))
@@ -407,8 +396,6 @@ def check_fits(checkpoint: Checkpoint, architecture: Architecture) -> None:
         UserError: a tensor that the class has no place for, that has another shape there, or that is missing.
     """
     from accelerate import init_empty_weights
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
 
     weights = floats(checkpoint)
     weights = filled(weights, _never_used(weights, architecture))
@@ -424,14 +411,13 @@ def check_fits(checkpoint: Checkpoint, architecture: Architecture) -> None:
         state = {
             name: torch.empty(weights.tensors[name].shape, device=meta) for names in loaded._groups.values() for name in names
         }
-        options = LoadStateDictConfig(weight_mapping=loaded._mapping, dtype=torch.float32, device_map={"": meta})
-        with quietly():
-            info, _ = convert_and_load_state_dict_in_model(module, state, options)
-        _refuse_mismatched(info.mismatched_keys)
-        if info.conversion_errors:
-            raise UserError(_first_line(Exception(sorted(map(str, info.conversion_errors.values()))[0])))
+        assert loaded._naming is not None
+        outcome = read_in(loaded._naming, state, meta)
+        _refuse_mismatched(outcome.mismatched)
+        if outcome.errors:
+            raise UserError(_first_line(Exception(sorted(map(str, outcome.errors.values()))[0])))
         tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - dict(module.named_parameters()).keys()
-        for name in sorted(info.missing_keys - tied):
+        for name in sorted(outcome.missing - tied):
             raise UserError(f"the checkpoint lacks {name}")
     except (UserError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         words = error.message if isinstance(error, UserError) else _first_line(error)
@@ -502,85 +488,6 @@ def has_experts(layer: nn.Module, architecture: Architecture) -> bool:
     return isinstance(node, nn.Module)
 
 
-def choose_memory(memory: str, checkpoints: Sequence[Checkpoint], device: torch.device, dtype: str = "auto") -> Memory:
-    """`auto` streams where the models together would take more than 70 % of the memory that is free now.
-
-    Raises:
-        UserError: another word than auto, resident or stream.
-    """
-    if memory == "resident":
-        return "resident"
-    if memory == "stream":
-        return "stream"
-    if memory != "auto":
-        raise UserError(f"memory is {memory!r}", "choose auto, resident or stream")
-    if any(checkpoint.converted for checkpoint in checkpoints):
-        return "stream"
-    free = free_memory(device)
-    need = sum(floats(entry).numel * torch.empty(0, dtype=_dtype(dtype, entry)).element_size() for entry in checkpoints)
-    return "resident" if need < 0.7 * free else "stream"
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a device may still give to this process."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return _free_memory()
-
-
-def _free_memory() -> int:
-    """Bytes of main memory that this process may still take: what the machine has free, less what a control group or a process limit leaves of it."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        with contextlib.suppress(OSError, ValueError):  # no such control group, or "max"
-            root = Path("/sys/fs/cgroup")
-            free = min(free, int((root / limit).read_text()) - int((root / used).read_text()))
-    with contextlib.suppress(ImportError):  # Windows has no limits of this kind
-        import resource
-
-        taken = psutil.Process().memory_info()
-        for kind, held in ((resource.RLIMIT_AS, taken.vms), (resource.RLIMIT_DATA, getattr(taken, "data", taken.rss))):
-            soft = resource.getrlimit(kind)[0]
-            if soft != resource.RLIM_INFINITY:
-                free = min(free, soft - held)
-    return max(0, free)
-
-
-def choose_device(device: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU.
-
-    Raises:
-        UserError: a device that torch does not have here.
-    """
-    if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device {device!r} is not supported", "use auto, cpu, cuda or cuda:0") from None
-    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"device {device!r} is not available: torch sees {torch.cuda.device_count()} GPUs", "use --device cpu")
-    return chosen
-
-
-def _dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
-    if name == "auto":
-        inner = text_config(checkpoint.config)
-        name = (
-            inner.get("dtype")
-            or inner.get("torch_dtype")
-            or checkpoint.config.get("dtype")
-            or checkpoint.config.get("torch_dtype")
-            or "float32"
-        )
-    value = getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(value, torch.dtype):
-        raise UserError(f"dtype {name!r} is not supported", "use auto, float32 or bfloat16")
-    return value
-
-
 def _group_names(loaded: LoadedModel) -> list[str]:
     """Sort the checkpoint's names by the decoder layer they load into (None: outside), by where transformers puts them.
 
@@ -589,16 +496,9 @@ def _group_names(loaded: LoadedModel) -> list[str]:
     Raises:
         UserError: a tensor that the model has no place for, though it is none of those that are known to be left out.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    module: Any = loaded.module
-    loaded._mapping = get_model_conversion_mapping(module, key_mapping(loaded.architecture))
-    loaded._dtype_plan = module._get_dtype_plan(loaded.dtype)
-    renamings = [entry for entry in loaded._mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in loaded._mapping if isinstance(entry, WeightConverter)]
-    targets = module.state_dict()
-    is_buffer = {name for name, _ in module.named_buffers()}
+    loaded._naming = naming(loaded.module, key_mapping(loaded.architecture), loaded.dtype)
+    to_module = renamer(loaded._naming)
+    is_buffer = {name for name, _ in loaded.module.named_buffers()}
     groups: dict[int | None, list[str]] = {}
     buffers = []
     left_out = _left_out(loaded)
@@ -606,14 +506,12 @@ def _group_names(loaded: LoadedModel) -> list[str]:
         known = loaded._names.get(name, name)
         if known is None:
             continue
-        renamed, _ = rename_source_key(known, renamings, converters, module.base_model_prefix, targets)
-        if renamed not in targets and known in targets:
-            renamed = known
-        if renamed not in targets:
+        renamed = to_module(known)
+        if renamed is None:
             if left_out(name):
                 continue
             raise UserError(
-                f"{type(module).__name__} has no parameter for {name} of {loaded.checkpoint.source}",
+                f"{type(loaded.module).__name__} has no parameter for {name} of {loaded.checkpoint.source}",
                 "config.json and weights do not match, or this checkpoint has unsupported parts; please report it",
             )
         if renamed in is_buffer:
@@ -630,7 +528,7 @@ def _left_out(loaded: LoadedModel) -> Callable[[str], bool]:
     """Whether the model correctly ignores a tensor: what the class itself declares, buffers that old versions
     saved, what the family's record names, layers after the last (multi-token prediction), and what is not the language model's."""
     record = loaded.architecture
-    declared = tuple(getattr(loaded.module, "_keys_to_ignore_on_load_unexpected", None) or ())
+    declared = ignored(loaded.module)
     if (
         text_config(loaded.checkpoint.config) is not loaded.checkpoint.config
         and loaded.config.get_text_config() is loaded.config
@@ -701,19 +599,3 @@ def _check_finite(
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Hold back transformers' progress bars, loading reports and warnings of layers with numbers of their own."""
-    from transformers.utils import logging
-
-    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

@@ -15,6 +15,7 @@ from typing import Any
 
 from expertsmith.arch import Architecture, families, record_of, refuse_without_class, text_config
 from expertsmith.engine.heads import KEY, PrunedAttention, PrunedHeads
+from expertsmith.engine.stock import own_class
 from expertsmith.errors import UserError
 
 SHIM = "modeling_expertsmith.py"
@@ -164,20 +165,10 @@ def stock_class(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):  # Mistral 4's causal LM is under the latter only
-        found = _own_class(auto, config)
+        found = own_class(auto, config)
         if found is not None:
             return found
     raise UserError(f"transformers has no causal LM for {type(config).__name__}")
-
-
-def _own_class(auto: Any, config: Any) -> Any | None:
-    """transformers' own class for a config, or None. Code of a checkpoint that was loaded in this process before is registered too."""
-    from transformers.models.auto.auto_factory import _get_model_class
-
-    if type(config) not in auto._model_mapping:
-        return None
-    found = _get_model_class(config, auto._model_mapping)
-    return found if found.__module__.startswith("transformers.") else None
 
 
 def has_pruned_attention(config: Any) -> bool:
@@ -300,7 +291,7 @@ def runs_as_a_whole(config: Any) -> bool:
     """Whether a transformers config is of a composite whose language model has no causal LM of its own."""
     from transformers import AutoModelForCausalLM
 
-    return config.get_text_config() is not config and _own_class(AutoModelForCausalLM, config) is None
+    return config.get_text_config() is not config and own_class(AutoModelForCausalLM, config) is None
 
 
 def causal_lm(config: Any) -> tuple[Any, Any]:
@@ -310,7 +301,7 @@ def causal_lm(config: Any) -> tuple[Any, Any]:
 
     if not is_uneven(config) and not has_pruned_attention(config):
         for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-            if _own_class(auto, config) is not None:
+            if own_class(auto, config) is not None:
                 return auto, config
         return AutoModelForCausalLM, config  # which says what is wrong
     inner, whole = config.get_text_config(), getattr(config, "quantization_config", None)

@@ -1,21 +1,22 @@
 """Carry batches through a model in lock-step: all batches through decoder layer 0, then all through layer 1, and so on.
 
-Each batch runs the model's own forward in its own greenlet; the forward pauses before every decoder layer. So masks,
-position embeddings and any state that a model hands from layer to layer are the model's own, and a layer's weights are needed once.
-Greenlets instead of threads: OpenMP would start a pool of workers for every thread.
+Each batch runs the model's own forward, which pauses before every decoder layer (`engine.pauses`). So masks, position embeddings and any
+state that a model passes from layer to layer are the model's own, and a layer's weights are needed once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
 
 from expertsmith.engine.loading import LoadedModel
+from expertsmith.engine.pages import kept_pages
+from expertsmith.engine.pauses import Lanes
 
 
 @dataclass
@@ -85,40 +86,36 @@ class Walk:
         self.after = after
         self.skip = skip
         self.restore = restore
-        self._runs: list[greenlet] = []
         self._results: dict[int, Any] = {}
-        self._driver: greenlet | None = None
-        self._current = -1  # the batch that runs
+        self._lanes = Lanes(self._forward, 0)  # one for each batch, made on entering
         self._trunk: dict[int, Any] = {}  # batch → what the last layer of the model's own returned
         self.side_state = False  # a layer left something for later layers outside of what it returned (shared key-value states)
-        self._guard = torch.no_grad()
+        self._guard = ExitStack()
 
     def __enter__(self) -> Walk:
-        self._driver = getcurrent()
-        self._guard.__enter__()
+        self._guard.enter_context(torch.no_grad())
+        if self.model.device.type == "cpu":
+            self._guard.enter_context(kept_pages())
         for index, layer in enumerate(self.doors):
             layer.forward = partial(self._enter_layer, index, type(layer).forward.__get__(layer))
-        self._runs = [greenlet(partial(self._forward, number), self._driver) for number in range(len(self.batches))]
+        self._lanes = Lanes(self._forward, len(self.batches))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for run in self._runs:
-            if not run.dead:
-                run.throw()
+        self._lanes.close()
         for index, layer in enumerate(self.doors):
             layer.__dict__.pop("forward", None)
             self.model.release(index)
-        self._runs.clear()
         self._results.clear()
         self._trunk.clear()
-        self._guard.__exit__(None, None, None)
+        self._guard.close()
 
     def layers(self, until: int | None = None) -> Iterator[int]:
         """Advance all batches layer by layer, up to and including decoder layer `until` (default: the last)."""
         if self._ahead:
             self.model.bring(0)
-        for number, run in enumerate(self._runs):
-            self._resume(number, run)  # up to the door of the first layer that runs
+        for number in range(len(self._lanes)):
+            self._resume(number)  # up to the door of the first layer that runs
         last = len(self.model.layers) - 1 if until is None else until
         for index in range(self.skip, last + 1):
             if not self._ahead:
@@ -131,15 +128,15 @@ class Walk:
 
     def outputs(self) -> Iterator[Any]:
         """The model's outputs, batch by batch, in order; each is forgotten once it is handed out."""
-        for number, run in enumerate(self._runs):
-            if not run.dead:
-                self._resume(number, run)
+        for number in range(len(self._lanes)):
+            if not self._lanes.ended(number):
+                self._resume(number)
             yield self._results.pop(number)
 
     def _pass(self, index: int) -> None:
         """All batches through decoder layer `index`, up to the door of the next."""
-        for number, run in enumerate(self._runs):
-            self._resume(number, run)
+        for number in range(len(self._lanes)):
+            self._resume(number)
 
     def _run(self, index: int, number: int, call: Callable[[], Any]) -> Any:
         """One batch through one decoder layer; `call` is the layer's forward with its arguments."""
@@ -149,22 +146,17 @@ class Walk:
         batch = self.batches[number]
         self._results[number] = self.model.module(**batch.inputs(self.model.device), use_cache=False)
 
-    def _resume(self, number: int, run: greenlet) -> None:
-        self._current = number
-        run.switch()
-
-    def _door(self) -> None:
-        assert self._driver is not None
-        self._driver.switch()
+    def _resume(self, number: int) -> None:
+        self._lanes.resume(number)
 
     def _enter_layer(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if index < self.skip:
             assert self.restore is not None
-            return self.restore(self._current)
+            return self.restore(self._lanes.current)
         if self.arrive:
-            self.arrive(index, self._current, *args)
-        self._door()
-        number = self._current
+            self.arrive(index, self._lanes.current, *args)
+        self._lanes.pause()
+        number = self._lanes.current
         if index == self.model.depth:
             kwargs, args = self._ahead_of(number, args, kwargs)
         if self.before:
@@ -177,7 +169,7 @@ class Walk:
         if self.after:
             self.after(index, number, out)
         if index == len(self.model.layers) - 1:
-            self._door()  # final norm and head run only when the outputs are asked for
+            self._lanes.pause()  # final norm and head run only when the outputs are asked for
         if index < self.model.depth:
             return out
         trunk = self._trunk.pop(number)

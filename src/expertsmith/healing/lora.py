@@ -21,7 +21,7 @@ from expertsmith.checkpoint import open_checkpoint
 from expertsmith.checkpoint.reader import TORCH_DTYPES
 from expertsmith.engine import LoadedModel
 from expertsmith.engine.layout import submodule
-from expertsmith.engine.loading import quietly
+from expertsmith.engine.stock import quietly
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory
 from expertsmith.experts.weights import FLOATS

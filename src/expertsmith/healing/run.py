@@ -19,7 +19,7 @@ from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.checkpoint.floats import Floats, floats, quantisation_of, refuse_unencodable
 from expertsmith.checkpoint.writer import prepare_target
 from expertsmith.engine import Batch, LoadedModel, load_model
-from expertsmith.engine.loading import Memory, choose_device, choose_memory
+from expertsmith.engine.devices import Memory, choose_device, choose_memory
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import Quality, measure
 from expertsmith.experts.inventory import Inventory, take_inventory

@@ -50,7 +50,7 @@ class HaltingWalk(Walk):
     def _run(self, index: int, number: int, call: Call) -> Any:
         if index in self.at:
             self._calls.append(call)
-            self._door()
+            self._lanes.pause()
             if number in self._ready:
                 return self._ready.pop(number)
         return call()

@@ -26,15 +26,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy.sparse import _sparsetools
 
 from expertsmith.errors import UserError
+from expertsmith.methods.counting import CHUNK, count_pairs
 
 Array = np.ndarray[Any, Any]
 BinRule = Literal["numpy2", "numpy1"]
 Precision = Literal["float32", "float64"]
 
-CHUNK = 1 << 17  # entries at a time: their codes (1 MB) stay in the cache beside the table of counts
 ALONE = 1 << 27  # entry pairs (about half a second) below which starting processes costs more than it saves
 
 MOST_BINS = 1 << 26  # half a GB of edges
@@ -169,17 +168,7 @@ def joint_counts(a: Codes, b: Codes) -> Array:
         index.sort()
         starts = np.flatnonzero(index[1:] != index[:-1]) + 1
         return np.diff(np.concatenate(([0], starts, [n])))
-    # scipy's conversion of coordinates to a dense table counts in place, in one pass and without an index of 8 bytes an entry: twice as fast
-    # as numpy.bincount, which also makes a table for each call. Its public form clears the table first.
-    counts = np.zeros(cells, np.int32 if n < 2**31 else np.int64)
-    chunk = min(n, CHUNK)
-    rows, columns, ones = np.empty(chunk, np.int32), np.empty(chunk, np.int32), np.ones(chunk, counts.dtype)
-    for start in range(0, n, chunk):
-        size = min(chunk, n - start)
-        rows[:size] = a.codes[start : start + size]
-        columns[:size] = b.codes[start : start + size]
-        _sparsetools.coo_todense(a.used, b.used, size, rows, columns, ones, counts, 0)
-    return counts
+    return count_pairs(a.codes, b.codes, (a.used, b.used))
 
 
 def _entropy(counts: Array, n: int) -> float:

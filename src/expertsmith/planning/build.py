@@ -46,7 +46,7 @@ class Job:
     work: Path | None = None
     resume: bool = True
     open: Callable[[], tuple[LoadedModel, TokenData]] | None = None
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None
     notes: list[str] = field(default_factory=list)
     tokens: CalibrationData | None = None
     mtp: Literal["keep", "drop"] = "keep"
@@ -436,7 +436,7 @@ def _by_search(job: Job) -> dict[int, LayerPlan]:
         choose,
         rules=job.rules,
         done=done,
-        batch_tokens=job.batch_tokens,
+        batch_tokens=model.batch_tokens(job.batch_tokens),
         max_tokens=job.values.get("tokens", 0),
         progress=job.progress,
         **named,

@@ -23,8 +23,8 @@ from expertsmith.checkpoint.code import code_files
 from expertsmith.checkpoint.floats import quantisation_of
 from expertsmith.checkpoint.writer import CHUNK, OutputTensor, chunks, read_into, words
 from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of, load_model
+from expertsmith.engine.devices import Memory
 from expertsmith.engine.layout import expert_count, experts_of, is_grouped, routing_of
-from expertsmith.engine.loading import Memory
 from expertsmith.engine.mtp import counted, why_not_played
 from expertsmith.engine.skipping import Rule, keep_slots, rescaled_weights, skipping
 from expertsmith.engine.uneven import SHIM

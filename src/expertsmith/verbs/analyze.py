@@ -18,7 +18,7 @@ from expertsmith.verbs.plan import model_and_tokens
 
 
 def _show(measures: Any, given: Mapping[str, Any]) -> None:
-    from expertsmith.analysis.terminal import show_measures
+    from expertsmith.views.analysis_table import show_measures
 
     show_measures(measures, Path(given["out"]))
 
@@ -137,7 +137,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
             tokens,
             rules={layer: inventory.rules_of(layer) for layer in inventory.layers},
             max_tokens=all_experts,
-            batch_tokens=given["batch_tokens"],
+            batch_tokens=loaded.batch_tokens(given["batch_tokens"]),
             seed=given["seed"],
             progress=progress,
         )

@@ -67,6 +67,5 @@ def calibrate(
     tokens = token_data(inventory.checkpoint.path, inventory.checkpoint.config, data, progress, **part(Text, given))
     loaded = open_model(inventory, progress, mtp=True, **part(Running, given))
     extras = Extras(output_sum, all_outputs, sample_tokens, given["seed"])
-    return collect(
-        loaded, tokens, Path(out), batch_tokens=given["batch_tokens"], extras=extras, resume=given["resume"], progress=progress
-    )
+    size = loaded.batch_tokens(given["batch_tokens"])
+    return collect(loaded, tokens, Path(out), batch_tokens=size, extras=extras, resume=given["resume"], progress=progress)

@@ -16,9 +16,10 @@ from expertsmith.verbs.plan import plan
 
 
 def _show(found: Any, given: Mapping[str, Any]) -> None:
-    from expertsmith.comparison.terminal import show_comparison
+    from expertsmith.comparison.results import displayed
+    from expertsmith.views.comparison_table import show_comparison
 
-    show_comparison(found, Path(given["out"]))
+    show_comparison(displayed(found), Path(given["out"]))
 
 
 @verb(FLOW, show=_show)

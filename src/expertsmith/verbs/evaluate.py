@@ -111,7 +111,8 @@ def evaluate(
     """
     from expertsmith.arch import record_of
     from expertsmith.comparison.judging import asking
-    from expertsmith.engine.loading import choose_device, choose_memory, load_model
+    from expertsmith.engine.devices import choose_device, choose_memory
+    from expertsmith.engine.loading import load_model
     from expertsmith.evaluation.quality import Quality, measure
     from expertsmith.surgery.mask import in_force
 

@@ -85,7 +85,7 @@ def heal(
         method,
         chosen,
         Path(out),
-        given["batch_tokens"],
+        given["batch_tokens"] or Job.batch_tokens,
         requantise=requantise,
         resume=resume,
         overwrite=overwrite,

@@ -184,7 +184,7 @@ class Text(Drawing, total=False):
         Literal["refuse", "truncate", "drop"],
         Opt("A record longer than the window, without packing: refuse, truncate or drop.", default="refuse"),
     ]
-    batch_tokens: Annotated[int, Opt("Tokens per batch.", least=1, default=8192)]
+    batch_tokens: Annotated[int | None, Opt("Tokens per batch. Default: 8192; fewer on a CPU.", least=1, default=None)]
 
 
 class Calibration(Text, Running, total=False):

@@ -105,7 +105,7 @@ def skip(
             notes = apply(inventory, made, pruned, progress=progress)
         loaded = open_model(inventory if plan is None else take_inventory(open_checkpoint(pruned)), progress, **run)
         found = thresholds(
-            collect_ratios(loaded, tokens, batch_tokens=given["batch_tokens"], progress=progress),
+            collect_ratios(loaded, tokens, batch_tokens=loaded.batch_tokens(given["batch_tokens"]), progress=progress),
             rule,
             statistic=statistic,
             quantile=0.5 if quantile is None else quantile,

@@ -48,7 +48,7 @@ def verify(
         tokens: how many tokens to compare on, about.
         tolerance: largest difference allowed, relative to the largest reference value of the same layer (and of the logits).
     """
-    from expertsmith.engine.loading import choose_device, choose_memory
+    from expertsmith.engine.devices import choose_device, choose_memory
     from expertsmith.surgery import verify as proof
 
     progress = given["progress"]

@@ -1,4 +1,4 @@
-"""comparison.svg: quality over size as a static plot, light and dark, without scripts."""
+"""Pictures as SVG, light and dark, without scripts: quality over size of a comparison."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from expertsmith.comparison.cells import BASELINE
-from expertsmith.comparison.results import label, shown, title
+from expertsmith.views.wording import label, title
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 500, 62, 236, 44, 52
 LIGHT = ("#3457c9", "#d9731a", "#2b8a5c", "#a04bc4", "#c2384a", "#0e8a9c", "#9c7a10", "#4b5568")
@@ -21,8 +20,8 @@ def series_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     several = len({group["budget"] for group in found["groups"]}) > 1
     for group in found["groups"]:
-        for row in shown(group):
-            chance = row["method"] == BASELINE
+        for row in group["rows"]:
+            chance = bool(row["draws"])
             name = label(row) + (f", {group['budget']}" if several else "")
             entry = lines.setdefault((name, group["budget"]), {"name": name, "random": chance, "points": [], "said": []})
             entry["points"].append([row["bytes"][1] / row["bytes"][0], row["rise"]["mean"][0], *row["rise"].get("range", ())])

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expertsmith.comparison.results import cells, columns, heading, original_cells, sentences, shown
 from expertsmith.views import show
+from expertsmith.views.wording import cells, columns, heading, original_cells, sentences
 
 
 def show_comparison(found: Mapping[str, Any], out: Path) -> None:
     """A table a ratio and budget, best first, then what they say."""
     for group in found["groups"]:
-        rows = shown(group)
+        rows = group["rows"]
         table = show.table_of(*columns(found, rows), title=heading(group, rows))
         table.columns[0].overflow = "fold"
         for column in table.columns[1:]:

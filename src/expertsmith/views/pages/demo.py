@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from expertsmith.calibration.stats import Statistics
+if TYPE_CHECKING:
+    from expertsmith.calibration.stats import Statistics
 
 PALETTE = ("#4269d0", "#ff9f43", "#8a929e", "#3ca951", "#a463f2", "#e15759")
 STYLE = """

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from expertsmith.analysis.folder import MEASURES, PAGE
 from expertsmith.views.show import escape, line, table_of
 
 COLOURS = {"supported": "green", "partly": "yellow", "not supported": "red", "not testable": "dim"}
@@ -38,7 +37,7 @@ def show_measures(measures: Mapping[str, Any], out: Path) -> None:
         line(f"              {escape(found['text'])}")
     for note in measures["notes"]:
         line(f"[yellow]note[/yellow] {escape(note)}")
-    line(f"[bold]{escape(str(out / PAGE))}[/bold]  (numbers: {escape(str(out / MEASURES))})")
+    line(f"[bold]{escape(str(out / 'report.html'))}[/bold]  (numbers: {escape(str(out / 'measures.json'))})")
 
 
 def _at(row: Mapping[str, Any], path: tuple[str, ...]) -> Any:

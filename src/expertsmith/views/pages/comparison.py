@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
-from expertsmith.analysis.page import asset, embedded, filled, plotly
-from expertsmith.comparison.cells import BASELINE
-from expertsmith.comparison.results import Row, cells, columns, heading, how, label, original_cells, sentences, shown, title
+from expertsmith.views.pages import asset, embedded, filled, plotly
+from expertsmith.views.wording import Row, cells, columns, heading, how, label, original_cells, sentences, title
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -18,24 +16,20 @@ def page(found: Mapping[str, Any]) -> str:
     parts = {
         "TITLE": escape(f"{name}: methods side by side"),
         "NAME": escape(name),
-        "STYLE": asset("page.css") + _asset("compare.css"),
+        "STYLE": asset("page.css") + asset("compare.css"),
         "SUMMARY": "".join(f"<p>{escape(text)}</p>" for text in sentences(found)),
         "TABLES": "".join(_table(group, found) for group in found["groups"]),
         "NOTES": "".join(f"<li>{escape(text)}</li>" for text in (*how(found), *found["notes"])),
         "MADE_BY": escape(found["made_by"]),
         "DATA": embedded(_data(found)),
         "PLOTLY": plotly(),
-        "SCRIPT": asset("theme.js") + _asset("compare.js"),
+        "SCRIPT": asset("theme.js") + asset("compare.js"),
     }
-    return filled(_asset("compare.html"), parts)
-
-
-def _asset(name: str) -> str:
-    return files("expertsmith.comparison").joinpath("assets", name).read_text(encoding="utf-8")
+    return filled(asset("compare.html"), parts)
 
 
 def _table(group: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    rows = shown(group)
+    rows = group["rows"]
     head = "".join(f"<th>{escape(text)}</th>" for text in columns(found, rows))
     lines = ['<tr class="original">' + "".join(f"<td>{escape(text)}</td>" for text in original_cells(found, rows)) + "</tr>"]
     for row in rows:
@@ -52,14 +46,10 @@ def _data(found: Mapping[str, Any]) -> dict[str, Any]:
     lines: dict[str, dict[str, Any]] = {}
     several = len({group["budget"] for group in found["groups"]}) > 1
     for group in found["groups"]:
-        for row in shown(group):
+        for row in group["rows"]:
             name = label(row) + (f", {group['budget']}" if several else "")
-            chance = row["method"] == BASELINE
-            drawn = [
-                held for held in group["rows"] if held["method"].startswith(f"{BASELINE}:") and held["heal"] == row["heal"]
-            ]
-            line = lines.setdefault(name, {"name": name, "random": chance, "points": []})
-            line["points"].append(_point(row, title(group), found, drawn if chance else ()))
+            line = lines.setdefault(name, {"name": name, "random": bool(row["draws"]), "points": []})
+            line["points"].append(_point(row, title(group), found, row["draws"]))
     for line in lines.values():
         line["points"].sort(key=lambda point: point["share"])
     order = sorted(lines.values(), key=lambda line: -line["points"][0]["values"]["mean"])

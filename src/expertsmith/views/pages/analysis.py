@@ -6,12 +6,12 @@ their lower triangles.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from expertsmith.views.pages import asset, embedded, filled, plotly
 
 SYMMETRIC = {"router_cosine", "matrix_cosine", "neuron_cosine", "output_angular", "activation_cosine", "coselection_lift"}
 UNSHOWN = {"output_cosine", "definitions", "effective_rank_error", "fingerprint", "trends"}
@@ -44,26 +44,6 @@ def page(measures: Mapping[str, Any]) -> str:
     return filled(asset("page.html"), parts)
 
 
-def filled(template: str, parts: Mapping[str, str]) -> str:
-    """A template with {{NAME}} replaced by parts["NAME"]."""
-    head, *rest = template.split("{{")
-    made = [head]
-    for piece in rest:  # one pass, so that nothing inside the data is taken for a placeholder
-        key, _, tail = piece.partition("}}")
-        made += [parts[key], tail]
-    return "".join(made)
-
-
-def embedded(value: Any) -> str:
-    """JSON that is safe inside a script element."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def plotly() -> str:
-    """plotly.js, safe inside a script element."""
-    return asset("plotly-cartesian.min.js").replace("</script", "<\\/script")
-
-
 def compact(value: Any, key: str = "") -> Any:
     """The measures as the page needs them."""
     if isinstance(value, float):
@@ -76,11 +56,6 @@ def compact(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
         return {name: compact(entry, name) for name, entry in value.items() if name not in UNSHOWN}
     return value
-
-
-def asset(name: str) -> str:
-    """A file of `assets/`."""
-    return files("expertsmith.analysis").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _verdict(found: Mapping[str, Any]) -> str:

@@ -1,0 +1,101 @@
+"""Where a model runs: the device, its free memory, whether the model fits, and the dtype."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from expertsmith.arch import text_config
+from expertsmith.checkpoint import Checkpoint
+from expertsmith.checkpoint.floats import floats
+from expertsmith.errors import UserError
+
+Memory = Literal["resident", "stream"]
+
+
+def choose_memory(memory: str, checkpoints: Sequence[Checkpoint], device: torch.device, dtype: str = "auto") -> Memory:
+    """`auto` streams where the models together would take more than 70 % of the memory that is free now.
+
+    Raises:
+        UserError: another word than auto, resident or stream.
+    """
+    if memory == "resident":
+        return "resident"
+    if memory == "stream":
+        return "stream"
+    if memory != "auto":
+        raise UserError(f"memory is {memory!r}", "choose auto, resident or stream")
+    if any(checkpoint.converted for checkpoint in checkpoints):
+        return "stream"
+    free = free_memory(device)
+    need = sum(floats(entry).numel * torch.empty(0, dtype=dtype_of(dtype, entry)).element_size() for entry in checkpoints)
+    return "resident" if need < 0.7 * free else "stream"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device may still give to this process."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return _free_memory()
+
+
+def _free_memory() -> int:
+    """Bytes of main memory that this process may still take: what the machine has free, less what a control group or a process limit leaves of it."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # no such control group, or "max"
+            root = Path("/sys/fs/cgroup")
+            free = min(free, int((root / limit).read_text()) - int((root / used).read_text()))
+    with contextlib.suppress(ImportError):  # Windows has no limits of this kind
+        import resource
+
+        taken = psutil.Process().memory_info()
+        for kind, held in ((resource.RLIMIT_AS, taken.vms), (resource.RLIMIT_DATA, getattr(taken, "data", taken.rss))):
+            soft = resource.getrlimit(kind)[0]
+            if soft != resource.RLIM_INFINITY:
+                free = min(free, soft - held)
+    return max(0, free)
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU.
+
+    Raises:
+        UserError: a device that torch does not have here.
+    """
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device {device!r} is not supported", "use auto, cpu, cuda or cuda:0") from None
+    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device {device!r} is not available: torch sees {torch.cuda.device_count()} GPUs", "use --device cpu")
+    return chosen
+
+
+def dtype_of(name: str, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of a name; `auto` is that of config.json.
+
+    Raises:
+        UserError: torch has no such dtype.
+    """
+    if name == "auto":
+        inner = text_config(checkpoint.config)
+        name = (
+            inner.get("dtype")
+            or inner.get("torch_dtype")
+            or checkpoint.config.get("dtype")
+            or checkpoint.config.get("torch_dtype")
+            or "float32"
+        )
+    value = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(value, torch.dtype):
+        raise UserError(f"dtype {name!r} is not supported", "use auto, float32 or bfloat16")
+    return value

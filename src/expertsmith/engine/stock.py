@@ -1,0 +1,143 @@
+"""transformers' inner loading helpers and kernels: the only file that uses them.
+
+Why: `from_pretrained` loads a whole model. Streaming needs the same renaming, fusing and dtypes for the tensors of one decoder layer, and statistics
+need the same grouped matrix product as the model's own forward, bit for bit. These helpers are private, or public but changed between minor
+versions (`core_model_loading`, `conversion_mapping`). What would replace it: a public way to load some tensors of a checkpoint into a module.
+`tests/surgery/test_families.py` holds the results to bit-equality with `from_pretrained`, and `make test-newest` tries the newest release.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Naming:
+    """How names and dtypes of a checkpoint become those of a module."""
+
+    module: Any
+    mapping: list[Any]
+    dtype: torch.dtype
+    dtype_plan: dict[str, torch.dtype]
+
+
+@dataclass
+class Outcome:
+    """What went wrong while tensors were loaded: names and shapes that differ, conversions that failed, names that were not given."""
+
+    mismatched: list[Any]
+    errors: dict[str, Any]
+    missing: set[str]
+
+
+def naming(module: Any, key_mapping: Mapping[str, str], dtype: torch.dtype) -> Naming:
+    """The names of a model's class.
+
+    Args:
+        key_mapping: regexes of names, and what they become first.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return Naming(module, get_model_conversion_mapping(module, dict(key_mapping)), dtype, module._get_dtype_plan(dtype))
+
+
+def renamer(naming: Naming) -> Callable[[str], str | None]:
+    """A function from a name of the checkpoint to the parameter or buffer that it loads into, or is a part of; None: to none."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in naming.mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in naming.mapping if isinstance(entry, WeightConverter)]
+    targets = naming.module.state_dict()
+
+    def renamed(name: str) -> str | None:
+        found: str = rename_source_key(name, renamings, converters, naming.module.base_model_prefix, targets)[0]
+        return next((place for place in (found, name) if place in targets), None)
+
+    return renamed
+
+
+def read_in(naming: Naming, state: Mapping[str, Any], device: torch.device) -> Outcome:
+    """Load tensors into the module, renamed, fused and converted as `from_pretrained` does it.
+
+    Args:
+        state: name → tensor, or an object whose `[...]` is the tensor: then it is read when it is taken.
+    """
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    options = LoadStateDictConfig(
+        weight_mapping=deepcopy(naming.mapping), dtype=naming.dtype, dtype_plan=naming.dtype_plan, device_map={"": device}
+    )
+    with quietly(), _one_by_one():
+        info, _ = convert_and_load_state_dict_in_model(naming.module, dict(state), options)
+    return Outcome(list(info.mismatched_keys), dict(info.conversion_errors), set(info.missing_keys))
+
+
+def grouped_linear(
+    inputs: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool
+) -> torch.Tensor:
+    """inputs [S, in] times the weight of each row's group, by one grouped matrix product: [S, out].
+
+    Args:
+        weight: [groups, out, in], or [groups, in, out] where `is_transposed`.
+        ends: [groups] int32, where each group's rows end.
+        bias: [S, out], of each row.
+    """
+    from transformers.integrations.moe import _grouped_linear
+
+    product: torch.Tensor = _grouped_linear(inputs, weight, ends, bias=bias, is_transposed=is_transposed)
+    return product
+
+
+def own_class(auto: Any, config: Any) -> Any | None:
+    """transformers' own class for a config, or None. Code of a checkpoint that was loaded in this process before is registered too."""
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    if type(config) not in auto._model_mapping:
+        return None
+    found = _get_model_class(config, auto._model_mapping)
+    return found if found.__module__.startswith("transformers.") else None
+
+
+def ignored(module: nn.Module) -> tuple[str, ...]:
+    """Regexes of names in a checkpoint that the class itself does without."""
+    return tuple(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ())
+
+
+@contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Keep transformers from reading ahead in threads: it would hold the whole layer before it fuses the first part."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Hide transformers' progress bars, loading reports and warnings about layers with numbers of their own."""
+    from transformers.utils import logging
+
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,33 @@
+"""HTML pages that work offline: one file each, with style, script and plotly.js inside. Content is plain data, as the JSON beside a page has it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+
+def filled(template: str, parts: Mapping[str, str]) -> str:
+    """A template with {{NAME}} replaced by parts["NAME"]."""
+    head, *rest = template.split("{{")
+    made = [head]
+    for piece in rest:  # one pass, so that nothing inside the data is taken for a placeholder
+        key, _, tail = piece.partition("}}")
+        made += [parts[key], tail]
+    return "".join(made)
+
+
+def embedded(value: Any) -> str:
+    """JSON that is safe inside a script element."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def plotly() -> str:
+    """plotly.js, safe inside a script element."""
+    return asset("plotly-cartesian.min.js").replace("</script", "<\\/script")
+
+
+def asset(name: str) -> str:
+    """A file of `assets/`."""
+    return files(__name__).joinpath("assets", name).read_text(encoding="utf-8")

@@ -1,0 +1,169 @@
+"""What a comparison says in words: headings, cells, sentences, Markdown. The page, the table and the picture show these.
+
+`found` is comparison.json as `comparison.results.displayed` gives it: in each group, `rows` to show, with the draws of `random` as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from expertsmith.views.show import byte_count, count
+
+Row = Mapping[str, Any]
+WORSE = "†"
+
+
+def title(group: Mapping[str, Any]) -> str:
+    """ "Keep 0.5", "Keep 0.5, budget global", "Thresholds of the methods"."""
+    if group["keep"] is None:
+        return "Thresholds of the methods"
+    share = f"Keep {group['keep']:g}" if isinstance(group["keep"], float) else f"Keep {group['keep']} experts per layer"
+    return share if group["budget"] == "uniform" else f"{share}, budget {group['budget']}"
+
+
+def label(row: Row) -> str:
+    """Method and healing of a row."""
+    return str(row["name"]) if row["heal"] is None else f"{row['name']} + {row['heal']}"
+
+
+def sizes(row: Row) -> list[str]:
+    """Experts, parameters and bytes that are left."""
+    before, after = row["bytes"]
+    experts = f"{row['experts'][1]} of {row['experts'][0]}"
+    return [experts, count(row["parameters"][1]), f"{byte_count(after)} ({100 * after / before:.0f} %)"]
+
+
+def alike(rows: Sequence[Row]) -> bool:
+    """Whether all rows have the same size, which is then shown in the title."""
+    return len({(*row["experts"], *row["parameters"], *row["bytes"]) for row in rows}) == 1
+
+
+def heading(group: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """`title`, and the size if it is that of all rows."""
+    if not alike(rows):
+        return title(group)
+    experts, parameters, held = sizes(rows[0])
+    return f"{title(group)}: {experts} experts, {parameters} parameters, {held}"
+
+
+def columns(found: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+    """The table's head."""
+    size = [] if alike(rows) else ["experts", "parameters", "bytes"]
+    return [
+        "method",
+        *size,
+        *found["original"]["domains"],
+        "mean increase ± se",
+        "KL",
+        "top-1",
+        *_task_names(found),
+        "plan s",
+        "memory",
+    ]
+
+
+def _task_names(found: Mapping[str, Any]) -> list[str]:
+    return list(found["original"].get("tasks", {}))
+
+
+def original_cells(found: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+    """The first line: the model as it is."""
+    held = found["original"]
+    size = [] if alike(rows) else [str(held["experts"]), count(held["parameters"]), byte_count(held["bytes"])]
+    scores = [f"{value:.3f}" for value in held.get("tasks", {}).values()]
+    return [
+        "the original",
+        *size,
+        *(f"{row['perplexity']:.2f}" for row in held["domains"].values()),
+        "0",
+        "0",
+        "100 %",
+        *scores,
+        "",
+        "",
+    ]
+
+
+def cells(row: Row, found: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, bool]]:
+    """A row's texts, and whether each is the best of its column among `rows`; a row that is worse than chance has a mark behind its name."""
+
+    def of(path: Sequence[str | int], entry: Any) -> float:
+        for key in path:
+            entry = entry[key]
+        return float(entry)
+
+    def judged(text: str, *path: str | int, highest: bool = False) -> tuple[str, bool]:
+        return text, of(path, row) == (max if highest else min)(of(path, entry) for entry in rows)
+
+    quality, (rise, error), took = row["quality"], row["rise"]["mean"], row["planning"]
+    spread = f" ± {error:.3f}" if error is not None else f" [{row['rise']['range'][0]:.3f}, {row['rise']['range'][1]:.3f}]"
+    memory = byte_count(took["memory"]) + (f" + {byte_count(took['cuda_memory'])} GPU" if took.get("cuda_memory") else "")
+    name = label(row) + (f" {WORSE}" if row["worse_than_random"] else "")
+    return [
+        (name, False),
+        *((text, False) for text in (() if alike(rows) else sizes(row))),
+        *(
+            judged(f"{quality['domains'][name]['perplexity']:.2f}", "quality", "domains", name, "perplexity")
+            for name in found["original"]["domains"]
+        ),
+        judged(f"{rise:+.3f}{spread}", "rise", "mean", 0),
+        judged(f"{quality['mean']['kl']:.3f}", "quality", "mean", "kl"),
+        judged(f"{100 * quality['mean']['top1_agreement']:.1f} %", "quality", "mean", "top1_agreement", highest=True),
+        *(judged(f"{row['tasks'][name]:.3f}", "tasks", name, highest=True) for name in _task_names(found)),
+        (f"{took['seconds']:.2f}", False),
+        (memory, False),
+    ]
+
+
+def sentences(found: Mapping[str, Any]) -> list[str]:
+    """What the tables say, in a sentence a group."""
+    made = []
+    for group in found["groups"]:
+        rows = group["rows"]
+        first, (rise, error) = rows[0], rows[0]["rise"]["mean"]
+        text = (
+            f"{title(group)}: {label(first)} has the smallest loss increase, {rise:+.3f}"
+            + ("" if error is None else f" ± {error:.3f}")
+            + " nats per token"
+        )
+        chance = next((entry for entry in group["random"] if entry["heal"] is None), None)
+        if chance:
+            text += f"; random draws {chance['mean']:+.3f} [{chance['least']:.3f}, {chance['largest']:.3f}]"
+            worse = sum(bool(row["worse_than_random"]) for row in rows if row["heal"] is None)
+            text += f", {worse} of {sum(row['heal'] is None for row in rows) - 1} methods are worse than their mean"
+        made.append(text + ".")
+    return made
+
+
+def how(found: Mapping[str, Any]) -> list[str]:
+    """What was measured, and how to make a cell again."""
+    calibration, heldout = found["calibration"], found["heldout"]
+    chosen = "Experts chosen without text"
+    if calibration:
+        took = f"; one pass for all statistics took {calibration['seconds']:.1f} s" if "seconds" in calibration else ""
+        chosen = f"Experts chosen on {sum(calibration['tokens'].values()):,} tokens ({', '.join(calibration['tokens'])}){took}"
+    return [
+        f"{chosen}; evaluated on {sum(heldout['tokens'].values()):,} predicted tokens of held-out text, dtype {found['dtype']}.",
+        "Perplexity by domain; mean increase: loss minus the original's in nats per token, mean over domains, with the paired standard error over sequences (random: [least, "
+        "largest draw]); KL(original ‖ compressed) in nats; top-1: share of tokens with the same most probable next token.",
+        "plan s and memory are for planning alone: seconds, and additional bytes of the process. If a method measures weights, "
+        "only its first cell does so, once for all ratios.",
+        f"Bold: best of its column. {WORSE}: worse than the mean of the random draws. `expertsmith apply MODEL plans/NAME.json -o OUT` writes any of these models.",
+    ]
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """comparison.md: the picture, a table a group, and how it was measured."""
+    lines = ["![quality over size](comparison.svg)", "", *(f"- {text}" for text in sentences(found)), ""]
+    for group in found["groups"]:
+        rows = group["rows"]
+        head = columns(found, rows)
+        bold = [[f"**{text}**" if best else text for text, best in cells(row, found, rows)] for row in rows]
+        lines += [f"**{heading(group, rows)}**", "", _line(head), "|" + "---|" * len(head)]
+        lines += [_line(original_cells(found, rows)), *map(_line, bold), ""]
+    return "\n".join([*lines, *(f"{text}\n" for text in how(found)), *(f"- Note: {note}" for note in found["notes"])]) + "\n"
+
+
+def _line(texts: Iterable[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
