@@ -21,6 +21,7 @@ import expertsmith.demo  # noqa: F401
 from expertsmith.errors import UsageError, UserError
 from expertsmith.verbs.definition import MISSING, VERBS, Option, Verb
 from expertsmith.views import show
+from expertsmith.views.encoding import show_on_any_terminal
 from expertsmith.views.progress import Bar, Silent
 
 ORDER = [
@@ -191,6 +192,7 @@ for _name in ORDER:
 
 def main() -> None:
     """Run the command line. A user's mistake ends in one line and exit code 2; `--debug` shows where it came from."""
+    show_on_any_terminal()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
