@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import errno
 import inspect
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import NoneType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
@@ -93,6 +94,10 @@ def command(verb: Verb) -> Callable[..., None]:
                 result = now.function(**given, **bar)
             except UsageError as error:
                 raise typer.BadParameter(str(error)) from None
+            except KeyboardInterrupt:
+                if rank == 0:
+                    print(_interrupted(now, given), file=sys.stderr)
+                raise typer.Exit(130) from None
         if rank > 0:
             return
         if as_json:
@@ -114,6 +119,16 @@ def command(verb: Verb) -> Callable[..., None]:
     run.__annotations__ = {entry.name: entry.annotation for entry in parameters}
     run.__name__, run.__doc__ = verb.name, verb.doc
     return run
+
+
+def _interrupted(verb: Verb, given: Mapping[str, Any]) -> str:
+    """What an interrupted command leaves, and the command that goes on."""
+    with suppress(UserError):  # a recipe that cannot be read any more
+        again = shlex.join(["expertsmith", *(word for word in sys.argv[1:] if word != "--fresh")])
+        kept = [str(place) for place in dict.fromkeys(verb.keeps(given)) if place.exists()]
+        if kept:
+            return f"interrupted; what is finished is kept in {', '.join(kept)}\nto go on: {again}"
+    return "interrupted; nothing was kept, and no unfinished output is left"
 
 
 def _ranks(verb: Verb, device: Any) -> Any:

@@ -12,7 +12,7 @@ from expertsmith.calibration.opening import beside, inventory_of
 from expertsmith.errors import UserError
 from expertsmith.verbs.apply import apply
 from expertsmith.verbs.calibrate import calibrate
-from expertsmith.verbs.definition import FLOW, Opt, verb
+from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.evaluate import evaluate
 from expertsmith.verbs.heal import heal as heal_model
 from expertsmith.verbs.options import (
@@ -66,6 +66,7 @@ def _show(result: Any, given: Mapping[str, Any]) -> None:
     show=_show,
     plain=lambda result, given: {**result, "plan": result["plan"].to_json(), "verify": result["verify"].to_json()},
     passed=lambda result: result["verify"].passed,
+    keeps=out_and("stats", "measured", "healing"),
 )
 def compress(
     model: Named,

@@ -14,7 +14,7 @@ from functools import cached_property, wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from expertsmith.calibration.opening import opened_as
+from expertsmith.calibration.opening import beside, opened_as
 from expertsmith.checkpoint import pinned
 from expertsmith.registry import unknown
 from expertsmith.views.progress import Silent
@@ -71,8 +71,8 @@ class Option:
 class Verb:
     """A function as a command.
 
-    `show(result, given)` prints what it returned, `plain` makes JSON of it, and `passed` says whether the exit code is 0. `ranks`: it runs
-    under torchrun. Options `python_only` are not the command line's.
+    `show(result, given)` prints what it returned, `plain` makes JSON of it, and `passed` says whether the exit code is 0. `keeps`: where an
+    interrupted run leaves what the next one goes on from. `ranks`: it runs under torchrun.
     """
 
     name: str
@@ -81,6 +81,7 @@ class Verb:
     show: Callable[[Any, Mapping[str, Any]], None]
     plain: Callable[[Any, Mapping[str, Any]], Any]
     passed: Callable[[Any], bool]
+    keeps: Callable[[Mapping[str, Any]], list[Path]]
     ranks: bool = False
     options: tuple[Option, ...] = field(default=())
 
@@ -190,6 +191,16 @@ def filled(function: F, headers_only: bool = False) -> F:
     return run  # type: ignore[return-value]
 
 
+def out_and(*suffixes: str) -> Callable[[Mapping[str, Any]], list[Path]]:
+    """`Verb.keeps` of a verb that works in `<out>.<suffix>`; "" is its output itself."""
+
+    def places(given: Mapping[str, Any]) -> list[Path]:
+        out = given.get("out")
+        return [] if out is None else [beside(out, suffix) if suffix else Path(out) for suffix in suffixes]
+
+    return places
+
+
 def verb(
     panel: str,
     *,
@@ -197,6 +208,7 @@ def verb(
     show: Callable[[Any, Mapping[str, Any]], None],
     plain: Callable[[Any, Mapping[str, Any]], Any] = lambda result, given: result,
     passed: Callable[[Any], bool] = lambda result: True,
+    keeps: Callable[[Mapping[str, Any]], list[Path]] = lambda given: [],
     ranks: bool = False,
     headers_only: bool = False,
 ) -> Callable[[F], F]:
@@ -205,7 +217,7 @@ def verb(
     def register(function: F) -> F:
         made = filled(function, headers_only)
         title = name or function.__name__
-        VERBS[title] = Verb(title, panel, made, show, plain, passed, ranks, options_of(function))
+        VERBS[title] = Verb(title, panel, made, show, plain, passed, keeps, ranks, options_of(function))
         return made
 
     return register
