@@ -17,7 +17,7 @@ import numpy as np
 from expertsmith.arch import config_get, text_config
 from expertsmith.checkpoint.code import code_notes, drop_auto_map
 from expertsmith.checkpoint.floats import SIDE_FILES, Floats, floats, quantisation_of, refuse_unencodable, source_of
-from expertsmith.checkpoint.writer import MAX_SHARD, Made, OutputTensor, Piece, prepare_target, write_checkpoint
+from expertsmith.checkpoint.writer import MAX_SHARD, Made, OutputTensor, Piece, left_behind, prepare_target, write_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import MTP_KEYS, Claim, Inventory, take_inventory
 from expertsmith.experts.rules import Rules, groups_of
@@ -334,7 +334,7 @@ def apply_plan(  # noqa: C901  (a note a circumstance)
     if plan.skip is not None:
         notes.append(SKIPS)
     config = output_config(plan, inventory, pad)
-    notes += code_notes(inventory.checkpoint.path, inventory.checkpoint.config, config)
+    notes += code_notes(inventory.checkpoint.path, inventory.checkpoint.config, config) + left_behind(inventory.checkpoint)
     counts = trunk_counts(plan)
     code = code_for(dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory)
     own = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps()}

@@ -107,7 +107,7 @@ def compress(
     """
     from expertsmith.calibration.spec import refuse_missing
     from expertsmith.checkpoint.writer import prepare_target
-    from expertsmith.surgery.card import model_card, quality_line
+    from expertsmith.surgery.card import model_card
 
     progress = given["progress"]
     seconds: dict[str, float] = {}
@@ -186,7 +186,7 @@ def compress(
                 **quiet,
             ).to_json()
         quality["held_out"] = bool(eval_data)
-        card = model_card(made, inventory, notes, quality_line(quality))
+        card = model_card(made, inventory, notes, quality)
         if report is not None:
             from expertsmith.healing.run import healed_card
 
