@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from expertsmith.errors import UserError
+from expertsmith.errors import UserError, parse_json
 
 FORMAT = "expertsmith.statistics"
 VERSION = 1
@@ -160,14 +160,12 @@ def load_header(folder: Path) -> dict[str, Any]:
         UserError: no statistics there, or another format or version.
     """
     try:
-        header = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+        header = parse_json((folder / "stats.json").read_bytes(), str(folder / "stats.json"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"no statistics found in {folder} (no stats.json)",
             "make them with `expertsmith calibrate MODEL --data … -o STATS`",
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / 'stats.json'} is not JSON: {error}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
         raise UserError(f"{folder / 'stats.json'} is not {FORMAT} version {VERSION}", "calibrate again with this version")
     return header

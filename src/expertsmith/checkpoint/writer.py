@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -116,6 +117,7 @@ def write_checkpoint(
         UserError: the target exists or overlaps the source, or the disk is full; nothing is left behind then.
     """
     prepare_target(out, source.path, overwrite)
+    above = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     total = sum(tensor.nbytes for tensor in tensors)
     free = shutil.disk_usage(out.parent).free
@@ -146,6 +148,10 @@ def write_checkpoint(
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if not out.exists():
+            with suppress(OSError):  # another process has put something there
+                for folder in above:
+                    folder.rmdir()
 
 
 def companions(path: Path) -> list[Path]:

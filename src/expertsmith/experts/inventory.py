@@ -242,6 +242,7 @@ def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False) -> Inve
     rules = Rules(experts, top_k, groups, top_groups, record.group_minimum)
     chosen = per_layer_numbers(config, record.top_k_key, f"{checkpoint.source}/config.json")
     inventory = Inventory(checkpoint, record, experts, top_k, rules, claims, own, chosen)
+    _check_depth(inventory, depth)
     if not inventory.layers:
         prefix = record.expert_prefix[0] if record.expert_prefix else record.stacked[0].name
         raise UserError(
@@ -258,6 +259,19 @@ def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False) -> Inve
         if known:
             _check_layer(inventory.floats, layer)  # quantised experts may be stored in different ways, but are of one shape
     return inventory
+
+
+def _check_depth(inventory: Inventory, depth: Any) -> None:
+    """Refuse a config.json with more decoder layers than the tensors have (LongCat counts two for each), or with no number of them."""
+    where = f"{inventory.checkpoint.source}/config.json"
+    if depth is not None:
+        _positive(("num_hidden_layers", depth), where)
+    held = inventory.num_layers * (2 if "num_layers" in inventory.config else 1)
+    if depth is not None and depth > held:
+        raise UserError(
+            f"{where}: num_hidden_layers is {depth}, but the tensors have {held} decoder layers",
+            "download the checkpoint again, and check that config.json is from the same model",
+        )
 
 
 def per_layer_counts(config: Mapping[str, Any], record: Architecture, where: str = "config.json") -> dict[int, int]:
