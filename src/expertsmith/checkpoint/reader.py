@@ -273,6 +273,9 @@ def parse_header(header: Any, base: int, size: int, file: Path) -> dict[str, Ten
     if not isinstance(header, dict):
         raise UserError(f"{file.name}: the header is not a table of tensors", "the shard is damaged or not safetensors")
     tensors: list[TensorInfo] = []
+    notes = header.get("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        raise UserError(f"{file.name}: the header's __metadata__ is not a table of texts", "the shard is damaged")
     for name, entry in header.items():
         if name == "__metadata__":
             continue
