@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import errno
 import inspect
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import NoneType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
@@ -21,6 +22,7 @@ import expertsmith.demo  # noqa: F401
 from expertsmith.errors import UsageError, UserError
 from expertsmith.verbs.definition import MISSING, VERBS, Option, Verb
 from expertsmith.views import show
+from expertsmith.views.encoding import show_on_any_terminal
 from expertsmith.views.progress import Bar, Silent
 
 ORDER = [
@@ -92,6 +94,10 @@ def command(verb: Verb) -> Callable[..., None]:
                 result = now.function(**given, **bar)
             except UsageError as error:
                 raise typer.BadParameter(str(error)) from None
+            except KeyboardInterrupt:
+                if rank == 0:
+                    print(_interrupted(now, given), file=sys.stderr)
+                raise typer.Exit(130) from None
         if rank > 0:
             return
         if as_json:
@@ -113,6 +119,16 @@ def command(verb: Verb) -> Callable[..., None]:
     run.__annotations__ = {entry.name: entry.annotation for entry in parameters}
     run.__name__, run.__doc__ = verb.name, verb.doc
     return run
+
+
+def _interrupted(verb: Verb, given: Mapping[str, Any]) -> str:
+    """What an interrupted command leaves, and the command that goes on."""
+    with suppress(UserError):  # a recipe that cannot be read any more
+        again = shlex.join(["expertsmith", *(word for word in sys.argv[1:] if word != "--fresh")])
+        kept = [str(place) for place in dict.fromkeys(verb.keeps(given)) if place.exists()]
+        if kept:
+            return f"interrupted; what is finished is kept in {', '.join(kept)}\nto go on: {again}"
+    return "interrupted; nothing was kept, and no unfinished output is left"
 
 
 def _ranks(verb: Verb, device: Any) -> Any:
@@ -191,6 +207,7 @@ for _name in ORDER:
 
 def main() -> None:
     """Run the command line. A user's mistake ends in one line and exit code 2; `--debug` shows where it came from."""
+    show_on_any_terminal()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:

@@ -26,7 +26,6 @@ from expertsmith.engine.devices import choose_device
 from expertsmith.engine.loading import load_model
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import measure as measure_quality
-from expertsmith.surgery.card import quality_line
 from expertsmith.views.progress import Progress, timed
 
 FREE_SAMPLES = 32  # sequences a domain that training-free methods look at
@@ -102,8 +101,8 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
             result["speed"] = flow.forward_times(model, request.out, min(request.seq_len, 512))
             result["quality"] = _quality(request, source, model, progress)
     result["seconds"] = seconds
-    line = quality_line(result["quality"], "dense") if result.get("quality") else ""
-    for name, text in flow.texts_of(result, converted.splits, flow.card_of(result, source, line)).items():
+    card = flow.card_of(result, source, result.get("quality"))
+    for name, text in flow.texts_of(result, converted.splits, card).items():
         (request.out / name).write_text(text, encoding="utf-8")
     return {"out": str(request.out), **result}
 

@@ -17,6 +17,7 @@ from expertsmith.arch import record_of
 from expertsmith.calibration.data import TokenData
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.checkpoint.floats import Floats, floats, quantisation_of, refuse_unencodable
+from expertsmith.checkpoint.origin import card_metadata, front_matter, name_of, source_of, without_results
 from expertsmith.checkpoint.writer import prepare_target
 from expertsmith.engine import Batch, LoadedModel, load_model
 from expertsmith.engine.devices import Memory, choose_device, choose_memory
@@ -275,8 +276,13 @@ def _write(
         plan = source.path / "expertsmith" / "plan.json"
         if plan.is_file():
             texts["expertsmith/plan.json"] = plan.read_text(encoding="utf-8")
-        card = source.path / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else f"# {source.path.name}\n"
+        if "expertsmith" in (card_metadata(source.path).get("tags") or ()):
+            text = (source.path / "README.md").read_text(encoding="utf-8")
+        else:  # a card of others does not describe the result
+            head = front_matter(source, ["expertsmith", "mixture-of-experts", "healed"])
+            text = "\n".join(
+                [*head, "", f"# {name_of(source)}, healed", "", f"Made by expertsmith from `{source_of(source)}`.", ""]
+            )
         texts |= {REPORT: json.dumps(report, indent=1) + "\n", "README.md": healed_card(text, report)}
     write_healed(
         target,
@@ -307,7 +313,7 @@ def healed_card(card: str, report: Mapping[str, Any], measured_after: bool = Fal
     )
     card = card.replace("are byte for byte its own.", "were byte for byte its own before it was healed (below).")
     if not measured_after:
-        card = card.replace("- **Measured quality**: ", "- **Measured quality** (before healing): ")
+        card = without_results(card).replace("- **Measured quality**: ", "- **Measured quality** (before healing): ")
     again = report.get("requantised")
     cost = ""
     if again is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of, open_model, token_data
-from expertsmith.verbs.definition import FLOW, Opt, verb
+from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.options import Calibrating, Data, Model, Out, Running, Text, part
 from expertsmith.views import show
 
@@ -29,7 +29,7 @@ def _show(statistics: Any, given: Mapping[str, Any]) -> None:
     show.line(table)
 
 
-@verb(FLOW, show=_show, plain=lambda found, given: {"out": str(given["out"]), **found.header}, ranks=True)
+@verb(FLOW, show=_show, plain=lambda found, given: {"out": str(given["out"]), **found.header}, keeps=out_and(""), ranks=True)
 def calibrate(
     model: Model,
     data: Data,

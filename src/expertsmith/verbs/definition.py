@@ -8,12 +8,13 @@ An option is `Annotated[type, Opt(help, …)]`; several that go together are a `
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from expertsmith.calibration.opening import opened_as
+from expertsmith.calibration.opening import beside, opened_as
 from expertsmith.checkpoint import pinned
 from expertsmith.registry import unknown
 from expertsmith.views.progress import Silent
@@ -70,8 +71,8 @@ class Option:
 class Verb:
     """A function as a command.
 
-    `show(result, given)` prints what it returned, `plain` makes JSON of it, and `passed` says whether the exit code is 0. `ranks`: it runs
-    under torchrun. Options `python_only` are not the command line's.
+    `show(result, given)` prints what it returned, `plain` makes JSON of it, and `passed` says whether the exit code is 0. `keeps`: where an
+    interrupted run leaves what the next one goes on from. `ranks`: it runs under torchrun.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Verb:
     show: Callable[[Any, Mapping[str, Any]], None]
     plain: Callable[[Any, Mapping[str, Any]], Any]
     passed: Callable[[Any], bool]
+    keeps: Callable[[Mapping[str, Any]], list[Path]]
     ranks: bool = False
     options: tuple[Option, ...] = field(default=())
 
@@ -120,6 +122,16 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     return get_type_hints(type("_", (), {"__annotations__": own, "__module__": function.__module__}), include_extras=True)
 
 
+def _is_list(hint: Any) -> bool:
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return get_origin(kind) is Sequence
+
+
+def listed(value: Any) -> Any:
+    """What is given where a list is wanted: a single value is a list of one, and a text is no list of letters."""
+    return [value] if isinstance(value, (str, Path, int, float)) else [] if value is None else value
+
+
 def _option(name: str, hint: Any, default: Any) -> Option | None:
     if get_origin(hint) is not Annotated:
         return None
@@ -133,7 +145,7 @@ def _option(name: str, hint: Any, default: Any) -> Option | None:
 def filled(function: F, headers_only: bool = False) -> F:
     """A function that takes a group whole, with the defaults of what is not given, and a signature that names every option.
 
-    Where it has the options of `options.Opening`, its first argument is a model: that of the revision that is asked for, and treated as the
+    A single value (`data="a.jsonl"`, `keep=0.5`) is a list of one where a list is wanted. Where it has the options of `options.Opening`, its first argument is a model: that of the revision that is asked for, and treated as the
     family `as_type` for as long as the function runs.
 
     Args:
@@ -146,6 +158,7 @@ def filled(function: F, headers_only: bool = False) -> F:
     signature = inspect.signature(function)
     own = [name for name, entry in signature.parameters.items() if entry.kind is not entry.VAR_KEYWORD]
     group = {name: option.default for name, option in options.items() if name not in own}
+    lists = [name for name, hint in _hints(function).items() if _is_list(hint)]  # no group has one
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -156,6 +169,7 @@ def filled(function: F, headers_only: bool = False) -> F:
         rest = next((name for name, entry in signature.parameters.items() if entry.kind is entry.VAR_KEYWORD), "")
         given = bound.arguments.pop(rest, {})
         values = {**bound.arguments, **given}
+        values |= {name: listed(values[name]) for name in lists}
         if values.get("progress", MISSING) is None:
             values["progress"] = Silent()
         if values.get("revision") is not None:
@@ -177,6 +191,16 @@ def filled(function: F, headers_only: bool = False) -> F:
     return run  # type: ignore[return-value]
 
 
+def out_and(*suffixes: str) -> Callable[[Mapping[str, Any]], list[Path]]:
+    """`Verb.keeps` of a verb that works in `<out>.<suffix>`; "" is its output itself."""
+
+    def places(given: Mapping[str, Any]) -> list[Path]:
+        out = given.get("out")
+        return [] if out is None else [beside(out, suffix) if suffix else Path(out) for suffix in suffixes]
+
+    return places
+
+
 def verb(
     panel: str,
     *,
@@ -184,6 +208,7 @@ def verb(
     show: Callable[[Any, Mapping[str, Any]], None],
     plain: Callable[[Any, Mapping[str, Any]], Any] = lambda result, given: result,
     passed: Callable[[Any], bool] = lambda result: True,
+    keeps: Callable[[Mapping[str, Any]], list[Path]] = lambda given: [],
     ranks: bool = False,
     headers_only: bool = False,
 ) -> Callable[[F], F]:
@@ -192,7 +217,7 @@ def verb(
     def register(function: F) -> F:
         made = filled(function, headers_only)
         title = name or function.__name__
-        VERBS[title] = Verb(title, panel, made, show, plain, passed, ranks, options_of(function))
+        VERBS[title] = Verb(title, panel, made, show, plain, passed, keeps, ranks, options_of(function))
         return made
 
     return register

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Unpack
 from expertsmith.calibration.opening import token_data
 from expertsmith.checkpoint import open_checkpoint, pinned
 from expertsmith.errors import UserError
-from expertsmith.verbs.definition import FLOW, Opt, filled, verb
+from expertsmith.verbs.definition import FLOW, Opt, filled, out_and, verb
 from expertsmith.verbs.lint import lint
 from expertsmith.verbs.options import BatchTokens, Data, Drawing, Named, Opened, Resume, Running, part
 from expertsmith.views import show
@@ -212,6 +212,7 @@ def _show(found: Any, given: Mapping[str, Any]) -> None:
     name="evaluate",
     show=_show,
     plain=lambda found, given: {"model": given["model"], "reference": given["reference"], **found},
+    keeps=out_and(""),
 )
 def _evaluate(
     model: Named,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of, token_data
 from expertsmith.checkpoint import open_checkpoint
-from expertsmith.verbs.definition import FLOW, Opt, verb
+from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.evaluate import evaluate
 from expertsmith.verbs.options import (
     Data,
@@ -30,7 +30,7 @@ class Healing(Text, Placing, Opened, total=False):
     """Text, and where the two models are."""
 
 
-@verb(FLOW, show=lambda report, given: show.show_healing(report))
+@verb(FLOW, show=lambda report, given: show.show_healing(report), keeps=out_and("healing"))
 def heal(
     model: Annotated[str | Path, Opt("The compressed checkpoint.", argument=True, metavar="OUT", kind=str)],
     teacher: Annotated[str | Path, Opt("The original model.", "--teacher", "-t", kind=str)],

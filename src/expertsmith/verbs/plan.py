@@ -13,7 +13,7 @@ from expertsmith.experts.inventory import Inventory
 from expertsmith.experts.rules import Rules, keep_count, parse_keep
 from expertsmith.planning.plan import Plan
 from expertsmith.verbs.calibrate import calibrate
-from expertsmith.verbs.definition import FLOW, Opt, verb
+from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.options import (
     Budget,
     Calibrating,
@@ -43,7 +43,7 @@ def _show(made: Any, given: Mapping[str, Any]) -> None:
         show.line(f"[bold]{show.escape(str(given['out']))}[/bold]")
 
 
-@verb(FLOW, show=_show, plain=lambda made, given: made.to_json())
+@verb(FLOW, show=_show, plain=lambda made, given: made.to_json(), keeps=out_and("stats", "measured"))
 def plan(  # noqa: C901  (a case a kind of method)
     model: Model,
     method: Annotated[str | None, Opt("How experts are scored; see `expertsmith methods`.", "--method", "-m")] = None,

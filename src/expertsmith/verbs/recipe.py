@@ -328,7 +328,7 @@ def load_recipe(path: str | Path) -> Recipe:
         raise UserError(f"no recipe found at {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a recipe") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} is not a mapping of sections", "`expertsmith recipes` has examples")
