@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -327,7 +328,7 @@ def check_model(checkpoint: Checkpoint, architecture: Architecture) -> None:
     Raises:
         UserError: transformers does not take the config, cannot build the model, or its tensors do not fit it.
     """
-    _dtype("auto", checkpoint)
+    dtype_of("auto", checkpoint)
     auto, config = causal_lm(_config_of(checkpoint, architecture, None, None))
     with _refusing(checkpoint), quietly():
         module = _empty(auto, config, torch.float32)
