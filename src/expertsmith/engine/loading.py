@@ -25,7 +25,7 @@ from expertsmith.engine.layout import experts_of, is_grouped
 from expertsmith.engine.mtp import Ahead, ahead_of, known_names, lengthen, why_not_played
 from expertsmith.engine.on_demand import Source, remove
 from expertsmith.engine.pages import own_pages, trim
-from expertsmith.engine.stock import Naming, ignored, naming, quietly, read_in, renamer
+from expertsmith.engine.stock import Naming, ignored, naming, quietly, read_in, renamer, splits
 from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
 from expertsmith.errors import UserError, install_line
 from expertsmith.experts.inventory import Inventory, take_inventory
@@ -358,23 +358,17 @@ def _sizes_given(module: Any, checkpoint: Checkpoint, architecture: Architecture
     Raises:
         UserError: a tensor that loads as it is, into a parameter of another shape.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(module, key_mapping(architecture))
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    splits = {entry.target_patterns[0]: entry.target_patterns[1:] for entry in converters if len(entry.target_patterns) > 1}
+    names = naming(module, key_mapping(architecture), torch.float32)
+    to_module, parts_of = renamer(names), splits(names)
     targets, weights = module.state_dict(), floats(checkpoint)
     given: dict[str, int | None] = {}
     for name, info in filled(weights, _never_used(weights, architecture)).tensors.items():
-        known, converted = rename_source_key(name, renamings, converters, module.base_model_prefix, targets)
-        known = name if known not in targets and name in targets else known
-        parts = [known.replace(first, other) for first, others in splits.items() if first in known for other in others]
+        known, converted = to_module(name)
+        parts = [known.replace(first, other) for first, others in parts_of.items() if first in known for other in others]
         given |= dict.fromkeys([known, *parts]) if parts else {known: (given.get(known) or 0) + info.numel}
         place = architecture.locate(name)
         routed = place is not None and architecture.layout_of(place[1]) is not None  # these come in several layouts
-        if converted is None and not routed and known in targets and tuple(targets[known].shape) != info.shape:
+        if not converted and not routed and known in targets and tuple(targets[known].shape) != info.shape:
             _refuse_mismatched([(name, info.shape, targets[known].shape)])
     return given
 
@@ -569,7 +563,7 @@ def _group_names(loaded: LoadedModel) -> list[str]:
         UserError: a tensor that the model has no place for, though it is none of those that are known to be left out.
     """
     loaded._naming = naming(loaded.module, key_mapping(loaded.architecture), loaded.dtype)
-    to_module = renamer(loaded._naming)
+    to_module, targets = renamer(loaded._naming), loaded.module.state_dict()
     is_buffer = {name for name, _ in loaded.module.named_buffers()}
     groups: dict[int | None, list[str]] = {}
     buffers = []
@@ -578,8 +572,8 @@ def _group_names(loaded: LoadedModel) -> list[str]:
         known = loaded._names.get(name, name)
         if known is None:
             continue
-        renamed = to_module(known)
-        if renamed is None:
+        renamed, _ = to_module(known)
+        if renamed not in targets:
             if left_out(name):
                 continue
             raise UserError(
