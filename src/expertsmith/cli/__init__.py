@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,8 @@ ORDER = [
     "run",
 ]  # of the help, by the groups in which it shows them
 JSON = typer.Option("--json", help="Print one machine-readable object on stdout, and nothing else.")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO)
 QUIET = typer.Option("--quiet", "-q", help="No progress on stderr.")
 
 app = typer.Typer(
@@ -216,17 +219,28 @@ def main() -> None:
         if debug:
             raise
         _fail(str(error))
-    except (MemoryError, OSError, RuntimeError) as error:
-        if debug:
+    except Exception as error:
+        told = None if debug else _told(error)
+        if told is None:
             raise
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _fail(f"the disk is full{f' ({error.filename})' if error.filename else ''}")
-        if not _out_of_memory(error):
-            raise
-        _fail("memory ran out; run with --memory stream and a smaller --batch-tokens, or on a larger machine")
+        _fail(told)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _told(error: Exception) -> str | None:
+    """What the machine could not give, in a sentence; None: the error is a defect. safetensors has an exception of its own for files."""
+    number, place = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    if number in FULL or any(os.strerror(code) in str(error) for code in FULL):
+        return (
+            f"the disk is full{f' ({place})' if place else ''}; make room or choose another output, and run the command again"
+        )
+    if number in DENIED and place:
+        return f"{place} cannot be read or written ({os.strerror(number)}); make it accessible, or choose another path"
+    if _out_of_memory(error):
+        return "memory ran out; run with --memory stream and a smaller --batch-tokens, or on a larger machine"
+    return None
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -275,6 +275,7 @@ def _plans(job: Comparison, missing: Sequence[Cell]) -> dict[str, dict[str, Any]
                     budget=cell.budget,
                     options=cell.contender.options,
                     out=target,
+                    overwrite=True,
                     work=job.folder / WORK / place,
                     progress=job.progress,
                     **options,

@@ -16,6 +16,7 @@ from expertsmith.arch.dense import TARGETS
 from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.opening import beside, token_data
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
+from expertsmith.checkpoint.output import check_output
 from expertsmith.checkpoint.writer import prepare_target
 from expertsmith.conversion import export, flow
 from expertsmith.conversion.settings import WAYS, Asked, Request, ask, block_parameters
@@ -41,6 +42,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     """
     seconds: dict[str, float] = {}
     prepare_target(request.out, None, request.overwrite)
+    check_output(beside(request.out, "training"), "into")
     place: str | Path = request.dense
     if request.gguf_file is not None:
         with timed(seconds, "gguf"):

@@ -13,7 +13,7 @@ from expertsmith.experts.inventory import take_inventory
 from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.verbs.calibrate import calibrate
 from expertsmith.verbs.definition import LOOK, Opt, out_and, verb
-from expertsmith.verbs.options import Calibrating, Data, Model, Out, Stats
+from expertsmith.verbs.options import Calibrating, Data, Into, Model, Stats
 from expertsmith.verbs.plan import model_and_tokens
 
 
@@ -26,7 +26,7 @@ def _show(measures: Any, given: Mapping[str, Any]) -> None:
 @verb(LOOK, show=_show, keeps=out_and(""))
 def analyze(  # noqa: C901  (what does not go together is refused in one place)
     model: Model,
-    out: Out,
+    out: Into,
     *,
     data: Data = (),
     stats: Stats = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of, open_model, token_data
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
-from expertsmith.verbs.options import Calibrating, Data, Model, Out, Running, Text, part
+from expertsmith.verbs.options import Calibrating, Data, Into, Model, Running, Text, part
 from expertsmith.views import show
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def _show(statistics: Any, given: Mapping[str, Any]) -> None:
 def calibrate(
     model: Model,
     data: Data,
-    out: Out,
+    out: Into,
     *,
     output_sum: Annotated[
         bool, Opt("Also sum the raw outputs of every expert over its routed tokens.", "--output-sum")

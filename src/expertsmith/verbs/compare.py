@@ -36,7 +36,8 @@ def compare(
     data: Data,
     eval_data: Annotated[Sequence[str], Opt("Held-out text for evaluation. Repeatable.", "--eval-data", "-e", metavar=SPECS)],
     out: Annotated[
-        str | Path, Opt("Plans, finished cells, table, picture and page.", "--out", "-o", metavar="FOLDER", kind=Path)
+        str | Path,
+        Opt("Plans, finished cells, table, picture and page.", "--out", "-o", metavar="FOLDER", kind=Path, writes="into"),
     ],
     *,
     budgets: Annotated[

@@ -8,7 +8,7 @@ An option is `Annotated[type, Opt(help, …)]`; several that go together are a `
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from expertsmith.calibration.opening import beside, opened_as
 from expertsmith.checkpoint import pinned
+from expertsmith.checkpoint.output import Writes, check_output
 from expertsmith.registry import unknown
 from expertsmith.views.progress import Silent
 
@@ -34,6 +35,7 @@ class Opt:
         default: of a group's option, which has no other place for it.
         shown: whether the help shows the default.
         cli: the default of the command line, where it is another.
+        writes: of an output: how it is written, see `checkpoint.output`. It is checked before anything else happens.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class Opt:
         default: Any = MISSING,
         shown: bool = True,
         cli: Any = MISSING,
+        writes: Writes | None = None,
     ) -> None:
         self.help, self.flags, self.metavar, self.argument = help, flags, metavar, argument
-        self.kind, self.least, self.default, self.shown, self.cli = kind, least, default, shown, cli
+        self.kind, self.least, self.default, self.shown, self.cli, self.writes = kind, least, default, shown, cli, writes
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,13 @@ def options_of(function: Callable[..., Any]) -> tuple[Option, ...]:
     return tuple(found.values())
 
 
+def check_outputs(options: Iterable[Option], values: Mapping[str, Any]) -> None:
+    """Refuse outputs that cannot be written, and a file that exists unless it is to be replaced."""
+    for option in options:
+        if option.opt.writes is not None and values.get(option.name) is not None:
+            check_output(Path(values[option.name]), option.opt.writes, values.get("overwrite", False))
+
+
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """Annotations of the parameters. That of the result may be a name that only a type checker knows."""
     own = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
@@ -170,6 +180,7 @@ def filled(function: F, headers_only: bool = False) -> F:
         given = bound.arguments.pop(rest, {})
         values = {**bound.arguments, **given}
         values |= {name: listed(values[name]) for name in lists}
+        check_outputs(options.values(), values)
         if values.get("progress", MISSING) is None:
             values["progress"] = Silent()
         if values.get("revision") is not None:

@@ -37,6 +37,19 @@ TaskPath = Annotated[
 Limit = Annotated[int | None, Opt("Maximum number of documents per task.", least=1, shown=False)]
 
 
+Answers = Annotated[
+    str | Path | None,
+    Opt(
+        "Save the answers of every finished task here, and resume from them.",
+        "--out",
+        "-o",
+        kind=Path,
+        shown=False,
+        writes="into",
+    ),
+]
+
+
 class Judging(Drawing, Running, Opened, total=False):
     """A model that is measured on text."""
 
@@ -87,7 +100,7 @@ def evaluate(
     limit: Limit = None,
     generate: int = 0,
     formats: Sequence[str] = (),
-    out: str | Path | None = None,
+    out: Answers = None,
     resume: Resume = True,
     batch_tokens: BatchTokens = 4096,
     **given: Unpack[Judging],
@@ -235,10 +248,7 @@ def _evaluate(
             shown=False,
         ),
     ] = (),
-    out: Annotated[
-        str | Path | None,
-        Opt("Save the answers of every finished task here, and resume from them.", "--out", "-o", kind=Path, shown=False),
-    ] = None,
+    out: Answers = None,
     resume: Resume = True,
     batch_tokens: BatchTokens = 4096,
     speed: Annotated[
