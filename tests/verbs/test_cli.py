@@ -566,7 +566,19 @@ def test_options_of_a_method_reach_it(capsys, checkpoints, tmp_path):
     for seed in (1, 2):
         found = strict(
             passed(
-                capsys, "plan", source, "-m", "random", "-k", "4", "-O", f"seed={seed}", "-o", tmp_path / "p", "-q", "--json"
+                capsys,
+                "plan",
+                source,
+                "-m",
+                "random",
+                "-k",
+                "4",
+                "-O",
+                f"seed={seed}",
+                "-o",
+                tmp_path / f"p{seed}",
+                "-q",
+                "--json",
             )
         )
         assert found["method"]["options"] == {"budget": "uniform", "keep": 4, "seed": seed}
