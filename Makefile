@@ -10,7 +10,7 @@ export NO_MKDOCS_2_WARNING := 1
 .PHONY: demo test test-fast test-newest lint types imports docs docs-serve docs-reference check format engines clean
 
 demo: $(VENV)/.ready
-	$(BIN)/expertsmith demo -o demo-output
+	$(BIN)/expertsmith demo -o demo-output --overwrite
 
 test: $(VENV)/.ready-dev
 	$(BIN)/pytest -n auto --dist load

@@ -27,7 +27,7 @@ def test_one_file_each(pattern, file):
     reason = " ".join((ast.get_docstring(ast.parse(text)) or "").lower().split())
     assert "replace" in reason, "the file says what would replace it"
     assert "because" in reason or "why:" in reason
-    assert len(text.splitlines()) < 150
+    assert len(text.splitlines()) < 180
 
 
 def code_of(path: Path) -> str:

@@ -8,31 +8,58 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # editors and Tab completion read the names here; importing them takes time, so that waits until one is used
+    from expertsmith.api import (
+        analyze,
+        apply,
+        architectures,
+        calibrate,
+        compare,
+        compress,
+        convert,
+        dequantise,
+        evaluate,
+        export,
+        heal,
+        inspect,
+        lint,
+        load,
+        plan,
+        plan_from,
+        run,
+        skip,
+        speed,
+        verify,
+    )
 
 __version__ = "0.1.0"
 
-_API = (
+__all__ = [
+    "__version__",
+    "analyze",
+    "apply",
+    "architectures",
+    "calibrate",
+    "compare",
+    "compress",
+    "convert",
+    "dequantise",
+    "evaluate",
+    "export",
+    "heal",
     "inspect",
     "lint",
-    "calibrate",
-    "plan",
-    "apply",
-    "dequantise",
-    "verify",
-    "skip",
     "load",
-    "convert",
-    "heal",
-    "compress",
-    "compare",
-    "evaluate",
-    "speed",
+    "plan",
+    "plan_from",
     "run",
-    "export",
-    "analyze",
-)
-__all__ = [*_API, "__version__"]
+    "skip",
+    "speed",
+    "verify",
+]
+_API = frozenset(__all__) - {"__version__"}
 
 
 def __getattr__(name: str) -> Any:

@@ -165,6 +165,37 @@ def test_every_figure_is_drawn(width, scheme, visit):
     )
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_figure_is_printed_without_scrolling(scheme, visit, tmp_path):
+    """In light colours, not wider than the paper; then the page is as it was."""
+    tab = visit(1280, scheme)
+    tab.evaluate("""() => {
+        globalThis.seen = null;
+        const widths = () => [...document.querySelectorAll(".plot")].map((plot) => plot.querySelector(".main-svg, table")?.getBoundingClientRect().width ?? 0);
+        addEventListener("beforeprint", () => { globalThis.seen = { drawn: drawn.size, dark: dark(), widths: widths() }; });
+    }""")
+    assert tab.evaluate("drawn.size < present.length")
+    tab.pdf(path=tmp_path / "page.pdf", format="A4")
+    seen = tab.evaluate("seen")
+    assert seen["drawn"] == tab.evaluate("present.length") == len(seen["widths"])
+    assert not seen["dark"]
+    assert all(0 < width <= 1280 for width in seen["widths"])
+    assert tab.evaluate("document.querySelector('#plot-usage .main-svg').getBoundingClientRect().width") > 660
+    assert tab.evaluate("dark()") == (scheme == "dark")
+
+
+def test_a_browser_that_tells_of_paper_by_the_medium_only(visit):
+    tab = visit()
+    tab.emulate_media(media="print")
+    tab.wait_for_function("drawn.size === present.length")
+    assert set(
+        tab.evaluate("present.filter((f) => !f.html).map((f) => document.getElementById('plot-' + f.id).layout.width)")
+    ) == {660}
+    tab.emulate_media(media="screen")
+    tab.wait_for_function("document.getElementById('plot-usage').getBoundingClientRect().width > 660")
+    assert tab.evaluate("document.getElementById('plot-usage').layout.width ?? 1000") != 660
+
+
 def test_super_experts_stand_above_the_bar(visit, measures, tmp_path):
     """One point an expert, at its largest output over the median's; the one that is blown up here is drawn apart."""
     blown = copy.deepcopy(measures)
@@ -294,6 +325,16 @@ def test_a_comparison_is_drawn(width, scheme, visit, compared):
     assert colour == ("#181e2a" if scheme == "dark" else "#ffffff")
     tab.locator("#theme").click()
     assert tab.evaluate("document.getElementById('plot-size').layout.paper_bgcolor") != colour
+
+
+def test_a_comparison_is_printed(visit, compared, tmp_path):
+    tab = visit(1280, "dark", compared / "comparison.html")
+    tab.evaluate(
+        "addEventListener('beforeprint', () => { globalThis.seen = [dark(), document.getElementById(plot).layout.width]; })"
+    )
+    tab.pdf(path=tmp_path / "page.pdf", format="A4")
+    assert tab.evaluate("seen") == [False, 660]
+    assert tab.evaluate("dark() && document.getElementById(plot).layout.width !== 660")
 
 
 def test_its_measures_and_hover_are_those_of_the_file(visit, compared, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import run_cli
 from expertsmith.calibration.data import DataOptions, TokenData, _pack, load_tokenizer, load_tokens, read_records, tokenize
 from expertsmith.calibration.spec import DEFAULT_DOMAIN, Spec, parse_spec
 from expertsmith.errors import UserError
@@ -559,3 +560,46 @@ def test_rows_of_like_length_share_a_batch():
     data = TokenData({"a": [[1] * 2, [1] * 8, [1] * 2, [1] * 8]}, {"a": False})
     assert [batch.sequences for batch in data.batches(16)] == [[1, 3], [0, 2]]
     assert [tuple(batch.input_ids.shape) for batch in data.batches(16)] == [(2, 8), (2, 2)]
+
+
+# ---- names that look like labels
+
+
+@pytest.mark.parametrize(
+    ("text", "there", "read"),
+    [
+        ("a=b.jsonl", ["a=b.jsonl"], ("default", "a=b.jsonl", None)),
+        ("a=b.jsonl:4", ["a=b.jsonl"], ("default", "a=b.jsonl", 4)),
+        ("a=b.jsonl", ["b.jsonl"], ("a", "b.jsonl", None)),
+        ("a=b.jsonl", [], ("a", "b.jsonl", None)),
+        ("a=b.jsonl", ["a=b.jsonl", "b.jsonl"], ("default", "a=b.jsonl", None)),
+        ("x=a=b.jsonl:4", ["a=b.jsonl"], ("x", "a=b.jsonl", 4)),
+        ("b.jsonl:4", ["b.jsonl:4"], ("default", "b.jsonl:4", None)),
+        ("a=b.jsonl:4", ["b.jsonl:4", "b.jsonl"], ("a", "b.jsonl", 4)),
+        ("a=" + "b" * 5000, [], ("a", "b" * 5000, None)),
+    ],
+)
+def test_a_file_that_is_there_counts(tmp_path, monkeypatch, text, there, read):
+    from expertsmith.calibration.spec import other_reading
+
+    monkeypatch.chdir(tmp_path)
+    for name in there:
+        (tmp_path / name).write_text("")
+    spec = parse_spec(text)
+    assert (spec.domain, spec.source, spec.limit) == read
+    said = other_reading(text)
+    assert (said is not None) == (there == ["a=b.jsonl", "b.jsonl"])
+    if said:
+        assert "write a=./b.jsonl" in said
+        other = parse_spec("a=./b.jsonl")
+        assert (other.domain, other.source) == ("a", "./b.jsonl")
+
+
+def test_an_ambiguous_name_is_said(tmp_path, monkeypatch, checkpoints, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a=b.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"input_ids": [1, 2, 3]}\n')
+    code, out, err = run_cli(capsys, "calibrate", checkpoints("mixtral"), "-d", "a=b.jsonl", "-o", "stats", "--no-pack")
+    assert code == 0
+    assert "default" in out
+    assert "'a=b.jsonl' is the file or folder of that name, not b.jsonl of the domain a" in err

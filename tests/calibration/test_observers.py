@@ -18,6 +18,7 @@ from expertsmith.arch import families
 from expertsmith.calibration.observers import RATIO_BINS, LayerSums, _Watch, choose_sample
 from expertsmith.engine import Batch
 from expertsmith.engine.experts import Slots, flattened_forward, grouped_forward
+from waits import Waits
 
 
 def brute_force(model_type: str, folder, rows: list[list[int]]) -> dict[int, dict[str, np.ndarray]]:
@@ -566,3 +567,19 @@ def test_gram_of_router_logits_and_outputs_over_all_tokens(checkpoints, data, tm
     entry = stats.layers[last].domains["a"]
     assert np.abs(entry["logit_gram"] - gram.numpy()).max() < 1e-5 * np.abs(gram.numpy()).max()
     assert np.abs(entry["all_output_sum"] - sums.numpy()).max() < 1e-5 * np.abs(sums.numpy()).max()
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3", "longcat_flash", "zaya", "gemma4_text", "dbrx"])
+def test_a_batch_does_not_wait_for_the_device(model_type, checkpoints, data, tmp_path, monkeypatch):
+    """Llama 4 is not among them: which tokens its experts take is in their inputs alone, and has to be looked for."""
+    add, passed = _Watch._add, []
+
+    def watched(*arguments):
+        with Waits() as mode:
+            add(*arguments)
+        passed.append(mode.found)
+
+    monkeypatch.setattr(_Watch, "_add", watched)
+    api.calibrate(checkpoints(model_type), data, tmp_path / "stats", output_sum=True, **CALIBRATION)
+    assert passed
+    assert not any(passed)

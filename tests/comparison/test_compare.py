@@ -102,14 +102,14 @@ def test_what_is_refused_before_anything_runs(what):
 
 def test_paired_standard_error_by_hand():
     """d = 1, 0 over 2 tokens each: rise 1/4, deviations 1/2 and -1/2, so sqrt(2 * (1/4 + 1/4)) / 4 = 1/4."""
-    entry = DomainQuality(tokens=4, loss=9.0, reference_loss=8.0, rises={0: (2, 1.0), 1: (2, 0.0)})
+    entry = DomainQuality(tokens=4, loss_sum=9.0, reference_loss_sum=8.0, rises={0: (2, 1.0), 1: (2, 0.0)})
     assert (entry.rise, entry.rise_se) == (0.25, 0.25)
-    assert DomainQuality(tokens=2, loss=1.0, rises={0: (2, 1.0)}).rise_se == 0.0
+    assert DomainQuality(tokens=2, loss_sum=1.0, rises={0: (2, 1.0)}).rise_se == 0.0
 
 
 def test_unequal_sequences_count_by_their_tokens():
     """1 token with d = 1 and 3 with d = 1: rise 1/2, deviations 1/2 and -1/2, so sqrt(2 * 1/2) / 4."""
-    entry = DomainQuality(tokens=4, loss=2.0, reference_loss=0.0, rises={0: (1, 1.0), 1: (3, 1.0)})
+    entry = DomainQuality(tokens=4, loss_sum=2.0, reference_loss_sum=0.0, rises={0: (1, 1.0), 1: (3, 1.0)})
     assert (entry.rise, entry.rise_se) == (0.5, 0.25)
 
 

@@ -7,30 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import SUPPORTED
 from expertsmith import api
 from expertsmith.healing import layerwise, least_squares, refine
 from expertsmith.healing.experts import Routed
+from waits import Waits
 
-WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "bincount"}
 BY_BATCH = {"inkling_text", "inkling2_text"}  # a convolution stands behind their experts
-
-
-class Waits(TorchDispatchMode):
-    """Notes operations for which the host waits for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        masks = name.startswith("index") and any(getattr(one, "dtype", None) == torch.bool for one in args[1] or ())
-        if name in WAITS or masks:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def at_every_layer(check, model_type, checkpoints, tmp_path, monkeypatch, **options) -> None:

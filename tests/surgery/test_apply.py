@@ -342,3 +342,38 @@ def test_integers_of_no_known_format_are_refused(dtype, checkpoints, tmp_path):
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"is [UI]8, but it has no scales and no decoder"):
         api.plan(source, "random", 4)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_routing_bias_may_hold_minus_infinity_only(checkpoints, tmp_path, value):
+    """And what stops there leaves nothing, not even the folders above the output."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("deepseek_v3"), source)
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if "e_score_correction_bias" in name)
+    tensors[name][:] = float(value)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    made, out = api.plan(source, "random", 4), tmp_path / "a" / "b" / "out"
+    if value == "-inf":
+        api.apply(source, made, out)
+        assert out.exists()
+        return
+    with pytest.raises(UserError, match=f"{name} has NaN or inf"):
+        api.apply(source, made, out)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_config_that_transformers_refuses_is_refused_before_anything_is_written(checkpoints, tmp_path):
+    """By a process of its own where torch is not loaded, in this one where it is: with the same words."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("mixtral"), source)
+    config = json.loads((source / "config.json").read_text())
+    code = "import sys; from expertsmith import api; s, o = sys.argv[1:]; api.apply(s, api.plan(s, 'random', 4), o)"
+    for key, value, says in (("num_key_value_heads", 0, "modulo by zero"), ("intermediate_size", "48", "'intermediate_size'"), ("vocab_size", 7, "wrong shape")):  # fmt: skip
+        (source / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(UserError, match=says) as caught:
+            api.apply(source, api.plan(source, "random", 4), tmp_path / "a" / "out")
+        assert not (tmp_path / "a").exists()
+        done = subprocess.run([sys.executable, "-c", code, source, tmp_path / "a" / "out"], capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.stderr.splitlines()[-1] == f"expertsmith.errors.UserError: {caught.value}"
+        assert not (tmp_path / "a").exists()

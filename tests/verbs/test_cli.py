@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -304,6 +309,83 @@ def test_ctrl_c_exits_130(capsys, monkeypatch):
     assert "Traceback" not in err
 
 
+def stop_at(monkeypatch, place: str, call: int) -> None:
+    """Ctrl-C in the middle of a function's nth call."""
+    module, _, name = place.rpartition(".")
+    target = importlib.import_module(module)
+    whole, calls = getattr(target, name), iter(range(1, 10**6))
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(target, name, interrupted)
+
+
+def told(err: str) -> list[str]:
+    """The command that goes on, from the last line of what Ctrl-C says."""
+    assert "Traceback" not in err
+    assert "interrupted; what is finished is kept in " in err
+    return shlex.split(err.splitlines()[-1].removeprefix("to go on: "))
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "plan", "compress", "compare", "heal"])
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(capsys, monkeypatch, checkpoints, half, data, tmp_path, verb):
+    source, flags = checkpoints("mixtral"), [flag for spec in data for flag in ("-d", spec)]
+    layers, out = "expertsmith.calibration.stats.save_layer", tmp_path / "the result"
+    line, place, kept = {
+        "calibrate": ([source, *flags], layers, out),
+        "plan": ([source, "-m", "reap", "-k", "4", *flags], layers, tmp_path / "the result.stats"),
+        "compress": ([source, "-m", "reap", "-k", "4", *flags], layers, tmp_path / "the result.stats"),
+        "compare": ([source, "-m", "reap", "-k", "4", *flags, "-e", data[0]], layers, out),
+        "heal": ([half, "-t", source, *flags], "expertsmith.healing.work.save_file", tmp_path / "the result.healing"),
+    }[verb]
+    line = [verb, *map(str, line), "-o", str(out), *SMALL, "-q"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, place, 3)
+        code, text, err = run(capsys, *line, "--fresh")
+    assert (code, text) == (130, "")
+    assert str(kept) in err
+    assert kept.exists()
+    assert told(err) == ["expertsmith", *line]
+    assert run(capsys, *line)[0] == 0
+
+
+def test_ctrl_c_says_that_nothing_is_kept(capsys, monkeypatch, checkpoints, tmp_path):
+    made = api.plan(checkpoints("mixtral"), "random", 4, out=tmp_path / "plan.json")
+    assert made.layers
+    stop_at(monkeypatch, "expertsmith.checkpoint.writer._write_shards", 1)
+    code, out, err = run(capsys, "apply", checkpoints("mixtral"), tmp_path / "plan.json", "-o", tmp_path / "out", "-q")
+    assert (code, out) == (130, "")
+    assert err == "interrupted; nothing was kept, and no unfinished output is left\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_ctrl_c_in_a_recipe_names_what_its_sections_left(capsys, monkeypatch, checkpoints, data, tmp_path):
+    recipe = {
+        "model": str(checkpoints("mixtral")), "device": "cpu",
+        "calibrate": {"data": data, "out": str(tmp_path / "stats"), "seq_len": 24, "pack": False},
+        "plan": {"method": "reap", "keep": 0.5, "out": str(tmp_path / "p.json")},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    stop_at(monkeypatch, "expertsmith.calibration.stats.save_layer", 2)
+    code, _, err = run(capsys, "run", tmp_path / "recipe.yaml", "-q")
+    assert code == 130
+    assert told(err) == ["expertsmith", "run", str(tmp_path / "recipe.yaml"), "-q"]
+    assert f"kept in {tmp_path / 'stats'}\n" in err
+
+
+def test_comparing_without_held_out_text(capsys, checkpoints, data, tmp_path):
+    code, _, err = run(
+        capsys, "compare", checkpoints("mixtral"), "-m", "reap", "-k", "4", "-d", data[0], "-o", tmp_path / "o", "-q"
+    )
+    assert code == 2
+    assert err == "error: compare judges every plan on held-out text; pass --eval-data FILE\n"
+    assert not (tmp_path / "o").exists()
+
+
 def test_names_with_brackets_and_long_names_are_printed_as_they_are(capsys, monkeypatch, checkpoints, tmp_path):
     """Brackets are markup to the printer, and a path cut into lines cannot be copied."""
     monkeypatch.setenv("COLUMNS", "80")
@@ -484,7 +566,19 @@ def test_options_of_a_method_reach_it(capsys, checkpoints, tmp_path):
     for seed in (1, 2):
         found = strict(
             passed(
-                capsys, "plan", source, "-m", "random", "-k", "4", "-O", f"seed={seed}", "-o", tmp_path / "p", "-q", "--json"
+                capsys,
+                "plan",
+                source,
+                "-m",
+                "random",
+                "-k",
+                "4",
+                "-O",
+                f"seed={seed}",
+                "-o",
+                tmp_path / f"p{seed}",
+                "-q",
+                "--json",
             )
         )
         assert found["method"]["options"] == {"budget": "uniform", "keep": 4, "seed": seed}
@@ -538,3 +632,18 @@ def test_two_families_of_one_layout_are_told_apart(capsys, tmp_path):
     """phimoe shares Mixtral's names on disk; config.json decides."""
     save_tiny("phimoe", tmp_path / "phi")
     assert strict(passed(capsys, "inspect", tmp_path / "phi", "--json"))["model_type"] == "phimoe"
+
+
+def test_every_verb_that_resumes_says_where_it_works():
+    places = {name: [place.name for place in verb.keeps({"out": Path("o")})] for name, verb in VERBS.items() if name != "run"}
+    assert {name: held for name, held in places.items() if held} == {
+        "calibrate": ["o"],
+        "plan": ["o.stats", "o.measured"],
+        "compress": ["o.stats", "o.measured", "o.healing"],
+        "compare": ["o"],
+        "evaluate": ["o"],
+        "heal": ["o.healing"],
+        "convert": ["o.training", "o.dense"],
+        "analyze": ["o"],
+    }
+    assert VERBS["evaluate"].keeps({"out": None}) == []

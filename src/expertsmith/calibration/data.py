@@ -22,7 +22,7 @@ import torch
 from expertsmith.calibration import corpus
 from expertsmith.calibration.spec import DEMO, SUFFIXES, Spec, demo_text, parse_spec
 from expertsmith.engine.walk import Batch
-from expertsmith.errors import UserError, install_line
+from expertsmith.errors import UserError, install_line, parse_json
 
 FIELDS = "input_ids, text, messages, or prompt + response"
 HUB = re.compile(r"^(?P<name>[\w.\-]+/[\w.\-]+|[\w.\-]+)(?:\[(?P<subset>[^\]]+)\])?(?:\((?P<split>[^)]+)\))?$")
@@ -281,10 +281,7 @@ def _read_file(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place} is not JSON: {error}") from None
+    return parse_json(text, place)
 
 
 def _mapping(record: Any, place: str) -> Mapping[str, Any]:
@@ -388,7 +385,7 @@ def _own_config(path: Path) -> dict[str, Any]:
 
     try:
         held = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(held, dict) or held.get("model_type") in CONFIG_MAPPING:
         return {}

@@ -198,9 +198,10 @@ class _Watch:
         turn = self._turn(out).double() * valid
         turned = weighted * turn[token]
         columns = torch.stack((counted.double(), weight, weight**2, norm, norm**2, weighted, weighted**2, turned), dim=-1)
-        lengths = torch.bincount(expert.clamp(max=n), minlength=n + 1)[:n]
-        inside = int(lengths.sum())
-        totals = torch.segment_reduce(columns[:inside], "sum", lengths=lengths, axis=0, unsafe=True)
+        # slots are sorted by expert; the last segment holds what is no routed expert, and is left out. Nothing here waits for the device
+        ends = torch.searchsorted(expert, torch.arange(n, device=expert.device), right=True)
+        lengths = torch.diff(ends, prepend=ends.new_zeros(1), append=ends.new_full((1,), expert.numel()))
+        totals = torch.segment_reduce(columns, "sum", lengths=lengths, axis=0, unsafe=True)[:n]
         names = (
             "weight_sum",
             "weight_sq_sum",
@@ -214,7 +215,7 @@ class _Watch:
         sums["selections"] += totals[:, 0].round().long()
         for name, column in zip(names, totals[:, 1:].unbind(-1), strict=True):
             sums[name] += column
-        top = torch.segment_reduce(norm[:inside], "max", lengths=lengths, initial=0.0, unsafe=True)
+        top = torch.segment_reduce(norm, "max", lengths=lengths, initial=0.0, unsafe=True)[:n]
         sums["norm_max"] = torch.maximum(sums["norm_max"], top)
         sums["turn_sum"] += turn.sum()
         # each (token, expert) is written at most once, so the scatters below are deterministic on every device
@@ -229,7 +230,7 @@ class _Watch:
         if top_k > 1:
             self._add_ratio(sums, slots, counted, valid)
         self._add_scores(sums, valid, n)
-        self._add_extras(sums, batch, x, out, slots, counted, lengths, inside)
+        self._add_extras(sums, batch, x, out, slots, counted, lengths)
 
     @staticmethod
     def _add_ratio(sums: dict[str, torch.Tensor], slots: Slots, counted: torch.Tensor, valid: torch.Tensor) -> None:
@@ -237,13 +238,16 @@ class _Watch:
         per_token = int(slots.token.numel() // valid.numel())
         weights = (slots.weight.abs() * counted)[by_token].reshape(valid.numel(), per_token)
         first, second = weights.topk(2, dim=-1).values.unbind(-1)
-        ratio = (second / first)[valid & (first > 0)]
-        sums["ratio_histogram"] += torch.bincount((ratio * RATIO_BINS).long().clamp(max=RATIO_BINS - 1), minlength=RATIO_BINS)
+        place = (second / first * RATIO_BINS).long().clamp(0, RATIO_BINS - 1)
+        place = torch.where(valid & (first > 0), place, RATIO_BINS)  # the last bin is left out
+        counts = place.new_zeros(RATIO_BINS + 1).scatter_add_(0, place, torch.ones_like(place))
+        sums["ratio_histogram"] += counts[:RATIO_BINS]
 
     def _add_scores(self, sums: dict[str, torch.Tensor], valid: torch.Tensor, n: int) -> None:
-        scores = full_scores(self.router_output, self.arch)[valid].float()
+        counts = valid[:, None]
+        scores = torch.where(counts, full_scores(self.router_output, self.arch).float(), 0.0)
         sums["score_sum"] += scores[:, :n].sum(0, dtype=torch.float64)
-        logits = raw_logits(self.router_output, self.arch)[valid, :n].double()
+        logits = torch.where(counts, raw_logits(self.router_output, self.arch)[:, :n].double(), 0.0)
         sums["logit_gram"] += logits.T @ logits
         p = scores / scores.sum(-1, keepdim=True).clamp_min(1e-30)
         sums["entropy_sum"] += torch.special.entr(p).sum(dtype=torch.float64)
@@ -278,12 +282,12 @@ class _Watch:
 
     def _add_extras(
         self, sums: dict[str, torch.Tensor], batch: Batch, x: torch.Tensor, out: torch.Tensor, slots: Slots,
-        counted: torch.Tensor, lengths: torch.Tensor, inside: int,
+        counted: torch.Tensor, lengths: torch.Tensor,
     ) -> None:  # fmt: skip
         extras = self.sums.extras
         if extras.output_sum:
-            raw = slots.raw[:inside].float() * counted[:inside, None]
-            total = torch.segment_reduce(raw, "sum", lengths=lengths, axis=0, unsafe=True).double()
+            raw = slots.raw.float() * counted[:, None]
+            total = torch.segment_reduce(raw, "sum", lengths=lengths, axis=0, unsafe=True)[:-1].double()
             sums["output_sum"] = sums["output_sum"] + total if "output_sum" in sums else total
         if extras.all_outputs:
             rows = x[batch.mask.reshape(-1).to(x.device)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertsmith.arch import record_of, refuse_without_class, text_config, treated_as
+from expertsmith.calibration.spec import other_reading
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory, take_inventory
@@ -82,6 +83,8 @@ def token_data(
     refuse_without_class(record_of(config), f"{path}/config.json")
     from expertsmith.calibration.data import DataOptions, load_tokenizer, load_tokens
 
+    for said in filter(None, map(other_reading, data)):
+        progress.note(said)
     window = window_of(config)
     length = seq_len if seq_len is not None else min(2048, window)
     if length != window:  # a full window has no position for the token that is only predicted

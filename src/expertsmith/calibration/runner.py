@@ -71,8 +71,10 @@ def collect(  # noqa: C901  (ranks and resuming, side by side in every step)
             for layer, sums in _observe(model, data, batches, set(todo), extras, states, skip, advance):
                 if world > 1:
                     _reduce(sums)
+                arrays = _arrays(sums)
+                _check(arrays, layer)
                 if rank == 0:
-                    stats.save_layer(out, layer, _arrays(sums))
+                    stats.save_layer(out, layer, arrays)
     if world > 1:
         dist.barrier()
     if rank == 0:
@@ -130,17 +132,15 @@ def _observe(  # noqa: C901  (the hooks of one walk)
     with watch, walk:
         for layer in walk.layers(until=max(todo)):
             if layer in todo:
-                found = sums or begin(layer)  # a rank may have no batches
-                _check(found, layer)
-                yield layer, found
+                yield layer, sums or begin(layer)  # a rank may have no batches
             states.layer_ends(layer)
             sums = None
 
 
-def _check(sums: LayerSums, layer: int) -> None:
-    for domain, entry in sums.by_domain.items():
+def _check(arrays: Mapping[str, Mapping[str, np.ndarray[Any, Any]]], layer: int) -> None:
+    for domain, entry in arrays.items():
         for name, value in entry.items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            if not np.isfinite(value).all():
                 raise UserError(
                     f"decoder layer {layer}: the statistic {name} of domain {domain} is not finite",
                     "the activations overflow in this dtype: try --dtype float32",
@@ -172,7 +172,7 @@ def _arrays(sums: LayerSums) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
     """To numpy; samples in the order of (sequence, position), whatever the batches and ranks were."""
     made = {}
     for domain, entry in sums.by_domain.items():
-        tensors = {name: value.detach().cpu() for name, value in entry.items()}
+        tensors = _fetched(entry)
         if "sample_index" in tensors:
             keys = tensors["sample_index"].numpy()
             order = torch.from_numpy(np.lexsort((keys[:, 1], keys[:, 0])))
@@ -181,6 +181,17 @@ def _arrays(sums: LayerSums) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
             name: (value.float() if value.dtype == torch.bfloat16 else value).numpy() for name, value in tensors.items()
         }
     return made
+
+
+def _fetched(entry: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors on the CPU, by one transfer for each dtype."""
+    made: dict[str, torch.Tensor] = {}
+    for dtype in dict.fromkeys(value.dtype for value in entry.values()):
+        part = {name: value.detach() for name, value in entry.items() if value.dtype == dtype and name not in SAMPLES}
+        sizes = [value.numel() for value in part.values()]
+        flat = torch.cat([value.reshape(-1) for value in part.values()]).cpu() if part else torch.empty(0)
+        made |= {name: piece.reshape(part[name].shape) for name, piece in zip(part, torch.split(flat, sizes), strict=True)}
+    return {name: made.get(name, value.detach()) for name, value in entry.items()}  # samples are there already
 
 
 def _header(model: LoadedModel, data: TokenData, layers: list[int], batch_tokens: int, extras: Extras) -> dict[str, Any]:

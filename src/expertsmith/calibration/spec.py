@@ -24,27 +24,53 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """Split `[DOMAIN=]SOURCE[:N]`.
+    """Split `[DOMAIN=]SOURCE[:N]`. A file or folder that is there counts: one called `a=b.jsonl` needs no label.
 
     Raises:
         UserError: an empty source, a limit that is not a positive number, or a demo text that there is not.
     """
+    usual = _split(text)
+    found = next((reading for reading in (*_literal(text), usual) if _exists(reading.source)), usual)
+    if found.limit is not None and found.limit <= 0:
+        raise UserError(f"{text!r}: the number after the colon is {found.limit}", "give a positive number of sequences")
+    if not found.source:
+        raise UserError(f"{text!r} has no source", "write [DOMAIN=]SOURCE[:N], for example math=calib.jsonl:64")
+    if found.source.startswith(DEMO):
+        demo_text(found.source)
+    return found
+
+
+def other_reading(text: str) -> str | None:
+    """What else a specification could have meant, where that is there too: a sentence, or None."""
+    found, usual = parse_spec(text), _split(text)
+    if found == usual or not _exists(usual.source):
+        return None
+    return f"{text!r} is the file or folder of that name, not {usual.source} of the domain {usual.domain}; write {usual.domain}=./{usual.source} for that"
+
+
+def _literal(text: str) -> list[Spec]:
+    """The readings of a specification without a label: all of it as a name, or all but the limit."""
+    source, limit = _limited(text)
+    return [Spec(DEFAULT_DOMAIN, text, None), Spec(DEFAULT_DOMAIN, source, limit)]
+
+
+def _split(text: str) -> Spec:
     domain, equals, rest = text.partition("=")
     if not equals or not re.fullmatch(r"[\w.\-]+", domain):
-        domain, rest = "", text
-    source, colon, tail = rest.rpartition(":")
-    limit = None
-    if colon and re.fullmatch(r"-?\d+", tail):
-        limit = int(tail)
-        if limit <= 0:
-            raise UserError(f"--data {text!r}: the number after the colon is {limit}", "give a positive number of sequences")
-    else:
-        source = rest
-    if not source:
-        raise UserError(f"--data {text!r} has no source", "write [DOMAIN=]SOURCE[:N], for example math=calib.jsonl:64")
-    if source.startswith(DEMO):
-        demo_text(source)
-    return Spec(domain or DEFAULT_DOMAIN, source, limit)
+        domain, rest = DEFAULT_DOMAIN, text
+    return Spec(domain, *_limited(rest))
+
+
+def _limited(text: str) -> tuple[str, int | None]:
+    source, colon, tail = text.rpartition(":")
+    return (source, int(tail)) if colon and re.fullmatch(r"-?\d{1,9}", tail) else (text, None)
+
+
+def _exists(source: str) -> bool:
+    try:
+        return bool(source) and Path(source).exists()
+    except OSError:  # a name that is too long for one
+        return False
 
 
 def demo_text(source: str) -> tuple[str, str]:
@@ -69,7 +95,7 @@ def refuse_missing(specs: Sequence[str]) -> None:
     Raises:
         UserError: a file is missing, or a spec cannot be read.
     """
-    paths = [Path(parse_spec(spec).source) for spec in specs]
-    missing = [str(path) for path in paths if path.suffix in SUFFIXES and not path.exists()]
+    sources = [parse_spec(spec).source for spec in specs]
+    missing = [source for source in sources if Path(source).suffix in SUFFIXES and not _exists(source)]
     if missing:
         raise UserError(f"data file not found: {', '.join(dict.fromkeys(missing))}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from expertsmith.errors import UserError
+from expertsmith.errors import UserError, parse_json
 
 FORMAT = "expertsmith.statistics"
 VERSION = 1
@@ -160,17 +160,40 @@ def load_header(folder: Path) -> dict[str, Any]:
         UserError: no statistics there, or another format or version.
     """
     try:
-        header = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+        header = parse_json((folder / "stats.json").read_bytes(), str(folder / "stats.json"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"no statistics found in {folder} (no stats.json)",
             "make them with `expertsmith calibrate MODEL --data … -o STATS`",
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / 'stats.json'} is not JSON: {error}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
         raise UserError(f"{folder / 'stats.json'} is not {FORMAT} version {VERSION}", "calibrate again with this version")
+    wrong = next((name for name, right in _rules(header) if not right), None)
+    if wrong is not None:
+        raise UserError(f"{folder / 'stats.json'} is damaged: {wrong} is not what it has to be", "calibrate again")
     return header
+
+
+def _rules(header: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """(place in a header, whether what stands there is of its kind)."""
+
+    def whole(value: Any) -> bool:
+        return type(value) is int and value >= 0
+
+    model, data, layers = header.get("model"), header.get("data"), header.get("layers")
+    yield "model.fingerprint", isinstance(model, dict) and isinstance(model.get("fingerprint"), str)
+    yield "layers", isinstance(layers, list) and bool(layers) and all(map(whole, layers)) and len({*layers}) == len(layers)
+    yield "data.fingerprint", isinstance(data, dict) and isinstance(data.get("fingerprint"), str)
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "tokens": whole,
+        "sequences": whole,
+        "sequence_lengths": lambda held: isinstance(held, list) and all(map(whole, held)),
+        "packed": lambda held: isinstance(held, bool),
+    }
+    for key, right in kinds.items():
+        held = data.get(key) if isinstance(data, dict) else None
+        yield f"data.{key}", isinstance(held, dict) and bool(held) and all(map(right, held.values()))
+    yield "data", isinstance(data, dict) and len({frozenset(data[key]) for key in kinds}) == 1
 
 
 def load_layer(folder: Path, layer: int, names: Iterable[str] | None = None) -> LayerStatistics:

@@ -76,5 +76,5 @@ def _entries(config: Any) -> Iterable[str]:
 def _read(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # it is copied as it is

@@ -7,7 +7,6 @@ the byte comparison of `verify` read the codes themselves.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from expertsmith.checkpoint.formats import Headers, Stored, formats
 from expertsmith.checkpoint.reader import DTYPE_BITS, TORCH_DTYPES, Checkpoint, TensorInfo
 from expertsmith.checkpoint.writer import Made, Piece
-from expertsmith.errors import UserError
+from expertsmith.errors import UserError, parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -333,10 +332,9 @@ def _beside(path: Path) -> Mapping[str, Any]:
     for name in SIDE_FILES:
         if not (path / name).is_file():
             continue
-        try:
-            found = json.loads((path / name).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path / name} is not JSON: {error}") from None
+        found = parse_json((path / name).read_bytes(), str(path / name))
+        if not isinstance(found, Mapping):
+            raise UserError(f"{path / name} is not a JSON object")
         if name == MODELOPT:
             return {"quant_method": "modelopt", **found.get("quantization", {})}
         if name == "quantize_config.json" and "bits" in found:

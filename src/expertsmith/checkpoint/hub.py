@@ -75,7 +75,7 @@ def download(source: str) -> Path:
         if index.is_file():
             try:
                 weights = sorted({str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-            except (ValueError, KeyError, AttributeError, TypeError):
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 return folder  # the reader says what is wrong with it
             unwanted = []
         else:

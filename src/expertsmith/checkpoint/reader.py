@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,11 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 from expertsmith.checkpoint import hub
 from expertsmith.checkpoint.hub import DEMO, INDEX, OWN_LAYOUT, SINGLE
-from expertsmith.errors import UserError
+from expertsmith.errors import UserError, parse_json
 
 if TYPE_CHECKING:
     import torch
 
+DEPTH = re.compile(
+    r"(num_|n_)?(hidden_|nextn_predict_|mtp_num_hidden_|encoder_|decoder_|mtp_)?layers?|depth|num_mtp_modules|num_layers"
+)
+WIDTH = re.compile(r"(\w+_)?(head_dim|hidden_size|intermediate_size|vocab_size|attention_heads|key_value_heads|lora_rank)")
 OWN_PAGES = 2**16  # bytes
 MAX_HEADER = 100 * 2**20  # the safetensors format's own limit
 
@@ -189,7 +194,25 @@ def open_checkpoint(
     tensors = _tensors_of(files)
     if not tensors:
         raise UserError(f"{path}: the .safetensors files have no tensors")
+    _refuse_endless(config, tensors, str(path / "config.json"))
     return Checkpoint(path, config, tensors, str(source), keep_alive)
+
+
+def _refuse_endless(config: Any, tensors: Mapping[str, TensorInfo], where: str, above: str = "") -> None:
+    """Refuse numbers with which building the model would take hours or all memory: every layer has a tensor, and every width is one of a tensor."""
+    for key, value in config.items() if isinstance(config, Mapping) else ():
+        _refuse_endless(value, tensors, where, f"{above}{key}.")
+        if not isinstance(value, (int, float)):
+            continue
+        if DEPTH.fullmatch(key) and value > len(tensors):
+            held = f"{len(tensors)} tensors in all"
+        elif WIDTH.fullmatch(key) and value > max(info.numel for info in tensors.values()) * 8:  # codes may be packed
+            held = "no tensor that large"
+        else:
+            continue
+        raise UserError(
+            f"{where}: {above}{key} is {value}, but the checkpoint has {held}", "config.json and weights do not match"
+        )
 
 
 def _pickles(path: Path, allowed: bool) -> list[Path]:
@@ -241,10 +264,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raw = stream.read(length)
     except FileNotFoundError:
         raise UserError(f"shard {file.name} is missing from {file.parent}", "download it again") from None
-    try:
-        header = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{file.name}: the header is not JSON", "the shard is damaged or not safetensors") from None
+    header = parse_json(raw, f"{file.name}: the header", "the shard is damaged or not safetensors")
     return parse_header(header, 8 + length, size, file)
 
 
@@ -253,11 +273,16 @@ def parse_header(header: Any, base: int, size: int, file: Path) -> dict[str, Ten
     if not isinstance(header, dict):
         raise UserError(f"{file.name}: the header is not a table of tensors", "the shard is damaged or not safetensors")
     tensors: list[TensorInfo] = []
+    notes = header.get("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        raise UserError(f"{file.name}: the header's __metadata__ is not a table of texts", "the shard is damaged")
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not isinstance(dtype, str) or not all(type(number) is int for number in (*shape, begin, end)):
+                raise ValueError
         except (TypeError, KeyError, ValueError):
             raise UserError(f"{file.name}: the header entry of {name!r} is incomplete", "the shard is damaged") from None
         if dtype not in DTYPE_BITS:
@@ -321,11 +346,9 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_bytes(), str(path), nan=False)
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}", "give the directory of a Hugging Face checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} is not a JSON object")
     return data

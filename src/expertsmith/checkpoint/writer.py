@@ -14,7 +14,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,18 @@ CHUNK = 2**20  # what is read, looked at and written in turn stays in a core's c
 PLACED = hasattr(os, "pwrite")  # on Windows a file has one place to write at, so one thread writes there
 THREADS = 4 if PLACED else 1  # that copy; more only wait for memory
 MAX_SHARD = 5 * 10**9  # the size at which transformers splits too
-SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5", ".py", ".index.json")
+LEFT_BEHIND = (  # names, in small letters, of what describes the source and not what is made of it
+    # weights of any form, and what leads to them
+    *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.msgpack", "*.h5"),
+    *("*.npz", "*.pkl", "*.pickle", "*.tflite", "*.mlmodel", "*.nemo", "*.zip", "*.tar", "*.gz", "consolidated*", "params.json", "adapter_*"),
+    # what was measured, and how it was trained or quantised
+    *("*result*", "*benchmark*", "*eval*.json", "*eval*.yaml", "*.csv", "*.tsv", "*.jsonl", "*.parquet", "*.log", "*.tfevents*", "trainer_*"),
+    *("training_*", "recipe.yaml", "recipe.yml", "*imatrix*", "*.dat", "checksum*", "*.sha256", "*.md5"),
+    # texts, pictures and programs about it
+    *("readme*", "*.md", "*.rst", "*.pdf", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.mp4", "*.html", "*.py", "*.ipynb", "*.sh"),
+)  # fmt: skip
+LICENCES = ("licen[cs]e*", "notice*", "copying*", "use_policy*", "acceptable_use*", "third_party*")  # always come along
+TEMPLATES = "additional_chat_templates"  # the only folder that does
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +117,7 @@ def write_checkpoint(
         UserError: the target exists or overlaps the source, or the disk is full; nothing is left behind then.
     """
     prepare_target(out, source.path, overwrite)
+    above = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     total = sum(tensor.nbytes for tensor in tensors)
     free = shutil.disk_usage(out.parent).free
@@ -116,7 +130,9 @@ def write_checkpoint(
         for file in (*companions(source.path), *(source.path / name for name in code_files(source.path, config))):
             if file.name in without:
                 continue
-            shutil.copyfile(file, partial / file.name)
+            target = partial / file.relative_to(source.path)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
         for name, text in texts.items():
             target = partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -132,18 +148,36 @@ def write_checkpoint(
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if not out.exists():
+            with suppress(OSError):  # another process has put something there
+                for folder in above:
+                    folder.rmdir()
 
 
 def companions(path: Path) -> list[Path]:
-    """Files that travel with a checkpoint unchanged: tokenizer, generation config, chat template, licence. No weights, no code."""
-    return [
-        file
-        for file in sorted(path.iterdir())
-        if file.is_file()
-        and not file.name.startswith(".")
-        and not file.name.endswith(SKIPPED)
-        and file.name not in ("config.json", "README.md")
-    ]
+    """Files that travel with a checkpoint unchanged: tokenizer, processors, generation config, chat templates, licences. No weights, no code,
+    and nothing that describes the source only (`LEFT_BEHIND`); no hidden files and no folders but that of further chat templates."""
+    here = [file for file in _visible(path) if _travels(file.name)]
+    return here + sorted((path / TEMPLATES).glob("*.jinja"))
+
+
+def left_behind(source: Checkpoint) -> list[str]:
+    """What a reader should know of the files that do not travel: a note, or nothing. Weights and code files are told elsewhere."""
+    own = {info.file.name for info in source.tensors.values()}
+    names = [file.name for file in _visible(source.path) if not _travels(file.name) and file.name not in own]
+    told = [name for name in names if name not in ("config.json", "README.md", INDEX) and not name.endswith(".py")]
+    return [f"files that describe the source only were not copied: {', '.join(told)}"] if told else []
+
+
+def _visible(path: Path) -> list[Path]:
+    return [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+
+
+def _travels(name: str) -> bool:
+    small = name.lower()
+    if any(fnmatchcase(small, pattern) for pattern in LICENCES):
+        return not small.endswith(".py")
+    return small != "config.json" and not any(fnmatchcase(small, pattern) for pattern in LEFT_BEHIND)
 
 
 def _shards(tensors: Sequence[OutputTensor], max_shard: int) -> list[list[OutputTensor]]:

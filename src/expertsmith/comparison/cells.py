@@ -152,7 +152,7 @@ def load(path: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
     """A finished result that was made with the same model, data, method and options, or None."""
     try:
         held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     same = (
         isinstance(held, dict) and held.get("format") == FORMAT and held.get("made_with") == json.loads(json.dumps(made_with))

@@ -154,6 +154,8 @@ def compare(
     )
     if needs and not data:
         raise UserError(f"{needs} needs calibration text", "pass --data FILE")
+    if not eval_data:
+        raise UserError("compare judges every plan on held-out text", "pass --eval-data FILE")
     refuse_missing([*data, *eval_data])
     inventory = take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
     _check(inventory, cells)
@@ -273,6 +275,7 @@ def _plans(job: Comparison, missing: Sequence[Cell]) -> dict[str, dict[str, Any]
                     budget=cell.budget,
                     options=cell.contender.options,
                     out=target,
+                    overwrite=True,
                     work=job.folder / WORK / place,
                     progress=job.progress,
                     **options,

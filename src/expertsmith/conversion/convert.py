@@ -16,6 +16,7 @@ from expertsmith.arch.dense import TARGETS
 from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.opening import beside, token_data
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
+from expertsmith.checkpoint.output import check_output
 from expertsmith.checkpoint.writer import prepare_target
 from expertsmith.conversion import export, flow
 from expertsmith.conversion.settings import WAYS, Asked, Request, ask, block_parameters
@@ -26,7 +27,6 @@ from expertsmith.engine.devices import choose_device
 from expertsmith.engine.loading import load_model
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import measure as measure_quality
-from expertsmith.surgery.card import quality_line
 from expertsmith.views.progress import Progress, timed
 
 FREE_SAMPLES = 32  # sequences a domain that training-free methods look at
@@ -42,6 +42,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     """
     seconds: dict[str, float] = {}
     prepare_target(request.out, None, request.overwrite)
+    check_output(beside(request.out, "training"), "into")
     place: str | Path = request.dense
     if request.gguf_file is not None:
         with timed(seconds, "gguf"):
@@ -102,8 +103,8 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
             result["speed"] = flow.forward_times(model, request.out, min(request.seq_len, 512))
             result["quality"] = _quality(request, source, model, progress)
     result["seconds"] = seconds
-    line = quality_line(result["quality"], "dense") if result.get("quality") else ""
-    for name, text in flow.texts_of(result, converted.splits, flow.card_of(result, source, line)).items():
+    card = flow.card_of(result, source, result.get("quality"))
+    for name, text in flow.texts_of(result, converted.splits, card).items():
         (request.out / name).write_text(text, encoding="utf-8")
     return {"out": str(request.out), **result}
 

@@ -15,6 +15,8 @@ import torch
 
 from expertsmith.arch import families
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
+from expertsmith.checkpoint.origin import front_matter, name_of, source_of
+from expertsmith.checkpoint.writer import left_behind
 from expertsmith.conversion import export, groups, routers, tomoe
 from expertsmith.conversion.attention import Heads, attentions_of, pruned_heads
 from expertsmith.conversion.passes import decide_layers
@@ -26,6 +28,7 @@ from expertsmith.engine import Batch, LoadedModel
 from expertsmith.engine.layout import experts_of, routing_of
 from expertsmith.engine.loading import load_model
 from expertsmith.errors import UserError, install_line
+from expertsmith.surgery.card import quality_line
 from expertsmith.views.progress import Progress
 
 MEASURED = 8  # every 8th calibration sequence is kept out of the fits and measured on
@@ -288,7 +291,7 @@ def report(
         "calibration": dict(calibration),
         "sizes": dict(numbers),
         "layers": converted.layers,
-        "notes": warnings_of(converted, asked),
+        "notes": warnings_of(converted, asked) + left_behind(source),
     }
 
 
@@ -301,17 +304,17 @@ def texts_of(result: Mapping[str, Any], splits: Sequence[Split], card: str) -> d
     }
 
 
-def card_of(result: Mapping[str, Any], source: Checkpoint, quality: str = "") -> str:
+def card_of(result: Mapping[str, Any], source: Checkpoint, quality: Mapping[str, Any] | None = None) -> str:
     """The model card."""
+    line = quality_line(quality, "dense") if quality else "not measured yet; see `expertsmith evaluate --reference`"
+    title = f"{name_of(source)} as a Mixture of Experts"
     sizes, way = result["sizes"], WAYS[result["method"]["name"]]
     lines = [
-        "---",
-        "tags: [expertsmith, mixture-of-experts, converted]",
-        "---",
+        *front_matter(source, ["expertsmith", "mixture-of-experts", "converted"], quality, title),
         "",
-        f"# {source.path.name} as a Mixture of Experts",
+        f"# {title}",
         "",
-        f"Made by expertsmith from `{source.source}` ({result['source']['model_type']}, dense) with {way.title} ({way.paper}). Attention, norms and embeddings "
+        f"Made by expertsmith from `{source_of(source)}` ({result['source']['model_type']}, dense) with {way.title} ({way.paper}). Attention, norms and embeddings "
         "are byte for byte the dense model's; MLP weights are its own rows and columns, with down projections multiplied by a factor if several experts run.",
         "",
         "| | dense | this |",
@@ -322,7 +325,7 @@ def card_of(result: Mapping[str, Any], source: Checkpoint, quality: str = "") ->
         f"| neurons: routed expert, always on | {sizes['neurons']} | {sizes['expert_width']}, {sizes['shared_width']} |",
         "",
         f"- **Share of the MLP per token**: {sizes['mlp_ratio_useful']:.3f} of its neurons",
-        f"- **Measured quality**: {quality or 'not measured yet; see `expertsmith evaluate --reference`'}",
+        f"- **Measured quality**: {line}",
         *(f"- **Note**: {note}" for note in result["notes"]),
         "",
     ]

@@ -309,9 +309,9 @@ def _sentence(row: dict[str, Any], recipe: Recipe) -> str:
 
 def _save(folder: Path, identity: dict[str, Any], net: MaskNet, optimizer: Any, step: int) -> None:
     part = folder / f"{STATE}.part"
-    torch.save(
-        {"identity": json.dumps(identity), "step": step, "net": net.state_dict(), "optimizer": optimizer.state_dict()}, part
-    )
+    state = {"identity": json.dumps(identity), "step": step, "net": net.state_dict(), "optimizer": optimizer.state_dict()}
+    with open(part, "wb") as stream:  # torch's own would not say that the disk is full
+        torch.save(state, stream)
     os.replace(part, folder / STATE)
 
 

@@ -13,6 +13,7 @@ from expertsmith import api
 from expertsmith.errors import UserError
 from expertsmith.planning.plan import Plan
 from expertsmith.verbs.definition import MORE, Opt, verb
+from expertsmith.verbs.options import Overwrite
 from expertsmith.views import show
 from expertsmith.views.progress import Progress, Silent
 
@@ -46,26 +47,28 @@ def _show(result: Any, given: Mapping[str, Any]) -> None:
 
 @verb(MORE, show=_show)
 def demo(
-    out: Annotated[str | Path, Opt("Folder for the report and the checkpoints.", "--out", "-o", kind=Path)] = Path(
-        "demo-output"
-    ),
+    out: Annotated[
+        str | Path, Opt("Folder for the report and the checkpoints.", "--out", "-o", kind=Path, writes="folder")
+    ] = Path("demo-output"),
+    overwrite: Overwrite = False,
     progress: Annotated[Progress | None, Opt("")] = None,
 ) -> dict[str, Any]:
     """Run the whole flow on a small model that comes with the package: offline, under a minute on two cores."""
-    return run_demo(Path(out), progress)
+    return run_demo(Path(out), progress, overwrite)
 
 
-def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:
+def run_demo(out: Path, progress: Progress | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Calibrate on three domains, keep half of the experts for one of them by several methods, verify and measure each.
 
     Ends with an analysis of the experts. Writes text, statistics, plans, checkpoints, `results.json`, `report.html` and `analysis/` in `out`;
-    a folder that an earlier demo left is replaced.
+    `overwrite` replaces a folder that an earlier demo left.
 
     Raises:
-        UserError: `out` exists and is not of a demo.
+        UserError: `out` exists, and is not of a demo or not to be replaced.
     """
     from expertsmith.calibration import corpus
     from expertsmith.calibration.stats import load_statistics
+    from expertsmith.checkpoint.writer import prepare_target
     from expertsmith.views.pages.demo import write_report
 
     progress = progress or Silent()
@@ -73,6 +76,7 @@ def run_demo(out: Path, progress: Progress | None = None) -> dict[str, Any]:
     if out.exists():
         if not (out / MARK).exists():
             raise UserError(f"{out} exists already and is not the demo's output", "choose another folder with -o")
+        prepare_target(out, None, overwrite)
         shutil.rmtree(out)
     out.mkdir(parents=True)
     (out / MARK).write_text("{}\n")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -24,7 +25,7 @@ from expertsmith.engine.layout import experts_of, is_grouped
 from expertsmith.engine.mtp import Ahead, ahead_of, known_names, lengthen, why_not_played
 from expertsmith.engine.on_demand import Source, remove
 from expertsmith.engine.pages import own_pages, trim
-from expertsmith.engine.stock import Naming, ignored, naming, quietly, read_in, renamer
+from expertsmith.engine.stock import Naming, ignored, naming, quietly, read_in, renamer, splits
 from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
 from expertsmith.errors import UserError, install_line
 from expertsmith.experts.inventory import Inventory, take_inventory
@@ -208,26 +209,28 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
     try:
         with quietly():  # transformers warns of layers with numbers of their own, which is what they are for
             config = read_config(checkpoint.path)
-    except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # what a config class makes of wrong values can be anything; strict ones raise errors of their own
         package = install_line(error)
         if package or isinstance(error, ImportError):
             raise UserError(
                 f"{checkpoint.path}/config.json needs a package that is not installed: {_first_line(error)}",
                 package or "install the package in this message",
             ) from None
-        raise UserError(
-            f"{checkpoint.path}/config.json is not supported by transformers {transformers.__version__}: {_first_line(error)}"
-        ) from None
-    except Exception as error:  # strict config classes raise validation errors of their own
-        if "Validation" not in type(error).__name__:
-            raise
+        if isinstance(error, ValueError | KeyError | OSError | TypeError) and "Validation" not in type(error).__name__:
+            raise UserError(
+                f"{checkpoint.path}/config.json is not supported by transformers {transformers.__version__}: {_first_line(error)}"
+            ) from None
         raise UserError(f"{checkpoint.path}/config.json is not valid: {_first_line(error)}") from None
     for part in (config, config.get_text_config()):
         part.__dict__.pop("quantization_config", None)
     return config
 
 
-def load_model(  # noqa: C901  (every way of loading, decided in one place)
+def load_model(
     checkpoint: Checkpoint,
     architecture: Architecture | None,
     *,
@@ -264,27 +267,8 @@ def load_model(  # noqa: C901  (every way of loading, decided in one place)
             os.environ.setdefault(name, "64")
     runs_as_another = architecture is not None and architecture.runs_as is not None
     stock = memory == "resident" and not isinstance(weights, Floats) and not runs_as_another and whole is None
-    try:
-        if stock:
-            module = _from_pretrained(auto, config, checkpoint, chosen, target)
-        else:
-            from accelerate import init_empty_weights
-
-            with init_empty_weights(include_buffers=False), _LargeOnMeta():
-                module = auto.from_config(config, dtype=chosen, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
-        if re.search(OUT_OF_MEMORY, str(error)):
-            raise  # nothing is wrong with the checkpoint
-        package = install_line(error)
-        if package or isinstance(error, ImportError):
-            raise UserError(
-                f"{checkpoint.source} needs a package that is not installed: {_first_line(error)}",
-                package or "install the package in this message",
-            ) from None
-        raise UserError(
-            f"transformers cannot load {checkpoint.source}: {_first_line(error)}",
-            "check for a damaged shard or a tensor with a wrong shape",
-        ) from None
+    with _refusing(checkpoint):
+        module = _from_pretrained(auto, config, checkpoint, chosen, target) if stock else _empty(auto, config, chosen)
     module.eval().requires_grad_(False)
     path = layers_of(module, architecture.layers if architecture else "model.layers")
     layers = list(module.get_submodule(path))  # type: ignore[arg-type]
@@ -305,6 +289,88 @@ def load_model(  # noqa: C901  (every way of loading, decided in one place)
     _align(module, skip=layer_ids)
     _check_finite(module, "the model outside its decoder layers", skip=layer_ids)
     return loaded
+
+
+@contextlib.contextmanager
+def _refusing(checkpoint: Checkpoint) -> Iterator[None]:
+    """While transformers builds a model: what it raises as an error for users. Wrong values in a config can end in anything."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if re.search(OUT_OF_MEMORY, str(error)):
+            raise  # nothing is wrong with the checkpoint
+        package = install_line(error)
+        if package or isinstance(error, ImportError):
+            raise UserError(
+                f"{checkpoint.source} needs a package that is not installed: {_first_line(error)}",
+                package or "install the package in this message",
+            ) from None
+        raise UserError(
+            f"transformers cannot load {checkpoint.source}: {_first_line(error)}",
+            "check config.json, and for a damaged shard or a tensor with a wrong shape",
+        ) from None
+
+
+def _empty(auto: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model without memory for its parameters."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False), _LargeOnMeta():
+        return auto.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def check_model(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Build the model of a checkpoint without memory, so that what is wrong with its config.json is said before any work: it makes finite
+    buffers, every parameter has a tensor, and tensors and parameters are of one size.
+
+    Raises:
+        UserError: transformers does not take the config, cannot build the model, or its tensors do not fit it.
+    """
+    dtype_of("auto", checkpoint)
+    auto, config = causal_lm(_config_of(checkpoint, architecture, None, None))
+    with _refusing(checkpoint), quietly():
+        module = _empty(auto, config, torch.float32)
+        module.tie_weights()
+    for name, buffer in module.named_buffers():
+        if not buffer.is_meta and buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
+            raise UserError(
+                f"{checkpoint.path}/config.json makes {name} NaN or inf", "check its numbers, such as those of rope_parameters"
+            )
+    given = _sizes_given(module, checkpoint, architecture)
+    for name, parameter in module.named_parameters():
+        if name not in given:
+            raise UserError(
+                f"the checkpoint lacks the weights of {name}",
+                "download it again, and check that config.json is of the same model",
+            )
+        if given[name] not in (None, parameter.numel()):
+            raise UserError(
+                f"{name} has a wrong shape: the file has {given[name]} elements, the model {list(parameter.shape)}",
+                "config.json and weights do not match, or the tensor is damaged",
+            )
+
+
+def _sizes_given(module: Any, checkpoint: Checkpoint, architecture: Architecture) -> dict[str, int | None]:
+    """Parameter → elements of the tensors that load into it, by transformers' names; None where one tensor is split into several.
+
+    Raises:
+        UserError: a tensor that loads as it is, into a parameter of another shape.
+    """
+    names = naming(module, key_mapping(architecture), torch.float32)
+    to_module, parts_of = renamer(names), splits(names)
+    targets, weights = module.state_dict(), floats(checkpoint)
+    given: dict[str, int | None] = {}
+    for name, info in filled(weights, _never_used(weights, architecture)).tensors.items():
+        known, converted = to_module(name)
+        parts = [known.replace(first, other) for first, others in parts_of.items() if first in known for other in others]
+        given |= dict.fromkeys([known, *parts]) if parts else {known: (given.get(known) or 0) + info.numel}
+        place = architecture.locate(name)
+        routed = place is not None and architecture.layout_of(place[1]) is not None  # these come in several layouts
+        if not converted and not routed and known in targets and tuple(targets[known].shape) != info.shape:
+            _refuse_mismatched([(name, info.shape, targets[known].shape)])
+    return given
 
 
 def _ahead_in(weights: Checkpoint, architecture: Architecture | None) -> Inventory | None:
@@ -497,7 +563,7 @@ def _group_names(loaded: LoadedModel) -> list[str]:
         UserError: a tensor that the model has no place for, though it is none of those that are known to be left out.
     """
     loaded._naming = naming(loaded.module, key_mapping(loaded.architecture), loaded.dtype)
-    to_module = renamer(loaded._naming)
+    to_module, targets = renamer(loaded._naming), loaded.module.state_dict()
     is_buffer = {name for name, _ in loaded.module.named_buffers()}
     groups: dict[int | None, list[str]] = {}
     buffers = []
@@ -506,8 +572,8 @@ def _group_names(loaded: LoadedModel) -> list[str]:
         known = loaded._names.get(name, name)
         if known is None:
             continue
-        renamed = to_module(known)
-        if renamed is None:
+        renamed, _ = to_module(known)
+        if renamed not in targets:
             if left_out(name):
                 continue
             raise UserError(
@@ -598,4 +664,6 @@ def _check_finite(
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # strict config classes say what is wrong on the second
+        lines[0] += f" {lines[1]}"
     return lines[0][:300] if lines else type(error).__name__

@@ -49,19 +49,28 @@ def naming(module: Any, key_mapping: Mapping[str, str], dtype: torch.dtype) -> N
     return Naming(module, get_model_conversion_mapping(module, dict(key_mapping)), dtype, module._get_dtype_plan(dtype))
 
 
-def renamer(naming: Naming) -> Callable[[str], str | None]:
-    """A function from a name of the checkpoint to the parameter or buffer that it loads into, or is a part of; None: to none."""
+def renamer(naming: Naming) -> Callable[[str], tuple[str, bool]]:
+    """A function from a name of the checkpoint to the name that it, or what it becomes a part of, has in the module (where that has none such, as
+    transformers would rename it), and whether it is converted on the way."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     renamings = [entry for entry in naming.mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in naming.mapping if isinstance(entry, WeightConverter)]
     targets = naming.module.state_dict()
 
-    def renamed(name: str) -> str | None:
-        found: str = rename_source_key(name, renamings, converters, naming.module.base_model_prefix, targets)[0]
-        return next((place for place in (found, name) if place in targets), None)
+    def renamed(name: str) -> tuple[str, bool]:
+        found, pattern = rename_source_key(name, renamings, converters, naming.module.base_model_prefix, targets)
+        return name if found not in targets and name in targets else found, pattern is not None
 
     return renamed
+
+
+def splits(naming: Naming) -> dict[str, list[str]]:
+    """Of a tensor that is split into several parameters: what names the first → what names the others."""
+    from transformers.core_model_loading import WeightConverter
+
+    patterns = [entry.target_patterns for entry in naming.mapping if isinstance(entry, WeightConverter)]
+    return {first: others for first, *others in patterns if others}
 
 
 def read_in(naming: Naming, state: Mapping[str, Any], device: torch.device) -> Outcome:

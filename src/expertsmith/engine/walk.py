@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Batch:
     domain: str
     sequences: list[int]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Tokens that count."""
         return int(self.mask.sum())

@@ -25,21 +25,71 @@ ROWS = 1024  # predicted tokens whose full distributions are held in float32 at 
 
 @dataclass
 class DomainQuality:
-    """Sums over the predicted tokens of one domain; losses squared for the standard error."""
+    """What was measured on one domain: means a predicted token, named as in the JSON, from sums that add up batch by batch. Without a
+    reference, what needs one is NaN."""
 
     tokens: int = 0
-    loss: float = 0.0
-    loss_sq: float = 0.0
-    reference_loss: float = 0.0
-    kl: float = 0.0
-    agree: int = 0
-    esap: float = 0.0
-    rises: dict[int, tuple[int, float]] = field(default_factory=dict)  # sequence → tokens, loss - reference_loss
+    loss_sum: float = 0.0
+    loss_squares: float = 0.0  # sum of squared losses
+    reference_loss_sum: float = 0.0
+    kl_sum: float = 0.0
+    agreements: int = 0
+    esap_sum: float = 0.0
+    rises: dict[int, tuple[int, float]] = field(default_factory=dict)  # sequence → tokens, sum of loss - reference_loss
+
+    def _mean(self, total: float, reference: bool = True) -> float:
+        return math.nan if reference and not self.rises else total / max(1, self.tokens)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss, nats a token."""
+        return self._mean(self.loss_sum, reference=False)
+
+    @property
+    def loss_se(self) -> float:
+        """Standard error of `loss` over tokens."""
+        n = max(1, self.tokens)
+        return math.sqrt(max(0.0, self.loss_squares / n - self.loss * self.loss) / n)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def reference_loss(self) -> float:
+        """Mean loss of the reference, nats a token."""
+        return self._mean(self.reference_loss_sum)
+
+    @property
+    def reference_perplexity(self) -> float:
+        """exp(reference_loss)."""
+        return math.exp(min(self.reference_loss, 700.0))
+
+    @property
+    def kl(self) -> float:
+        """Mean KL divergence from the reference, nats a token."""
+        return self._mean(self.kl_sum)
+
+    @property
+    def top1_agreement(self) -> float:
+        """Share of tokens with the reference's most probable token."""
+        return self._mean(self.agreements)
+
+    @property
+    def agree(self) -> float:
+        """`top1_agreement`."""
+        return self.top1_agreement
+
+    @property
+    def esap(self) -> float:
+        """Mean overlap of the distribution with the reference's."""
+        return self._mean(self.esap_sum)
 
     @property
     def rise(self) -> float:
         """Mean loss above the reference's, nats a token."""
-        return (self.loss - self.reference_loss) / max(1, self.tokens)
+        return (self.loss_sum - self.reference_loss_sum) / max(1, self.tokens)
 
     @property
     def rise_se(self) -> float:
@@ -52,24 +102,11 @@ class DomainQuality:
         return math.sqrt(count / (count - 1) * spread) / self.tokens
 
     def to_json(self, reference: bool) -> dict[str, float | int]:
-        """Means with their units as in the module docstring, and the standard error of the loss."""
-        n = max(1, self.tokens)
-        mean = self.loss / n
-        made: dict[str, float | int] = {
-            "tokens": self.tokens,
-            "loss": mean,
-            "loss_se": math.sqrt(max(0.0, self.loss_sq / n - mean * mean) / n),
-            "perplexity": math.exp(min(mean, 700.0)),
-        }
+        """The means, with their units as in the module docstring, and the standard error of the loss."""
+        names = ["tokens", "loss", "loss_se", "perplexity"]
         if reference:
-            made |= {
-                "reference_loss": self.reference_loss / n,
-                "reference_perplexity": math.exp(min(self.reference_loss / n, 700.0)),
-                "kl": self.kl / n,
-                "top1_agreement": self.agree / n,
-                "esap": self.esap / n,
-            }
-        return made
+            names += ["reference_loss", "reference_perplexity", "kl", "top1_agreement", "esap"]
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -155,18 +192,18 @@ def add_batch(quality: Quality, batch: Batch, logits: torch.Tensor, reference: t
         q = mine[part].float().log_softmax(-1)
         losses = -q.gather(-1, targets[part, None]).squeeze(-1).double()
         entry.tokens += losses.numel()
-        entry.loss += float(losses.sum())
-        entry.loss_sq += float((losses**2).sum())
+        entry.loss_sum += float(losses.sum())
+        entry.loss_squares += float((losses**2).sum())
         if theirs is None:
             continue
         p = theirs[part].float().log_softmax(-1)
         reference_losses = -p.gather(-1, targets[part, None]).squeeze(-1).double()
-        entry.reference_loss += float(reference_losses.sum())
+        entry.reference_loss_sum += float(reference_losses.sum())
         rises.index_add_(0, rows[part], losses - reference_losses)
         terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))  # 0 log 0 = 0
-        entry.kl += float(terms.sum(dtype=torch.float64))
-        entry.agree += int((p.argmax(-1) == q.argmax(-1)).sum())
-        entry.esap += float(torch.minimum(p, q).exp().sum(dtype=torch.float64))
+        entry.kl_sum += float(terms.sum(dtype=torch.float64))
+        entry.agreements += int((p.argmax(-1) == q.argmax(-1)).sum())
+        entry.esap_sum += float(torch.minimum(p, q).exp().sum(dtype=torch.float64))
     if theirs is not None:
         counts = torch.bincount(rows, minlength=len(batch.sequences))
         entry.rises |= dict(zip(batch.sequences, zip(counts.tolist(), rises.tolist(), strict=True), strict=True))

@@ -238,10 +238,11 @@ def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False) -> Inve
     claims = tuple(
         _claim(info, record, config, experts, own, depth, weights.get(info.name)) for info in checkpoint.tensors.values()
     )
-    groups, top_groups = _groups(record, config)
+    groups, top_groups = _groups(record, config, f"{checkpoint.source}/config.json")
     rules = Rules(experts, top_k, groups, top_groups, record.group_minimum)
     chosen = per_layer_numbers(config, record.top_k_key, f"{checkpoint.source}/config.json")
     inventory = Inventory(checkpoint, record, experts, top_k, rules, claims, own, chosen)
+    _check_depth(inventory, depth)
     if not inventory.layers:
         prefix = record.expert_prefix[0] if record.expert_prefix else record.stacked[0].name
         raise UserError(
@@ -258,6 +259,19 @@ def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False) -> Inve
         if known:
             _check_layer(inventory.floats, layer)  # quantised experts may be stored in different ways, but are of one shape
     return inventory
+
+
+def _check_depth(inventory: Inventory, depth: Any) -> None:
+    """Refuse a config.json with more decoder layers than the tensors have (LongCat counts two for each), or with no number of them."""
+    where = f"{inventory.checkpoint.source}/config.json"
+    if depth is not None:
+        _positive(("num_hidden_layers", depth), where)
+    held = inventory.num_layers * (2 if "num_layers" in inventory.config else 1)
+    if depth is not None and depth > held:
+        raise UserError(
+            f"{where}: num_hidden_layers is {depth}, but the tensors have {held} decoder layers",
+            "download the checkpoint again, and check that config.json is from the same model",
+        )
 
 
 def per_layer_counts(config: Mapping[str, Any], record: Architecture, where: str = "config.json") -> dict[int, int]:
@@ -318,7 +332,7 @@ def _positive(found: tuple[str, Any], where: str) -> int:
     return value
 
 
-def _groups(record: Architecture, config: Any) -> tuple[int, int]:
+def _groups(record: Architecture, config: Any, where: str) -> tuple[int, int]:
     if record.group_key is None:
         return 1, 1
     if record.group_active is not None and config_get(config, record.group_active[0]) not in record.group_active[1]:
@@ -326,9 +340,11 @@ def _groups(record: Architecture, config: Any) -> tuple[int, int]:
     groups, top = record.group_default
     for key in (record.group_alias, record.group_key):
         if key in config:
-            groups = top = int(config[key] or 1)
-    if record.top_group_key in config:
-        top = int(config[record.top_group_key] or groups)
+            groups = top = 1 if config[key] is None else _positive((str(key), config[key]), where)
+    if config.get(record.top_group_key) is not None:
+        top = _positive((str(record.top_group_key), config[record.top_group_key]), where)
+    if top > groups:
+        raise UserError(f"{where}: a token may use {top} expert_groups ({record.top_group_key}), but there are {groups}")
     return groups, top
 
 

@@ -17,6 +17,8 @@ from expertsmith.arch import record_of
 from expertsmith.calibration.data import TokenData
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.checkpoint.floats import Floats, floats, quantisation_of, refuse_unencodable
+from expertsmith.checkpoint.origin import card_metadata, front_matter, name_of, source_of, without_results
+from expertsmith.checkpoint.output import check_output
 from expertsmith.checkpoint.writer import prepare_target
 from expertsmith.engine import Batch, LoadedModel, load_model
 from expertsmith.engine.devices import Memory, choose_device, choose_memory
@@ -28,8 +30,9 @@ from expertsmith.healing.experts import LayerExperts
 from expertsmith.healing.layerwise import Layerwise
 from expertsmith.healing.lora import Adapted, changed_tensors, noisy_embeddings, peft, rounded
 from expertsmith.healing.options import LAYERWISE, Lora, as_options
-from expertsmith.healing.streams import check_pair, held_batches, held_out
-from expertsmith.healing.work import Work
+from expertsmith.healing.pair import check_pair
+from expertsmith.healing.streams import held_batches, held_out
+from expertsmith.healing.work import Work, work_folder
 from expertsmith.healing.written import ROUTER, check_floats, into_memory, to_checkpoint, write_healed
 from expertsmith.surgery.mask import in_force
 from expertsmith.surgery.skip import skip_of
@@ -59,18 +62,27 @@ class Healing:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+def check_start(student: Checkpoint, teacher: Checkpoint, target: Path, overwrite: bool) -> None:
+    """What can be known of a healing before text is read or a model is loaded.
+
+    Raises:
+        UserError: an output that exists, overlaps with a model or cannot be written, or a teacher that is not the original.
+    """
+    prepare_target(target, student.path, overwrite)
+    prepare_target(target, teacher.path, overwrite)
+    check_output(work_folder(target), "into")
+    check_pair(student, teacher)
+
+
 def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     """Write the healed checkpoint; returns its report (`expertsmith/heal.json`).
 
     Raises:
-        UserError: teacher and student that do not match, a format that cannot be quantised again, too little data, or the folder of another
-            healing.
+        UserError: a format that cannot be quantised again, too little data, or the folder of another healing; see also `check_start`.
     """
     begin = time.perf_counter()
     _as_floats(job)
     source = job.inventory.checkpoint
-    prepare_target(job.target, source.path, job.overwrite)
-    prepare_target(job.target, job.teacher.path, job.overwrite)
     check_floats(job.inventory)
     layerwise, trains = job.method in LAYERWISE, job.method != "least_squares"
     _refuse_what_cannot_train(job)
@@ -78,13 +90,12 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     mode = choose_memory(job.memory, [source, job.teacher], where, job.dtype) if layerwise else "resident"
     student = load_model(source, job.inventory.architecture, memory=mode, device=where, dtype=job.dtype)
     teacher = _teacher(job.teacher, mode, where, job.dtype)
-    check_pair(student, teacher)
     trained = max(TRAINED_BATCH, job.options.step_tokens) if job.method == "layer_local" else TRAINED_BATCH
     size = min(job.batch_tokens, trained) if trains else job.batch_tokens
     pad = getattr(student.config.get_text_config(), "pad_token_id", None)
     batches = job.data.batches(size, pad_id=pad if isinstance(pad, int) and pad >= 0 else 0)
     held = held_out(job.data, batches)
-    work = Work(job.target.with_name(f"{job.target.name}.healing"), _made_with(job), job.resume)
+    work = Work(work_folder(job.target), _made_with(job), job.resume)
     if work.rows:
         progress.note(f"resuming: {len(work.rows)} layers are healed already")
     rule, thresholds = skip_of(source.config) or ("ratio", {})
@@ -199,7 +210,7 @@ def _distil(
             distillation.run()
         student.module = adapted.merge()
         rounded(student.module, job.inventory)
-        work.save(0, changed_tensors(student.module, job.inventory, work.folder / "merged"), {"layer": 0})
+        work.save(0, changed_tensors(student.module, job.inventory, work.opened() / "merged"), {"layer": 0})
         return distillation.report
     weights = router_weights(student, job.inventory)
     distillation = Distillation(student, teacher, batches, held, weights, job.options, work, progress)
@@ -275,8 +286,13 @@ def _write(
         plan = source.path / "expertsmith" / "plan.json"
         if plan.is_file():
             texts["expertsmith/plan.json"] = plan.read_text(encoding="utf-8")
-        card = source.path / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else f"# {source.path.name}\n"
+        if "expertsmith" in (card_metadata(source.path).get("tags") or ()):
+            text = (source.path / "README.md").read_text(encoding="utf-8")
+        else:  # a card of others does not describe the result
+            head = front_matter(source, ["expertsmith", "mixture-of-experts", "healed"])
+            text = "\n".join(
+                [*head, "", f"# {name_of(source)}, healed", "", f"Made by expertsmith from `{source_of(source)}`.", ""]
+            )
         texts |= {REPORT: json.dumps(report, indent=1) + "\n", "README.md": healed_card(text, report)}
     write_healed(
         target,
@@ -307,7 +323,7 @@ def healed_card(card: str, report: Mapping[str, Any], measured_after: bool = Fal
     )
     card = card.replace("are byte for byte its own.", "were byte for byte its own before it was healed (below).")
     if not measured_after:
-        card = card.replace("- **Measured quality**: ", "- **Measured quality** (before healing): ")
+        card = without_results(card).replace("- **Measured quality**: ", "- **Measured quality** (before healing): ")
     again = report.get("requantised")
     cost = ""
     if again is not None:

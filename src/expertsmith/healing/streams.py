@@ -6,7 +6,7 @@ run on them as often as wanted, with other weights; then all batches pass for go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -92,23 +92,3 @@ def held_batches(batches: Sequence[Batch], held: Sequence[torch.Tensor]) -> list
         for batch, mask in zip(batches, held, strict=True)
         if bool(mask.any())
     ]
-
-
-def check_pair(student: LoadedModel, teacher: LoadedModel) -> None:
-    """Refuse a teacher that the student cannot follow layer by layer.
-
-    Raises:
-        UserError: another number of decoder layers, another hidden size, or another vocabulary.
-    """
-    mine, theirs = student.config.get_text_config(), teacher.config.get_text_config()
-    facts: Mapping[str, tuple[Any, Any]] = {
-        "decoder layers": (len(student.layers), len(teacher.layers)),
-        "hidden size": (getattr(mine, "hidden_size", None), getattr(theirs, "hidden_size", None)),
-        "vocabulary": (getattr(mine, "vocab_size", None), getattr(theirs, "vocab_size", None)),
-    }
-    for name, (ours, other) in facts.items():
-        if ours != other:
-            raise UserError(
-                f"teacher and student do not match: {name} {other} of {teacher.checkpoint.source} and {ours} of {student.checkpoint.source}",
-                "give the model that the student was made from",
-            )

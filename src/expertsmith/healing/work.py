@@ -18,32 +18,46 @@ HEADER = "healing.json"
 STATE = "training.safetensors"
 
 
+def work_folder(target: Path) -> Path:
+    """Where an interrupted healing into `target` leaves what is finished."""
+    return target.with_name(f"{target.name}.healing")
+
+
 class Work:
-    """Healed tensors of finished layers, by checkpoint name.
+    """Healed tensors of finished layers, by checkpoint name. The folder is made when there is something to keep, and one that holds nothing
+    finished is no interrupted healing: a start that failed blocks no other.
 
     Raises:
         UserError: the folder is that of another healing, or holds other files.
     """
 
     def __init__(self, folder: Path, made_with: Mapping[str, Any], resume: bool) -> None:
-        self.folder = folder
+        self.folder, self._made_with = folder, made_with
         if folder.exists() and any(folder.iterdir()):
             header = folder / HEADER
             if not header.is_file():
                 raise UserError(f"{folder} contains files that are not an interrupted healing", "move it away")
-            if not resume:
+            if not resume or not (self._layers() or (folder / STATE).is_file()):
                 shutil.rmtree(folder)
             elif json.loads(header.read_text(encoding="utf-8")) != json.loads(json.dumps(made_with)):
                 raise UserError(
                     f"{folder} holds an interrupted healing with other models, data or options",
                     "pass --fresh to start again, or choose another output",
                 )
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / HEADER).write_text(json.dumps(made_with, indent=1) + "\n", encoding="utf-8")
         self._owners: dict[str, int] = {}
         self.rows: dict[int, dict[str, Any]] = {}
-        for path in sorted(folder.glob("layer_*.safetensors")):
+        for path in self._layers():
             self._find(int(path.stem.removeprefix("layer_")))
+
+    def opened(self) -> Path:
+        """The folder, made and marked as this healing's."""
+        if not (self.folder / HEADER).is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / HEADER).write_text(json.dumps(self._made_with, indent=1) + "\n", encoding="utf-8")
+        return self.folder
+
+    def _layers(self) -> list[Path]:
+        return sorted(self.folder.glob("layer_*.safetensors"))
 
     def _path(self, layer: int) -> Path:
         return self.folder / f"layer_{layer:04d}.safetensors"
@@ -69,6 +83,7 @@ class Work:
 
     def save(self, layer: int, tensors: Mapping[str, torch.Tensor], row: Mapping[str, Any]) -> None:
         """Keep a finished layer and what the report says of it."""
+        self.opened()
         target = self._path(layer)
         partial = target.with_suffix(".partial")
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()} or {"-": torch.zeros(1)}
@@ -82,7 +97,7 @@ class Work:
 
     def save_state(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         """Keep the state of a training that is under way."""
-        partial = self.folder / "training.partial"
+        partial = self.opened() / "training.partial"
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             partial,

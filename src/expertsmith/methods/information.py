@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -332,6 +333,9 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def _serve() -> None:
     """A worker: for every row number on stdin, the joint entropies of that array with all later ones on stdout, one a line."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process of the terminal: the one that asks ends this one
     name, kind, size, *used = sys.argv[1:]
     table = np.memmap(name, dtype=np.dtype(kind), mode="r").reshape(len(used), int(size))
     arrays = [Codes(row, int(k), int(k), math.nan, False, math.nan) for row, k in zip(table, used, strict=True)]

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from expertsmith.errors import UserError
+from expertsmith.errors import UserError, parse_json
 from expertsmith.experts.inventory import Inventory
 from expertsmith.experts.rules import keep_count, parse_keep
 from expertsmith.planning.build import by_weights, rules_of, summary_of
@@ -118,8 +118,8 @@ def _read(path: Path, inventory: Inventory) -> tuple[dict[int, Any], Format]:
         raise UserError(f"{path} is not a text file", "give a .json or .jsonl file") from None
     lines = [line for line in text.splitlines() if line.strip()]
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError:
+        data = parse_json(text, str(path))
+    except UserError:  # or one JSON a line
         data = None
     if data is None or (len(lines) == 1 and path.suffix == ".jsonl"):
         return _complete(
@@ -138,10 +138,7 @@ def _read(path: Path, inventory: Inventory) -> tuple[dict[int, Any], Format]:
 
 
 def _line(text: str, where: str) -> Mapping[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
+    found = parse_json(text, where)
     if not isinstance(found, Mapping):
         raise UserError(f"{where} is a {type(found).__name__}, but a line must be layer → list of experts")
     return found

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from expertsmith.errors import UserError
+from expertsmith.errors import UserError, parse_json
 
 FORMAT = "expertsmith.plan"
 
@@ -230,13 +230,11 @@ def load_plan(path: Path | str) -> Plan:
         UserError: no such file, not JSON, or a rule of the format broken, with the place.
     """
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = parse_json(Path(path).read_bytes(), str(path))
     except FileNotFoundError:
         raise UserError(f"no plan found at {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a plan", "give the plan.json file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
     return parse_plan(raw, str(path))
 
 

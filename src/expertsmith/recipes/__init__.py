@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from expertsmith.errors import UserError
+from expertsmith.checkpoint.output import check_output
 from expertsmith.registry import unknown
 
 
@@ -38,19 +38,18 @@ def shipped() -> dict[str, Shipped]:
     return found
 
 
-def copy(name: str, to: str | Path) -> Path:
+def copy(name: str, to: str | Path, overwrite: bool = False) -> Path:
     """Write a recipe that comes along to a file of your own.
 
     Raises:
-        UserError: no recipe of that name, or the file exists.
+        UserError: no recipe of that name, the file exists and is not to be replaced, or it cannot be written.
     """
     if name not in shipped():
         raise unknown("recipe", name, shipped())
     target = Path(to)
     if target.is_dir():
         target = target / f"{name}.yaml"
-    if target.exists():
-        raise UserError(f"{target} exists already", "choose another file with --to")
+    check_output(target, "file", overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(shipped()[name].text, encoding="utf-8")
     return target

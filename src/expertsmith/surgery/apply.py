@@ -17,11 +17,12 @@ import numpy as np
 from expertsmith.arch import config_get, text_config
 from expertsmith.checkpoint.code import code_notes, drop_auto_map
 from expertsmith.checkpoint.floats import SIDE_FILES, Floats, floats, quantisation_of, refuse_unencodable, source_of
-from expertsmith.checkpoint.writer import MAX_SHARD, Made, OutputTensor, Piece, prepare_target, write_checkpoint
+from expertsmith.checkpoint.writer import MAX_SHARD, Made, OutputTensor, Piece, left_behind, prepare_target, write_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import MTP_KEYS, Claim, Inventory, take_inventory
 from expertsmith.experts.rules import Rules, groups_of
 from expertsmith.planning.plan import LayerPlan, Plan
+from expertsmith.surgery.building import check_building
 from expertsmith.surgery.card import model_card
 from expertsmith.surgery.counts import changes, counts_of, drops_mtp, trunk_counts
 from expertsmith.surgery.quantisation import Renumbering, output_files, output_quantisation
@@ -296,6 +297,7 @@ def apply_plan(  # noqa: C901  (a note a circumstance)
     prepare_target(out, inventory.checkpoint.path, overwrite)
     pad = pad and plan.uniform_count is None
     check_plan(plan, inventory, pad)
+    check_building(inventory)
     if requantise:
         check_requantise(plan, inventory)
     inventory = written(plan, inventory, requantise)
@@ -334,7 +336,7 @@ def apply_plan(  # noqa: C901  (a note a circumstance)
     if plan.skip is not None:
         notes.append(SKIPS)
     config = output_config(plan, inventory, pad)
-    notes += code_notes(inventory.checkpoint.path, inventory.checkpoint.config, config)
+    notes += code_notes(inventory.checkpoint.path, inventory.checkpoint.config, config) + left_behind(inventory.checkpoint)
     counts = trunk_counts(plan)
     code = code_for(dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory)
     own = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps()}
@@ -373,19 +375,20 @@ FINITE_LIMITS: dict[
     "F64": (np.uint64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
     "F8_E4M3": (np.uint8, 0x7F, 0x7F),
     "F8_E5M2": (np.uint8, 0x7F, 0x7C),
+    "F8_E8M0": (np.uint8, 0xFF, 0xFF),
 }
 
 
 class _Finite:
-    """Raise on the first chunk that holds NaN or inf: all exponent bits set. Integer and packed dtypes pass, as do the tensors in which
-    -inf has a meaning."""
+    """Raise on the first chunk that holds NaN or inf: all exponent bits set. Integer and packed dtypes pass, as does -inf in the tensors in
+    which it has a meaning."""
 
     def __init__(self, may_be_infinite: frozenset[str] = frozenset()) -> None:
         self.may_be_infinite = may_be_infinite
         self.own = threading.local()  # the writer's threads call at once
 
     def __call__(self, tensor: OutputTensor, chunk: memoryview) -> None:
-        if tensor.dtype not in FINITE_LIMITS or tensor.name in self.may_be_infinite:
+        if tensor.dtype not in FINITE_LIMITS:
             return
         kind, magnitude, limit = FINITE_LIMITS[tensor.dtype]
         values: np.ndarray[Any, Any] = np.frombuffer(chunk, dtype=kind)
@@ -394,5 +397,10 @@ class _Finite:
             held = self.own.scratch = np.empty(values.nbytes, dtype=np.uint8)
         scratch = held[: values.nbytes].view(kind)
         np.bitwise_and(values, np.asarray(magnitude, dtype=kind), out=scratch)
-        if values.size and int(scratch.max()) >= limit:
+        wrong = values.size and int(scratch.max()) >= limit
+        if wrong and tensor.name in self.may_be_infinite:
+            wrong = bool(
+                ((scratch >= limit) & (values != magnitude + 1 + limit)).any()
+            )  # all but the sign's bit and the limit: -inf
+        if wrong:
             raise UserError(f"{tensor.name} has NaN or inf", "the source checkpoint is damaged: download it again")

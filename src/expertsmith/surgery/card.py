@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from expertsmith.checkpoint.origin import front_matter, name_of, source_of
 from expertsmith.experts.inventory import Inventory
 from expertsmith.planning.plan import Plan
 from expertsmith.surgery.counts import size_after
@@ -15,8 +16,13 @@ def _from_to(counts: Sequence[int]) -> str:
     return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
-def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), quality: str = "") -> str:
-    """Markdown: base model, method, ratio, calibration, sizes, measured quality (or that it was not measured)."""
+def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), quality: Mapping[str, Any] | None = None) -> str:
+    """Markdown: metadata, base model, method, ratio, calibration, sizes, measured quality (or that it was not measured).
+
+    Args:
+        quality: `Quality.to_json` with `held_out`.
+    """
+    source = inventory.checkpoint
     before, after = inventory.size(), size_after(plan, inventory)
     had = _from_to(list(inventory.counts.values()))
     has = _from_to(plan.counts)
@@ -30,14 +36,13 @@ def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), qual
     stayed = "The kept weights are byte for byte those of the base model."
     if plan.merges:
         stayed = "Merged experts are weighted means of the base model's experts; all other kept weights are byte for byte those of the base model."
+    title = f"{name_of(source)} with {share} experts"
     lines = [
-        "---",
-        "tags: [expertsmith, mixture-of-experts, pruned]",
-        "---",
+        *front_matter(source, ["expertsmith", "mixture-of-experts", "merged" if plan.merges else "pruned"], quality, title),
         "",
-        f"# {inventory.checkpoint.path.name} with {share} experts",
+        f"# {title}",
         "",
-        f"Made by [expertsmith] from `{inventory.checkpoint.source}` ({inventory.architecture.title}). {stayed}",
+        f"Made by expertsmith from `{source_of(source)}` ({inventory.architecture.title}). {stayed}",
         "",
         "| | base | this |",
         "|---|---|---|",
@@ -49,7 +54,7 @@ def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), qual
         f"- **Method**: {plan.method.name}" + (f" ({options})" if options else ""),
         f"- **Calibration**: {calibration}",
         "- **Kept experts, and why**: `expertsmith/plan.json` (ids are those of the base model)",
-        f"- **Measured quality**: {quality or 'not measured yet; see `expertsmith evaluate`'}",
+        f"- **Measured quality**: {quality_line(quality) if quality else 'not measured yet; see `expertsmith evaluate`'}",
         *(f"- **Note**: {note}" for note in notes),
         "",
     ]

@@ -11,7 +11,9 @@ import torch
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.checkpoint.code import code_notes, drop_auto_map
 from expertsmith.checkpoint.floats import SIDE_FILES, floats, quantisation_of, source_of
-from expertsmith.checkpoint.writer import OutputTensor, prepare_target, write_checkpoint
+from expertsmith.checkpoint.origin import front_matter, name_of
+from expertsmith.checkpoint.origin import source_of as made_from
+from expertsmith.checkpoint.writer import OutputTensor, left_behind, prepare_target, write_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.views.progress import Progress, Silent
 
@@ -42,9 +44,10 @@ def dequantise(
         if isinstance(part, dict):
             part.update({key: "bfloat16" for key in DTYPE_KEYS if part.get(key) == "float16"})
     total = sum(tensor.nbytes for tensor in tensors)
-    notes = code_notes(checkpoint.path, checkpoint.config, config)
+    notes = code_notes(checkpoint.path, checkpoint.config, config) + left_behind(checkpoint)
     card = (
-        f"# {checkpoint.path.name} in bfloat16\n\nMade by [expertsmith] from `{checkpoint.source}` ({found.title}): "
+        "\n".join(front_matter(checkpoint, ["expertsmith", "dequantised"]))
+        + f"\n\n# {name_of(checkpoint)} in bfloat16\n\nMade by expertsmith from `{made_from(checkpoint)}` ({found.title}): "
         f"{len(found.stored):,} weights were decoded and rounded once to bfloat16, all other tensors are byte for byte the same.\n"
         + "".join(f"\n- **Note**: {note}\n" for note in notes)
     )

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from expertsmith.checkpoint.floats import SIDE_FILES, Floats
-from expertsmith.errors import UserError
+from expertsmith.errors import UserError, parse_json
 from expertsmith.experts.inventory import Inventory
 
 CONFIGS = ("quantization_config", "compression_config", "quantization")  # keys of config.json
@@ -112,10 +112,7 @@ def output_files(renumbering: Renumbering) -> dict[str, str]:
     for file in (renumbering.inventory.checkpoint.path / name for name in SIDE_FILES):
         if not file.is_file():
             continue
-        try:
-            held = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is not JSON: {error}", "download it again, or remove it if it is not needed") from None
+        held = parse_json(file.read_bytes(), str(file), "download it again, or remove it if it is not needed")
         changed = renumbered(held, renumbering)
         if changed != held:
             made[file.name] = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"

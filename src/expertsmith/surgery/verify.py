@@ -37,6 +37,8 @@ from expertsmith.surgery.merge import merged
 from expertsmith.surgery.skip import is_padded
 from expertsmith.views.progress import Progress, Silent
 
+VERDICT = "expertsmith/verify.json"
+
 
 @dataclass
 class Verdict:
@@ -276,6 +278,6 @@ def find_plan(output: Path) -> Path:
 
 def save_verdict(verdict: Verdict, output: Path) -> None:
     """Leave `expertsmith/verify.json` in the output checkpoint."""
-    target = output / "expertsmith" / "verify.json"
+    target = output / VERDICT
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(verdict.to_json(), indent=1) + "\n", encoding="utf-8")

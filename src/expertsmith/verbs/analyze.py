@@ -12,8 +12,8 @@ from expertsmith.errors import UserError
 from expertsmith.experts.inventory import take_inventory
 from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.verbs.calibrate import calibrate
-from expertsmith.verbs.definition import LOOK, Opt, verb
-from expertsmith.verbs.options import Calibrating, Data, Model, Out, Stats
+from expertsmith.verbs.definition import LOOK, Opt, out_and, verb
+from expertsmith.verbs.options import Calibrating, Data, Into, Model, Stats
 from expertsmith.verbs.plan import model_and_tokens
 
 
@@ -23,10 +23,10 @@ def _show(measures: Any, given: Mapping[str, Any]) -> None:
     show_measures(measures, Path(given["out"]))
 
 
-@verb(LOOK, show=_show)
+@verb(LOOK, show=_show, keeps=out_and(""))
 def analyze(  # noqa: C901  (what does not go together is refused in one place)
     model: Model,
-    out: Out,
+    out: Into,
     *,
     data: Data = (),
     stats: Stats = None,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of, open_model, token_data
-from expertsmith.verbs.definition import FLOW, Opt, verb
-from expertsmith.verbs.options import Calibrating, Data, Model, Out, Running, Text, part
+from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
+from expertsmith.verbs.options import Calibrating, Data, Into, Model, Running, Text, part
 from expertsmith.views import show
 
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ def _show(statistics: Any, given: Mapping[str, Any]) -> None:
     show.line(table)
 
 
-@verb(FLOW, show=_show, plain=lambda found, given: {"out": str(given["out"]), **found.header}, ranks=True)
+@verb(FLOW, show=_show, plain=lambda found, given: {"out": str(given["out"]), **found.header}, keeps=out_and(""), ranks=True)
 def calibrate(
     model: Model,
     data: Data,
-    out: Out,
+    out: Into,
     *,
     output_sum: Annotated[
         bool, Opt("Also sum the raw outputs of every expert over its routed tokens.", "--output-sum")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from expertsmith.errors import UserError
 from expertsmith.verbs.definition import LOOK, MORE, Opt, verb
+from expertsmith.verbs.options import Overwrite
 from expertsmith.views import show
 
 COLOURS = {"full": "green", "partial": "yellow", "refused": "red"}
@@ -63,6 +64,7 @@ def recipes(
     to: Annotated[
         str | Path | None, Opt("File or folder to copy it to. Default: NAME.yaml here.", "--to", kind=Path, shown=False)
     ] = None,
+    overwrite: Overwrite = False,
 ) -> Any:
     """List the recipes that come with the package; with NAME, copy one to edit and run."""
     from expertsmith.recipes import copy, shipped
@@ -70,7 +72,7 @@ def recipes(
     if name is None and to is not None:
         raise UserError("--to given without a recipe name", "expertsmith recipes NAME --to FILE")
     if name is not None:
-        return {"name": name, "out": str(copy(name, Path(to or f"{name}.yaml")))}
+        return {"name": name, "out": str(copy(name, Path(to or f"{name}.yaml"), overwrite))}
     return [
         {"name": entry.name, "about": entry.about, "needs": entry.needs, "size": entry.size} for entry in shipped().values()
     ]

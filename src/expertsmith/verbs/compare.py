@@ -8,7 +8,7 @@ from typing import Annotated, Any, Unpack
 
 from expertsmith.verbs.apply import apply
 from expertsmith.verbs.calibrate import calibrate
-from expertsmith.verbs.definition import FLOW, Opt, verb
+from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.evaluate import Limit, TaskPath, Tasks
 from expertsmith.verbs.heal import heal as heal_model
 from expertsmith.verbs.options import SPECS, Calibrating, Data, Named
@@ -22,7 +22,7 @@ def _show(found: Any, given: Mapping[str, Any]) -> None:
     show_comparison(displayed(found), Path(given["out"]))
 
 
-@verb(FLOW, show=_show)
+@verb(FLOW, show=_show, keeps=out_and(""))
 def compare(
     model: Named,
     methods: Annotated[
@@ -36,7 +36,8 @@ def compare(
     data: Data,
     eval_data: Annotated[Sequence[str], Opt("Held-out text for evaluation. Repeatable.", "--eval-data", "-e", metavar=SPECS)],
     out: Annotated[
-        str | Path, Opt("Plans, finished cells, table, picture and page.", "--out", "-o", metavar="FOLDER", kind=Path)
+        str | Path,
+        Opt("Plans, finished cells, table, picture and page.", "--out", "-o", metavar="FOLDER", kind=Path, writes="into"),
     ],
     *,
     budgets: Annotated[

@@ -12,7 +12,7 @@ from expertsmith.calibration.opening import beside, inventory_of
 from expertsmith.errors import UserError
 from expertsmith.verbs.apply import apply
 from expertsmith.verbs.calibrate import calibrate
-from expertsmith.verbs.definition import FLOW, Opt, verb
+from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.evaluate import evaluate
 from expertsmith.verbs.heal import heal as heal_model
 from expertsmith.verbs.options import (
@@ -66,6 +66,7 @@ def _show(result: Any, given: Mapping[str, Any]) -> None:
     show=_show,
     plain=lambda result, given: {**result, "plan": result["plan"].to_json(), "verify": result["verify"].to_json()},
     passed=lambda result: result["verify"].passed,
+    keeps=out_and("stats", "measured", "healing"),
 )
 def compress(
     model: Named,
@@ -106,7 +107,7 @@ def compress(
     """
     from expertsmith.calibration.spec import refuse_missing
     from expertsmith.checkpoint.writer import prepare_target
-    from expertsmith.surgery.card import model_card, quality_line
+    from expertsmith.surgery.card import model_card
 
     progress = given["progress"]
     seconds: dict[str, float] = {}
@@ -185,7 +186,7 @@ def compress(
                 **quiet,
             ).to_json()
         quality["held_out"] = bool(eval_data)
-        card = model_card(made, inventory, notes, quality_line(quality))
+        card = model_card(made, inventory, notes, quality)
         if report is not None:
             from expertsmith.healing.run import healed_card
 

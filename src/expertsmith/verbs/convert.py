@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from expertsmith.verbs.definition import FLOW, Opt, verb
+from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.options import Data, EvalData, Out, Overwrite
 from expertsmith.views import show
 from expertsmith.views.progress import Progress
 
 
-@verb(FLOW, show=lambda result, given: show.show_conversion(result), ranks=True)
+@verb(FLOW, show=lambda result, given: show.show_conversion(result), keeps=out_and("training", "dense"), ranks=True)
 def convert(
     dense: Annotated[
         str | Path,

@@ -8,13 +8,15 @@ An option is `Annotated[type, Opt(help, …)]`; several that go together are a `
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from expertsmith.calibration.opening import opened_as
+from expertsmith.calibration.opening import beside, opened_as
 from expertsmith.checkpoint import pinned
+from expertsmith.checkpoint.output import Writes, check_output
 from expertsmith.registry import unknown
 from expertsmith.views.progress import Silent
 
@@ -33,6 +35,7 @@ class Opt:
         default: of a group's option, which has no other place for it.
         shown: whether the help shows the default.
         cli: the default of the command line, where it is another.
+        writes: of an output: how it is written, see `checkpoint.output`. It is checked before anything else happens.
     """
 
     def __init__(
@@ -46,9 +49,10 @@ class Opt:
         default: Any = MISSING,
         shown: bool = True,
         cli: Any = MISSING,
+        writes: Writes | None = None,
     ) -> None:
         self.help, self.flags, self.metavar, self.argument = help, flags, metavar, argument
-        self.kind, self.least, self.default, self.shown, self.cli = kind, least, default, shown, cli
+        self.kind, self.least, self.default, self.shown, self.cli, self.writes = kind, least, default, shown, cli, writes
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,8 @@ class Option:
 class Verb:
     """A function as a command.
 
-    `show(result, given)` prints what it returned, `plain` makes JSON of it, and `passed` says whether the exit code is 0. `ranks`: it runs
-    under torchrun. Options `python_only` are not the command line's.
+    `show(result, given)` prints what it returned, `plain` makes JSON of it, and `passed` says whether the exit code is 0. `keeps`: where an
+    interrupted run leaves what the next one goes on from. `ranks`: it runs under torchrun.
     """
 
     name: str
@@ -80,6 +84,7 @@ class Verb:
     show: Callable[[Any, Mapping[str, Any]], None]
     plain: Callable[[Any, Mapping[str, Any]], Any]
     passed: Callable[[Any], bool]
+    keeps: Callable[[Mapping[str, Any]], list[Path]]
     ranks: bool = False
     options: tuple[Option, ...] = field(default=())
 
@@ -114,10 +119,27 @@ def options_of(function: Callable[..., Any]) -> tuple[Option, ...]:
     return tuple(found.values())
 
 
+def check_outputs(options: Iterable[Option], values: Mapping[str, Any]) -> None:
+    """Refuse outputs that cannot be written, and a file that exists unless it is to be replaced."""
+    for option in options:
+        if option.opt.writes is not None and values.get(option.name) is not None:
+            check_output(Path(values[option.name]), option.opt.writes, values.get("overwrite", False))
+
+
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """Annotations of the parameters. That of the result may be a name that only a type checker knows."""
     own = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
     return get_type_hints(type("_", (), {"__annotations__": own, "__module__": function.__module__}), include_extras=True)
+
+
+def _is_list(hint: Any) -> bool:
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return get_origin(kind) is Sequence
+
+
+def listed(value: Any) -> Any:
+    """What is given where a list is wanted: a single value is a list of one, and a text is no list of letters."""
+    return [value] if isinstance(value, (str, Path, int, float)) else [] if value is None else value
 
 
 def _option(name: str, hint: Any, default: Any) -> Option | None:
@@ -133,7 +155,7 @@ def _option(name: str, hint: Any, default: Any) -> Option | None:
 def filled(function: F, headers_only: bool = False) -> F:
     """A function that takes a group whole, with the defaults of what is not given, and a signature that names every option.
 
-    Where it has the options of `options.Opening`, its first argument is a model: that of the revision that is asked for, and treated as the
+    A single value (`data="a.jsonl"`, `keep=0.5`) is a list of one where a list is wanted. Where it has the options of `options.Opening`, its first argument is a model: that of the revision that is asked for, and treated as the
     family `as_type` for as long as the function runs.
 
     Args:
@@ -146,6 +168,7 @@ def filled(function: F, headers_only: bool = False) -> F:
     signature = inspect.signature(function)
     own = [name for name, entry in signature.parameters.items() if entry.kind is not entry.VAR_KEYWORD]
     group = {name: option.default for name, option in options.items() if name not in own}
+    lists = [name for name, hint in _hints(function).items() if _is_list(hint)]  # no group has one
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -156,6 +179,8 @@ def filled(function: F, headers_only: bool = False) -> F:
         rest = next((name for name, entry in signature.parameters.items() if entry.kind is entry.VAR_KEYWORD), "")
         given = bound.arguments.pop(rest, {})
         values = {**bound.arguments, **given}
+        values |= {name: listed(values[name]) for name in lists}
+        check_outputs(options.values(), values)
         if values.get("progress", MISSING) is None:
             values["progress"] = Silent()
         if values.get("revision") is not None:
@@ -177,6 +202,16 @@ def filled(function: F, headers_only: bool = False) -> F:
     return run  # type: ignore[return-value]
 
 
+def out_and(*suffixes: str) -> Callable[[Mapping[str, Any]], list[Path]]:
+    """`Verb.keeps` of a verb that works in `<out>.<suffix>`; "" is its output itself."""
+
+    def places(given: Mapping[str, Any]) -> list[Path]:
+        out = given.get("out")
+        return [] if out is None else [beside(out, suffix) if suffix else Path(out) for suffix in suffixes]
+
+    return places
+
+
 def verb(
     panel: str,
     *,
@@ -184,6 +219,7 @@ def verb(
     show: Callable[[Any, Mapping[str, Any]], None],
     plain: Callable[[Any, Mapping[str, Any]], Any] = lambda result, given: result,
     passed: Callable[[Any], bool] = lambda result: True,
+    keeps: Callable[[Mapping[str, Any]], list[Path]] = lambda given: [],
     ranks: bool = False,
     headers_only: bool = False,
 ) -> Callable[[F], F]:
@@ -192,7 +228,7 @@ def verb(
     def register(function: F) -> F:
         made = filled(function, headers_only)
         title = name or function.__name__
-        VERBS[title] = Verb(title, panel, made, show, plain, passed, ranks, options_of(function))
+        VERBS[title] = Verb(title, panel, made, show, plain, passed, keeps, ranks, options_of(function))
         return made
 
     return register

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Unpack
 from expertsmith.calibration.opening import token_data
 from expertsmith.checkpoint import open_checkpoint, pinned
 from expertsmith.errors import UserError
-from expertsmith.verbs.definition import FLOW, Opt, filled, verb
+from expertsmith.verbs.definition import FLOW, Opt, filled, out_and, verb
 from expertsmith.verbs.lint import lint
 from expertsmith.verbs.options import BatchTokens, Data, Drawing, Named, Opened, Resume, Running, part
 from expertsmith.views import show
@@ -35,6 +35,19 @@ TaskPath = Annotated[
     ),
 ]
 Limit = Annotated[int | None, Opt("Maximum number of documents per task.", least=1, shown=False)]
+
+
+Answers = Annotated[
+    str | Path | None,
+    Opt(
+        "Save the answers of every finished task here, and resume from them.",
+        "--out",
+        "-o",
+        kind=Path,
+        shown=False,
+        writes="into",
+    ),
+]
 
 
 class Judging(Drawing, Running, Opened, total=False):
@@ -87,7 +100,7 @@ def evaluate(
     limit: Limit = None,
     generate: int = 0,
     formats: Sequence[str] = (),
-    out: str | Path | None = None,
+    out: Answers = None,
     resume: Resume = True,
     batch_tokens: BatchTokens = 4096,
     **given: Unpack[Judging],
@@ -212,6 +225,7 @@ def _show(found: Any, given: Mapping[str, Any]) -> None:
     name="evaluate",
     show=_show,
     plain=lambda found, given: {"model": given["model"], "reference": given["reference"], **found},
+    keeps=out_and(""),
 )
 def _evaluate(
     model: Named,
@@ -234,10 +248,7 @@ def _evaluate(
             shown=False,
         ),
     ] = (),
-    out: Annotated[
-        str | Path | None,
-        Opt("Save the answers of every finished task here, and resume from them.", "--out", "-o", kind=Path, shown=False),
-    ] = None,
+    out: Answers = None,
     resume: Resume = True,
     batch_tokens: BatchTokens = 4096,
     speed: Annotated[

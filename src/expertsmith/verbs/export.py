@@ -7,7 +7,7 @@ from typing import Annotated
 
 from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.verbs.definition import MORE, Opt, verb
-from expertsmith.verbs.options import Out, PlanFile
+from expertsmith.verbs.options import Overwrite, PlanFile
 from expertsmith.views import show
 
 
@@ -17,12 +17,16 @@ from expertsmith.views import show
     plain=lambda result, given: {"out": str(given["out"]), "format": given["format"]},
 )
 def export(
-    plan: PlanFile, format: Annotated[str, Opt("ordered (JSONL), mask or retained (JSON).", "--format", "-f")], out: Out
+    plan: PlanFile,
+    format: Annotated[str, Opt("ordered (JSONL), mask or retained (JSON).", "--format", "-f")],
+    out: Annotated[str | Path, Opt("Output file.", "--out", "-o", metavar="OUT", kind=Path, writes="file")],
+    *,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a plan's choice of experts in a format that other tools read; `plan --from FILE` reads them.
 
     Raises:
-        UserError: an unknown format, or a plan that says more than the format holds.
+        UserError: an unknown format, or a plan that says more than the format holds, or an output that exists.
     """
     from expertsmith.planning.interchange import export as text_of
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of, token_data
 from expertsmith.checkpoint import open_checkpoint
-from expertsmith.verbs.definition import FLOW, Opt, verb
+from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.evaluate import evaluate
 from expertsmith.verbs.options import (
     Data,
@@ -30,12 +30,14 @@ class Healing(Text, Placing, Opened, total=False):
     """Text, and where the two models are."""
 
 
-@verb(FLOW, show=lambda report, given: show.show_healing(report))
+@verb(FLOW, show=lambda report, given: show.show_healing(report), keeps=out_and("healing"))
 def heal(
     model: Annotated[str | Path, Opt("The compressed checkpoint.", argument=True, metavar="OUT", kind=str)],
     teacher: Annotated[str | Path, Opt("The original model.", "--teacher", "-t", kind=str)],
     data: Data,
-    out: Annotated[str | Path, Opt("Output folder for the healed checkpoint.", "--out", "-o", metavar="OUT2", kind=Path)],
+    out: Annotated[
+        str | Path, Opt("Output folder for the healed checkpoint.", "--out", "-o", metavar="OUT2", kind=Path, writes="folder")
+    ],
     *,
     method: Annotated[str, Opt("least_squares, layer_local, router or lora.", "--method", "-m")] = "least_squares",
     options: Options = None,
@@ -65,18 +67,20 @@ def heal(
         eval_data: further held-out text, on which the model is measured before and after.
 
     Raises:
-        UserError: teacher and student that do not match, too little data, or an unknown method or option.
+        UserError: a teacher that is not the model which the plan inside `model` was applied to, or does not fit, too little data, or an unknown method or option.
     """
     from expertsmith.healing.options import parse_healer
     from expertsmith.healing.run import Healing as Job
+    from expertsmith.healing.run import check_start
     from expertsmith.healing.run import heal as run_healing
 
     progress = given["progress"]
     chosen = parse_healer(method, options or {})
     inventory = inventory_of(model, given["allow_pickle"])
     source = inventory.checkpoint
-    tokens = token_data(source.path, source.config, data, progress, **part(Text, given))
     original = open_checkpoint(teacher, allow_pickle=given["allow_pickle"])
+    check_start(source, original, Path(out), overwrite)
+    tokens = token_data(source.path, source.config, data, progress, **part(Text, given))
     run: dict[str, Any] = {**part(Placing, given), "dtype": dtype}
     job = Job(
         inventory,

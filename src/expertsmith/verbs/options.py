@@ -39,7 +39,10 @@ Named = Annotated[  # where the verb opens it itself
         kind=str,
     ),
 ]
-Out = Annotated[str | Path, Opt("Output folder.", "--out", "-o", metavar="OUT", kind=Path)]
+Out = Annotated[str | Path, Opt("Output folder.", "--out", "-o", metavar="OUT", kind=Path, writes="folder")]
+Into = Annotated[  # a folder that an interrupted run goes on in
+    str | Path, Opt("Output folder.", "--out", "-o", metavar="OUT", kind=Path, writes="into")
+]
 Data = Annotated[
     Sequence[str],
     Opt(

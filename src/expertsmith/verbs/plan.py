@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import beside, inventory_of, open_model, token_data
+from expertsmith.checkpoint.output import check_output
 from expertsmith.errors import UsageError, UserError
 from expertsmith.experts.inventory import Inventory
 from expertsmith.experts.rules import Rules, keep_count, parse_keep
 from expertsmith.planning.plan import Plan
 from expertsmith.verbs.calibrate import calibrate
-from expertsmith.verbs.definition import FLOW, Opt, verb
+from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.options import (
     Budget,
     Calibrating,
@@ -24,6 +25,7 @@ from expertsmith.verbs.options import (
     Model,
     Mtp,
     Options,
+    Overwrite,
     Running,
     Stats,
     Text,
@@ -43,7 +45,7 @@ def _show(made: Any, given: Mapping[str, Any]) -> None:
         show.line(f"[bold]{show.escape(str(given['out']))}[/bold]")
 
 
-@verb(FLOW, show=_show, plain=lambda made, given: made.to_json())
+@verb(FLOW, show=_show, plain=lambda made, given: made.to_json(), keeps=out_and("stats", "measured"))
 def plan(  # noqa: C901  (a case a kind of method)
     model: Model,
     method: Annotated[str | None, Opt("How experts are scored; see `expertsmith methods`.", "--method", "-m")] = None,
@@ -58,7 +60,8 @@ def plan(  # noqa: C901  (a case a kind of method)
         ),
     ] = None,
     out: Annotated[
-        str | Path | None, Opt("Output file for the plan.", "--out", "-o", metavar="OUT", kind=Path, cli=Path("plan.json"))
+        str | Path | None,
+        Opt("Output file for the plan.", "--out", "-o", metavar="OUT", kind=Path, cli=Path("plan.json"), writes="file"),
     ] = None,
     stats: Stats = None,
     data: Data = (),
@@ -69,6 +72,7 @@ def plan(  # noqa: C901  (a case a kind of method)
     router_groups: Groups = "keep",
     mtp: Mtp = "keep",
     work: str | Path | None = None,
+    overwrite: Overwrite = False,
     **given: Unpack[Calibrating],
 ) -> Plan:
     """Choose which experts are kept and which are merged → plan.json, small enough to read and review.
@@ -107,6 +111,8 @@ def plan(  # noqa: C901  (a case a kind of method)
     if domains and (chosen.reads == "model" or chosen.data_free):
         raise UserError(f"method {method} reads no statistics, so --domain has no effect", "remove --domain")
     place = None if work is None and out is None else Path(work) if work is not None else beside(out or "", "measured")
+    if place is not None:
+        check_output(place, "into")
     job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress, work=place)
     job.mtp = mtp
     job.batch_tokens = given["batch_tokens"]

@@ -22,6 +22,7 @@ from pydantic import (
 
 from expertsmith.calibration.opening import opened_as
 from expertsmith.checkpoint import pinned
+from expertsmith.checkpoint.writer import prepare_target
 from expertsmith.errors import UserError
 from expertsmith.planning.plan import explain
 from expertsmith.registry import unknown
@@ -30,7 +31,7 @@ from expertsmith.verbs.apply import apply
 from expertsmith.verbs.calibrate import calibrate
 from expertsmith.verbs.compare import compare
 from expertsmith.verbs.convert import convert
-from expertsmith.verbs.definition import VERBS, Option, options_of
+from expertsmith.verbs.definition import VERBS, Option, check_outputs, options_of
 from expertsmith.verbs.evaluate import evaluate
 from expertsmith.verbs.heal import heal
 from expertsmith.verbs.plan import plan
@@ -328,7 +329,7 @@ def load_recipe(path: str | Path) -> Recipe:
         raise UserError(f"no recipe found at {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a recipe") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} is not a mapping of sections", "`expertsmith recipes` has examples")
@@ -343,12 +344,33 @@ def load_recipe(path: str | Path) -> Recipe:
     return recipe
 
 
+def _check_outputs(recipe: Recipe) -> None:
+    """Refuse outputs that exist or cannot be written before any section runs, all in one message.
+
+    Raises:
+        UserError: the sections and their outputs.
+    """
+    faults = []
+    for name, section in recipe:
+        if getattr(section, "out", None) is None:
+            continue
+        try:
+            check_outputs(VERBS[name].options, dict(section))
+            if any(option.opt.writes == "folder" for option in VERBS[name].options):
+                prepare_target(Path(section.out), None, section.overwrite)
+        except UserError as error:
+            faults.append(f"{name}: {error}")
+    if faults:
+        raise UserError("; ".join(faults))
+
+
 def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
     """Run the sections in order; returns what each made, by section, and as `evaluate_healed` the quality after healing."""
     from expertsmith.calibration.spec import refuse_missing
 
     sections = [getattr(recipe, name) for name in Recipe.model_fields]
     refuse_missing([spec for section in sections for key in ("data", "eval_data") for spec in getattr(section, key, ())])
+    _check_outputs(recipe)
     for asking in (recipe.evaluate, recipe.compare):
         if asking and asking.tasks:
             from expertsmith.evaluation import tasks

@@ -35,11 +35,21 @@ def _show(results: Any, given: Mapping[str, Any]) -> None:
             VERBS[name].show(result, {"out": getattr(asked, name).out})
 
 
+def _keeps(given: Mapping[str, Any]) -> list[Path]:
+    """What the sections that have begun left."""
+    from expertsmith.verbs.recipe import load_recipe
+
+    sections = {name: section for name, section in load_recipe(given["recipe"]) if getattr(section, "out", None) is not None}
+    outs = [Path(section.out) for section in sections.values()]
+    return [*outs, *(place for name, section in sections.items() for place in VERBS[name].keeps(dict(section)))]
+
+
 @verb(
     MORE,
     show=_show,
     plain=lambda results, given: _plain(results),
     passed=lambda results: "verify" not in results or results["verify"].passed,
+    keeps=_keeps,
 )
 def run(
     recipe: Annotated[str | Path, Opt("recipe.yaml", argument=True, metavar="RECIPE", kind=Path)],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 
 from expertsmith.calibration.opening import inventory_of, token_data, window_of
 from expertsmith.checkpoint import open_checkpoint
+from expertsmith.checkpoint.output import check_output
 from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.verbs.definition import FLOW, Opt, verb
 from expertsmith.verbs.options import Data, Dtype, Model, Opened, Placing, SeqLen
@@ -54,6 +55,7 @@ def verify(
     progress = given["progress"]
     inventory = inventory_of(model, given["allow_pickle"])
     output = open_checkpoint(out)
+    check_output(Path(out) / proof.VERDICT, "file", overwrite=True)
     loaded = plan if isinstance(plan, Plan) else load_plan(plan if plan is not None else proof.find_plan(Path(out)))
     config = inventory.config
     if data:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+from expertsmith.views.encoding import is_unicode
 
 if TYPE_CHECKING:
     from expertsmith.methods.base import Method
@@ -21,8 +24,8 @@ NEEDS = {  # what a method reads → what its user has to have
 
 
 def as_json(value: Any) -> None:
-    """One JSON value on stdout."""
-    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    """One JSON value on stdout; in ASCII, with JSON's own escapes, where the encoding is not Unicode."""
+    print(json.dumps(value, indent=1, ensure_ascii=not is_unicode(sys.stdout), default=str))
 
 
 def line(value: Any) -> None:

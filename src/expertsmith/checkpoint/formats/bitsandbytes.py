@@ -49,7 +49,7 @@ def _four_bits(state: str, headers: Headers) -> Stored:
     try:
         described: dict[str, Any] = json.loads(bytes(headers.read(state).tolist()).decode("utf-8"))
         shape = tuple(int(n) for n in described["shape"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{state} is not a description of a quantised weight", "the checkpoint is damaged; download it again"
         ) from None

@@ -127,7 +127,7 @@ def convert(model: str | Path, out: Path, python: str | Path | None = None, conv
     kind = {"auto": "auto", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}[dtype]
     command = [python_of("llama.cpp", python), str(script), str(model), "--outtype", kind, "--outfile", str(out)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
     if done.returncode:
         raise RefusedError(model, _last_words(done.stdout + done.stderr))
     return out

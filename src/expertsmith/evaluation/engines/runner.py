@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -194,6 +195,9 @@ ENGINES = {"transformers": transformers, "vllm": vllm, "llama.cpp": llama_cpp}
 
 def main() -> None:
     """Load, then answer requests until stdin ends."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process of the terminal: the one that asks ends this one
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

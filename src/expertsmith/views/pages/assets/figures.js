@@ -95,7 +95,7 @@ FIGURES.push({
     const rows = (L[s.layer].sample || { loved_tokens: [] }).loved_tokens;
     const clean = (t) => (t.text === undefined ? "#" + t.token : t.text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ /, "␣") || "∅");
     const body = rows.map((list, e) => `<tr><td>${e}</td><td>${list.map((t) => `<span class="token" title="seen ${t.seen}, here ${percent(t.routed)}">${esc(clean(t))} ${t.lift.toFixed(1)}×</span>`).join("") || "–"}</td></tr>`).join("");
-    return { html: `<div class="wide" style="max-height:26rem;overflow-y:auto"><table><tr><th>expert</th><th>tokens</th></tr>${body}</table></div>`, csv: table(["expert", "token", "text", "seen", "routed", "lift"], rows.flatMap((list, e) => list.map((t) => [e, t.token, t.text ?? "", t.seen, t.routed, t.lift]))) };
+    return { html: `<div class="wide tall"><table><tr><th>expert</th><th>tokens</th></tr>${body}</table></div>`, csv: table(["expert", "token", "text", "seen", "routed", "lift"], rows.flatMap((list, e) => list.map((t) => [e, t.token, t.text ?? "", t.seen, t.routed, t.lift]))) };
   },
 });
 

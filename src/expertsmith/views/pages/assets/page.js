@@ -1,4 +1,4 @@
-// Puts the figures on the page, draws them when they scroll into view, and updates them for selectors and theme.
+// Puts the figures on the page, draws them when they scroll into view or are printed, and updates them for selectors and theme.
 const esc = (text) => String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
 const present = FIGURES.filter((figure) => figure.when());
 const CHOICES = {
@@ -95,3 +95,4 @@ for (const [key, [title, text]] of Object.entries(SECTIONS)) {
   for (const figure of held) { const box = card(figure); section.lastChild.append(box); sight.observe(box); }
   document.getElementById("main").append(section);
 }
+onPaper(() => { for (const figure of present) if (printing || drawn.has(figure.id)) draw(figure); });

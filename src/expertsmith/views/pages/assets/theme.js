@@ -12,10 +12,28 @@ const diverging = () => dark() ? [[0, "#ff9c4a"], [0.5, "#202838"], [1, "#7fa6ff
 const around = (top) => diverging().map(([at, colour]) => [at <= 0.5 ? (2 * at) / top : 1 / top + (2 * at - 1) * (1 - 1 / top), colour]);
 const losing = () => dark() ? [[0, "#181e2a"], [0.5, "#8a3b46"], [1, "#ff9aa2"]] : [[0, "#fdf7f7"], [0.5, "#e69aa1"], [1, "#8f1f2d"]];
 
+// On paper a page shows every figure, in light colours and as wide as the paper is; afterwards it is what it was. Browsers that have no
+// "beforeprint" say it through the medium.
+const PAPER = 660; // pixels: A4 and Letter, without their margins and a card's
+let printing = false;
+function onPaper(redraw) {
+  let before = false;
+  const turn = (on) => {
+    if (on === printing) return;
+    if (on) before = dark();
+    printing = on;
+    root.classList.toggle("dark", on ? false : before);
+    redraw();
+  };
+  addEventListener("beforeprint", () => turn(true));
+  addEventListener("afterprint", () => turn(false));
+  matchMedia("print").addEventListener("change", (event) => turn(event.matches));
+}
+
 function layout(more) {
   const grid = css("--line"), soft = css("--soft");
   const axis = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, tickfont: { color: soft, size: 11 }, title: { font: { color: soft, size: 12 } }, automargin: true };
-  const made = { paper_bgcolor: css("--card"), plot_bgcolor: css("--card"), font: { color: css("--ink"), family: "system-ui, sans-serif", size: 12 }, margin: { l: 46, r: 12, t: 8, b: 42 }, hoverlabel: { font: { size: 12 } }, legend: { orientation: "h", y: -0.22, font: { size: 11 } }, ...more };
+  const made = { paper_bgcolor: css("--card"), plot_bgcolor: css("--card"), font: { color: css("--ink"), family: "system-ui, sans-serif", size: 12 }, margin: { l: 46, r: 12, t: 8, b: 42 }, hoverlabel: { font: { size: 12 } }, legend: { orientation: "h", y: -0.22, font: { size: 11 } }, ...(printing ? { autosize: false, width: PAPER } : { autosize: true }), ...more };
   for (const name of ["xaxis", "yaxis"]) {
     const own = made[name] || {};
     const title = own.title === undefined ? axis.title : { text: own.title, font: axis.title.font, standoff: 6 };

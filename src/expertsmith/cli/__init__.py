@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import inspect
+import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import NoneType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
@@ -21,6 +23,7 @@ import expertsmith.demo  # noqa: F401
 from expertsmith.errors import UsageError, UserError
 from expertsmith.verbs.definition import MISSING, VERBS, Option, Verb
 from expertsmith.views import show
+from expertsmith.views.encoding import show_on_any_terminal
 from expertsmith.views.progress import Bar, Silent
 
 ORDER = [
@@ -46,6 +49,8 @@ ORDER = [
     "run",
 ]  # of the help, by the groups in which it shows them
 JSON = typer.Option("--json", help="Print one machine-readable object on stdout, and nothing else.")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO)
 QUIET = typer.Option("--quiet", "-q", help="No progress on stderr.")
 
 app = typer.Typer(
@@ -92,6 +97,10 @@ def command(verb: Verb) -> Callable[..., None]:
                 result = now.function(**given, **bar)
             except UsageError as error:
                 raise typer.BadParameter(str(error)) from None
+            except KeyboardInterrupt:
+                if rank == 0:
+                    print(_interrupted(now, given), file=sys.stderr)
+                raise typer.Exit(130) from None
         if rank > 0:
             return
         if as_json:
@@ -113,6 +122,16 @@ def command(verb: Verb) -> Callable[..., None]:
     run.__annotations__ = {entry.name: entry.annotation for entry in parameters}
     run.__name__, run.__doc__ = verb.name, verb.doc
     return run
+
+
+def _interrupted(verb: Verb, given: Mapping[str, Any]) -> str:
+    """What an interrupted command leaves, and the command that goes on."""
+    with suppress(UserError):  # a recipe that cannot be read any more
+        again = shlex.join(["expertsmith", *(word for word in sys.argv[1:] if word != "--fresh")])
+        kept = [str(place) for place in dict.fromkeys(verb.keeps(given)) if place.exists()]
+        if kept:
+            return f"interrupted; what is finished is kept in {', '.join(kept)}\nto go on: {again}"
+    return "interrupted; nothing was kept, and no unfinished output is left"
 
 
 def _ranks(verb: Verb, device: Any) -> Any:
@@ -191,6 +210,7 @@ for _name in ORDER:
 
 def main() -> None:
     """Run the command line. A user's mistake ends in one line and exit code 2; `--debug` shows where it came from."""
+    show_on_any_terminal()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
@@ -199,17 +219,28 @@ def main() -> None:
         if debug:
             raise
         _fail(str(error))
-    except (MemoryError, OSError, RuntimeError) as error:
-        if debug:
+    except Exception as error:
+        told = None if debug else _told(error)
+        if told is None:
             raise
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _fail(f"the disk is full{f' ({error.filename})' if error.filename else ''}")
-        if not _out_of_memory(error):
-            raise
-        _fail("memory ran out; run with --memory stream and a smaller --batch-tokens, or on a larger machine")
+        _fail(told)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _told(error: Exception) -> str | None:
+    """What the machine could not give, in a sentence; None: the error is a defect. safetensors has an exception of its own for files."""
+    number, place = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    if number in FULL or any(os.strerror(code) in str(error) for code in FULL):
+        return (
+            f"the disk is full{f' ({place})' if place else ''}; make room or choose another output, and run the command again"
+        )
+    if number in DENIED and place:
+        return f"{place} cannot be read or written ({os.strerror(number)}); make it accessible, or choose another path"
+    if _out_of_memory(error):
+        return "memory ran out; run with --memory stream and a smaller --batch-tokens, or on a larger machine"
+    return None
 
 
 def _out_of_memory(error: Exception) -> bool:

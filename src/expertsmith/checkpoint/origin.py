@@ -1,0 +1,110 @@
+"""Where a checkpoint comes from, and what its model card says of it that stays true of what is made of it: the licence, the languages, the task."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from expertsmith.checkpoint.hub import is_hub_name
+from expertsmith.checkpoint.reader import Checkpoint
+
+SNAPSHOT = re.compile(r"(?:^|/)models--([^/]+)/snapshots/([^/]+)$")  # a folder of the hub's cache
+INHERITED = ("license", "license_name", "license_link", "language")
+RESULTS = re.compile(r"^model-index:\n(?:(?:- | ).*\n)*", re.MULTILINE)
+
+
+def repository(checkpoint: Checkpoint) -> str | None:
+    """owner/name of the hub's repository that a checkpoint is of, or None where nothing tells."""
+    if not Path(checkpoint.source).exists() and is_hub_name(checkpoint.source):
+        return checkpoint.source.partition("@")[0]
+    found = _snapshot(checkpoint.path)
+    return found[0] if found else None
+
+
+def name_of(checkpoint: Checkpoint) -> str:
+    """What a model is called: the name of its repository, or of its folder."""
+    found = repository(checkpoint)
+    return _text((found or checkpoint.path.resolve().name).rpartition("/")[2])
+
+
+def source_of(checkpoint: Checkpoint) -> str:
+    """What a model card says that a model was made from: owner/name@commit for a folder of the hub's cache, else what the user typed."""
+    found = _snapshot(checkpoint.path)
+    return "@".join(found) if found and Path(checkpoint.source).exists() else _text(checkpoint.source)
+
+
+def _text(name: str) -> str:
+    """A name of a file, with the bytes that are no text as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _snapshot(path: Path) -> tuple[str, str] | None:
+    match = SNAPSHOT.search(path.absolute().as_posix().rstrip("/"))
+    return (match[1].replace("--", "/", 1), match[2]) if match else None
+
+
+def card_metadata(path: Path) -> dict[str, Any]:
+    """What the README.md of a folder says before its text; nothing where it cannot be read."""
+    import yaml
+
+    try:
+        text = (path / "README.md").read_text(encoding="utf-8-sig", errors="replace")
+        match = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
+        held = yaml.safe_load(match[1]) if match else None
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def front_matter(
+    checkpoint: Checkpoint, tags: Sequence[str], quality: Mapping[str, Any] | None = None, title: str = ""
+) -> list[str]:
+    """The metadata of a model card of what was made of a checkpoint, as lines: base model, licence, library, task, and measured perplexities.
+
+    The base model is the hub's repository; of a folder that is none, what its own card names as base.
+
+    Args:
+        quality: `Quality.to_json` with `held_out`, under the name `title`.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    held = card_metadata(checkpoint.path)
+    results = []
+    for name, row in quality["domains"].items() if quality else ():
+        text = f"{name} ({'held-out' if quality and quality['held_out'] else 'calibration'} text)"
+        numbers = {"metric_type": "perplexity", "metric_value": round(row["perplexity"], 4)}
+        results.append(
+            EvalResult(task_type="text-generation", dataset_type="text", dataset_config=name, dataset_name=text, **numbers)
+        )
+    data = ModelCardData(
+        base_model=repository(checkpoint) or held.get("base_model"),
+        library_name="transformers",
+        pipeline_tag=held.get("pipeline_tag") or _task(checkpoint.config),
+        tags=list(tags),
+        eval_results=results or None,
+        model_name=title if results else None,
+        **_licence(checkpoint, held),
+    )
+    return ["---", *data.to_yaml().strip("\n").splitlines(), "---"]
+
+
+def without_results(card: str) -> str:
+    """A model card without measured results in its metadata."""
+    return RESULTS.sub("", card, count=1)
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    return "image-text-to-text" if "vision_config" in config else "text-generation"
+
+
+def _licence(checkpoint: Checkpoint, held: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: held[key] for key in INHERITED if held.get(key) is not None}
+    texts = sorted(file.name for file in checkpoint.path.glob("LICEN[CS]E*"))
+    if "license" not in found and texts:
+        found |= {"license": "other", "license_name": "license-of-the-base-model", "license_link": texts[0]}
+    link, base = found.get("license_link"), repository(checkpoint)
+    if isinstance(link, str) and "://" not in link and base and not (checkpoint.path / link).is_file():
+        found["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
+    return found
