@@ -8,7 +8,7 @@ import re
 import rlcompleter
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Unpack
 
@@ -17,6 +17,7 @@ import pytest
 import expertsmith
 from conftest import CALIBRATION
 from expertsmith import api
+from expertsmith.errors import UserError
 from expertsmith.verbs.definition import VERBS, Opt, filled
 from expertsmith.verbs.options import Opened
 
@@ -54,7 +55,7 @@ def test_the_names_cost_no_import():
 
 @pytest.mark.parametrize(
     ("given", "list_of"),
-    [("a.jsonl", ["a.jsonl"]), (Path("x"), [Path("x")]), (0.5, [0.5]), (4, [4]), (["a", "b"], ["a", "b"]), (("a",), ("a",)), (None, []), ("", [""])],
+    [("a.jsonl", ["a.jsonl"]), (Path("x"), ["x"]), (["a", "b"], ["a", "b"]), (("a",), ["a"]), ([Path("x")], ["x"]), (None, []), ("", [""])],
 )  # fmt: skip
 def test_a_single_value_is_a_list_of_one(given, list_of):
     @filled
@@ -63,8 +64,28 @@ def test_a_single_value_is_a_list_of_one(given, list_of):
     ) -> object:
         return first, second
 
-    assert verb("m", given) == (list_of, ())
-    assert verb("m", first=(), second=given) == ((), list_of)
+    assert verb("m", given) == (list_of, [])
+    assert verb("m", first=(), second=given) == ([], list_of)
+
+
+def test_numbers_and_pairs():
+    @filled
+    def verb(keep: Sequence[float | int | str], options: Mapping[str, object] | None = None) -> object:
+        return keep, options
+
+    assert verb(0.5) == ([0.5], None)
+    assert verb([0.5, 4], "seed=1") == ([0.5, 4], {"seed": "1"})
+    assert verb(4, ["a=1", "b=x=y"]) == ([4], {"a": "1", "b": "x=y"})
+    assert verb("50%", {"a": 1}) == (["50%"], {"a": 1})
+    for options in ("seed", "=1", 7, [None]):
+        with pytest.raises(UserError):
+            verb(4, options)
+
+
+@pytest.mark.parametrize("wrong", [7, 0.5, [None], [["a"]], [b"a"]])
+def test_what_is_no_text_is_refused(checkpoints, tmp_path, wrong):
+    with pytest.raises(UserError, match=r"data has .*, but a list of texts is wanted"):
+        api.calibrate(checkpoints("mixtral"), wrong, tmp_path / "out")
 
 
 def test_every_verb_with_a_list_takes_one(monkeypatch):

@@ -21,7 +21,7 @@ import typer
 import expertsmith.api
 import expertsmith.demo  # noqa: F401
 from expertsmith.errors import UsageError, UserError
-from expertsmith.verbs.definition import MISSING, VERBS, Option, Verb
+from expertsmith.verbs.definition import MISSING, VERBS, Option, Verb, pairs
 from expertsmith.views import show
 from expertsmith.views.encoding import show_on_any_terminal
 from expertsmith.views.progress import Bar, Silent
@@ -185,23 +185,12 @@ def _read(option: Option, value: Any) -> Any:
     if get_origin(option.type) is Sequence:
         return list(value or ())
     if any(get_origin(kind) is Mapping for kind in (option.type, *get_args(option.type))):
-        return _pairs(value)
+        return pairs(value) or {}
     words = _words(option)
     if words and value not in words:
         flag = option.opt.flags[0] if option.opt.flags else f"--{option.name.replace('_', '-')}"
         raise UserError(f"{flag} is {value!r}", f"choose {' or '.join(words)}")
     return value
-
-
-def _pairs(pairs: Sequence[str] | None) -> dict[str, str]:
-    """KEY=VALUE pairs as a dictionary."""
-    values = {}
-    for pair in pairs or ():
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise UserError(f"-O {pair!r} is not KEY=VALUE")
-        values[key] = value
-    return values
 
 
 for _name in ORDER:

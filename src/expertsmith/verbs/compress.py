@@ -149,6 +149,8 @@ def compress(
             **part(Calibration, given),
             **quiet,
         )
+    import torch  # noqa: F401  (`verify` needs it next, and `apply` looks at the model in this process where it is here)
+
     with timed(seconds, "apply"):
         if requantise and not (made.merges or heal):
             raise UserError("--requantise has no effect: no expert is merged or healed", "leave it out")

@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from expertsmith.calibration.opening import beside, opened_as
 from expertsmith.checkpoint import pinned
 from expertsmith.checkpoint.output import Writes, check_output
+from expertsmith.errors import UserError
 from expertsmith.registry import unknown
 from expertsmith.views.progress import Silent
 
@@ -132,14 +133,41 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     return get_type_hints(type("_", (), {"__annotations__": own, "__module__": function.__module__}), include_extras=True)
 
 
-def _is_list(hint: Any) -> bool:
-    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    return get_origin(kind) is Sequence
+def _is(kind: Any, hint: Any) -> bool:
+    """Whether a hint is `kind[…]`, or that or None."""
+    inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return kind in (get_origin(inner), *map(get_origin, get_args(inner)))
 
 
-def listed(value: Any) -> Any:
-    """What is given where a list is wanted: a single value is a list of one, and a text is no list of letters."""
-    return [value] if isinstance(value, (str, Path, int, float)) else [] if value is None else value
+def listed(name: str, value: Any) -> list[Any]:
+    """What is given where a list is wanted: a single value is a list of one, and a text is no list of letters.
+
+    Raises:
+        UserError: something else than texts, paths and numbers.
+    """
+    given = [value] if isinstance(value, (str, Path, int, float)) else [] if value is None else list(value)
+    kinds = (str, Path, int, float) if name == "keep" else (str, Path)
+    wrong = [entry for entry in given if not isinstance(entry, kinds)]
+    if wrong:
+        raise UserError(f"{name} has {wrong[0]!r}, but a list of texts is wanted")
+    return [str(entry) if isinstance(entry, Path) else entry for entry in given]
+
+
+def pairs(value: Any) -> Any:
+    """What is given where a mapping is wanted: that, or KEY=VALUE, or a list of these.
+
+    Raises:
+        UserError: a text of another form.
+    """
+    if value is None or isinstance(value, Mapping):
+        return value
+    made = {}
+    for pair in listed("options", value):
+        key, equals, held = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"-O {pair!r} is not KEY=VALUE")
+        made[key] = held
+    return made
 
 
 def _option(name: str, hint: Any, default: Any) -> Option | None:
@@ -155,7 +183,7 @@ def _option(name: str, hint: Any, default: Any) -> Option | None:
 def filled(function: F, headers_only: bool = False) -> F:
     """A function that takes a group whole, with the defaults of what is not given, and a signature that names every option.
 
-    A single value (`data="a.jsonl"`, `keep=0.5`) is a list of one where a list is wanted. Where it has the options of `options.Opening`, its first argument is a model: that of the revision that is asked for, and treated as the
+    A single value (`data="a.jsonl"`, `keep=0.5`) is a list of one where a list is wanted, KEY=VALUE a mapping. Where it has the options of `options.Opening`, its first argument is a model: that of the revision that is asked for, and treated as the
     family `as_type` for as long as the function runs.
 
     Args:
@@ -168,7 +196,11 @@ def filled(function: F, headers_only: bool = False) -> F:
     signature = inspect.signature(function)
     own = [name for name, entry in signature.parameters.items() if entry.kind is not entry.VAR_KEYWORD]
     group = {name: option.default for name, option in options.items() if name not in own}
-    lists = [name for name, hint in _hints(function).items() if _is_list(hint)]  # no group has one
+    hints = _hints(function)  # of its own parameters: no group has lists
+    readers: dict[str, Callable[[Any], Any]] = {
+        name: partial(listed, name) for name, hint in hints.items() if _is(Sequence, hint)
+    }
+    readers |= {name: pairs for name, hint in hints.items() if _is(Mapping, hint)}
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -179,7 +211,7 @@ def filled(function: F, headers_only: bool = False) -> F:
         rest = next((name for name, entry in signature.parameters.items() if entry.kind is entry.VAR_KEYWORD), "")
         given = bound.arguments.pop(rest, {})
         values = {**bound.arguments, **given}
-        values |= {name: listed(values[name]) for name in lists}
+        values |= {name: read(values[name]) for name, read in readers.items()}
         check_outputs(options.values(), values)
         if values.get("progress", MISSING) is None:
             values["progress"] = Silent()
