@@ -368,6 +368,7 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
     """Run the sections in order; returns what each made, by section, and as `evaluate_healed` the quality after healing."""
     from expertsmith.calibration.spec import refuse_missing
 
+    model = str(pinned(recipe.model, recipe.revision))
     sections = [getattr(recipe, name) for name in Recipe.model_fields]
     refuse_missing([spec for section in sections for key in ("data", "eval_data") for spec in getattr(section, key, ())])
     _check_outputs(recipe)
@@ -376,7 +377,6 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, An
             from expertsmith.evaluation import tasks
 
             tasks.refuse_missing(asking.task_path)
-    model = str(pinned(recipe.model, recipe.revision))
     with opened_as(model, recipe.as_type):
         return _run(recipe, model, progress)
 
