@@ -375,7 +375,9 @@ JOBS = {
     "compress": lambda source, text, out: api.compress(
         source, "reap", 4, out, data=text, measure=False, overwrite=True, **CALIBRATION
     ),
-    "plan": lambda source, text, out: api.plan(source, "expert_sparsity", 4, data=text, out=out / "p.json", **CALIBRATION),
+    "plan": lambda source, text, out: api.plan(
+        source, "expert_sparsity", 4, data=text, out=out / "p.json", overwrite=True, **CALIBRATION
+    ),
 }
 
 

@@ -368,7 +368,7 @@ def test_interrupted_search_goes_on(progressive, checkpoints, data, tmp_path, mo
     assert resumed.kept == whole.kept
     for one, other in zip(resumed.layers, whole.layers, strict=True):
         assert one.why["loss"] == pytest.approx(other.why["loss"], rel=1e-6)
-    search(tmp_path / "plan.json", resume=False)
+    search(tmp_path / "plan.json", resume=False, overwrite=True)
     assert len(calls) == 4
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import expertsmith
 from conftest import SUPPORTED, random_model
 from expertsmith import api
 from expertsmith.arch import families, text_config
@@ -286,7 +287,7 @@ def test_inspect_of_a_hub_id_fetches_headers_only(checkpoints, monkeypatch):
 
 
 def test_wheel_contains_the_demo_model():
-    root = Path(api.__file__).parent
+    root = Path(expertsmith.__file__).parent
     assert (root / "demo" / "model" / "config.json").exists()
     size = sum(p.stat().st_size for p in (root / "demo" / "model").iterdir())
     assert size <= 8e6
