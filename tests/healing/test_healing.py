@@ -642,6 +642,25 @@ def test_teacher_and_student_have_to_match(half, checkpoints, texts, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_only_the_original_is_a_teacher(half, checkpoints, texts, tmp_path):
+    """A twin with one other tensor, and the compressed model itself; a start that failed leaves nothing that blocks the next."""
+    shutil.copytree(checkpoints("mixtral"), tmp_path / "twin")
+    tensors = load_file(tmp_path / "twin" / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, tmp_path / "twin" / "model.safetensors", metadata={"format": "pt"})
+    for teacher in (tmp_path / "twin", half):
+        with pytest.raises(UserError, match="is not the original of"):
+            api.heal(half, teacher, texts, tmp_path / "out", **SHAPE)
+        assert not list(tmp_path.glob("out*"))
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"input_ids": [5, 6, 7]}\n')
+    with pytest.raises(UserError):
+        api.heal(half, checkpoints("mixtral"), [f"a={few}"], tmp_path / "out", **SHAPE)
+    assert not list(tmp_path.glob("out*"))
+    api.heal(half, checkpoints("mixtral"), texts, tmp_path / "out", **SHAPE)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
 def test_output_that_exists_or_is_a_model(half, checkpoints, texts, tmp_path):
     for out in (half, checkpoints("mixtral")):
         with pytest.raises(UserError):
