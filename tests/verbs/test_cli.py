@@ -157,6 +157,13 @@ def test_commands_that_run_no_model_do_not_import_torch(checkpoints, tmp_path):
     assert {line: found for line, found in seen.items() if found} == {}
 
 
+def test_help_imports_neither_numpy_nor_pydantic():
+    """They are half of its time, and no option needs them."""
+    code = WATCH.replace('"torch", "transformers", "datasets", "accelerate"', '"torch", "numpy", "pydantic", "huggingface_hub"')
+    done = subprocess.run([sys.executable, "-c", code, '[["--help"]]'], capture_output=True, text=True, check=False)
+    assert json.loads(done.stderr.splitlines()[-1]) == {"--help": []}
+
+
 # ---- JSON and exit codes
 
 

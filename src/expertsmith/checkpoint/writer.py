@@ -20,8 +20,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from expertsmith.checkpoint.code import code_files
 from expertsmith.checkpoint.hub import INDEX, SINGLE
 from expertsmith.checkpoint.reader import Checkpoint
@@ -316,11 +314,6 @@ def read_into(stream: Any, view: memoryview) -> int:
     while done < len(view) and (count := stream.readinto(view[done:])):
         done += count
     return done
-
-
-def words(view: memoryview) -> np.ndarray[Any, Any]:
-    """Bytes as the widest integers that they divide into."""
-    return np.frombuffer(view, dtype=np.uint8 if len(view) % 8 else np.uint64)
 
 
 def swap(partial: Path, out: Path) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from expertsmith import api
 from expertsmith.errors import UserError
-from expertsmith.planning.plan import Plan
 from expertsmith.verbs.definition import MORE, Opt, verb
 from expertsmith.verbs.options import Overwrite
 from expertsmith.views import show
@@ -19,6 +18,7 @@ from expertsmith.views.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from expertsmith.calibration.stats import Statistics
+    from expertsmith.planning.plan import Plan
 
 MODEL = Path(__file__).parent / "model"
 TARGET = "code"  # the domain that the user of the demo cares for

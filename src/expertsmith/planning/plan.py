@@ -223,12 +223,14 @@ class Plan(_Strict):
         return "{\n" + head + ',\n "layers": [\n' + layers + "\n ]" + tail + "\n}\n"
 
 
-def load_plan(path: Path | str) -> Plan:
-    """Read and validate a plan.
+def load_plan(path: Path | str | Plan) -> Plan:
+    """Read and validate a plan. One that is loaded already is returned as it is.
 
     Raises:
         UserError: no such file, not JSON, or a rule of the format broken, with the place.
     """
+    if isinstance(path, Plan):
+        return path
     try:
         raw = parse_json(Path(path).read_bytes(), str(path))
     except FileNotFoundError:

@@ -21,7 +21,7 @@ import torch
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.code import code_files
 from expertsmith.checkpoint.floats import quantisation_of
-from expertsmith.checkpoint.writer import CHUNK, OutputTensor, chunks, read_into, words
+from expertsmith.checkpoint.writer import CHUNK, OutputTensor, chunks, read_into
 from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of, load_model
 from expertsmith.engine.devices import Memory
 from expertsmith.engine.layout import expert_count, experts_of, is_grouped, routing_of
@@ -106,7 +106,7 @@ def _same_bytes(tensor: OutputTensor, output: Checkpoint, advance: Any) -> bool:
             for mine in chunks(piece, buffer):
                 count = read_into(theirs, others[: len(mine)])
                 # a memoryview is compared element by element, as Python numbers
-                if count != len(mine) or not np.array_equal(words(mine), words(others[:count])):
+                if count != len(mine) or not np.array_equal(_words(mine), _words(others[:count])):
                     return False
                 advance(count)
     return True
@@ -281,3 +281,8 @@ def save_verdict(verdict: Verdict, output: Path) -> None:
     target = output / VERDICT
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(verdict.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def _words(view: memoryview) -> np.ndarray[Any, Any]:
+    """Bytes as the widest integers that they divide into."""
+    return np.frombuffer(view, dtype=np.uint8 if len(view) % 8 else np.uint64)

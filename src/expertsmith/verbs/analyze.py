@@ -10,10 +10,9 @@ from expertsmith.calibration.opening import inventory_of
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import take_inventory
-from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.verbs.calibrate import calibrate
 from expertsmith.verbs.definition import LOOK, Opt, out_and, verb
-from expertsmith.verbs.options import Calibrating, Data, Into, Model, Stats
+from expertsmith.verbs.options import Calibrating, Data, Into, Model, PlanGiven, Stats
 from expertsmith.verbs.plan import model_and_tokens
 
 
@@ -48,7 +47,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
         Opt("MODEL was made from this one: also show what was removed and how routing moved.", "--reference", "-r", kind=str),
     ] = None,
     plan: Annotated[
-        str | Path | Plan | None,
+        PlanGiven | None,
         Opt("With --reference: the plan that was applied; default: the one inside MODEL.", "--plan", kind=Path),
     ] = None,
     reference_stats: Annotated[
@@ -83,6 +82,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     from expertsmith.calibration.data import load_tokenizer
     from expertsmith.calibration.spec import refuse_missing
     from expertsmith.planning.build import matching_statistics
+    from expertsmith.planning.plan import load_plan
 
     progress, target = given["progress"], Path(out)
     folder.prepare(target)
@@ -100,11 +100,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     base = None
     if reference is not None:
         base = take_inventory(open_checkpoint(reference, allow_pickle=given["allow_pickle"]))
-        made = (
-            plan
-            if isinstance(plan, Plan)
-            else load_plan(plan if plan is not None else inventory.checkpoint.path / "expertsmith" / "plan.json")
-        )
+        made = load_plan(plan if plan is not None else inventory.checkpoint.path / "expertsmith" / "plan.json")
         if made.model.fingerprint != base.checkpoint.fingerprint:
             raise UserError(
                 f"the plan was made for another model than {reference}", "pass the original model of this plan as --reference"

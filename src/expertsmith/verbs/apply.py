@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of
-from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.verbs.definition import FLOW, Opt, verb
 from expertsmith.verbs.options import Model, Opened, Out, Overwrite, PlanFile, Requantise
 from expertsmith.views import show
 
 
 def _summary(given: Mapping[str, Any]) -> dict[str, Any]:
-    made = given["plan"] if isinstance(given["plan"], Plan) else load_plan(given["plan"])
+    from expertsmith.planning.plan import load_plan
+
+    made = load_plan(given["plan"])
     return made.summary.model_dump() if made.summary else {}
 
 
@@ -56,9 +57,10 @@ def apply(
     Raises:
         UserError: the plan is for another model or breaks a rule, the output exists, the disk is full, NaN in a kept tensor.
     """
+    from expertsmith.planning.plan import load_plan
     from expertsmith.surgery.apply import apply_plan
 
-    loaded = plan if isinstance(plan, Plan) else load_plan(plan)
+    loaded = load_plan(plan)
     return apply_plan(
         loaded,
         inventory_of(model, given["allow_pickle"]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.verbs.definition import MORE, Opt, verb
 from expertsmith.verbs.options import Overwrite, PlanFile
 from expertsmith.views import show
@@ -29,7 +28,8 @@ def export(
         UserError: an unknown format, or a plan that says more than the format holds, or an output that exists.
     """
     from expertsmith.planning.interchange import export as text_of
+    from expertsmith.planning.plan import load_plan
 
-    text = text_of(plan if isinstance(plan, Plan) else load_plan(plan), format)
+    text = text_of(load_plan(plan), format)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text(text, encoding="utf-8")

@@ -105,7 +105,8 @@ Requantise = Annotated[
         "--requantise",
     ),
 ]
-PlanFile = Annotated[str | Path | Plan, Opt("plan.json", argument=True, metavar="PLAN", kind=Path)]
+PlanGiven: TypeAlias = str | Path | Plan
+PlanFile = Annotated[PlanGiven, Opt("plan.json", argument=True, metavar="PLAN", kind=Path)]
 BatchTokens = Annotated[int, Opt("Tokens per batch.", least=1)]
 SeqLen = Annotated[
     int | None, Opt("Longest sequence in tokens. Default: 2048, or the model's window if less.", shown=False, least=2)

@@ -12,7 +12,6 @@ from expertsmith.checkpoint.output import check_output
 from expertsmith.errors import UsageError, UserError
 from expertsmith.experts.inventory import Inventory
 from expertsmith.experts.rules import Rules, keep_count, parse_keep
-from expertsmith.planning.plan import Plan
 from expertsmith.verbs.calibrate import calibrate
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.options import (
@@ -37,6 +36,7 @@ from expertsmith.views import show
 if TYPE_CHECKING:
     from expertsmith.methods.base import Budget as BudgetName
     from expertsmith.methods.base import Method
+    from expertsmith.planning.plan import Plan
 
 
 def _show(made: Any, given: Mapping[str, Any]) -> None:

@@ -12,10 +12,9 @@ from expertsmith.calibration.opening import inventory_of, open_model, token_data
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import take_inventory
-from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.verbs.apply import apply
 from expertsmith.verbs.definition import FLOW, Opt, verb
-from expertsmith.verbs.options import Data, Drawing, EvalData, Model, Opened, Out, Overwrite, Running, Text, part
+from expertsmith.verbs.options import Data, Drawing, EvalData, Model, Opened, Out, Overwrite, PlanGiven, Running, Text, part
 from expertsmith.views import show
 
 
@@ -34,7 +33,7 @@ def skip(
     out: Out,
     *,
     plan: Annotated[
-        str | Path | Plan | None,
+        PlanGiven | None,
         Opt("Prune or merge by this plan first; thresholds are calibrated on the result.", "--plan", kind=Path),
     ] = None,
     statistic: Annotated[
@@ -75,6 +74,7 @@ def skip(
     from expertsmith.engine.loading import transformers_config
     from expertsmith.engine.skipping import check_rule
     from expertsmith.evaluation.skipping import with_and_without
+    from expertsmith.planning.plan import load_plan
     from expertsmith.surgery import skip as surgery
     from expertsmith.surgery.mask import in_force
 
@@ -91,7 +91,7 @@ def skip(
     run = part(Running, given)
     rule = surgery.rule_for(inventory)
     check_rule(transformers_config(source), inventory.architecture, rule)
-    made = surgery.keep_all(inventory) if plan is None else plan if isinstance(plan, Plan) else load_plan(plan)
+    made = surgery.keep_all(inventory) if plan is None else load_plan(plan)
     tokens = token_data(source.path, source.config, data, progress, **part(Text, given))
     texts = list(eval_data) or list(data)
     shape = part(Drawing, given)

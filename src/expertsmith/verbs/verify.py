@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Unpack
 from expertsmith.calibration.opening import inventory_of, token_data, window_of
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.checkpoint.output import check_output
-from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.verbs.definition import FLOW, Opt, verb
-from expertsmith.verbs.options import Data, Dtype, Model, Opened, Placing, SeqLen
+from expertsmith.verbs.options import Data, Dtype, Model, Opened, Placing, PlanGiven, SeqLen
 from expertsmith.views import show
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def verify(
     model: Model,
     out: Annotated[str | Path, Opt("The checkpoint to verify.", argument=True, metavar="OUT", kind=Path)],
     *,
-    plan: Annotated[str | Path | Plan | None, Opt("plan.json; default: the one inside OUT.", "--plan", kind=Path)] = None,
+    plan: Annotated[PlanGiven | None, Opt("plan.json; default: the one inside OUT.", "--plan", kind=Path)] = None,
     data: Data = (),
     tokens: Annotated[int, Opt("Number of tokens to compare on.", least=1)] = 1024,
     seq_len: SeqLen = None,
@@ -50,13 +49,14 @@ def verify(
         tolerance: largest difference allowed, relative to the largest reference value of the same layer (and of the logits).
     """
     from expertsmith.engine.devices import choose_device, choose_memory
+    from expertsmith.planning.plan import load_plan
     from expertsmith.surgery import verify as proof
 
     progress = given["progress"]
     inventory = inventory_of(model, given["allow_pickle"])
     output = open_checkpoint(out)
     check_output(Path(out) / proof.VERDICT, "file", overwrite=True)
-    loaded = plan if isinstance(plan, Plan) else load_plan(plan if plan is not None else proof.find_plan(Path(out)))
+    loaded = load_plan(plan if plan is not None else proof.find_plan(Path(out)))
     config = inventory.config
     if data:
         length = seq_len or min(256, window_of(inventory.checkpoint.config))
