@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import run_cli
-from expertsmith.calibration.data import DataOptions, TokenData, _pack, load_tokenizer, load_tokens, read_records, tokenize
+from expertsmith.calibration.data import DataOptions, TokenData, _pack, load_tokenizer, load_tokens, tokenize
+from expertsmith.calibration.records import read_records
 from expertsmith.calibration.spec import DEFAULT_DOMAIN, Spec, parse_spec
 from expertsmith.errors import UserError
 
@@ -329,7 +330,7 @@ def test_a_long_text_brings_no_warning_of_the_tokenizer(tokenizer, capfd):
         ({"messages": "hello"}, "here has the fields messages"),
         ({"input_ids": "1 2 3"}, "here: input_ids is not a list of integers"),
         ({"input_ids": [1, 2.5]}, "here: input_ids is not a list of integers"),
-        ({"messages": ["hello"]}, "here: the chat template rejects these messages"),
+        ({"messages": ["hello"]}, "here: a message has no role"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_named(tokenizer, record, says):
@@ -337,11 +338,14 @@ def test_a_record_that_cannot_be_used_is_named(tokenizer, record, says):
         tokenize(record, tokenizer, "here")
 
 
-def test_messages_without_a_template_are_refused():
-    plain = make_tokenizer()
+def test_messages_without_a_template_are_written_plainly_and_that_is_said():
+    plain, said = make_tokenizer(), []
     plain.chat_template = None
-    with pytest.raises(UserError, match="here has messages, but the tokenizer has no chat template"):
-        tokenize({"messages": [{"role": "user", "content": "x"}]}, plain, "here")
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    ids, demonstration = tokenize({"messages": messages}, plain, "here", said)
+    assert demonstration
+    assert plain.decode(ids) == "<s>User: Why?\n\nAssistant: So.</s>"
+    assert said == ['the tokenizer has no chat template; messages are written as "User: …" and "Assistant: …"']
 
 
 def test_text_without_a_tokenizer_is_refused():

@@ -1,8 +1,6 @@
-"""Text → seeded batches of token ids with a domain label, and a fingerprint of these ids.
+"""Records → seeded batches of token ids with a domain label, and a fingerprint of these ids.
 
-`[DOMAIN=]SOURCE[:N]`: SOURCE is a .jsonl/.json/.txt/.md/.parquet file, a folder of them, or a hub data set `name[subset](split)`; N bounds
-the sequences taken. A record holds `input_ids`, or `text`, or `messages` (the tokenizer's chat template is applied), or `prompt` and
-`response`.
+`[DOMAIN=]SOURCE[:N]`: see `calibration.records` for what SOURCE may be and what its records may hold; N bounds the sequences taken.
 """
 
 from __future__ import annotations
@@ -11,21 +9,18 @@ import hashlib
 import importlib.util
 import json
 import random
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from expertsmith.calibration import corpus
-from expertsmith.calibration.spec import DEMO, SUFFIXES, Spec, demo_text, parse_spec
+from expertsmith.calibration.records import FIELDS, in_one_form, read_records, remarks
+from expertsmith.calibration.spec import Spec, parse_spec
 from expertsmith.engine.walk import Batch
-from expertsmith.errors import UserError, install_line, parse_json
+from expertsmith.errors import UserError, install_line
 
-FIELDS = "input_ids, text, messages, or prompt + response"
-HUB = re.compile(r"^(?P<name>[\w.\-]+/[\w.\-]+|[\w.\-]+)(?:\[(?P<subset>[^\]]+)\])?(?:\((?P<split>[^)]+)\))?$")
 Overlong = Literal["refuse", "truncate", "drop"]
 
 
@@ -35,7 +30,7 @@ class DataOptions:
 
     `pack` None packs plain text and keeps demonstrations (messages, prompt + response) one a sequence. `samples` bounds the
     sequences of a domain; which ones is drawn with `seed`. `overlap` tokens of a packed window are repeated at the start of the
-    next, so that an evaluation predicts every token once.
+    next, so that an evaluation predicts every token once. `columns` names columns of the data that a field is in: {"text": "body"}.
     """
 
     samples: int = 128
@@ -45,14 +40,16 @@ class DataOptions:
     batch_tokens: int = 8192
     overlong: Overlong = "refuse"
     overlap: int = 0
+    columns: Mapping[str, str] | None = None
 
 
 @dataclass
 class TokenData:
-    """Sequences of token ids by domain, and what they came from."""
+    """Sequences of token ids by domain, what they came from, and what a reader of the result should know about that."""
 
     sequences: dict[str, list[list[int]]]
     packed: dict[str, bool]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -118,8 +115,9 @@ def load_tokens(
     parsed = [parse_spec(spec) if isinstance(spec, str) else spec for spec in specs]
     sequences: dict[str, list[list[int]]] = {}
     packed: dict[str, bool] = {}
+    said: list[str] = remarks(parsed)
     for spec in parsed:
-        rows, is_packed = _sequences(spec, tokenizer, options)
+        rows, is_packed = _sequences(spec, tokenizer, options, said)
         if vocab_size is not None:
             highest = max(max(row) for row in rows)
             lowest = min(min(row) for row in rows)
@@ -133,15 +131,15 @@ def load_tokens(
         )
         sequences.setdefault(spec.domain, []).extend(rows[i] for i in chosen)
         packed[spec.domain] = packed.get(spec.domain, False) or is_packed
-    return TokenData(dict(sorted(sequences.items())), packed)
+    return TokenData(dict(sorted(sequences.items())), packed, list(dict.fromkeys(said)))
 
 
-def _sequences(spec: Spec, tokenizer: Any | None, options: DataOptions) -> tuple[list[list[int]], bool]:  # noqa: C901  (one record after another, with what is wrong with it said where it is met)
+def _sequences(spec: Spec, tokenizer: Any | None, options: DataOptions, said: list[str]) -> tuple[list[list[int]], bool]:  # noqa: C901  (one record after another, with what is wrong with it said where it is met)
     documents: list[list[int]] = []
     places: list[str] = []
     demonstrations = 0
-    for place, record in read_records(spec.source):
-        ids, demonstration = tokenize(record, tokenizer, place)
+    for place, record in read_records(spec.source, options.columns):
+        ids, demonstration = tokenize(record, tokenizer, place, said)
         demonstrations += demonstration
         if ids:
             documents.append(ids)
@@ -183,38 +181,36 @@ def _pack(documents: Iterable[list[int]], seq_len: int, overlap: int) -> Iterato
             yield window
 
 
-def tokenize(record: Mapping[str, Any], tokenizer: Any | None, place: str) -> tuple[list[int], bool]:
-    """Token ids of a record, and whether it is a demonstration (messages, prompt + response).
+def tokenize(
+    record: Mapping[str, Any], tokenizer: Any | None, place: str, said: list[str] | None = None
+) -> tuple[list[int], bool]:
+    """Token ids of a record, and whether it is a demonstration (a conversation, or a prompt with its answer).
 
-    A text becomes `bos text eos` as far as the tokenizer has these; a demonstration is what the chat template makes of it.
+    A text becomes `bos text eos` as far as the tokenizer has these; a demonstration is what the chat template makes of it. `said` collects
+    what was done to a record that the user should know.
     """
-    if record.get("input_ids") is not None:  # a table has every column in every row
-        ids = record["input_ids"]
-        if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) for i in ids):
-            raise UserError(f"{place}: input_ids is not a list of integers")
-        return list(ids), False
-    demonstration = isinstance(record.get("messages"), list) or all(
-        isinstance(record.get(key), str) for key in ("prompt", "response")
-    )
-    text = record.get("text")
-    if not demonstration:
-        if not isinstance(text, str):
-            raise UserError(f"{place} has the fields {', '.join(sorted(record)) or '(none)'}, but a record needs {FIELDS}")
-        if not text.strip():
-            return [], False
+    usual = in_one_form(record, place)
+    if "input_ids" in usual:
+        return list(usual["input_ids"]), False
+    if "text" in usual and not usual["text"].strip():
+        return [], False
     if tokenizer is None:
         raise UserError(
             f"{place} has text, but the model directory has no tokenizer (code from a checkpoint is not run)",
             "give records with input_ids, or add the tokenizer files to the model directory",
         )
-    if isinstance(record.get("messages"), list):
-        return render(tokenizer, record["messages"], place), True
-    if demonstration:
-        if getattr(tokenizer, "chat_template", None):
-            messages = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["response"]}]
-            return render(tokenizer, messages, place), True
-        return frame(tokenizer, record["prompt"] + record["response"]), True
-    return frame(tokenizer, str(text)), False
+    if "text" in usual:
+        return frame(tokenizer, usual["text"]), False
+    if "prompt" in usual and not getattr(tokenizer, "chat_template", None):
+        return frame(tokenizer, usual["prompt"] + usual["response"]), True
+    return render(tokenizer, conversation(usual), place, tools=usual.get("tools"), said=said), True
+
+
+def conversation(usual: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a record `in_one_form` that is a demonstration."""
+    if "messages" in usual:
+        return list(usual["messages"])
+    return [{"role": "user", "content": usual["prompt"]}, {"role": "assistant", "content": usual["response"]}]
 
 
 def frame(tokenizer: Any, text: str, end: bool = True) -> list[int]:
@@ -224,111 +220,49 @@ def frame(tokenizer: Any, text: str, end: bool = True) -> list[int]:
     return ([bos] if bos is not None else []) + ids + ([eos] if end and eos is not None else [])
 
 
-def render(tokenizer: Any, messages: list[Any], place: str, answer: bool = False) -> list[int]:
-    """What the chat template makes of messages; with `answer` up to where the model's answer begins."""
+def render(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    place: str,
+    answer: bool = False,
+    tools: Any = None,
+    said: list[str] | None = None,
+) -> list[int]:
+    """What the chat template makes of messages; with `answer` up to where the model's answer begins.
+
+    Without a template a plain one is used: `User: …`, `Assistant: …`. A system message that the template refuses becomes the beginning of the
+    user's. Both are noted in `said`.
+    """
+    said = [] if said is None else said
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"{place} has messages, but the tokenizer has no chat template", "give prompt + response, or text")
+        said.append('the tokenizer has no chat template; messages are written as "User: …" and "Assistant: …"')
+        return frame(tokenizer, _plainly(messages, answer), end=not answer)
+    more: dict[str, Any] = {"tools": tools} if tools else {}
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+        try:
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer, **more)
+        except Exception:
+            joined = _without_system(messages)
+            if joined is None:
+                raise
+            rendered = tokenizer.apply_chat_template(joined, tokenize=False, add_generation_prompt=answer, **more)
+            said.append("the chat template takes no system message; its text was put before the user's")
     except Exception as error:  # templates are user-supplied Jinja: anything can come out
         raise UserError(f"{place}: the chat template rejects these messages: {error}") from None
     return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def read_records(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, record) of a file, a folder, a demo text or a hub data set, in a fixed order."""
-    path = Path(source)
-    if source.startswith(DEMO):
-        for number, text in enumerate(corpus.pieces(*demo_text(source)), 1):
-            yield f"{source} piece {number}", {"text": text}
-    elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-        if not files:
-            raise UserError(f"folder {source} holds no {'/'.join(SUFFIXES)} files")
-        for file in files:
-            yield from _read_file(file)
-    elif path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise UserError(f"{source} is a {path.suffix or 'nameless'} file", f"data files are {', '.join(SUFFIXES)}")
-        yield from _read_file(path)
-    elif path.suffix in SUFFIXES or path.is_absolute() or source.startswith("."):
-        raise UserError(f"data file not found: {source}")
-    else:
-        yield from _read_hub(source)
+def _plainly(messages: Sequence[Mapping[str, Any]], answer: bool) -> str:
+    turns = [f"{str(message['role']).capitalize()}: {message.get('content') or ''}" for message in messages]
+    return "\n\n".join([*turns, *(["Assistant:"] if answer else [])])
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if file.suffix == ".parquet":
-        yield from _read_parquet(file)
-        return
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None
-    if file.suffix in (".txt", ".md"):
-        yield str(file), {"text": text}
-        return
-    if file.suffix == ".json":
-        records = _json(text, str(file))
-        if not isinstance(records, list):
-            records = [records]
-        for number, record in enumerate(records, 1):
-            yield f"{file} record {number}", _mapping(record, f"{file} record {number}")
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{file}:{number}", _mapping(_json(line, f"{file}:{number}"), f"{file}:{number}")
-
-
-def _json(text: str, place: str) -> Any:
-    return parse_json(text, place)
-
-
-def _mapping(record: Any, place: str) -> Mapping[str, Any]:
-    if isinstance(record, str):
-        return {"text": record}
-    if not isinstance(record, Mapping):
-        raise UserError(f"{place} is a {type(record).__name__}, but a record is an object with {FIELDS}")
-    return record
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        import pyarrow.parquet as parquet
-        from pyarrow import ArrowException
-    except ModuleNotFoundError:
-        raise UserError("reading .parquet needs pyarrow", 'pip install "expertsmith[data]"') from None
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{file} row {number}", record
-    except (ArrowException, OSError) as error:  # OSError: pages that cannot be decoded
-        raise UserError(
-            f"{file} is not a readable .parquet file: {(str(error).strip() or 'damaged').splitlines()[0]}"
-        ) from None
-
-
-def _read_hub(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    match = HUB.fullmatch(source)
-    if match is None:
-        raise UserError(f"data file not found: {source}, and it is not a hub data set name[subset](split)")
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise UserError(
-            f"{source} is not a file; hub data sets need the datasets library", 'pip install "expertsmith[data]"'
-        ) from None
-    try:
-        table = datasets.load_dataset(match["name"], match["subset"], split=match["split"] or "train")
-    except Exception as error:  # the hub client raises many unrelated types; all mean "not available"
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{source!r} is not a file, and the hub data set could not be loaded: {first}", install_line(error) or ""
-        ) from None
-    for number, record in enumerate(table, 1):
-        yield f"{source} row {number}", record
+def _without_system(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """The messages with the system's put before the first of the user; None where that is not how they begin."""
+    if len(messages) < 2 or messages[0].get("role") != "system" or messages[1].get("role") != "user":
+        return None
+    text = f"{messages[0].get('content') or ''}\n\n{messages[1].get('content') or ''}"
+    return [{**messages[1], "content": text}, *map(dict, messages[2:])]
 
 
 def load_tokenizer(path: Path) -> Any | None:

@@ -97,6 +97,8 @@ def token_data(
     counts = ", ".join(
         f"{name} {number:,} in {len(tokens.sequences[name])} sequences" for name, number in tokens.tokens.items()
     )
+    for said in tokens.notes:
+        progress.note(said)
     progress.note(f"tokens: {counts}")
     return tokens
 

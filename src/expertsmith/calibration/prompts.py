@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expertsmith.calibration.data import FIELDS, frame, read_records, render, tokenize
+from expertsmith.calibration.data import conversation, frame, render, tokenize
+from expertsmith.calibration.records import FIELDS, in_one_form, read_records
 from expertsmith.calibration.spec import parse_spec
 from expertsmith.errors import UserError
 
@@ -23,7 +24,14 @@ class Prompt:
 
 
 def load_prompts(
-    specs: Sequence[str], tokenizer: Any | None, *, samples: int, seed: int, room: int, vocab_size: int | None
+    specs: Sequence[str],
+    tokenizer: Any | None,
+    *,
+    samples: int,
+    seed: int,
+    room: int,
+    vocab_size: int | None,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, list[Prompt]]:
     """Prompts by domain, at most `samples` (or the spec's N) of a source, drawn with `seed`.
 
@@ -37,7 +45,7 @@ def load_prompts(
     for text in specs:
         spec = parse_spec(text)
         found = []
-        for place, record in read_records(spec.source):
+        for place, record in read_records(spec.source, columns):
             prompt = _prompt(record, tokenizer, place)
             if prompt.ids:
                 found.append((place, prompt))
@@ -62,13 +70,10 @@ def _prompt(record: Mapping[str, Any], tokenizer: Any | None, place: str) -> Pro
     ids, demonstration = tokenize(record, tokenizer, place)
     if not demonstration:
         return Prompt(ids[: min(FIRST, (len(ids) + 1) // 2)], None)
-    messages = record.get("messages")
-    if isinstance(messages, list):
-        answered = messages[-1].get("role") == "assistant"
-        response = messages[-1].get("content") if answered else None
-        return Prompt(render(tokenizer, messages[:-1] if answered else messages, place, answer=True), response)
-    if getattr(tokenizer, "chat_template", None):
-        return Prompt(
-            render(tokenizer, [{"role": "user", "content": record["prompt"]}], place, answer=True), record["response"]
-        )
-    return Prompt(frame(tokenizer, record["prompt"], end=False), record["response"])
+    usual = in_one_form(record, place)
+    if "prompt" in usual and not getattr(tokenizer, "chat_template", None):
+        return Prompt(frame(tokenizer, usual["prompt"], end=False), usual["response"])
+    messages = conversation(usual)
+    answered = messages[-1]["role"] == "assistant"
+    ids = render(tokenizer, messages[:-1] if answered else messages, place, answer=True, tools=usual.get("tools"))
+    return Prompt(ids, messages[-1]["content"] if answered else None)

@@ -11,7 +11,8 @@ from expertsmith.errors import UserError
 
 DEFAULT_DOMAIN = "default"
 DEMO = "demo:"  # text that every Python installation carries, by domain and split
-SUFFIXES = (".jsonl", ".json", ".txt", ".md", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".md", ".parquet")
+PACKED = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,17 @@ def _exists(source: str) -> bool:
         return False
 
 
+def suffix_of(source: str | Path) -> str:
+    """The suffix of a file's name, in front of that of its compression: .jsonl of a.jsonl.gz."""
+    path = Path(source)
+    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+
+
+def is_data_file(source: str | Path) -> bool:
+    """Whether a name is that of a file of data."""
+    return suffix_of(source) in SUFFIXES
+
+
 def demo_text(source: str) -> tuple[str, str]:
     """(domain, split) of `demo:DOMAIN/SPLIT`.
 
@@ -96,6 +108,6 @@ def refuse_missing(specs: Sequence[str]) -> None:
         UserError: a file is missing, or a spec cannot be read.
     """
     sources = [parse_spec(spec).source for spec in specs]
-    missing = [source for source in sources if Path(source).suffix in SUFFIXES and not _exists(source)]
+    missing = [source for source in sources if is_data_file(source) and not _exists(source)]
     if missing:
         raise UserError(f"data file not found: {', '.join(dict.fromkeys(missing))}")

@@ -185,7 +185,7 @@ def _read(option: Option, value: Any) -> Any:
     if get_origin(option.type) is Sequence:
         return list(value or ())
     if any(get_origin(kind) is Mapping for kind in (option.type, *get_args(option.type))):
-        return pairs(value) or {}
+        return pairs(option.opt.flags[-1], value) or {}
     words = _words(option)
     if words and value not in words:
         flag = option.opt.flags[0] if option.opt.flags else f"--{option.name.replace('_', '-')}"

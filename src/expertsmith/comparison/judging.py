@@ -25,13 +25,13 @@ WHOLE = "tasks and generation run the model many times, so the whole model must 
 def asking(
     opened: Sequence[Checkpoint],
     tasks: tuple[Sequence[str], Sequence[str | Path], int | None],
-    prompts: tuple[Sequence[str], int, Sequence[str], int, int],
+    prompts: tuple[Sequence[str], int, Sequence[str], Mapping[str, Any]],
     where: Mapping[str, str],
     keeping: Mapping[str, Any],
 ) -> Callable[[], dict[str, Any]]:
     """Check and prepare what a model and its reference are to be asked, before a model is loaded; calling the result asks it."""
     names, folders, limit = tasks
-    data, new_tokens, formats, samples, seed = prompts
+    data, new_tokens, formats, drawing = prompts
     if not names and not new_tokens:
         return dict
     refuse_stream(where["memory"])
@@ -47,7 +47,7 @@ def asking(
     if new_tokens:
         config = opened[0].config
         room, vocab = min(window_of(entry.config) for entry in opened) - new_tokens, text_config(config).get("vocab_size")
-        drawn = load_prompts(data, tokenizer, samples=samples, seed=seed, room=room, vocab_size=vocab)
+        drawn = load_prompts(data, tokenizer, room=room, vocab_size=vocab, **drawing)
         questions.prompts = {domain: [prompt.ids for prompt in held] for domain, held in drawn.items()}
         questions.formats = generation.formats_of(formats, list(drawn))
         questions.responses = {

@@ -82,7 +82,7 @@ class Comparison:
     @cached_property
     def heldout(self) -> TokenData:
         """The text that cells are judged on, in windows that overlap by one token."""
-        source, shape = self.inventory.checkpoint, {key: self.shape[key] for key in ("samples", "seq_len", "seed")}
+        source, shape = self.inventory.checkpoint, {key: self.shape[key] for key in ("samples", "seq_len", "seed", "columns")}
         options = {"pack": True, "overlong": "truncate", "overlap": 1, **shape}
         return token_data(source.path, source.config, self.eval_data, self.progress, **options)
 
@@ -134,6 +134,7 @@ def compare(
     samples: int = 128,
     seq_len: int | None = None,
     seed: int = 42,
+    columns: Mapping[str, str] | None = None,
     pack: bool | None = None,
     overlong: str = "refuse",
     batch_tokens: int | None = None,
@@ -169,6 +170,7 @@ def compare(
         "samples": samples,
         "seq_len": seq_len,
         "seed": seed,
+        "columns": columns,
         "pack": pack,
         "overlong": overlong,
         "batch_tokens": batch_tokens,

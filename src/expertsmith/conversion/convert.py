@@ -14,7 +14,7 @@ import torch.distributed as dist
 from expertsmith.arch import families
 from expertsmith.arch.dense import TARGETS
 from expertsmith.calibration.data import TokenData
-from expertsmith.calibration.opening import beside, token_data
+from expertsmith.calibration.opening import beside, token_data, window_of
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.checkpoint.output import check_output
 from expertsmith.checkpoint.writer import prepare_target
@@ -30,6 +30,7 @@ from expertsmith.evaluation.quality import measure as measure_quality
 from expertsmith.views.progress import Progress, timed
 
 FREE_SAMPLES = 32  # sequences a domain that training-free methods look at
+SEQUENCE = 512  # tokens, where the model's window is not shorter
 WATCHED = 4  # sequences that ToMoE's training is watched on
 WITHOUT_DATA = 2048  # random tokens, for the spread of random routers' logits
 
@@ -100,7 +101,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
         result["export"] = flow.export_difference(model, converted.splits, converted.heads, request.out, _brief(tokens, model))
     if request.measure:
         with timed(seconds, "measure"):
-            result["speed"] = flow.forward_times(model, request.out, min(request.seq_len, 512))
+            result["speed"] = flow.forward_times(model, request.out, min(_length(request, source), SEQUENCE))
             result["quality"] = _quality(request, source, model, progress)
     result["seconds"] = seconds
     card = flow.card_of(result, source, result.get("quality"))
@@ -124,6 +125,10 @@ def _check_before(request: Request, asked: Asked, source: Checkpoint) -> None:
         flow.check_growth(numbers, request.max_growth, "use --experts 2 to 4, or --export core")
 
 
+def _length(request: Request, source: Checkpoint) -> int:
+    return request.seq_len or min(SEQUENCE, window_of(source.config))
+
+
 def _tokens(request: Request, source: Checkpoint, progress: Progress) -> TokenData:
     samples = request.samples
     if samples is None:
@@ -136,7 +141,8 @@ def _tokens(request: Request, source: Checkpoint, progress: Progress) -> TokenDa
         request.data,
         progress,
         samples=samples,
-        seq_len=request.seq_len,
+        seq_len=_length(request, source),
+        columns=request.columns,
         seed=request.seed,
         overlong="truncate",
         pack=True,
@@ -149,7 +155,7 @@ def _decide(
     """The splits of every layer with their measures, and the method's options as they go into the report."""
     options: dict[str, Any] = {"experts": asked.experts, "top_k": asked.top_k, "active": asked.active, "seed": request.seed}
     if not asked.way.learned:
-        batches = tokens.batches(request.seq_len) if tokens else _random_batches(model)
+        batches = tokens.batches(_length(request, source)) if tokens else _random_batches(model)
         made = flow.training_free(model, asked, batches, request.seed, request.markers, progress)
         return made, options
     assert tokens is not None
@@ -249,11 +255,12 @@ def _quality(request: Request, source: Checkpoint, model: LoadedModel, progress:
         texts,
         progress,
         samples=16,
-        seq_len=request.seq_len,
+        seq_len=_length(request, source),
+        columns=request.columns,
         seed=request.seed,
         pack=True,
         overlong="truncate",
         overlap=1,
     )
-    quality = measure_quality(other, tokens.batches(request.seq_len + 1), model, progress).to_json()
+    quality = measure_quality(other, tokens.batches(_length(request, source) + 1), model, progress).to_json()
     return {**quality, "held_out": bool(request.eval_data)}

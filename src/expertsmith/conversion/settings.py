@@ -127,7 +127,8 @@ class Request:
     eval_data: Sequence[str] = ()
     measure: bool = True
     samples: int | None = None
-    seq_len: int = 512
+    seq_len: int | None = None
+    columns: Mapping[str, str] | None = None
     seed: int = 42
     gguf_file: str | None = None
     device: str = "auto"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
-from expertsmith.verbs.options import Data, EvalData, Out, Overwrite
+from expertsmith.verbs.options import Columns, Data, EvalData, Out, Overwrite
 from expertsmith.views import show
 from expertsmith.views.progress import Progress
 
@@ -77,7 +77,10 @@ def convert(
     samples: Annotated[
         int | None, Opt("Sequences per domain. Default: 32; tomoe: as many as the steps need.", shown=False)
     ] = None,
-    seq_len: Annotated[int, Opt("Tokens per sequence.")] = 512,
+    seq_len: Annotated[
+        int | None, Opt("Tokens per sequence. Default: 512, or the model's window if less.", shown=False, least=2)
+    ] = None,
+    columns: Columns = None,
     seed: Annotated[int, Opt("Seed of the sampling.")] = 42,
     gguf_file: Annotated[
         str | None, Opt("Name of a GGUF file in DENSE; it is dequantised once, into OUT.dense.", "--gguf-file")

@@ -153,8 +153,8 @@ def listed(name: str, value: Any) -> list[Any]:
     return [str(entry) if isinstance(entry, Path) else entry for entry in given]
 
 
-def pairs(value: Any) -> Any:
-    """What is given where a mapping is wanted: that, or KEY=VALUE, or a list of these.
+def pairs(flag: str, value: Any) -> Any:
+    """What is given where a mapping is wanted: that, or KEY=VALUE, or a list of these. `flag` is its option.
 
     Raises:
         UserError: a text of another form.
@@ -162,10 +162,10 @@ def pairs(value: Any) -> Any:
     if value is None or isinstance(value, Mapping):
         return value
     made = {}
-    for pair in listed("options", value):
+    for pair in listed(flag.lstrip("-"), value):
         key, equals, held = pair.partition("=")
         if not equals or not key:
-            raise UserError(f"-O {pair!r} is not KEY=VALUE")
+            raise UserError(f"{flag} {pair!r} is not KEY=VALUE")
         made[key] = held
     return made
 
@@ -196,11 +196,12 @@ def filled(function: F, headers_only: bool = False) -> F:
     signature = inspect.signature(function)
     own = [name for name, entry in signature.parameters.items() if entry.kind is not entry.VAR_KEYWORD]
     group = {name: option.default for name, option in options.items() if name not in own}
-    hints = _hints(function)  # of its own parameters: no group has lists
+    hints = _hints(function) | {name: option.type for name, option in options.items()}
     readers: dict[str, Callable[[Any], Any]] = {
         name: partial(listed, name) for name, hint in hints.items() if _is(Sequence, hint)
     }
-    readers |= {name: pairs for name, hint in hints.items() if _is(Mapping, hint)}
+    flags = {name: option.opt.flags[-1] for name, option in options.items() if option.opt.flags}
+    readers |= {name: partial(pairs, flags.get(name, name)) for name, hint in hints.items() if _is(Mapping, hint)}
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -142,7 +142,7 @@ def evaluate(
     ask = asking(
         opened,
         (tasks, task_path, limit),
-        (data if generate else (), generate, formats, given["samples"], given["seed"]),
+        (data if generate else (), generate, formats, {key: given[key] for key in ("samples", "seed", "columns")}),
         part(Running, given),
         {"batch_tokens": batch_tokens, "folder": None if out is None else Path(out), "resume": resume, "progress": progress},
     )

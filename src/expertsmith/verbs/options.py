@@ -46,10 +46,20 @@ Into = Annotated[  # a folder that an interrupted run goes on in
 Data = Annotated[
     Sequence[str],
     Opt(
-        "Text: .jsonl/.json/.txt/.md/.parquet file, folder, hub data set name\\[subset](split), or demo:code/calib (text of the Python package). Records hold text, messages, prompt + response, or input_ids. Repeatable.",
+        "Text: .jsonl/.json/.csv/.txt/.md/.parquet file (also .gz, .zst), folder, hub data set name\\[subset](split), or demo:code/calib (text of the Python package). Records: text, messages, prompt + response or completion, ShareGPT, Alpaca, question + answer, or input_ids. Repeatable.",
         "--data",
         "-d",
         metavar=SPECS,
+    ),
+]
+Columns = Annotated[
+    Mapping[str, str] | None,
+    Opt(
+        "The column of the data that a field is in, where it has another name: text=body. Repeatable.",
+        "--columns",
+        metavar="FIELD=COLUMN",
+        default=None,
+        shown=False,
     ),
 ]
 EvalData = Annotated[
@@ -170,6 +180,7 @@ class Drawing(TypedDict, total=False):
         Opt("Longest sequence in tokens. Default: 2048, or the model's window if less.", least=2, default=None, shown=False),
     ]
     seed: Annotated[int, Opt("Seed of the sampling.", default=42)]
+    columns: Columns
 
 
 class Text(Drawing, total=False):

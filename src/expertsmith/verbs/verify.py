@@ -9,7 +9,7 @@ from expertsmith.calibration.opening import inventory_of, token_data, window_of
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.checkpoint.output import check_output
 from expertsmith.verbs.definition import FLOW, Opt, verb
-from expertsmith.verbs.options import Data, Dtype, Model, Opened, Placing, PlanGiven, SeqLen
+from expertsmith.verbs.options import Columns, Data, Dtype, Model, Opened, Placing, PlanGiven, SeqLen
 from expertsmith.views import show
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def verify(
     data: Data = (),
     tokens: Annotated[int, Opt("Number of tokens to compare on.", least=1)] = 1024,
     seq_len: SeqLen = None,
+    columns: Columns = None,
     tolerance: Annotated[float, Opt("Largest difference allowed, relative to the largest value of the same layer.")] = 1e-4,
     dtype: Dtype = "float32",
     **given: Unpack[Proving],
@@ -67,6 +68,7 @@ def verify(
             source.config,
             data,
             progress,
+            columns=columns,
             samples=count,
             seq_len=length,
             seed=0,
