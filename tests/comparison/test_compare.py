@@ -17,7 +17,8 @@ from expertsmith.comparison.footprint import footprint
 from expertsmith.comparison.results import _group, displayed, shown
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import DomainQuality
-from expertsmith.views.pictures import series_of, svg
+from expertsmith.views.comparison_table import show_comparison
+from expertsmith.views.pictures import looks, series_of, svg
 from expertsmith.views.wording import cells, markdown
 
 SHAPE = {**CALIBRATION, "dtype": "float32", "memory": "resident"}
@@ -236,6 +237,61 @@ def test_markdown(small):
         "Keep 0.5: good has the smallest loss increase, +0.100 ± 0.010 nats per token; random draws +0.400 [0.200, 0.600], 1 of 2 methods are worse"
         in text
     )
+
+
+def with_sequences(row: dict, sums: list[list[float]]) -> dict:
+    """A row whose rise is that of these sequences of [tokens, summed rise]."""
+    mean = sum(total for _, total in sums) / sum(tokens for tokens, _ in sums)
+    rise = {"domains": {"a": [mean, 0.01]}, "mean": [mean, 0.01], "sequences": {"a": sums}}
+    return {**row, "rise": rise}
+
+
+def test_a_lead_within_the_noise_is_a_tie(small):
+    """Differences to the best by hand: near +0.1 0 +0.2 -0.1 (mean 0.05, deviation 0.129, error 0.129 / 2), far +0.4 +0.5 +0.4 +0.5 a token."""
+    best = with_sequences(row_of("best", 0), [[10, 1.0], [10, 9.0], [10, 2.0], [10, 4.0]])
+    near = with_sequences(row_of("near", 0), [[10, 2.0], [10, 9.0], [10, 4.0], [10, 3.0]])
+    far = with_sequences(row_of("far", 0), [[10, 5.0], [10, 14.0], [10, 6.0], [10, 9.0]])
+    group = _group(0.5, "uniform", [far, near, best])
+    held = {row["name"]: (row["to_best"], row["tied"]) for row in group["rows"]}
+    error = math.sqrt(sum((d - 0.05) ** 2 for d in (0.1, 0, 0.2, -0.1)) / 3) / 2
+    assert held["best"] == ([0.0, 0.0], False)
+    assert held["near"] == ([pytest.approx(0.05), pytest.approx(error)], True)
+    assert held["far"] == ([pytest.approx(0.45), pytest.approx(math.sqrt(0.01 / 3) / 2)], False)
+    assert "sequences" not in json.dumps(group)
+    shown_now = displayed({**small, "groups": [group]})
+    text = markdown(shown_now)
+    assert "| method | a | mean increase ± se | above the best ± se | KL |" in text
+    assert "+0.050 ± 0.065 ≈" in text
+    assert "| best |" in text
+    assert "Keep 0.5: near is within the noise of best: the paired difference is below two standard errors." in text
+    assert "far is within" not in text
+
+
+def test_a_narrow_terminal_keeps_names_and_increases(small, capsys, monkeypatch):
+    small["original"]["tasks"] = {"task_one": 0.5, "task_two": 0.6}
+    for row in small["groups"][0]["rows"]:
+        row["tasks"] = {"task_one": 0.4, "task_two": 0.5}
+    for width in (60, 80, 100, 400):
+        monkeypatch.setenv("COLUMNS", str(width))
+        show_comparison(displayed(small), Path("out"))
+        text = capsys.readouterr().out
+        table = text[: text.index("Keep 0.5: good")]
+        assert max(map(len, table.partition("left out")[0].splitlines())) <= width
+        assert "bad + least_squares" in table
+        assert "+0.400 [0.200, 0.600]" in table
+        left_out = "left out, for the width of this terminal: " in table
+        assert left_out == (width < 400)
+        assert ("memory" in table.partition("left out")[0]) == (not left_out)
+        assert "…" not in table
+
+
+def test_a_method_looks_the_same_in_every_comparison(small):
+    alone = looks(displayed({**small, "groups": [_group(0.5, "uniform", [row_of("good", 0.1)])]}))
+    more = looks(displayed(small))
+    assert more["good"] == alone["good"]
+    assert more["bad"]["colour"] == more["bad + least_squares"]["colour"] != more["good"]["colour"]
+    assert more["bad"]["marker"] == more["bad + least_squares"]["marker"]
+    assert more["bad"]["dash"] != more["bad + least_squares"]["dash"]
 
 
 def test_sizes_that_differ_get_columns(small):

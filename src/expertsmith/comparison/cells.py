@@ -19,6 +19,7 @@ CELLS, WORK = "cells", "work"  # folders of a comparison
 BASELINE, SEEDS = "random", (0, 1, 2)
 ALL = "all"
 FORMAT = "expertsmith.comparison.cell"
+VERSION = 2  # 2: with the rise of every sequence
 
 
 @dataclass(frozen=True)
@@ -155,14 +156,16 @@ def load(path: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError, RecursionError):
         return None
     same = (
-        isinstance(held, dict) and held.get("format") == FORMAT and held.get("made_with") == json.loads(json.dumps(made_with))
+        isinstance(held, dict)
+        and (held.get("format"), held.get("version")) == (FORMAT, VERSION)
+        and held.get("made_with") == json.loads(json.dumps(made_with))
     )
     return held if same else None
 
 
 def save(path: Path, made_with: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     """Write a result under a temporary name, then rename; returns what `load` would."""
-    held = {"format": FORMAT, "version": 1, "made_with": made_with, **found}
+    held = {"format": FORMAT, "version": VERSION, "made_with": made_with, **found}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

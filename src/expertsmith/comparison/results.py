@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertsmith.comparison.cells import BASELINE, CELLS, WORK, Cell, load, short_names
+from expertsmith.evaluation.paired import CLEAR, ratio
 
 if TYPE_CHECKING:
     from expertsmith.comparison.run import Comparison
@@ -77,7 +78,8 @@ def _row(cell: Cell, names: Mapping[str, str], held: Mapping[str, Any]) -> Row:
 
 
 def _group(share: float | int | None, budget: str, rows: Iterable[Row]) -> dict[str, Any]:
-    """Rows sorted by the mean rise; `random`: for each way of healing the draws' mean, least and largest rise. A row is `worse_than_random` if its
+    """Rows sorted by the mean rise. `to_best`: [mean rise above that of the best method, its standard error over the sequences, paired], and
+    `tied`: that difference is within CLEAR standard errors. `random`: for each way of healing the draws' mean, least and largest rise. A row is `worse_than_random` if its
     rise is above the mean of the draws with the same healing (None where there are no draws, as with methods' own thresholds)."""
     rows = sorted(rows, key=lambda row: row["rise"]["mean"][0])
     drawn: dict[Any, list[float]] = {}
@@ -89,10 +91,21 @@ def _group(share: float | int | None, budget: str, rows: Iterable[Row]) -> dict[
         for heal, v in drawn.items()
     ]
     means = {entry["heal"]: entry["mean"] for entry in chance}
+    best = next((row for row in rows if not _random(row)), None)
+    for row, sums in [(row, row["rise"].get("sequences")) for row in rows]:
+        row["to_best"] = None if best is None or sums is None else _paired(sums, best["rise"]["sequences"])
+        row["tied"] = row is not best and row["to_best"] is not None and row["to_best"][0] <= CLEAR * row["to_best"][1]
     for row in rows:
+        row["rise"] = {key: value for key, value in row["rise"].items() if key != "sequences"}
         mean = means.get(row["heal"])
         row["worse_than_random"] = None if mean is None or _random(row) else row["rise"]["mean"][0] > mean
     return {"keep": share, "budget": budget, "random": chance, "rows": rows}
+
+
+def _paired(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[float]:
+    """Mean over domains of the difference of two rises on the same sequences, and its standard error."""
+    each = [ratio([(n, a - b) for (n, a), (_, b) in zip(mine[name], theirs[name], strict=True)]) for name in mine]
+    return [math.fsum(mean for mean, _ in each) / len(each), math.hypot(*(error for _, error in each)) / len(each)]
 
 
 def _random(row: Row) -> bool:
@@ -137,6 +150,8 @@ def _mean_row(drawn: Sequence[Row], chance: Mapping[str, Any]) -> Row:
         "rise": {"mean": [chance["mean"], None], "range": [chance["least"], chance["largest"]]},
         "planning": {key: mean(row["planning"][key] for row in drawn) for key in first["planning"]},
         "worse_than_random": None,
+        "to_best": None,
+        "tied": False,
     }
     for key in ("experts", "parameters", "bytes"):
         made[key] = [first[key][0], round(mean(row[key][1] for row in drawn))]

@@ -380,11 +380,13 @@ def _judged(job: Comparison, model: LoadedModel, reference: LoadedModel) -> dict
 
 
 def _rise(quality: Quality) -> dict[str, Any]:
-    """Nats a token above the original, [mean, paired standard error over sequences], by domain and for the mean of the domains."""
+    """Nats a token above the original, [mean, paired standard error over sequences], by domain and for the mean of the domains. `sequences`:
+    [tokens, summed rise] of each, from which two results are compared."""
     domains = {name: [entry.rise, entry.rise_se] for name, entry in quality.domains.items()}
     count = len(domains)
     mean = [sum(rise for rise, _ in domains.values()) / count, math.hypot(*(error for _, error in domains.values())) / count]
-    return {"domains": domains, "mean": mean}
+    sequences = {name: [list(entry.rises[s]) for s in sorted(entry.rises)] for name, entry in quality.domains.items()}
+    return {"domains": domains, "mean": mean, "sequences": sequences}
 
 
 def _finish(

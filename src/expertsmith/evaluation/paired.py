@@ -17,6 +17,16 @@ RESAMPLES = 200  # of the bootstrap: a standard error that is right to about 5 %
 CLEAR = 2.0  # standard errors beyond which a difference is marked
 
 
+def ratio(sums: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Mean of a quantity a token and its standard error over sequences, from (tokens n_s, sum d_s) of each: r = sum d / sum n, and
+    sqrt(S / (S - 1) sum_s (d_s - r n_s)^2) / sum n (the ratio estimator's; for equal lengths that of a mean). The error is 0 for one sequence."""
+    tokens, count = sum(n for n, _ in sums), len(sums)
+    mean = math.fsum(d for _, d in sums) / max(1, tokens)
+    if count < 2:
+        return mean, 0.0
+    return mean, math.sqrt(count / (count - 1) * math.fsum((d - mean * n) ** 2 for n, d in sums)) / tokens
+
+
 def estimate(
     mine: Sequence[Any], theirs: Sequence[Any] | None = None, aggregate: Callable[[list[Any]], float] | None = None
 ) -> dict[str, Any]:

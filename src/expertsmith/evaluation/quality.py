@@ -18,6 +18,7 @@ import torch
 
 from expertsmith.engine import Batch, LoadedModel, Walk
 from expertsmith.errors import UserError
+from expertsmith.evaluation.paired import ratio
 from expertsmith.views.progress import Progress, Silent
 
 ROWS = 1024  # predicted tokens whose full distributions are held in float32 at a time
@@ -93,13 +94,8 @@ class DomainQuality:
 
     @property
     def rise_se(self) -> float:
-        """Standard error of `rise` over sequences, paired: sqrt(S / (S - 1) sum_s (d_s - rise n_s)^2) / sum_s n_s, with d_s the summed rise and
-        n_s the tokens of sequence s (the ratio estimator's; for equal lengths that of a mean). 0 for one sequence."""
-        count = len(self.rises)
-        if count < 2:
-            return 0.0
-        spread = sum((total - self.rise * tokens) ** 2 for tokens, total in self.rises.values())
-        return math.sqrt(count / (count - 1) * spread) / self.tokens
+        """Standard error of `rise` over sequences, paired; see `paired.ratio`."""
+        return ratio(list(self.rises.values()))[1]
 
     def to_json(self, reference: bool) -> dict[str, float | int]:
         """The means, with their units as in the module docstring, and the standard error of the loss."""

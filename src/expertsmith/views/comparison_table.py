@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from expertsmith.views import show
-from expertsmith.views.wording import cells, columns, heading, original_cells, sentences
+from expertsmith.views.wording import ABOVE, RISE, cells, columns, heading, original_cells, sentences
+
+KEPT = ("method", RISE)  # at any width
 
 
 def show_comparison(found: Mapping[str, Any], out: Path) -> None:
     """A table a ratio and budget, best first, then what they say."""
+    hidden: set[str] = set()
     for group in found["groups"]:
-        rows = group["rows"]
-        table = show.table_of(*columns(found, rows), title=heading(group, rows))
-        table.columns[0].overflow = "fold"
-        for column in table.columns[1:]:
-            column.justify, column.no_wrap = "right", True
-        table.add_row(*(f"[dim]{text}[/dim]" for text in original_cells(found, rows)))
-        for row in rows:
-            texts = [
-                f"[bold]{show.escape(text)}[/bold]" if best else show.escape(text) for text, best in cells(row, found, rows)
-            ]
-            table.add_row(*texts, style="red" if row["worse_than_random"] else None)
+        table, left_out = fitting(group, found)
+        hidden.update(left_out)
         show.line(table)
+    if hidden:
+        names = ", ".join(name for name in columns(found, found["groups"][0]["rows"]) if name in hidden)
+        show.line(f"[dim]left out, for the width of this terminal: {show.escape(names)}[/dim]")
     for text in sentences(found):
         show.line(show.escape(text))
     if any(row["worse_than_random"] for group in found["groups"] for row in group["rows"]):
@@ -34,3 +31,57 @@ def show_comparison(found: Mapping[str, Any], out: Path) -> None:
     show.line(
         f"[bold]{show.escape(str(out / 'comparison.html'))}[/bold]  (and .json, .md, .svg; plans in {show.escape(str(out / 'plans'))})"
     )
+
+
+def fitting(group: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """A group's table as wide as the terminal, and the columns that were left out for that, the least important first. The method and how much
+    worse it is always stay; a name that is still too long is folded."""
+    from rich.console import Console
+
+    console, head = Console(), columns(found, group["rows"])
+    endless = console.options.update(width=10_000)
+    left_out: list[str] = []
+    table = _table(group, found, left_out)
+    for name in sorted(head, key=lambda name: _importance(name, found)):
+        if console.measure(table, options=endless).maximum <= console.width or name in KEPT:
+            break
+        left_out.append(name)
+        table = _table(group, found, left_out)
+    return table, left_out
+
+
+def _importance(name: str, found: Mapping[str, Any]) -> int:
+    """The place of a column in the order in which they are left out."""
+    domains, tasks = list(found["original"]["domains"]), list(found["original"].get("tasks", {}))
+    order = [
+        "memory",
+        "plan s",
+        "parameters",
+        "top-1",
+        "experts",
+        "KL",
+        *reversed(domains),
+        "bytes",
+        *reversed(tasks),
+        ABOVE,
+        *KEPT,
+    ]
+    return order.index(name)
+
+
+def _table(group: Mapping[str, Any], found: Mapping[str, Any], left_out: Sequence[str]) -> Any:
+    rows = group["rows"]
+    kept = [place for place, name in enumerate(columns(found, rows)) if name not in left_out]
+    table = show.table_of(*(columns(found, rows)[place] for place in kept), title=heading(group, rows))
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    original = original_cells(found, rows)
+    table.add_row(*(f"[dim]{original[place]}[/dim]" for place in kept))
+    for row in rows:
+        texts = cells(row, found, rows)
+        marked = (
+            f"[bold]{show.escape(text)}[/bold]" if best else show.escape(text) for text, best in map(texts.__getitem__, kept)
+        )
+        table.add_row(*marked, style="red" if row["worse_than_random"] else None)
+    return table

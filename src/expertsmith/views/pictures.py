@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
@@ -11,24 +12,66 @@ from expertsmith.views.wording import label, title
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 500, 62, 236, 44, 52
 LIGHT = ("#3457c9", "#d9731a", "#2b8a5c", "#a04bc4", "#c2384a", "#0e8a9c", "#9c7a10", "#4b5568")
 DARK = ("#8fb0ff", "#ffab66", "#6fd6a4", "#d59bf5", "#ff8c98", "#5cd0df", "#e0c05a", "#c3cddd")
-DASHES = ("", "7 4", "2 3")  # after all colours were used once, lines are told apart by these
+DASHES = ("", "7 4", "2 3", "10 3 2 3", "1 5")  # lines of one colour are told apart by these
+MARKERS = {  # as paths around 0, by plotly's names for them
+    "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
+    "square": "M-3.6-3.6h7.2v7.2h-7.2z",
+    "diamond": "M0-5l5 5-5 5-5-5z",
+    "triangle-up": "M0-5l4.8 8.4h-9.6z",
+    "cross": "M-1.5-5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5v-3h3.5z",
+}
+
+
+def looks(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name of a line → its colour (an index), marker and dash (an index). They follow from the method's name, so that it looks the same in every
+    comparison unless two methods of one want the same colour; a method's healed lines have its colour and marker, and a dash of their own."""
+    rows = [(row, line_name(row, group, found)) for group in found["groups"] for row in group["rows"] if not row["draws"]]
+    made: dict[str, dict[str, Any]] = {}
+    methods = sorted({str(row["method"]) for row, _ in rows}, key=lambda name: (zlib.crc32(name.encode()), name))
+    chosen: dict[str, int] = {}
+    for name in methods:
+        wish = zlib.crc32(name.partition(":")[0].encode()) % len(LIGHT)
+        uses = [list(chosen.values()).count(i) for i in range(len(LIGHT))]
+        chosen[name] = min(range(len(LIGHT)), key=lambda i: (uses[i], (i - wish) % len(LIGHT)))
+    turn = {name: list(chosen.values())[:place].count(chosen[name]) for place, name in enumerate(chosen)}
+    lines: dict[int, list[str]] = {}
+    for row, name in rows:
+        held = lines.setdefault(chosen[str(row["method"])], [])
+        if name not in held:
+            held.append(name)
+        marker = list(MARKERS)[(chosen[str(row["method"])] + turn[str(row["method"])]) % len(MARKERS)]
+        made[name] = {
+            "colour": chosen[str(row["method"])],
+            "marker": marker,
+            "dash": held.index(name) % len(DASHES),
+        }
+    return made
+
+
+def line_name(row: Mapping[str, Any], group: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """What the line of a row is called: method and healing, and the budget where there are several."""
+    several = len({other["budget"] for other in found["groups"]}) > 1
+    return label(row) + (f", {group['budget']}" if several else "")
 
 
 def series_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Lines of the picture: `points` [share of the original's bytes, mean rise] from small to large, the original last; `random` ones have a third
     number and a fourth, the least and the largest draw. Sorted by loss at the smallest size, worst first."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
-    several = len({group["budget"] for group in found["groups"]}) > 1
     for group in found["groups"]:
         for row in group["rows"]:
             chance = bool(row["draws"])
-            name = label(row) + (f", {group['budget']}" if several else "")
-            entry = lines.setdefault((name, group["budget"]), {"name": name, "random": chance, "points": [], "said": []})
+            name = line_name(row, group, found)
+            entry = lines.setdefault(
+                (name, group["budget"]), {"name": name, "random": chance, "points": [], "said": [], "errors": []}
+            )
+            entry["errors"].append(row["rise"]["mean"][1])
             entry["points"].append([row["bytes"][1] / row["bytes"][0], row["rise"]["mean"][0], *row["rise"].get("range", ())])
             entry["said"].append(title(group))
     for entry in lines.values():
         order = sorted(range(len(entry["points"])), key=lambda i: entry["points"][i][0])
         entry["points"] = [*(entry["points"][i] for i in order), [1.0, 0.0, *([0.0, 0.0] if entry["random"] else [])]]
+        entry["errors"] = [entry["errors"][i] for i in order]
         entry["said"] = [*(entry["said"][i] for i in order), "the original"]
     return sorted(lines.values(), key=lambda entry: -entry["points"][0][1])
 
@@ -67,24 +110,21 @@ def svg(found: Mapping[str, Any]) -> str:
         if entry["random"]:
             around = [(p[0], p[2]) for p in entry["points"]] + [(p[0], p[3]) for p in reversed(entry["points"])]
             parts.append(f'<polygon class="band" points="{" ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in around)}"/>')
-    coloured = 0
+    drawn = looks(found)
     for place, entry in enumerate(lines):
-        kind, dash = (
-            ("r", "4 4") if entry["random"] else (f"c{coloured % len(LIGHT)}", DASHES[coloured // len(LIGHT) % len(DASHES)])
-        )
-        coloured += not entry["random"]
+        look = drawn.get(entry["name"], {"marker": "circle"})
+        kind, dash = ("r", "4 4") if entry["random"] else (f"c{look['colour']}", DASHES[look["dash"]])
         path = " ".join(f"{x(p[0]):.1f},{y(p[1]):.1f}" for p in entry["points"])
         parts.append(f'<polyline class="line {kind}" points="{path}"' + (f' stroke-dasharray="{dash}"' if dash else "") + "/>")
-        for point, said in zip(entry["points"][:-1], entry["said"], strict=False):
-            note = escape(f"{entry['name']}, {said}: {point[1]:+.3f} nats per token at {100 * point[0]:.0f} % of the bytes")
-            parts.append(
-                f'<circle class="dot {kind}" cx="{x(point[0]):.1f}" cy="{y(point[1]):.1f}" r="3.6"><title>{note}</title></circle>'
-            )
+        parts.extend(_points(entry, MARKERS[look["marker"]], kind, x, y))
         row = TOP + 6 + place * min(22.0, (HEIGHT - TOP - 20) / len(lines))
         parts.append(
             f'<line class="line {kind}" x1="{WIDTH - RIGHT + 18}" x2="{WIDTH - RIGHT + 42}" y1="{row:.1f}" y2="{row:.1f}"'
             + (f' stroke-dasharray="{dash}"' if dash else "")
             + "/>"
+        )
+        parts.append(
+            f'<path class="dot {kind}" transform="translate({WIDTH - RIGHT + 30} {row:.1f})" d="{MARKERS[look["marker"]]}"/>'
         )
         parts.append(f'<text x="{WIDTH - RIGHT + 50}" y="{row + 4:.1f}">{escape(entry["name"])}</text>')
     name = escape(f"{found['model']['source']}: loss increase by size")
@@ -93,12 +133,28 @@ def svg(found: Mapping[str, Any]) -> str:
         f'<text class="soft" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 10}" text-anchor="middle">bytes, share of the original</text>'
     )
     parts.append(
-        f'<text class="soft" transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2:.0f}" y="15" text-anchor="middle">mean loss increase, nats per token</text>'
+        f'<text class="soft" transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2:.0f}" y="15" text-anchor="middle">mean loss increase ± standard error, nats per token</text>'
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{name}">\n'
         f'<style>{_style()}</style>\n<rect class="page" width="{WIDTH}" height="{HEIGHT}"/>\n' + "\n".join(parts) + "\n</svg>\n"
     )
+
+
+def _points(
+    entry: Mapping[str, Any], marker: str, kind: str, x: Callable[[float], float], y: Callable[[float], float]
+) -> list[str]:
+    """The points of a line, each with its standard error and a note that shows under the pointer."""
+    parts = []
+    for point, said, error in zip(entry["points"][:-1], entry["said"], entry["errors"], strict=False):
+        across, up = x(point[0]), y(point[1])
+        note = f"{entry['name']}, {said}: {point[1]:+.3f}{f' ± {error:.3f}' if error else ''} nats per token at {100 * point[0]:.0f} % of the bytes"
+        if error:
+            bar = f"M{across:.1f} {y(point[1] - error):.1f}V{y(point[1] + error):.1f}m-3 0h6m-6 {y(point[1] - error) - y(point[1] + error):.1f}h6"
+            parts.append(f'<path class="bar {kind}" d="{bar}"/>')
+        parts.append(f'<path class="dot {kind}" transform="translate({across:.1f} {up:.1f})" d="{marker}"/>')
+        parts.append(f'<circle class="hit" cx="{across:.1f}" cy="{up:.1f}" r="8"><title>{escape(note)}</title></circle>')
+    return parts
 
 
 def _style() -> str:
@@ -108,5 +164,5 @@ def _style() -> str:
 
     light = colours(LIGHT, "#1c2230", "#5f6b7f", "#e2e6ed", "#ffffff")
     dark = colours(DARK, "#e6e9f0", "#9aa6ba", "#2b3446", "#181e2a")
-    shape = "text{font:12px system-ui,sans-serif}.title{font-size:15px;font-weight:600}.line{fill:none;stroke:var(--c);stroke-width:2}.dot{fill:var(--c)}.band{opacity:.16}"
+    shape = "text{font:12px system-ui,sans-serif}.title{font-size:15px;font-weight:600}.line{fill:none;stroke:var(--c);stroke-width:2}.dot{fill:var(--c)}.bar{fill:none;stroke:var(--c)}.hit{fill:transparent}.band{opacity:.16}"
     return f"{shape}{light}@media (prefers-color-scheme:dark){{{dark}}}"

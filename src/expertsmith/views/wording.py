@@ -12,6 +12,8 @@ from expertsmith.views.show import byte_count, count
 
 Row = Mapping[str, Any]
 WORSE = "†"
+TIED = "≈"
+RISE, ABOVE = "mean increase ± se", "above the best ± se"  # heads of columns
 
 
 def title(group: Mapping[str, Any]) -> str:
@@ -54,13 +56,25 @@ def columns(found: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
         "method",
         *size,
         *found["original"]["domains"],
-        "mean increase ± se",
+        RISE,
+        *([ABOVE] if _compared(rows) else []),
         "KL",
         "top-1",
         *_task_names(found),
         "plan s",
         "memory",
     ]
+
+
+def _compared(rows: Sequence[Row]) -> bool:
+    return any(row.get("to_best") for row in rows)
+
+
+def _above_best(row: Row) -> str:
+    if not row["to_best"]:
+        return "–"
+    difference, error = row["to_best"]
+    return "best" if difference == 0.0 == error else f"{difference:+.3f} ± {error:.3f}" + (f" {TIED}" if row["tied"] else "")
 
 
 def _task_names(found: Mapping[str, Any]) -> list[str]:
@@ -77,6 +91,7 @@ def original_cells(found: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
         *size,
         *(f"{row['perplexity']:.2f}" for row in held["domains"].values()),
         "0",
+        *([""] if _compared(rows) else []),
         "0",
         "100 %",
         *scores,
@@ -108,6 +123,7 @@ def cells(row: Row, found: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple
             for name in found["original"]["domains"]
         ),
         judged(f"{rise:+.3f}{spread}", "rise", "mean", 0),
+        *([(_above_best(row), False)] if _compared(rows) else []),
         judged(f"{quality['mean']['kl']:.3f}", "quality", "mean", "kl"),
         judged(f"{100 * quality['mean']['top1_agreement']:.1f} %", "quality", "mean", "top1_agreement", highest=True),
         *(judged(f"{row['tasks'][name]:.3f}", "tasks", name, highest=True) for name in _task_names(found)),
@@ -132,8 +148,18 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
             text += f"; random draws {chance['mean']:+.3f} [{chance['least']:.3f}, {chance['largest']:.3f}]"
             worse = sum(bool(row["worse_than_random"]) for row in rows if row["heal"] is None)
             text += f", {worse} of {sum(row['heal'] is None for row in rows) - 1} methods are worse than their mean"
-        made.append(text + ".")
+        ties = [label(row) for row in rows if row["tied"]] if first.get("to_best") else []
+        made.append(f"{text}.")
+        if ties:
+            made.append(
+                f"{title(group)}: {_named(ties)} {'is' if len(ties) == 1 else 'are'} within the noise of {label(first)}: the paired difference is below "
+                "two standard errors. Evaluate on more text to tell them apart."
+            )
     return made
+
+
+def _named(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def how(found: Mapping[str, Any]) -> list[str]:
@@ -146,7 +172,7 @@ def how(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{chosen}; evaluated on {sum(heldout['tokens'].values()):,} predicted tokens of held-out text, dtype {found['dtype']}.",
         "Perplexity by domain; mean increase: loss minus the original's in nats per token, mean over domains, with the paired standard error over sequences (random: [least, "
-        "largest draw]); KL(original ‖ compressed) in nats; top-1: share of tokens with the same most probable next token.",
+        f"largest draw]); above the best: the paired difference to the first row, {TIED} where it is below two standard errors; KL(original ‖ compressed) in nats; top-1: share of tokens with the same most probable next token.",
         "plan s and memory are for planning alone: seconds, and additional bytes of the process. If a method measures weights, "
         "only its first cell does so, once for all ratios.",
         f"Bold: best of its column. {WORSE}: worse than the mean of the random draws. `expertsmith apply MODEL plans/NAME.json -o OUT` writes any of these models.",

@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from expertsmith.views.pages import asset, embedded, filled, plotly
-from expertsmith.views.wording import Row, cells, columns, heading, how, label, original_cells, sentences, title
+from expertsmith.views.pictures import DARK, LIGHT, line_name, looks
+from expertsmith.views.wording import Row, cells, columns, heading, how, original_cells, sentences, title
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -44,11 +45,11 @@ def _table(group: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 def _data(found: Mapping[str, Any]) -> dict[str, Any]:
     """What the picture is drawn from: a line for each method, with every measure of every point; the draws of `random` one by one."""
     lines: dict[str, dict[str, Any]] = {}
-    several = len({group["budget"] for group in found["groups"]}) > 1
+    drawn = looks(found)
     for group in found["groups"]:
         for row in group["rows"]:
-            name = label(row) + (f", {group['budget']}" if several else "")
-            line = lines.setdefault(name, {"name": name, "random": bool(row["draws"]), "points": []})
+            name = line_name(row, group, found)
+            line = lines.setdefault(name, {"name": name, "random": bool(row["draws"]), "points": [], **drawn.get(name, {})})
             line["points"].append(_point(row, title(group), found, row["draws"]))
     for line in lines.values():
         line["points"].sort(key=lambda point: point["share"])
@@ -59,7 +60,7 @@ def _data(found: Mapping[str, Any]) -> dict[str, Any]:
         "lost": "tokens with a different top-1, %",
     }
     measures |= {f"on {name}": f"loss increase on {name}, nats per token" for name in found["original"]["domains"]}
-    return {"measures": measures, "lines": order}
+    return {"measures": measures, "lines": order, "colours": {"light": LIGHT, "dark": DARK}}
 
 
 def _point(row: Row, said: str, found: Mapping[str, Any], drawn: Sequence[Row]) -> dict[str, Any]:
