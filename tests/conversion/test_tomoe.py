@@ -351,7 +351,7 @@ def test_layers_may_have_widths_of_their_own(dense, texts, tmp_path):
 def test_growth_is_refused_before_training(dense, texts, tmp_path):
     with pytest.raises(UserError, match=r"times the dense model's.*--export core.*--max-growth"):
         api.convert(dense("llama"), "tomoe", tmp_path / "out", data=texts, experts=8, active=0.9)
-    assert not (tmp_path / "out.training").exists()
+    assert not (tmp_path / "out.work").exists()
 
 
 def test_useless_routing_is_said():

@@ -339,7 +339,7 @@ def test_report_and_model_card(half, checkpoints, texts, tmp_path):
     assert "## Healed" in card
     assert "are byte for byte those" not in card
     assert (tmp_path / "healed" / "expertsmith" / "plan.json").read_bytes() == (half / "expertsmith" / "plan.json").read_bytes()
-    assert not (tmp_path / "healed.healing").exists()
+    assert not (tmp_path / "healed.work").exists()
     with pytest.raises(UserError, match="was healed"):
         api.verify(checkpoints("mixtral"), tmp_path / "healed")
 
@@ -583,7 +583,7 @@ def test_compress_heals(checkpoints, texts, tmp_path, capsys):
     held = result["heal"]["held_out"]
     assert held["after"]["mean"]["kl"] < held["before"]["mean"]["kl"]
     assert "## Healed" in (tmp_path / "out" / "README.md").read_text()
-    assert not (tmp_path / "out.unhealed").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     code, _, err = run_cli(capsys, *arguments, "--heal", "lora", "-o", tmp_path / "other")
     assert code == 2
     assert "layer by layer" in err
@@ -668,11 +668,11 @@ def test_output_that_exists_or_is_a_model(half, checkpoints, texts, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists already"):
         api.heal(half, checkpoints("mixtral"), texts, tmp_path / "out", **SHAPE)
-    (tmp_path / "other.healing").mkdir()
-    (tmp_path / "other.healing" / "thesis.txt").write_text("mine")
+    (tmp_path / "other.work").mkdir()
+    (tmp_path / "other.work" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="contains files that are not"):
         api.heal(half, checkpoints("mixtral"), texts, tmp_path / "other", resume=False, **SHAPE)
-    assert (tmp_path / "other.healing" / "thesis.txt").exists()
+    assert (tmp_path / "other.work" / "thesis.txt").exists()
 
 
 def test_codes_without_scales_are_not_healed(checkpoints, texts, tmp_path):

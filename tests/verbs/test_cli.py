@@ -344,10 +344,10 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(capsys, monkeypatch, checkpoi
     layers, out = "expertsmith.calibration.stats.save_layer", tmp_path / "the result"
     line, place, kept = {
         "calibrate": ([source, *flags], layers, out),
-        "plan": ([source, "-m", "reap", "-k", "4", *flags], layers, tmp_path / "the result.stats"),
-        "compress": ([source, "-m", "reap", "-k", "4", *flags], layers, tmp_path / "the result.stats"),
+        "plan": ([source, "-m", "reap", "-k", "4", *flags], layers, tmp_path / "the result.work"),
+        "compress": ([source, "-m", "reap", "-k", "4", *flags], layers, tmp_path / "the result.work"),
         "compare": ([source, "-m", "reap", "-k", "4", *flags, "-e", data[0]], layers, out),
-        "heal": ([half, "-t", source, *flags], "expertsmith.healing.work.save_file", tmp_path / "the result.healing"),
+        "heal": ([half, "-t", source, *flags], "expertsmith.healing.work.save_file", tmp_path / "the result.work"),
     }[verb]
     line = [verb, *map(str, line), "-o", str(out), *SMALL, "-q"]
     with monkeypatch.context() as patch:
@@ -514,15 +514,13 @@ def test_compress_is_the_single_commands_in_a_row(capsys, checkpoints, data, tmp
     assert load_plan(tmp_path / "plan.json").dumps() == (tmp_path / "one" / "expertsmith" / "plan.json").read_text()
     for name in ("model.safetensors", "config.json", "expertsmith/plan.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    for file in sorted((tmp_path / "stats").glob("*.safetensors")):
-        assert file.read_bytes() == (tmp_path / "one.stats" / file.name).read_bytes()
     assert one["verify"]["passed"] is True
     assert one["quality"]["domains"] == quality["domains"]
     assert one["quality"]["held_out"] is False
     card = (tmp_path / "one" / "README.md").read_text()
     for domain, row in quality["domains"].items():
         assert f"{domain} {row['perplexity']:.2f} (base {row['reference_perplexity']:.2f})" in card
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "one.stats", "plan.json", "stats", "two"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "plan.json", "stats", "two"]
 
 
 def test_what_compress_wrote_is_loaded_by_transformers_with_half_of_the_experts(capsys, checkpoints, data, tmp_path):
@@ -539,23 +537,8 @@ def test_what_compress_wrote_is_loaded_by_transformers_with_half_of_the_experts(
     assert model.config.num_experts == 4
     with torch.no_grad():
         assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
-    # the statistics beside it serve the next plan without data
-    passed(
-        capsys,
-        "compress",
-        source,
-        "-m",
-        "ean",
-        "-k",
-        "6",
-        "-s",
-        tmp_path / "out.stats",
-        "-o",
-        tmp_path / "next",
-        "--no-measure",
-        "-q",
-    )
-    assert load_plan(tmp_path / "next" / "expertsmith" / "plan.json").uniform_count == 6
+    assert f"{tmp_path / 'out.work'} is removed" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_method_without_data_needs_none(capsys, checkpoints, tmp_path):
@@ -645,12 +628,12 @@ def test_every_verb_that_resumes_says_where_it_works():
     places = {name: [place.name for place in verb.keeps({"out": Path("o")})] for name, verb in VERBS.items() if name != "run"}
     assert {name: held for name, held in places.items() if held} == {
         "calibrate": ["o"],
-        "plan": ["o.stats", "o.measured"],
-        "compress": ["o.stats", "o.measured", "o.healing"],
+        "plan": ["o.work"],
+        "compress": ["o.work"],
         "compare": ["o"],
         "evaluate": ["o"],
-        "heal": ["o.healing"],
-        "convert": ["o.training", "o.dense"],
+        "heal": ["o.work"],
+        "convert": ["o.work", "o.dense"],
         "analyze": ["o"],
     }
     assert VERBS["evaluate"].keeps({"out": None}) == []

@@ -32,6 +32,7 @@ def collect(  # noqa: C901  (ranks and resuming, side by side in every step)
     batch_tokens: int = 8192,
     extras: Extras | None = None,
     resume: bool = True,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> stats.Statistics:
     """Observe every MoE layer over the data and write the statistics folder.
@@ -41,7 +42,7 @@ def collect(  # noqa: C901  (ranks and resuming, side by side in every step)
     batches are split over the ranks, the sums are reduced, and nothing is spilled.
 
     Raises:
-        UserError: the folder holds another calibration, or nothing to observe.
+        UserError: the folder holds another calibration (which `overwrite` replaces), or nothing to observe.
     """
     progress = progress or Silent()
     extras = extras or Extras()
@@ -52,7 +53,7 @@ def collect(  # noqa: C901  (ranks and resuming, side by side in every step)
     header = _header(model, data, wanted, batch_tokens, extras)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if rank == 0:
-        _prepare(out, header, resume)
+        _prepare(out, header, resume, overwrite)
     if world > 1:
         dist.barrier()
     done = {layer for layer in wanted if stats.layer_path(out, layer).exists()}
@@ -226,24 +227,33 @@ def _header(model: LoadedModel, data: TokenData, layers: list[int], batch_tokens
     }
 
 
-def _prepare(out: Path, header: Mapping[str, Any], resume: bool) -> None:
+def _prepare(out: Path, header: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
     if out.exists() and any(out.iterdir()):
         old = stats.load_header(out) if (out / "stats.json").exists() else None
         if old is None:
             raise UserError(f"{out} contains files that are not statistics", "choose another folder")
-        if not resume:
+        other = _other(header, old)
+        if (
+            other and resume and not overwrite and any(out.glob("layer_*"))
+        ):  # where no layer is finished there is nothing to lose
+            raise UserError(
+                f"{out} has the statistics of another calibration ({other} differs)",
+                "choose another output, or pass --fresh or --overwrite to replace it",
+            )
+        if other or not resume:
             shutil.rmtree(out)
-        else:
-            for key in ("model", "data", "dtype", "options", "layers"):
-                mine = {k: v for k, v in header[key].items() if k != "source"} if key == "model" else header[key]
-                theirs = {k: v for k, v in old[key].items() if k != "source"} if key == "model" else old[key]
-                if mine != theirs:
-                    raise UserError(
-                        f"{out} has the statistics of another calibration ({key} differs)",
-                        "choose another folder, or pass --fresh to replace it",
-                    )
     out.mkdir(parents=True, exist_ok=True)
     stats.save_header(out, header)
+
+
+def _other(header: Mapping[str, Any], old: Mapping[str, Any]) -> str | None:
+    """In what a calibration differs from the one before, wherever its model lies."""
+    for key in ("model", "data", "dtype", "options", "layers"):
+        mine = {k: v for k, v in header[key].items() if k != "source"} if key == "model" else header[key]
+        theirs = {k: v for k, v in old[key].items() if k != "source"} if key == "model" else old[key]
+        if mine != theirs:
+            return key
+    return None
 
 
 def _pad_id(model: LoadedModel) -> int:

@@ -1,7 +1,7 @@
 """Write a checkpoint as bounded shards from byte ranges of other files, which are never decoded, and from bytes that are computed.
 
-Everything is written under a temporary name next to the target and renamed when complete; config.json is written last, so the
-output of an interrupted run does not load.
+Everything is written in `OUT.work`, next to the target, and renamed when complete; config.json is written last, so the output of an
+interrupted run does not load.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from expertsmith.checkpoint.code import code_files
 from expertsmith.checkpoint.hub import INDEX, SINGLE
 from expertsmith.checkpoint.reader import Checkpoint
+from expertsmith.checkpoint.work import work_beside
 from expertsmith.errors import UserError
 
 CHUNK = 2**20  # what is read, looked at and written in turn stays in a core's cache
@@ -121,22 +122,22 @@ def write_checkpoint(
     free = shutil.disk_usage(out.parent).free
     if free < total:
         raise UserError(f"the checkpoint needs {total / 1e9:.2f} GB, but {out.parent} has {free / 1e9:.2f} GB free")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir()
-        _write_shards(partial, _named_shards(tensors, max_shard, shard_of), on_tensor, progress)
-        for file in (*companions(source.path), *(source.path / name for name in code_files(source.path, config))):
-            if file.name in without:
-                continue
-            target = partial / file.relative_to(source.path)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
-        for name, text in texts.items():
-            target = partial / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text, encoding="utf-8")
-        (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        swap(partial, out)
+        with work_beside(out, "writing", scratch=True) as partial:
+            partial.mkdir()
+            _write_shards(partial, _named_shards(tensors, max_shard, shard_of), on_tensor, progress)
+            for file in (*companions(source.path), *(source.path / name for name in code_files(source.path, config))):
+                if file.name in without:
+                    continue
+                target = partial / file.relative_to(source.path)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+            for name, text in texts.items():
+                target = partial / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(text, encoding="utf-8")
+            (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            swap(partial, out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
@@ -145,7 +146,6 @@ def write_checkpoint(
             ) from None
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         if not out.exists():
             with suppress(OSError):  # another process has put something there
                 for folder in above:
@@ -317,11 +317,12 @@ def read_into(stream: Any, view: memoryview) -> int:
 
 
 def swap(partial: Path, out: Path) -> None:
-    """Give a finished folder its name; what had it before goes."""
+    """Give a finished folder of `OUT.work` its name; what had it before goes."""
     if not out.exists():
         partial.rename(out)
         return
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    old = partial.with_name("replaced")
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed
     out.rename(old)
     partial.rename(out)
     shutil.rmtree(old)

@@ -142,6 +142,7 @@ def compare(
     dtype: str = "auto",
     memory: str = "auto",
     resume: bool = True,
+    overwrite: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -165,7 +166,7 @@ def compare(
         if tasks
         else None
     )
-    _prepare(folder, resume)
+    _prepare(folder, resume, inventory.checkpoint.fingerprint, overwrite)
     shape = {
         "samples": samples,
         "seq_len": seq_len,
@@ -184,6 +185,8 @@ def compare(
     planned = _plans(job, missing)
     _judge(job, [cell for cell in missing if cell.heal is None], planned, held)
     _heal(job, [cell for cell in missing if cell.heal is not None], planned, held)
+    if not any(held.values()):
+        raise UserError(f"no method could be compared: {'; '.join(job.notes)}")
     found = together(job, {name: entry for name, entry in held.items() if entry is not None})
     write(folder, found)
     return found
@@ -227,13 +230,20 @@ def _check(inventory: Inventory, cells: Sequence[Cell]) -> None:
             keep_count(share, entry, f"decoder layer {layer} of {inventory.checkpoint.source}")
 
 
-def _prepare(folder: Path, resume: bool) -> None:
+def _prepare(folder: Path, resume: bool, fingerprint: str, overwrite: bool) -> None:
     own = {PLANS, CELLS, WORK, *RESULTS, *(f"{name}.partial" for name in RESULTS)}
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file", "choose a folder with -o")
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in own) if folder.exists() else []
     if foreign:
         raise UserError(f"{folder} contains files that are not a comparison ({foreign[0]})", "choose another folder with -o")
+    found = folder / RESULTS[0]
+    held = json.loads(found.read_text(encoding="utf-8"))["model"] if found.is_file() else None
+    if held and held["fingerprint"] != fingerprint and not overwrite:
+        raise UserError(
+            f"{folder} has the comparison of another model, {held['source']}",
+            "choose another folder with -o, or pass --overwrite",
+        )
     if not resume:
         for name in (PLANS, CELLS, WORK):
             shutil.rmtree(folder / name, ignore_errors=True)

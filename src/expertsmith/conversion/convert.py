@@ -16,7 +16,7 @@ from expertsmith.arch.dense import TARGETS
 from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.opening import beside, token_data, window_of
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
-from expertsmith.checkpoint.output import check_output
+from expertsmith.checkpoint.work import work_beside
 from expertsmith.checkpoint.writer import prepare_target
 from expertsmith.conversion import export, flow
 from expertsmith.conversion.settings import WAYS, Asked, Request, ask, block_parameters
@@ -43,7 +43,6 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     """
     seconds: dict[str, float] = {}
     prepare_target(request.out, None, request.overwrite)
-    check_output(beside(request.out, "training"), "into")
     place: str | Path = request.dense
     if request.gguf_file is not None:
         with timed(seconds, "gguf"):
@@ -186,11 +185,11 @@ def _decide(
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
-    folder = beside(request.out, "training")
     identity = hashlib.sha256(f"{source.fingerprint} {tokens.fingerprint} {request.start} {model.dtype}".encode()).hexdigest()
-    splits, heads = flow.learned(
-        model, asked, recipe, rest, watch, folder, grouped, identity, accelerator, progress, request.resume
-    )
+    with work_beside(request.out, "training", progress.note, keep=True) as folder:  # another --export can go on from it
+        splits, heads = flow.learned(
+            model, asked, recipe, rest, watch, folder, grouped, identity, accelerator, progress, request.resume
+        )
     if request.export == "core":
         splits = [split.core() for split in splits]
     made = flow.measured(model, splits, heads, flow.as_batches(watch), request.seed, progress)

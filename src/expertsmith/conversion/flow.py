@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 from expertsmith.arch import families
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.checkpoint.origin import front_matter, name_of, source_of
+from expertsmith.checkpoint.work import work_beside
 from expertsmith.checkpoint.writer import left_behind
 from expertsmith.conversion import export, groups, routers, tomoe
 from expertsmith.conversion.attention import Heads, attentions_of, pruned_heads
@@ -362,9 +362,8 @@ def from_gguf(source: str | Path, file: str, target: Path, progress: Progress) -
     from expertsmith.engine.stock import quietly
 
     progress.note(f"dequantising {file} once, into {target}")
-    part = target.with_name(f".{target.name}.partial")
     try:
-        with quietly():
+        with work_beside(target, "writing", scratch=True) as part, quietly():
             settings = transformers.GgufConfig(dequantize=True)
             module, info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=file, dtype=torch.float32, quantization_config=settings, output_loading_info=True
@@ -373,8 +372,8 @@ def from_gguf(source: str | Path, file: str, target: Path, progress: Progress) -
                 raise UserError(f"{file} lacks the tensors of {sorted(info['missing_keys'])[0]}", "download it again")
             module.save_pretrained(part)
             transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(part)
-        (part / note.name).write_text(json.dumps(origin), encoding="utf-8")
-        part.rename(target)
+            (part / note.name).write_text(json.dumps(origin), encoding="utf-8")
+            part.rename(target)
     except UserError:
         raise
     except Exception as error:  # a damaged file can raise anything, from header parsing to tokenizer back ends
@@ -383,8 +382,6 @@ def from_gguf(source: str | Path, file: str, target: Path, progress: Progress) -
             f"transformers cannot make a model of {folder / file}: {first}",
             install_line(error) or "use a complete GGUF file of a dense Llama, Mistral or Qwen model",
         ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return target
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +17,7 @@ from expertsmith.calibration.data import TokenData
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.checkpoint.floats import Floats, floats, quantisation_of, refuse_unencodable
 from expertsmith.checkpoint.origin import card_metadata, front_matter, name_of, source_of, without_results
-from expertsmith.checkpoint.output import check_output
+from expertsmith.checkpoint.work import work_beside, work_of
 from expertsmith.checkpoint.writer import prepare_target
 from expertsmith.engine import Batch, LoadedModel, load_model
 from expertsmith.engine.devices import Memory, choose_device, choose_memory
@@ -32,7 +31,7 @@ from expertsmith.healing.lora import Adapted, changed_tensors, noisy_embeddings,
 from expertsmith.healing.options import LAYERWISE, Lora, as_options
 from expertsmith.healing.pair import check_pair
 from expertsmith.healing.streams import held_batches, held_out
-from expertsmith.healing.work import Work, work_folder
+from expertsmith.healing.work import Work
 from expertsmith.healing.written import ROUTER, check_floats, into_memory, to_checkpoint, write_healed
 from expertsmith.surgery.mask import in_force
 from expertsmith.surgery.skip import skip_of
@@ -70,7 +69,6 @@ def check_start(student: Checkpoint, teacher: Checkpoint, target: Path, overwrit
     """
     prepare_target(target, student.path, overwrite)
     prepare_target(target, teacher.path, overwrite)
-    check_output(work_folder(target), "into")
     check_pair(student, teacher)
 
 
@@ -82,10 +80,19 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     """
     begin = time.perf_counter()
     _as_floats(job)
-    source = job.inventory.checkpoint
     check_floats(job.inventory)
-    layerwise, trains = job.method in LAYERWISE, job.method != "least_squares"
     _refuse_what_cannot_train(job)
+    with work_beside(job.target, "healing", progress.note) as place:
+        report, changed, work = _healed(job, place, progress)
+        report["seconds"] = round(time.perf_counter() - begin, 3)
+        _write(job, job.target, changed, work, report, progress)
+    return report
+
+
+def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, Any], Collection[str], Work]:
+    """The report, the names of the tensors that changed for the better, and where these are."""
+    source = job.inventory.checkpoint
+    layerwise, trains = job.method in LAYERWISE, job.method != "least_squares"
     where = choose_device(job.device)
     mode = choose_memory(job.memory, [source, job.teacher], where, job.dtype) if layerwise else "resident"
     student = load_model(source, job.inventory.architecture, memory=mode, device=where, dtype=job.dtype)
@@ -95,7 +102,7 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     pad = getattr(student.config.get_text_config(), "pad_token_id", None)
     batches = job.data.batches(size, pad_id=pad if isinstance(pad, int) and pad >= 0 else 0)
     held = held_out(job.data, batches)
-    work = Work(work_folder(job.target), _made_with(job), job.resume)
+    work = Work(place, _made_with(job), job.resume, job.overwrite)
     if work.rows:
         progress.note(f"resuming: {len(work.rows)} layers are healed already")
     rule, thresholds = skip_of(source.config) or ("ratio", {})
@@ -109,7 +116,7 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
         else:
             training = _distil(job, student, teacher, batches, held, work, progress)
             after = measure(student, held_batches(batches, held), teacher, progress)
-    changed = work.names
+    changed: Collection[str] = work.names
     report = _report(job, before, after, held, training, [] if training else list(work.rows.values()))
     if not report["accepted"]:
         progress.note(
@@ -126,10 +133,7 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
                 "quantised again, the healed weights are worse on the held-out tokens than before: the weights stay as they were"
             )
             changed = []
-    report["seconds"] = round(time.perf_counter() - begin, 3)
-    _write(job, job.target, changed, work, report, progress)
-    work.remove()
-    return report
+    return report, changed, work
 
 
 def _refuse_what_cannot_train(job: Healing) -> None:
@@ -180,7 +184,8 @@ def _requantised(
             wanted = work.read(name).float()
             error += float((view.rounded(name, wanted) - wanted).double().square().sum())
             norm += float(wanted.double().square().sum())
-    trial = job.target.with_name(f".{job.target.name}.trial-{os.getpid()}")
+    trial = work_of(job.target) / "trial"
+    shutil.rmtree(trial, ignore_errors=True)  # of a run that was killed
     try:
         _write(job, trial, changed, work, None, progress)
         student = load_model(

@@ -1,4 +1,4 @@
-"""What an interrupted healing leaves: finished layers, one safetensors file each, in a folder beside the output."""
+"""What an interrupted healing leaves: finished layers, one safetensors file each, in `OUT.work/healing`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ HEADER = "healing.json"
 STATE = "training.safetensors"
 
 
-def work_folder(target: Path) -> Path:
-    """Where an interrupted healing into `target` leaves what is finished."""
-    return target.with_name(f"{target.name}.healing")
-
-
 class Work:
     """Healed tensors of finished layers, by checkpoint name. The folder is made when there is something to keep, and one that holds nothing
     finished is no interrupted healing: a start that failed blocks no other.
+
+    Args:
+        resume: go on from what is there; otherwise start again.
+        overwrite: start again where it is another healing.
 
     Raises:
         UserError: the folder is that of another healing, or holds other files.
     """
 
-    def __init__(self, folder: Path, made_with: Mapping[str, Any], resume: bool) -> None:
+    def __init__(self, folder: Path, made_with: Mapping[str, Any], resume: bool, overwrite: bool = False) -> None:
         self.folder, self._made_with = folder, made_with
         if folder.exists() and any(folder.iterdir()):
             header = folder / HEADER
@@ -40,10 +39,12 @@ class Work:
             if not resume or not (self._layers() or (folder / STATE).is_file()):
                 shutil.rmtree(folder)
             elif json.loads(header.read_text(encoding="utf-8")) != json.loads(json.dumps(made_with)):
-                raise UserError(
-                    f"{folder} holds an interrupted healing with other models, data or options",
-                    "pass --fresh to start again, or choose another output",
-                )
+                if not overwrite:
+                    raise UserError(
+                        f"{folder} holds an interrupted healing with other models, data or options",
+                        "pass --fresh or --overwrite to start again, or choose another output",
+                    )
+                shutil.rmtree(folder)
         self._owners: dict[str, int] = {}
         self.rows: dict[int, dict[str, Any]] = {}
         for path in self._layers():
@@ -112,7 +113,3 @@ class Work:
             return None
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
-
-    def remove(self) -> None:
-        """The healing is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)

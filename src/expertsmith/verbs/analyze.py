@@ -55,6 +55,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     ] = None,
     neurons: Annotated[int, Opt("Neurons per expert that neuron matching samples.", least=2)] = 128,
     pairs: Annotated[int, Opt("Expert pairs per layer that neuron matching samples.", least=1)] = 32,
+    overwrite: Annotated[bool, Opt("Replace the analysis of another model.", "--overwrite")] = False,
     **given: Unpack[Calibrating],
 ) -> dict[str, Any]:
     """Show what the experts do, as numbers (OUT/measures.json) and as one HTML page (OUT/report.html).
@@ -69,6 +70,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
         reference: `model` was made of this one: also what went, and how routing moved (with `data`, both are calibrated).
         plan: the plan that did it; None: the one inside `model`.
         reference_stats: statistics of `reference` on the same text, instead of calibrating it.
+        overwrite: replace the analysis of another model, or of other text; otherwise it is refused.
         neurons, pairs: neurons an expert, and expert pairs a layer, that neuron matching samples.
 
     Raises:
@@ -88,6 +90,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     folder.prepare(target)
     refuse_missing(data)
     inventory = inventory_of(model, given["allow_pickle"])
+    folder.refuse_other(target, inventory.checkpoint.fingerprint, overwrite)
     study.refuse_single(inventory)
     material = study.Material(inventory, Sampling(neurons, pairs, given["seed"]), progress=progress)
     if all_experts and not data:
@@ -113,10 +116,12 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     if stats is not None:
         material.statistics = matching_statistics(inventory, stats)
     if data and stats is None:
-        material.statistics = matching_statistics(inventory, calibrate(model, data, target / "stats", **given))
+        material.statistics = matching_statistics(
+            inventory, calibrate(model, data, target / "stats", overwrite=overwrite, **given)
+        )
     if data and base is not None and reference_stats is None:
         material.reference = matching_statistics(
-            base, calibrate(base.checkpoint.source, data, target / "reference.stats", **given)
+            base, calibrate(base.checkpoint.source, data, target / "reference.stats", overwrite=overwrite, **given)
         )
     texts = {part.header["data"]["fingerprint"] for part in (material.statistics, material.reference) if part is not None}
     if len(texts) > 1:

@@ -42,6 +42,7 @@ def calibrate(
         bool, Opt("Also run every expert on every token and sum the outputs (for hc_smoe).", "--all-outputs")
     ] = False,
     sample_tokens: Annotated[int, Opt("Also keep block inputs and outputs of this many tokens per domain.", least=0)] = 0,
+    overwrite: Annotated[bool, Opt("Replace the statistics of another calibration.", "--overwrite")] = False,
     **given: Unpack[Calibrating],
 ) -> Statistics:
     """Run the model over text once and collect the statistics of every criterion, by layer and domain.
@@ -58,6 +59,7 @@ def calibrate(
         sample_tokens: also keep the block's inputs and outputs of this many tokens a domain.
         memory: "resident", "stream" (one decoder layer at a time) or "auto".
         resume: complete a folder that an interrupted run left; otherwise start again.
+        overwrite: replace the statistics of another model, text or other options, which are refused otherwise.
     """
     from expertsmith.calibration.observers import Extras
     from expertsmith.calibration.runner import collect
@@ -68,4 +70,13 @@ def calibrate(
     loaded = open_model(inventory, progress, mtp=True, **part(Running, given))
     extras = Extras(output_sum, all_outputs, sample_tokens, given["seed"])
     size = loaded.batch_tokens(given["batch_tokens"])
-    return collect(loaded, tokens, Path(out), batch_tokens=size, extras=extras, resume=given["resume"], progress=progress)
+    return collect(
+        loaded,
+        tokens,
+        Path(out),
+        batch_tokens=size,
+        extras=extras,
+        resume=given["resume"],
+        overwrite=overwrite,
+        progress=progress,
+    )

@@ -51,6 +51,7 @@ def compare(
     tasks: Tasks = (),
     task_path: TaskPath = (),
     limit: Limit = None,
+    overwrite: Annotated[bool, Opt("Replace the comparison of another model.", "--overwrite")] = False,
     **given: Unpack[Calibrating],
 ) -> dict[str, Any]:
     """Compare many methods and ratios from one calibration: one table, and a picture of quality over size. Random draws are always included.
@@ -90,5 +91,6 @@ def compare(
         tasks=tasks,
         task_path=task_path,
         limit=limit,
+        overwrite=overwrite,
         **options,  # type: ignore[arg-type]
     )

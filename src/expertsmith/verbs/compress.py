@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Unpack
 
 from expertsmith.arch import refuse_without_class
-from expertsmith.calibration.opening import beside, inventory_of
+from expertsmith.calibration.opening import inventory_of
+from expertsmith.checkpoint.work import work_beside, work_of
 from expertsmith.errors import UserError
 from expertsmith.verbs.apply import apply
 from expertsmith.verbs.calibrate import calibrate
@@ -58,7 +59,9 @@ def _show(result: Any, given: Mapping[str, Any]) -> None:
         own = "the calibration text itself (too optimistic; pass --eval-data)"
         show.show_quality(result["quality"], "held-out text" if result["quality"]["held_out"] else own)
     show.line("seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
-    show.line(f"[bold]{show.escape(result['out'])}[/bold]  (plan inside: expertsmith/plan.json)")
+    show.line(
+        f"[bold]{show.escape(result['out'])}[/bold]  (plan inside: expertsmith/plan.json; {show.escape(str(work_of(Path(result['out']))))} is removed)"
+    )
 
 
 @verb(
@@ -66,7 +69,7 @@ def _show(result: Any, given: Mapping[str, Any]) -> None:
     show=_show,
     plain=lambda result, given: {**result, "plan": result["plan"].to_json(), "verify": result["verify"].to_json()},
     passed=lambda result: result["verify"].passed,
-    keeps=out_and("stats", "measured", "healing"),
+    keeps=out_and("work"),
 )
 def compress(
     model: Named,
@@ -94,6 +97,9 @@ def compress(
 ) -> dict[str, Any]:
     """Calibrate, plan, apply, verify and evaluate in one command.
 
+    Statistics, measured weights and the unhealed checkpoint are in OUT.work until the end; the same command resumes an interrupted run from there.
+    To try several methods or ratios, run calibrate once and pass --stats.
+
     [dim]expertsmith compress mistralai/Mixtral-8x7B-v0.1 -m easy_ep -k 0.5 -d math=math.jsonl -e math=heldout.jsonl -o mixtral-math[/dim]
 
     Args:
@@ -102,8 +108,7 @@ def compress(
         heal: a layer-wise way of healing on the same data, after the unhealed checkpoint was verified.
         requantise: write merged or healed weights of a quantised model in its own format; otherwise all weights are then bfloat16.
 
-    Returns what was done, found and measured. The statistics stay in `<out>.stats` (measured weights and searches in `<out>.measured`), so that
-    an interrupted run resumes and further plans need no calibration.
+    Returns what was done, found and measured.
     """
     from expertsmith.calibration.spec import refuse_missing
     from expertsmith.checkpoint.writer import prepare_target
@@ -120,61 +125,68 @@ def compress(
     refuse_missing([*data, *(eval_data if measure else ())])
     if heal is not None:
         _check_heal(heal, data)
-    written = target if heal is None else beside(out, "unhealed")
     quiet = part(Opened, given) | {"as_type": None, "revision": None}  # both are in force
     run = part(Placing, given)
-    if stats is None and data and chosen.reads == "statistics":
-        with timed(seconds, "calibrate"):
-            stats = calibrate(
-                model,
-                data,
-                beside(out, "stats"),
-                all_outputs=chosen.all_outputs,
-                **given,
-            )
-    with timed(seconds, "plan"):
-        made = plan(
-            inventory,
-            method,
-            keep,
-            stats=stats,
-            domains=domains,
-            data=data,
-            budget=budget,
-            uniform=uniform,
-            options=options,
-            router_groups=router_groups,
-            mtp=mtp,
-            work=beside(out, "measured"),
-            **part(Calibration, given),
-            **quiet,
-        )
-    import torch  # noqa: F401  (`verify` needs it next, and `apply` looks at the model in this process where it is here)
-
-    with timed(seconds, "apply"):
-        if requantise and not (made.merges or heal):
-            raise UserError("--requantise has no effect: no expert is merged or healed", "leave it out")
-        again = requantise and bool(made.merges)
-        notes = apply(inventory, made, written, requantise=again, overwrite=overwrite or heal is not None, progress=progress)
-    with timed(seconds, "verify"):
-        verdict = verify(inventory, written, plan=made, progress=progress, **run)
     report = None
-    if heal is not None:
-        with timed(seconds, "heal"):
-            report = heal_model(
-                written,
-                model,
-                data,
-                out,
-                method=heal,
-                requantise=requantise,
-                overwrite=overwrite,
-                resume=given["resume"],
-                **part(Text, given),
-                **run,
+    with ExitStack() as stack:
+        work = {
+            name: stack.enter_context(work_beside(target, name, progress.note))
+            for name in ("statistics", "measured", "unhealed")
+        }
+        written = target if heal is None else work["unhealed"]
+        if stats is None and data and chosen.reads == "statistics":
+            with timed(seconds, "calibrate"):
+                stats = calibrate(
+                    model,
+                    data,
+                    work["statistics"],
+                    all_outputs=chosen.all_outputs,
+                    overwrite=overwrite,
+                    **given,
+                )
+        with timed(seconds, "plan"):
+            made = plan(
+                inventory,
+                method,
+                keep,
+                stats=stats,
+                domains=domains,
+                data=data,
+                budget=budget,
+                uniform=uniform,
+                options=options,
+                router_groups=router_groups,
+                mtp=mtp,
+                work=work["measured"],
+                **part(Calibration, given),
                 **quiet,
             )
-        shutil.rmtree(written)
+        import torch  # noqa: F401  (`verify` needs it next, and `apply` looks at the model in this process where it is here)
+
+        with timed(seconds, "apply"):
+            if requantise and not (made.merges or heal):
+                raise UserError("--requantise has no effect: no expert is merged or healed", "leave it out")
+            again = requantise and bool(made.merges)
+            notes = apply(
+                inventory, made, written, requantise=again, overwrite=overwrite or heal is not None, progress=progress
+            )
+        with timed(seconds, "verify"):
+            verdict = verify(inventory, written, plan=made, progress=progress, **run)
+        if heal is not None:
+            with timed(seconds, "heal"):
+                report = heal_model(
+                    written,
+                    model,
+                    data,
+                    out,
+                    method=heal,
+                    requantise=requantise,
+                    overwrite=overwrite,
+                    resume=given["resume"],
+                    **part(Text, given),
+                    **run,
+                    **quiet,
+                )
     quality = None
     texts = list(eval_data) or list(data)
     if measure and texts:

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from expertsmith.calibration.opening import beside
+from expertsmith.checkpoint.work import work_of
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.options import Columns, Data, EvalData, Out, Overwrite
 from expertsmith.views import show
 from expertsmith.views.progress import Progress
 
 
-@verb(FLOW, show=lambda result, given: show.show_conversion(result), keeps=out_and("training", "dense"), ranks=True)
+def _show(result: Any, given: Mapping[str, Any]) -> None:
+    show.show_conversion(result)
+    work, dense = work_of(Path(result["out"])), beside(result["out"], "dense")
+    if work.exists():
+        show.line(
+            f"{show.escape(str(work))} has the training; --overwrite with another --export uses it. Delete it when you are done."
+        )
+    if dense.exists():
+        show.line(
+            f"{show.escape(str(dense))} is the dequantised dense model: the reference of `evaluate`, the teacher of `heal`"
+        )
+
+
+@verb(FLOW, show=_show, keeps=out_and("work", "dense"), ranks=True)
 def convert(
     dense: Annotated[
         str | Path,
@@ -87,7 +103,7 @@ def convert(
     ] = None,
     device: Annotated[str, Opt("auto, cpu, cuda or cuda:0.")] = "auto",
     dtype: Annotated[str, Opt("auto (as stored), float32 or bfloat16.")] = "auto",
-    resume: Annotated[bool, Opt("tomoe: resume from OUT.training, or start over.", "--resume/--fresh")] = True,
+    resume: Annotated[bool, Opt("tomoe: resume from OUT.work, or start over.", "--resume/--fresh")] = True,
     revision: Annotated[
         str | None,
         Opt("Branch, tag or commit of DENSE on the hub; owner/name@REV works too.", "--revision", metavar="REV", shown=False),
@@ -99,7 +115,7 @@ def convert(
 
     Llama, Mistral, Qwen2/2.5 and Qwen3 become Mixtral, GraniteMoeShared, Qwen2-MoE and Qwen3-MoE. Neurons of the MLPs become experts; attention stays.
 
-    ToMoE's training resumes where it was interrupted. Data-parallel: torchrun --nproc-per-node N -m expertsmith convert …
+    ToMoE's training is in OUT.work and resumes where it was interrupted; it stays there for another --export. Data-parallel: torchrun --nproc-per-node N -m expertsmith convert …
 
     [dim]expertsmith convert HuggingFaceTB/SmolLM2-135M -m cmoe --experts 6 --shared 2 -a 0.5 -d text.jsonl -e heldout.jsonl -o smol-moe[/dim]
 

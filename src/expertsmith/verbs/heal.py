@@ -30,7 +30,7 @@ class Healing(Text, Placing, Opened, total=False):
     """Text, and where the two models are."""
 
 
-@verb(FLOW, show=lambda report, given: show.show_healing(report), keeps=out_and("healing"))
+@verb(FLOW, show=lambda report, given: show.show_healing(report), keeps=out_and("work"))
 def heal(
     model: Annotated[str | Path, Opt("The compressed checkpoint.", argument=True, metavar="OUT", kind=str)],
     teacher: Annotated[str | Path, Opt("The original model.", "--teacher", "-t", kind=str)],
@@ -55,7 +55,7 @@ def heal(
 
     [dim]expertsmith heal mixtral-half --teacher mistralai/Mixtral-8x7B-v0.1 -m layer_local -d c4.jsonl -o mixtral-half-healed[/dim]
 
-    Returns the report, which is also in `OUT/expertsmith/heal.json`. Finished layers stay in `<out>.healing` until the end, so that an
+    Returns the report, which is also in `OUT/expertsmith/heal.json`. Finished layers are in OUT2.work until the end, so that an
     interrupted run resumes from there.
 
     Args:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from expertsmith.calibration.opening import beside, inventory_of, open_model, token_data
-from expertsmith.checkpoint.output import check_output
+from expertsmith.calibration.opening import inventory_of, open_model, token_data
+from expertsmith.checkpoint.work import work_beside
 from expertsmith.errors import UsageError, UserError
 from expertsmith.experts.inventory import Inventory
 from expertsmith.experts.rules import Rules, keep_count, parse_keep
@@ -45,7 +46,7 @@ def _show(made: Any, given: Mapping[str, Any]) -> None:
         show.line(f"[bold]{show.escape(str(given['out']))}[/bold]")
 
 
-@verb(FLOW, show=_show, plain=lambda made, given: made.to_json(), keeps=out_and("stats", "measured"))
+@verb(FLOW, show=_show, plain=lambda made, given: made.to_json(), keeps=out_and("work"))
 def plan(  # noqa: C901  (a case a kind of method)
     model: Model,
     method: Annotated[str | None, Opt("How experts are scored; see `expertsmith methods`.", "--method", "-m")] = None,
@@ -71,26 +72,37 @@ def plan(  # noqa: C901  (a case a kind of method)
     options: Options = None,
     router_groups: Groups = "keep",
     mtp: Mtp = "keep",
-    work: str | Path | None = None,
+    work: Annotated[
+        str | Path | None,
+        Opt(
+            "Keep statistics or measured weights in this folder, for plans with other options. Default: OUT.work, removed when the plan is written.",
+            "--work",
+            metavar="FOLDER",
+            kind=Path,
+            shown=False,
+            writes="into",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     **given: Unpack[Calibrating],
 ) -> Plan:
     """Choose which experts are kept and which are merged → plan.json, small enough to read and review.
 
-    Seconds from statistics; with --data instead of --stats the calibration runs first. Costly results (measured weights, searches) are kept
-    in OUT.measured, and an interrupted run resumes from there.
+    Seconds from statistics; with --data instead of --stats the calibration runs first. Until the plan is written, costly results (statistics,
+    measured weights, searches) are in OUT.work, and an interrupted run resumes from there; --work FOLDER keeps them.
 
     Args:
         keep: a ratio (0.5, "50%") or a count (4, "4"); None for methods with a threshold of their own.
         from_file: instead of a method, another tool's choice of experts; see `interchange`.
-        stats: statistics of `calibrate`; without them `data` is calibrated first (into `<out>.stats`).
+        stats: statistics of `calibrate`; without them `data` is calibrated first.
         domains: use only these domains of the statistics.
         budget: "uniform" (every layer alike), "global" (the layers share one total) or "threshold" (the method's own); None: the method's usual.
         uniform: of a budget that leaves layers different numbers, make the nearest plan with one number, and note what that costs.
         options: the method's own options, see `expertsmith methods`.
         router_groups: "keep" drops the same number from every expert_group; "flatten" gives up the groups (n_group = 1).
         mtp: "keep" prunes multi-token-prediction layers with the others, to the same number of experts; "drop" leaves them out.
-        work: folder for what is costly to compute again (measured weights, finished searches); default `<out>.measured`.
+        work: folder that keeps what is costly to compute again (statistics of `data`, measured weights, finished searches); default: in
+            `<out>.work`, which is removed when the plan is written.
 
     Raises:
         UserError: unknown method or option, a keep that the router cannot work with, statistics of another model, a file that fits no format.
@@ -110,35 +122,42 @@ def plan(  # noqa: C901  (a case a kind of method)
     chosen, values, share, chosen_budget, rules = request(inventory, method, keep, budget, options, router_groups)
     if domains and (chosen.reads == "model" or chosen.data_free):
         raise UserError(f"method {method} reads no statistics, so --domain has no effect", "remove --domain")
-    place = None if work is None and out is None else Path(work) if work is not None else beside(out or "", "measured")
-    if place is not None:
-        check_output(place, "into")
-    job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress, work=place)
+    calibrates = chosen.reads == "statistics" and stats is None
+    if calibrates and not data:
+        raise UserError(
+            f"method {method} needs calibration", "pass --stats STATS (made by `expertsmith calibrate`) or --data FILE"
+        )
+    if chosen.reads == "model" and not data:
+        raise UserError(f"method {method} runs the model on text", "pass --data FILE")
+    job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress)
     job.mtp = mtp
     job.batch_tokens = given["batch_tokens"]
     job.resume = given["resume"]
     if chosen.reads == "model":
-        if not data:
-            raise UserError(f"method {method} runs the model on text", "pass --data FILE")
         job.open = partial(model_and_tokens, inventory, data, given, router_groups)
-    elif not chosen.data_free:
-        if stats is None:
-            if not data:
-                raise UserError(
-                    f"method {method} needs calibration", "pass --stats STATS (made by `expertsmith calibrate`) or --data FILE"
-                )
-            stats = calibrate(
-                inventory.checkpoint.source,
-                data,
-                beside(out or "plan.json", "stats"),
-                all_outputs=chosen.all_outputs,
-                **given,
-            )
-        job.statistics = planning.statistics_for(inventory, chosen, stats, domains)
-    made = planning.make_plan(job, router_groups, uniform, {"domains": list(domains)} if domains else {})
-    if out is not None:
-        made.save(out)
+    with _work(chosen, calibrates, work, out, progress) as place:
+        if calibrates:
+            assert place is not None
+            options = {**given, "all_outputs": chosen.all_outputs, "overwrite": overwrite}
+            stats = calibrate(inventory.checkpoint.source, data, place, **options)
+        else:
+            job.work = place
+        if chosen.reads == "statistics":
+            assert stats is not None
+            job.statistics = planning.statistics_for(inventory, chosen, stats, domains)
+        made = planning.make_plan(job, router_groups, uniform, {"domains": list(domains)} if domains else {})
+        if out is not None:
+            made.save(out)
     return made
+
+
+def _work(
+    chosen: Method, calibrates: bool, work: str | Path | None, out: str | Path | None, progress: Any
+) -> AbstractContextManager[Path | None]:
+    """Where a plan's costly results lie: statistics of its data, or what its method measures."""
+    if work is not None or (out is None and not calibrates):
+        return nullcontext(None if work is None else Path(work))
+    return work_beside(Path(out or "plan.json"), "statistics" if calibrates else "measured", progress.note)
 
 
 def _from_file(inventory: Inventory, file: str | Path, keep: Any, router_groups: Any, mtp: Any, progress: Any) -> Plan:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal, Unpack
 
 from expertsmith.calibration.opening import inventory_of, open_model, token_data
 from expertsmith.checkpoint import open_checkpoint
+from expertsmith.checkpoint.work import work_beside
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import take_inventory
 from expertsmith.verbs.apply import apply
@@ -98,10 +97,9 @@ def skip(
     held_out = None
     if measure:
         held_out = token_data(source.path, source.config, texts, progress, overlap=1, pack=True, overlong="truncate", **shape)
-    pruned = target.with_name(f".{target.name}.pruned-{os.getpid()}")
     with ExitStack() as stack:
         if plan is not None:  # nothing stands under the name of the output before its thresholds are known
-            stack.callback(shutil.rmtree, pruned, ignore_errors=True)
+            pruned = stack.enter_context(work_beside(target, "pruned", scratch=True))
             notes = apply(inventory, made, pruned, progress=progress)
         loaded = open_model(inventory if plan is None else take_inventory(open_checkpoint(pruned)), progress, **run)
         found = thresholds(
