@@ -112,7 +112,7 @@ def test_sections_that_are_left_out_are_not_run(checkpoints, data, tmp_path):
     recipe = whole(source, data, tmp_path)
     only = {"model": str(source), "device": "cpu", "plan": {**recipe["plan"], "method": "random", "domains": [], "options": {}}}
     assert list(api.run(written(tmp_path, only))) == ["plan"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "recipe.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "recipe.steps.json", "recipe.yaml"]
 
 
 def test_evaluate_alone_measures_the_model_without_a_reference(checkpoints, data, tmp_path):
@@ -141,6 +141,110 @@ def test_statistics_from_elsewhere_serve_the_plan(checkpoints, data, tmp_path):
         "plan": {"method": "reap", "keep": 0.5, "out": str(tmp_path / "p"), "stats": str(tmp_path / "old")},
     }
     assert api.run(written(tmp_path, recipe))["plan"] == api.plan(source, "reap", 0.5, stats=tmp_path / "old")
+
+
+# ---- running again
+
+
+def verbs_run(monkeypatch) -> list[str]:
+    """The verbs that a recipe runs from now on, in order."""
+    from expertsmith.verbs import recipe as module
+
+    ran: list[str] = []
+    for name in ("calibrate", "analyze", "plan", "apply", "verify", "evaluate", "skip", "heal", "compare"):
+        usual = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _n=name, _u=usual, **o: (ran.append(_n), _u(*a, **o))[1])
+    return ran
+
+
+def everything(source: Path, data: list[str], root: Path) -> dict:
+    recipe = whole(source, data, root)
+    shape = {"seq_len": 24, "samples": 4}
+    recipe["dtype"] = "float32"
+    recipe["analyze"] = {"out": str(root / "look")}
+    recipe["skip"] = {"data": data, "out": str(root / "skip"), "measure": False, **shape}
+    recipe["heal"] = {"data": data, "out": str(root / "healed"), **shape}
+    recipe["compare"] = {"methods": ["aimer"], "keep": [0.5], "data": data, "eval_data": data, "out": str(root / "c"), **shape}
+    return recipe
+
+
+def test_a_recipe_run_again_keeps_what_did_not_change_and_says_so(checkpoints, data, tmp_path, monkeypatch, capsys):
+    path = written(tmp_path, everything(checkpoints("mixtral"), data, tmp_path / "work"))
+    ran = verbs_run(monkeypatch)
+    code, first, err = run_cli(capsys, "run", path, "--json")
+    assert code == 0, err
+    assert ran == ["calibrate", "analyze", "plan", "apply", "verify", "evaluate", "skip", "heal", "evaluate", "compare"]
+    ran.clear()
+    code, again, err = run_cli(capsys, "run", path, "--json")
+    assert code == 0, err
+    assert ran == []
+    assert json.loads(again) == json.loads(first)
+    for name in ("calibrate", "plan", "apply", "verify", "evaluate", "skip", "heal", "evaluate_healed", "compare", "analyze"):
+        assert f"{name}: finished before, kept" in err
+    code, shown, err = run_cli(capsys, "run", path, "-q")
+    assert (code, ran) == (0, []), err
+    assert "healed by least_squares" in shown
+    code, _, err = run_cli(capsys, "run", path, "-q", "--overwrite")
+    assert code == 0, err
+    assert ran[:4] == ["calibrate", "analyze", "plan", "apply"]
+    assert len(ran) == 10
+
+
+def test_a_change_is_refused_with_what_changed_and_made_with_overwrite(checkpoints, data, tmp_path, monkeypatch):
+    recipe = whole(checkpoints("mixtral"), data, tmp_path / "work")
+    api.run(written(tmp_path, recipe))
+    ran = verbs_run(monkeypatch)
+    recipe["plan"]["keep"] = 5
+    with pytest.raises(UserError, match=r"plan: .*plan\.json exists already, and keep changed since; .*--overwrite"):
+        api.run(written(tmp_path, recipe))
+    assert ran == []
+    recipe["plan"]["out"], recipe["apply"]["out"] = str(tmp_path / "work" / "p5.json"), str(tmp_path / "work" / "five")
+    assert api.run(written(tmp_path, recipe))["plan"].uniform_count == 5
+    assert ran == ["plan", "apply", "verify", "evaluate"]  # the calibration is kept
+    (tmp_path / "work" / "p5.json").write_text((tmp_path / "work" / "p5.json").read_text() + " ")
+    with pytest.raises(UserError, match=r"p5\.json was changed since"):
+        api.run(written(tmp_path, recipe))
+    ran.clear()
+    assert api.run(written(tmp_path, recipe), overwrite=True)["plan"].uniform_count == 5
+    assert ran == ["calibrate", "plan", "apply", "verify", "evaluate"]
+
+
+def test_data_that_changed_is_no_finished_step(checkpoints, data, tmp_path):
+    text = tmp_path / "a.jsonl"
+    text.write_bytes(Path(data[0].partition("=")[2]).read_bytes())
+    recipe = whole(checkpoints("mixtral"), [f"a={text}"], tmp_path / "work")
+    api.run(written(tmp_path, recipe))
+    text.write_text(json.dumps({"input_ids": list(range(3, 27))}) + "\n")
+    with pytest.raises(UserError, match="files changed since"):
+        api.run(written(tmp_path, recipe))
+
+
+def test_an_interrupted_recipe_goes_on_also_one_that_started_anew(checkpoints, data, tmp_path, monkeypatch):
+    from expertsmith.verbs import recipe as module
+
+    path = written(tmp_path, whole(checkpoints("mixtral"), data, tmp_path / "work"))
+    api.run(path)
+    for anew in (False, True):
+        ran = verbs_run(monkeypatch)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "apply", None)
+            if anew:
+                with pytest.raises(TypeError):
+                    api.run(path, overwrite=True)
+                assert ran == ["calibrate", "plan"]
+            else:
+                api.run(path)
+                assert ran == []
+        ran.clear()
+        api.run(path)  # the outputs of the first run may still be replaced
+        assert ran == (["apply", "verify", "evaluate"] if anew else [])
+
+
+def test_finished_steps_that_cannot_be_read(checkpoints, data, tmp_path):
+    path = written(tmp_path, whole(checkpoints("mixtral"), data, tmp_path / "work"))
+    (tmp_path / "recipe.steps.json").write_text("{")
+    with pytest.raises(UserError, match=r"recipe\.steps\.json .*cannot be read; delete it"):
+        api.run(path)
 
 
 # ---- reading

@@ -127,7 +127,8 @@ def command(verb: Verb) -> Callable[..., None]:
 def _interrupted(verb: Verb, given: Mapping[str, Any]) -> str:
     """What an interrupted command leaves, and the command that goes on."""
     with suppress(UserError):  # a recipe that cannot be read any more
-        again = shlex.join(["expertsmith", *(word for word in sys.argv[1:] if word != "--fresh")])
+        anew = {"--fresh", "--overwrite"} if verb.name == "run" else {"--fresh"}  # a recipe goes on with what it may replace
+        again = shlex.join(["expertsmith", *(word for word in sys.argv[1:] if word not in anew)])
         kept = [str(place) for place in dict.fromkeys(verb.keeps(given)) if place.exists()]
         if kept:
             return f"interrupted; what is finished is kept in {', '.join(kept)}\nto go on: {again}"

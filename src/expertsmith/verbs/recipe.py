@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
@@ -21,7 +21,8 @@ from pydantic import (
 )
 
 from expertsmith.calibration.opening import opened_as
-from expertsmith.checkpoint import pinned
+from expertsmith.checkpoint import open_checkpoint, pinned
+from expertsmith.checkpoint.output import check_output
 from expertsmith.checkpoint.writer import prepare_target
 from expertsmith.errors import UserError
 from expertsmith.planning.plan import explain
@@ -36,8 +37,9 @@ from expertsmith.verbs.evaluate import evaluate
 from expertsmith.verbs.heal import heal
 from expertsmith.verbs.plan import plan
 from expertsmith.verbs.skip import skip
+from expertsmith.verbs.steps import Steps, made_with, steps_file
 from expertsmith.verbs.verify import verify
-from expertsmith.views.progress import Progress
+from expertsmith.views.progress import Progress, Silent
 
 WIDE = {
     "model",
@@ -344,87 +346,185 @@ def load_recipe(path: str | Path) -> Recipe:
     return recipe
 
 
-def _check_outputs(recipe: Recipe) -> None:
-    """Refuse outputs that exist or cannot be written before any section runs, all in one message.
+FEEDS = {  # section → the sections whose outputs it reads
+    "convert": (),
+    "calibrate": ("convert",),
+    "analyze": ("convert", "calibrate"),
+    "plan": ("convert", "calibrate"),
+    "apply": ("convert", "plan"),
+    "verify": ("apply",),
+    "evaluate": ("convert", "apply"),
+    "skip": ("convert", "plan"),
+    "heal": ("convert", "apply"),
+    "evaluate_healed": ("evaluate", "heal"),
+    "compare": ("convert",),
+}
+
+
+def _needs(recipe: Recipe, model: str) -> dict[str, dict[str, Any]]:
+    """What every step of a recipe is made with, by its name in FEEDS; all known before any of them runs."""
+    gguf = recipe.convert.gguf_file if recipe.convert else None  # type: ignore[attr-defined]
+    source = str(Path(model) / gguf) if gguf else open_checkpoint(model).fingerprint
+    more = {"model": source, "as": recipe.as_type, "dtype": recipe.dtype}
+    found: dict[str, dict[str, Any]] = {}
+    for name, feeds in FEEDS.items():
+        section = getattr(recipe, name.removesuffix("_healed"))
+        if section is None or (name == "evaluate_healed" and "heal" not in found):
+            continue
+        if name in ("verify", "heal") and recipe.apply is None:
+            continue
+        files = [source] if gguf else []
+        asked = {**section.model_dump(mode="json"), **({"gguf": files} if files else {})}
+        found[name] = made_with(asked, more, {feed: found[feed] for feed in feeds if feed in found})
+    return found
+
+
+def _out(recipe: Recipe, name: str) -> str | None:
+    out = getattr(getattr(recipe, name, None), "out", None)
+    return None if out is None else str(out)
+
+
+def _check_outputs(recipe: Recipe, steps: Steps, needs: Mapping[str, Any], kept: Collection[str]) -> None:
+    """Refuse outputs of unfinished steps that exist or cannot be written before any section runs, all in one message.
 
     Raises:
         UserError: the sections and their outputs.
     """
     faults = []
-    for name, section in recipe:
-        if getattr(section, "out", None) is None:
+    for name in needs:
+        out = _out(recipe, name)
+        if out is None or name in kept:
             continue
+        given = dict(getattr(recipe, name))
+        given["overwrite"] = bool(given.get("overwrite")) or steps.replace
         try:
-            check_outputs(VERBS[name].options, dict(section))
+            check_outputs(VERBS[name].options, given)
             if any(option.opt.writes == "folder" for option in VERBS[name].options):
-                prepare_target(Path(section.out), None, section.overwrite)
+                prepare_target(Path(out), None, given["overwrite"])
         except UserError as error:
-            faults.append(f"{name}: {error}")
+            faults.append(f"{name}: {error.message}{steps.why(name, needs[name], out)}; {error.remedy}")
     if faults:
         raise UserError("; ".join(faults))
 
 
-def run_recipe(recipe: Recipe, progress: Progress | None = None) -> dict[str, Any]:
-    """Run the sections in order; returns what each made, by section, and as `evaluate_healed` the quality after healing."""
+def run_recipe(
+    recipe: Recipe, progress: Progress | None = None, *, file: Path | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Run the sections in order; returns what each made, by section, and as `evaluate_healed` the quality after healing.
+
+    Args:
+        file: the recipe's own: finished steps are written down beside it (`steps_file`), and those that nothing changed for are kept.
+        overwrite: start anew.
+    """
     from expertsmith.calibration.spec import refuse_missing
 
     model = str(pinned(recipe.model, recipe.revision))
     sections = [getattr(recipe, name) for name in Recipe.model_fields]
     refuse_missing([spec for section in sections for key in ("data", "eval_data") for spec in getattr(section, key, ())])
-    _check_outputs(recipe)
+    if file is not None:
+        check_output(steps_file(file), "file", overwrite=True)
+    steps = Steps(None if file is None else steps_file(file), overwrite)
     for asking in (recipe.evaluate, recipe.compare):
         if asking and asking.tasks:
             from expertsmith.evaluation import tasks
 
             tasks.refuse_missing(asking.task_path)
     with opened_as(model, recipe.as_type):
-        return _run(recipe, model, progress)
+        job = _Job(recipe, steps, _needs(recipe, model), model, progress or Silent(), anew=overwrite)
+        _check_outputs(recipe, steps, job.needs, job.kept)
+        return job.run()
 
 
-def _run(recipe: Recipe, model: str, progress: Progress | None) -> dict[str, Any]:  # noqa: C901  (a step a section)
-    results: dict[str, Any] = {}
-    where: dict[str, Any] = {"device": recipe.device, "memory": recipe.memory, "progress": progress}
-    run: dict[str, Any] = {**where, "dtype": recipe.dtype}
-    stats = recipe.calibrate.out if recipe.calibrate else None
-    if recipe.convert:
-        asked = recipe.convert.model_dump()
-        results["convert"] = convert(
-            model, asked.pop("method"), asked.pop("out"), device=recipe.device, dtype=recipe.dtype, progress=progress, **asked
-        )
-        model = recipe.convert.out
-    if recipe.calibrate:
-        results["calibrate"] = calibrate(model, **recipe.calibrate.model_dump(), **run)
-    if recipe.analyze:
-        options = recipe.analyze.model_dump()
-        options["stats"] = options["stats"] or stats
-        results["analyze"] = analyze(model, options.pop("out"), **options, **run)
-    if recipe.plan:
-        options = recipe.plan.model_dump()
-        options["stats"] = options["stats"] or stats
-        results["plan"] = plan(model, **options, **run)
-    if recipe.apply:
-        results["apply"] = apply(model, results["plan"], **recipe.apply.model_dump(), progress=progress)
-    if recipe.verify and recipe.apply:
-        results["verify"] = verify(model, recipe.apply.out, **recipe.verify.model_dump(), **where)
-    if recipe.evaluate:
-        results["evaluate"] = _evaluate(recipe.evaluate, recipe.apply.out if recipe.apply else model, model, run)
-    if recipe.skip:
-        options = recipe.skip.model_dump()
-        results["skip"] = skip(model, options.pop("data"), options.pop("out"), plan=results.get("plan"), **options, **run)
-    if recipe.heal and recipe.apply:
-        options = recipe.heal.model_dump()
-        dtype = "float32" if recipe.dtype == "auto" else recipe.dtype  # what `heal` itself takes
-        results["heal"] = heal(
-            recipe.apply.out, model, options.pop("data"), options.pop("out"), dtype=dtype, **options, **where
-        )
-        if recipe.evaluate:
-            results["evaluate_healed"] = _evaluate(recipe.evaluate, recipe.heal.out, model, run)
-    if recipe.compare:
-        results["compare"] = compare(model, **recipe.compare.model_dump(), **run)
-    return results
+class _Job:
+    """A recipe that runs: steps that are finished are not run again.
 
+    Args:
+        anew: nothing that an earlier run left is used.
+    """
 
-def _evaluate(section: Any, target: str, model: str, run: Mapping[str, Any]) -> Any:
-    options = section.model_dump()
-    against = model if options.pop("reference") and target != model else None
-    return evaluate(target, reference=against, **options, **run)
+    def __init__(
+        self, recipe: Recipe, steps: Steps, needs: dict[str, dict[str, Any]], model: str, progress: Progress, anew: bool
+    ) -> None:
+        self.recipe, self.steps, self.needs, self.model, self.progress, self.anew = recipe, steps, needs, model, progress, anew
+        self.kept = {name for name, held in needs.items() if steps.unchanged(name, held, _out(recipe, name))}
+        self.results: dict[str, Any] = {}
+        self.where: dict[str, Any] = {"device": recipe.device, "memory": recipe.memory, "progress": progress}
+
+    def run(self) -> dict[str, Any]:
+        """Every section that the recipe has, in the order of FEEDS."""
+        for name in self.needs:
+            out = _out(self.recipe, name)
+            if name in self.kept:
+                self.progress.note(f"{name}: finished before, kept" + (f" ({out})" if out else ""))
+                self.results[name] = self.steps.result(name, out)
+            else:
+                self.results[name] = getattr(self, f"_{name}")(self._options(name))
+                if getattr(self.results[name], "passed", True):
+                    self.steps.done(name, self.needs[name], out, self.results[name])
+            if name == "convert":
+                self.model = str(out)
+        self.steps.end()
+        return self.results
+
+    def _options(self, name: str) -> dict[str, Any]:
+        """The options of a section, as its verb takes them."""
+        section = getattr(self.recipe, name.removesuffix("_healed"))
+        options: dict[str, Any] = section.model_dump()
+        verb = name.removesuffix("_healed")
+        named = {option.name for option in VERBS[verb].options} if verb in VERBS else set()
+        if self.steps.replace and "overwrite" in named:
+            options["overwrite"] = True
+        if self.anew and "resume" in named:
+            options["resume"] = False
+        return options
+
+    @property
+    def _run_options(self) -> dict[str, Any]:
+        return {**self.where, "dtype": self.recipe.dtype}
+
+    @property
+    def _stats(self) -> str | None:
+        return _out(self.recipe, "calibrate")
+
+    def _convert(self, options: dict[str, Any]) -> Any:
+        run = {"device": self.recipe.device, "dtype": self.recipe.dtype, "progress": self.progress}
+        return convert(self.model, options.pop("method"), options.pop("out"), **options, **run)
+
+    def _calibrate(self, options: dict[str, Any]) -> Any:
+        return calibrate(self.model, **options, **self._run_options)
+
+    def _analyze(self, options: dict[str, Any]) -> Any:
+        options["stats"] = options["stats"] or self._stats
+        return analyze(self.model, options.pop("out"), **options, **self._run_options)
+
+    def _plan(self, options: dict[str, Any]) -> Any:
+        options["stats"] = options["stats"] or self._stats
+        return plan(self.model, **options, **self._run_options)
+
+    def _apply(self, options: dict[str, Any]) -> Any:
+        return apply(self.model, self.results["plan"], **options, progress=self.progress)
+
+    def _verify(self, options: dict[str, Any]) -> Any:
+        return verify(self.model, str(_out(self.recipe, "apply")), **options, **self.where)
+
+    def _evaluate(self, options: dict[str, Any]) -> Any:
+        return self._measured(_out(self.recipe, "apply") or self.model, options)
+
+    def _evaluate_healed(self, options: dict[str, Any]) -> Any:
+        return self._measured(str(_out(self.recipe, "heal")), options)
+
+    def _measured(self, target: str, options: dict[str, Any]) -> Any:
+        against = self.model if options.pop("reference") and target != self.model else None
+        return evaluate(target, reference=against, **options, **self._run_options)
+
+    def _skip(self, options: dict[str, Any]) -> Any:
+        made = self.results.get("plan")
+        return skip(self.model, options.pop("data"), options.pop("out"), plan=made, **options, **self._run_options)
+
+    def _heal(self, options: dict[str, Any]) -> Any:
+        dtype = "float32" if self.recipe.dtype == "auto" else self.recipe.dtype  # what `heal` itself takes
+        student = str(_out(self.recipe, "apply"))
+        return heal(student, self.model, options.pop("data"), options.pop("out"), dtype=dtype, **options, **self.where)
+
+    def _compare(self, options: dict[str, Any]) -> Any:
+        return compare(self.model, **options, **self._run_options)

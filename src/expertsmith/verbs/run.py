@@ -53,12 +53,14 @@ def _keeps(given: Mapping[str, Any]) -> list[Path]:
 )
 def run(
     recipe: Annotated[str | Path, Opt("recipe.yaml", argument=True, metavar="RECIPE", kind=Path)],
+    overwrite: Annotated[bool, Opt("Start anew, and replace what earlier runs of the recipe made.", "--overwrite")] = False,
     progress: Annotated[Progress | None, Opt("")] = None,
 ) -> dict[str, Any]:
     """Run a recipe: the stages of a job in one YAML file, checked as a whole first.
 
-    Every fault of the file is reported before anything runs.
+    Every fault of the file is reported before anything runs. Finished steps are written down in RECIPE.steps.json, beside the recipe. Run again,
+    a recipe keeps those whose inputs and options did not change; an output that would change is refused without --overwrite.
     """
     from expertsmith.verbs.recipe import load_recipe, run_recipe  # pydantic models of every section: for this only
 
-    return run_recipe(load_recipe(recipe), progress)
+    return run_recipe(load_recipe(recipe), progress, file=Path(recipe), overwrite=overwrite)
