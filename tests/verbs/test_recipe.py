@@ -215,7 +215,7 @@ def test_data_that_changed_is_no_finished_step(checkpoints, data, tmp_path):
     recipe = whole(checkpoints("mixtral"), [f"a={text}"], tmp_path / "work")
     api.run(written(tmp_path, recipe))
     text.write_text(json.dumps({"input_ids": list(range(3, 27))}) + "\n")
-    with pytest.raises(UserError, match="files changed since"):
+    with pytest.raises(UserError, match="an earlier step changed since"):
         api.run(written(tmp_path, recipe))
 
 

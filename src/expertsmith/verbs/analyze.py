@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.experts.inventory import take_inventory
+from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.verbs.calibrate import calibrate
 from expertsmith.verbs.definition import LOOK, Opt, out_and, verb
 from expertsmith.verbs.options import Calibrating, Data, Into, Model, PlanGiven, Stats
 from expertsmith.verbs.plan import model_and_tokens
+
+if TYPE_CHECKING:
+    from expertsmith.planning.plan import Plan
 
 
 def _show(measures: Any, given: Mapping[str, Any]) -> None:
@@ -77,14 +80,12 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
         UserError: a dense model, experts that cannot be compared, statistics or a plan of other models, NaN in a weight. Nothing is written then.
     """
     from expertsmith.analysis import folder, study
-    from expertsmith.analysis.cutting import check_plan
     from expertsmith.analysis.sources import dense_model
     from expertsmith.analysis.static import Sampling
     from expertsmith.calibration.all_experts import sample_layers
     from expertsmith.calibration.data import load_tokenizer
     from expertsmith.calibration.spec import refuse_missing
     from expertsmith.planning.build import matching_statistics
-    from expertsmith.planning.plan import load_plan
 
     progress, target = given["progress"], Path(out)
     folder.prepare(target)
@@ -103,14 +104,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     base = None
     if reference is not None:
         base = take_inventory(open_checkpoint(reference, allow_pickle=given["allow_pickle"]))
-        made = load_plan(plan if plan is not None else inventory.checkpoint.path / "expertsmith" / "plan.json")
-        if made.model.fingerprint != base.checkpoint.fingerprint:
-            raise UserError(
-                f"the plan was made for another model than {reference}", "pass the original model of this plan as --reference"
-            )
-        made = made.of_decoder_layers()
-        check_plan(made, str(reference), base.counts, inventory.counts, str(model))
-        material.plan, material.reference_name = made, str(reference)
+        material.plan, material.reference_name = _cut(inventory, base, plan, str(reference)), str(reference)
         if reference_stats is not None:
             material.reference = matching_statistics(base, reference_stats)
     if stats is not None:
@@ -145,3 +139,22 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     measures: dict[str, Any] = study.plain(study.study(material))
     folder.write(target, measures)
     return measures
+
+
+def _cut(inventory: Inventory, base: Inventory, plan: PlanGiven | None, reference: str) -> Plan:
+    """The plan that made the one model of the other, for decoder layers.
+
+    Raises:
+        UserError: a plan of another model, or one that does not lead to these counts.
+    """
+    from expertsmith.analysis.cutting import check_plan
+    from expertsmith.planning.plan import load_plan
+
+    made = load_plan(plan if plan is not None else inventory.checkpoint.path / "expertsmith" / "plan.json")
+    if made.model.fingerprint != base.checkpoint.fingerprint:
+        raise UserError(
+            f"the plan was made for another model than {reference}", "pass the original model of this plan as --reference"
+        )
+    made = made.of_decoder_layers()
+    check_plan(made, reference, base.counts, inventory.counts, inventory.checkpoint.source)
+    return made

@@ -487,7 +487,7 @@ class _Job:
         return _out(self.recipe, "calibrate")
 
     def _convert(self, options: dict[str, Any]) -> Any:
-        run = {"device": self.recipe.device, "dtype": self.recipe.dtype, "progress": self.progress}
+        run: dict[str, Any] = {"device": self.recipe.device, "dtype": self.recipe.dtype, "progress": self.progress}
         return convert(self.model, options.pop("method"), options.pop("out"), **options, **run)
 
     def _calibrate(self, options: dict[str, Any]) -> Any:

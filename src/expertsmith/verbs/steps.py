@@ -51,7 +51,7 @@ class Steps:
     def unchanged(self, name: str, made_with: Mapping[str, Any], out: str | None) -> bool:
         """Whether a step is finished with the same inputs and options, and its output is as it was left."""
         held = self.held.get(name)
-        return bool(held) and held["made_with"] == made_with and (out is None or held["output"] == _files(Path(out)))
+        return held is not None and held["made_with"] == made_with and (out is None or held["output"] == _files(Path(out)))
 
     def why(self, name: str, made_with: Mapping[str, Any], out: str) -> str:
         """What changed since a step was finished: the end of a sentence."""
@@ -123,7 +123,9 @@ def made_with(section: Mapping[str, Any], more: Mapping[str, Any], after: Mappin
     options = {key: value for key, value in section.items() if key not in ("out", "overwrite")}
     files = {text: _files(place) for text, place in _named(options)}
     before = {name: hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest() for name, held in after.items()}
-    held: dict[str, Any] = json.loads(json.dumps({"options": options, "files": files, **more, "steps before": before}))
+    held: dict[str, Any] = json.loads(
+        json.dumps({"options": options, "the files that it reads": files, **more, "an earlier step": before})
+    )
     return held
 
 
