@@ -733,3 +733,17 @@ def test_trained_models_in_fp8_keep_what_healing_gains(model_type, testbed, tmp_
     plain, again = (rise["before", kind] - rise["after", kind] for kind in (False, True))
     assert plain > 0
     assert again >= 0.9 * plain
+
+
+def test_a_measure_that_got_worse_is_said():
+    from expertsmith.healing.run import _mixed
+
+    def quality(loss: float, kl: float) -> dict:
+        return {"domains": {"a": {"loss": loss, "kl": kl, "tokens": 10}}}
+
+    assert _mixed(quality(2.0, 0.5), quality(1.9, 0.4), "kl") == ""
+    said = _mixed(quality(2.0, 0.5), quality(2.1, 0.4), "kl")
+    assert said.startswith(
+        "KL divergence decides, and fell from 0.5000 to 0.4000 on the held-out tokens; but their loss rose from 2.0000 to 2.1000"
+    )
+    assert "but their KL divergence rose" in _mixed(quality(2.0, 0.5), quality(1.9, 0.6), "loss")

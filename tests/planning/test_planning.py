@@ -648,3 +648,17 @@ def test_methods_are_described(name, monkeypatch, capsys):
     assert ("--all-outputs" in lines[place + 1]) == (name == "hc_smoe")
     for option in entry.options:
         assert f"{option}=" in lines[place + 2]
+
+
+@pytest.mark.parametrize(
+    ("keep", "says"),
+    [
+        ("6", "keep: 6 of 8 experts per layer (75%)"),
+        ("0.5", "keep: 4 of 8 experts per layer (50%)"),
+        ("1.0", "keep: all experts of every layer, so nothing is removed"),
+    ],
+)
+def test_what_a_keep_comes_to_is_said(checkpoints, tmp_path, capsys, keep, says):
+    code, _, err = run_cli(capsys, "plan", checkpoints("mixtral"), "-m", "random", "-k", keep, "-o", tmp_path / "p.json")
+    assert code == 0
+    assert says in err

@@ -123,6 +123,8 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
             "the healed model is further from the teacher on the held-out tokens than before: the weights stay as they were"
         )
         changed = []
+    elif report["mixed"]:
+        progress.note(report["mixed"])
     if changed and job.requantise:
         measured = _requantised(job, changed, work, teacher, (mode, where), held_batches(batches, held), progress)
         measure_of = "loss" if report["measure"] == "loss" else "kl"
@@ -272,9 +274,22 @@ def _report(
         },
         "held_out": {"before": was, "after": now if accepted else was, **({} if accepted else {"rejected": now})},
         "accepted": accepted,
+        "mixed": _mixed(was, now, measure_of) if accepted else "",
         **({"training": training} if training else {}),
         "layers": sorted(rows, key=lambda row: row["layer"]),
     }
+
+
+def _mixed(was: Mapping[str, Any], now: Mapping[str, Any], decides: str) -> str:
+    """The measure that got worse while the one that decides got better, as a sentence; "" where none did."""
+    other, names = ("kl" if decides == "loss" else "loss"), {"loss": "loss", "kl": "KL divergence"}
+    values = [_over_all(quality, key) for key in (decides, other) for quality in (was, now)]
+    if values[3] <= values[2]:
+        return ""
+    return (
+        f"{names[decides]} decides, and fell from {values[0]:.4f} to {values[1]:.4f} on the held-out tokens; but their {names[other]} rose from "
+        f"{values[2]:.4f} to {values[3]:.4f} nats per token. Evaluate the result before you use it"
+    )
 
 
 def _over_all(quality: Mapping[str, Any], key: str) -> float:
@@ -339,6 +354,7 @@ def healed_card(card: str, report: Mapping[str, Any], measured_after: bool = Fal
             + "\n"
         )
     done = "" if report["accepted"] else " Nothing was better on the held-out tokens, so no weight was changed."
+    done += f" Mixed: {report['mixed']}." if report["mixed"] else ""
     return (
         card.rstrip("\n")
         + "\n\n## Healed\n\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -120,6 +120,8 @@ def plan(  # noqa: C901  (a case a kind of method)
             made.save(out)
         return made
     chosen, values, share, chosen_budget, rules = request(inventory, method, keep, budget, options, router_groups)
+    if share is not None:
+        progress.note(_said(share, rules.values()))
     if domains and (chosen.reads == "model" or chosen.data_free):
         raise UserError(f"method {method} reads no statistics, so --domain has no effect", "remove --domain")
     calibrates = chosen.reads == "statistics" and stats is None
@@ -198,6 +200,15 @@ def request(
         for layer, entry in rules.items():
             keep_count(share, entry, where if len(set(rules.values())) == 1 else f"decoder layer {layer} of {where}")
     return chosen, values, share, chosen_budget, rules
+
+
+def _said(share: float | int, rules: Iterable[Rules]) -> str:
+    """What a --keep comes to, in words: `-k 50` is 50 experts, not half."""
+    pairs = sorted({(keep_count(share, entry), entry.num_experts) for entry in rules})
+    if all(count == experts for count, experts in pairs):
+        return "keep: all experts of every layer, so nothing is removed"
+    told = ", ".join(f"{count} of {experts} experts per layer ({count / experts:.0%})" for count, experts in pairs)
+    return f"keep: {told}"
 
 
 def model_and_tokens(inventory: Inventory, data: Sequence[str], given: Mapping[str, Any], router_groups: str = "keep") -> Any:

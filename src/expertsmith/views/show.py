@@ -270,6 +270,8 @@ def show_healing(report: dict[str, Any]) -> None:
         line(table)
     if not report["accepted"]:
         line("[yellow]note[/yellow] healing did not improve the held-out part, so no weight was changed")
+    if report["mixed"]:
+        line(f"[yellow]note[/yellow] {escape(report['mixed'])}")
     again = report.get("requantised")
     if again:
         now, float_ = again["quality"]["mean"], report["held_out"]["after"]["mean"]
