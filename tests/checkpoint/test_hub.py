@@ -15,6 +15,7 @@ from huggingface_hub.utils import filter_repo_objects
 from conftest import run_cli, save_tiny
 from expertsmith import api
 from expertsmith.checkpoint import open_checkpoint
+from expertsmith.checkpoint.hub import named
 from expertsmith.errors import UserError
 
 MAIN, OLD = "a" * 40, "b" * 40
@@ -208,3 +209,98 @@ def test_the_own_layout_of_a_publisher_is_left_out(source: Path, tmp_path: Path)
     (folder / "part-1.safetensors").unlink()
     with pytest.raises(UserError, match=r"has only consolidated\.safetensors: weights in Mistral's layout"):
         open_checkpoint(folder)
+
+
+# ---- addresses and uploads
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("https://huggingface.co/owner/name", "owner/name"),
+        ("https://huggingface.co/owner/name/", "owner/name"),
+        ("huggingface.co/owner/name/tree/v1.0", "owner/name@v1.0"),
+        ("https://hf.co/owner/name/tree/main?library=x", "owner/name@main"),
+        ("owner/name@v1", "owner/name@v1"),
+        ("https://example.com/owner/name", "https://example.com/owner/name"),
+        ("https://huggingface.co/datasets/owner/name", "https://huggingface.co/datasets/owner/name"),
+    ],
+)
+def test_an_address_is_a_name(address, name):
+    assert named(address) == name
+
+
+class Uploads:
+    """A hub that takes down what it is asked for."""
+
+    def __init__(self, monkeypatch, there=(), fails=None, user=True):
+        import huggingface_hub
+
+        self.done = []
+
+        def whoami():
+            if not user:
+                raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required")
+
+        def upload_folder(**given):
+            if fails:
+                raise ConnectionError(fails)
+            self.done.append(given)
+
+        for name, stand_in in {
+            "whoami": whoami,
+            "repo_exists": lambda name: name in there,
+            "create_repo": lambda name, private, exist_ok: self.done.append((name, private)),
+            "upload_folder": upload_folder,
+        }.items():
+            monkeypatch.setattr(huggingface_hub, name, stand_in)
+
+
+def test_apply_uploads_a_private_repository(monkeypatch, checkpoints, tmp_path, capsys):
+    made = Uploads(monkeypatch)
+    source = checkpoints("mixtral")
+    api.plan(source, "random", 0.5, out=tmp_path / "p.json")
+    code, out, _ = run_cli(capsys, "apply", source, tmp_path / "p.json", "-o", tmp_path / "out", "--push", "me/half")
+    assert code == 0
+    assert "uploaded to https://huggingface.co/me/half" in out
+    (repo, private), upload = made.done
+    assert (repo, private) == ("me/half", True)
+    assert (upload["repo_id"], upload["folder_path"]) == ("me/half", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_is", "says"),
+    [
+        ("half", {}, "no name of a hub repository"),
+        ("me/half@v1", {}, "no name of a hub repository"),
+        ("me/half", {"user": False}, "Token is required; log in with"),
+        ("me/half", {"there": ["me/half"]}, "exists already; choose another name"),
+    ],
+)
+def test_what_cannot_be_uploaded_is_refused_before_any_work(monkeypatch, checkpoints, tmp_path, name, hub_is, says):
+    Uploads(monkeypatch, **hub_is)
+    source = checkpoints("mixtral")
+    made = api.plan(source, "random", 0.5)
+    with pytest.raises(UserError, match=says):
+        api.apply(source, made, tmp_path / "out", push=name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_upload_leaves_the_result_and_says_how_to_go_on(monkeypatch, checkpoints, tmp_path):
+    Uploads(monkeypatch, fails="the line broke")
+    source = checkpoints("mixtral")
+    made = api.plan(source, "random", 0.5)
+    with pytest.raises(
+        UserError, match="is complete, but could not be uploaded to me/half: the line broke; upload it with `hf upload"
+    ):
+        api.apply(source, made, tmp_path / "out", push="me/half")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_heal_uploads_too(monkeypatch, checkpoints, data, tmp_path):
+    made = Uploads(monkeypatch)
+    source = checkpoints("mixtral")
+    api.apply(source, api.plan(source, "random", 0.5), tmp_path / "half")
+    report = api.heal(tmp_path / "half", source, data, tmp_path / "healed", push="me/healed", seq_len=24, device="cpu")
+    assert report["pushed"] == "https://huggingface.co/me/healed"
+    assert made.done[-1]["folder_path"] == tmp_path / "healed"

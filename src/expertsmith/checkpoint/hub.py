@@ -1,12 +1,13 @@
-"""Checkpoints on the Hugging Face hub: which files of a repository to download, and which are already in the cache.
+"""Checkpoints on the Hugging Face hub: which files of a repository to download, which are already in the cache, and how a result is uploaded.
 
-A repository is named `owner/name`, or `owner/name@REVISION` (branch, tag or commit).
+A repository is named `owner/name`, or `owner/name@REVISION` (branch, tag or commit), or by the address of its page.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,18 @@ TEXTS = [
     "NOTICE*",
     "README.md",
 ]
+PAGE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[\w.\-]+/[\w.\-]+)(?:/(?:tree|commit)/(?P<revision>[^/?#]+))?/?(?:[?#].*)?"
+)
 BELOW = "*/*"  # original/, metal/, onnx/ and other forms of the same weights
+
+
+def named(source: Any) -> Any:
+    """The name that an address of the hub stands for: https://huggingface.co/owner/name/tree/v1 is owner/name@v1. Anything else as it is."""
+    found = PAGE.fullmatch(source) if isinstance(source, str) else None
+    if found is None:
+        return source
+    return found["name"] + (f"@{found['revision']}" if found["revision"] else "")
 
 
 def pinned(model: Any, revision: str | None) -> Any:
@@ -41,6 +53,7 @@ def pinned(model: Any, revision: str | None) -> Any:
     Raises:
         UserError: a directory or the packaged model, which have no revisions, or a name that has one already.
     """
+    model = named(model)
     if revision is None:
         return model
     if not isinstance(model, str) or Path(model).exists() or model == DEMO or not is_hub_name(model):
@@ -89,6 +102,48 @@ def download(source: str) -> Path:
     return _or_cached(source, fetch)
 
 
+def check_push(name: str, overwrite: bool) -> None:
+    """Look whether a result can be uploaded as `name`, before any work.
+
+    Raises:
+        UserError: no name of a repository, nobody logged in, no network, or a repository that is there already (unless it is to be replaced).
+    """
+    import huggingface_hub as hub
+
+    if not is_hub_name(name) or "@" in name:
+        raise UserError(f"--push {name!r} is no name of a hub repository", "write owner/name")
+    try:
+        hub.whoami()
+        exists = hub.repo_exists(name)
+    except Exception as error:  # the hub client raises many unrelated types; all mean that nothing can be uploaded
+        raise UserError(f"--push {name}: {_first_line(error)}", "log in with `hf auth login`, or leave --push out") from None
+    if exists and not overwrite:
+        raise UserError(f"--push {name}: the repository exists already", "choose another name, or pass --overwrite")
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload a folder as one commit of a private repository, which is made if it is not there; returns the address of its page.
+
+    Raises:
+        UserError: what the hub answered. The folder is complete, and the command that uploads it again is named.
+    """
+    import huggingface_hub as hub
+
+    try:
+        hub.create_repo(name, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by expertsmith", delete_patterns="*")
+    except Exception as error:  # as above
+        raise UserError(
+            f"{folder} is complete, but could not be uploaded to {name}: {_first_line(error)}",
+            f"upload it with `hf upload {name} {folder}`",
+        ) from None
+    return f"https://huggingface.co/{name}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def headers(source: str) -> tuple[Path, dict[str, Any] | None]:
     """(folder in the cache with the repository's configs, file → safetensors metadata), without its weights; None for the metadata where
     the weights are to be read from the folder, because there is no network.
@@ -127,8 +182,9 @@ def _or_cached(source: str, fetch: Callable[[str, str | None], T]) -> T | Path:
         cached = _cached(name, revision or None)
         if cached is not None:
             return cached
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{source!r} is not a local directory and could not be downloaded from the hub: {first}") from None
+        raise UserError(
+            f"{source!r} is not a local directory and could not be downloaded from the hub: {_first_line(error)}"
+        ) from None
 
 
 def _cached(name: str, revision: str | None) -> Path | None:

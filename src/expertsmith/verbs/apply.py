@@ -8,7 +8,7 @@ from typing import Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of
 from expertsmith.verbs.definition import FLOW, Opt, verb
-from expertsmith.verbs.options import Model, Opened, Out, Overwrite, PlanFile, Requantise
+from expertsmith.verbs.options import Model, Opened, Out, Overwrite, PlanFile, Push, Requantise
 from expertsmith.views import show
 
 
@@ -43,6 +43,7 @@ def apply(
     ] = False,
     requantise: Requantise = False,
     overwrite: Overwrite = False,
+    push: Push = None,
     **given: Unpack[Opened],
 ) -> list[str]:
     """Write the smaller checkpoint, tensor by tensor; the model is never loaded. Returns notes.
@@ -57,11 +58,15 @@ def apply(
     Raises:
         UserError: the plan is for another model or breaks a rule, the output exists, the disk is full, NaN in a kept tensor.
     """
+    from expertsmith.checkpoint.hub import check_push
+    from expertsmith.checkpoint.hub import push as upload
     from expertsmith.planning.plan import load_plan
     from expertsmith.surgery.apply import apply_plan
 
+    if push is not None:
+        check_push(push, overwrite)
     loaded = load_plan(plan)
-    return apply_plan(
+    notes = apply_plan(
         loaded,
         inventory_of(model, given["allow_pickle"]),
         Path(out),
@@ -71,3 +76,4 @@ def apply(
         check_values=check_values,
         progress=given["progress"],
     )
+    return notes if push is None else [*notes, f"uploaded to {upload(Path(out), push)}"]

@@ -18,6 +18,7 @@ from expertsmith.verbs.options import (
     Options,
     Overwrite,
     Placing,
+    Push,
     Requantise,
     Resume,
     Text,
@@ -46,6 +47,7 @@ def heal(
     dtype: Dtype = "float32",
     resume: Resume = True,
     overwrite: Overwrite = False,
+    push: Push = None,
     **given: Unpack[Healing],
 ) -> dict[str, Any]:
     """Recover the quality of a compressed model. Changes that are worse on held-out tokens are rejected.
@@ -69,6 +71,8 @@ def heal(
     Raises:
         UserError: a teacher that is not the model which the plan inside `model` was applied to, or does not fit, too little data, or an unknown method or option.
     """
+    from expertsmith.checkpoint.hub import check_push
+    from expertsmith.checkpoint.hub import push as upload
     from expertsmith.healing.options import parse_healer
     from expertsmith.healing.run import Healing as Job
     from expertsmith.healing.run import check_start
@@ -80,6 +84,8 @@ def heal(
     source = inventory.checkpoint
     original = open_checkpoint(teacher, allow_pickle=given["allow_pickle"])
     check_start(source, original, Path(out), overwrite)
+    if push is not None:
+        check_push(push, overwrite)
     tokens = token_data(source.path, source.config, data, progress, **part(Text, given))
     run: dict[str, Any] = {**part(Placing, given), "dtype": dtype}
     job = Job(
@@ -102,4 +108,5 @@ def heal(
             name: evaluate(path, eval_data, reference=teacher, **asked).to_json()
             for name, path in (("before", model), ("after", out))
         }
-    return {"out": str(out), **report}
+    where = {} if push is None else {"pushed": upload(Path(out), push)}
+    return {"out": str(out), **report, **where}

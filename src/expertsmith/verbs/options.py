@@ -108,6 +108,15 @@ Mtp = Annotated[
 Measure = Annotated[bool, Opt("Measure quality at the end.", "--measure/--no-measure")]
 Resume = Annotated[bool, Opt("Resume an interrupted run, or start over.", "--resume/--fresh")]
 Overwrite = Annotated[bool, Opt("Replace an existing output.", "--overwrite")]
+Push = Annotated[
+    str | None,
+    Opt(
+        "Then upload the result to the hub as this private repository (owner/name).",
+        "--push",
+        metavar="OWNER/NAME",
+        shown=False,
+    ),
+]
 Requantise = Annotated[
     bool,
     Opt(

@@ -268,6 +268,14 @@ def show_healing(report: dict[str, Any]) -> None:
             cells = [f"{was['reference_loss']:.4f}", f"{was['loss']:.4f}", f"[bold]{now['loss']:.4f}[/bold]"]
             table.add_row(name, *cells, f"{was['kl']:.4f}", f"[bold]{now['kl']:.4f}[/bold]", f"{was['tokens']:,}")
         line(table)
+    _healing_notes(report)
+    tokens = sum(report["data"]["tokens"].values())
+    line(f"{tokens:,} tokens, {report['seconds']:.1f} s  [bold]{escape(report['out'])}[/bold]")
+    if "pushed" in report:
+        line(f"uploaded to {report['pushed']}")
+
+
+def _healing_notes(report: dict[str, Any]) -> None:
     if not report["accepted"]:
         line("[yellow]note[/yellow] healing did not improve the held-out part, so no weight was changed")
     if report["mixed"]:
@@ -281,8 +289,6 @@ def show_healing(report: dict[str, Any]) -> None:
         )
         if not again["accepted"]:
             line("[yellow]note[/yellow] this is worse than before healing, so no weight was changed")
-    tokens = sum(report["data"]["tokens"].values())
-    line(f"{tokens:,} tokens, {report['seconds']:.1f} s  [bold]{escape(report['out'])}[/bold]")
 
 
 def show_evaluation(found: dict[str, Any], title: str) -> None:
