@@ -67,6 +67,7 @@ def test_the_numbers(monkeypatch, pair):
         "gpu_memory": 0,
         "weight_bytes": 0,
     }
+    assert found["ratio_ranges"]["decode_tokens_per_second"] == [2.0, 2.0]
     assert found["ratios"] == {
         "prefill_tokens_per_second": 2.0,
         "decode_tokens_per_second": 2.0,
@@ -188,3 +189,24 @@ def test_a_refusal_is_shown_in_the_engines_words_and_explained(uneven, capsys):
     assert "RuntimeError: " in err
     assert "size mismatch" in err or "ignore_mismatched_sizes" in err
     assert "lint transformers-uneven: decoder layers have 3 to 4 experts" in err
+
+
+def test_a_ratio_is_shown_with_its_spread(capsys):
+    """Rounds of 1 2 4 and 2 2 12 tokens/s: ratios 2 1 3, median 2 of [1, 3], where the medians' ratio is 1."""
+    from expertsmith.views.show import show_speed
+
+    numbers = {"prefill_tokens_per_second": 2.0, "weight_bytes": 100}
+    setting = {"engine": "x", "batch": 1, "prompt_len": 1, "new_tokens": 1, "dtype": "float32", "rounds": 3}
+    show_speed(
+        {
+            "reference": numbers,
+            "model": numbers,
+            "ratios": {"prefill_tokens_per_second": 2.0, "weight_bytes": 0.5},
+            "ratio_ranges": {"prefill_tokens_per_second": [1.0, 3.0]},
+            "setting": setting,
+        }
+    )
+    out = capsys.readouterr().out
+    assert "2.00 × [1.00, 3.00]" in out
+    assert "0.50 ×" in out
+    assert "ratio: the median over the rounds of the ratio within a round, not the ratio of the two medians" in out

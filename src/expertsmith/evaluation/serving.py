@@ -53,7 +53,8 @@ def compare(models: Mapping[str, str | Path], setting: Setting, progress: Progre
     prefill_tokens_per_second = B P / t1, decode_tokens_per_second = (tokens made after t1) / (t - t1), time_to_first_token = t1. peak_memory
     and gpu_memory are bytes at the highest, of the model's own process; weight_bytes those of the checkpoint; with `energy` there are
     watt_hours_per_1000_tokens (of the B N new tokens, what their prompts took included). Of two models "ratios" has the second's value
-    over the first's: the median over the rounds of the ratio within a round.
+    over the first's: the median over the rounds of the ratio within a round, which need not be the ratio of the medians; "ratio_ranges" has
+    the least and the largest.
 
     Raises:
         RefusedError: the engine does not take one of the models.
@@ -81,11 +82,15 @@ def compare(models: Mapping[str, str | Path], setting: Setting, progress: Progre
     result: dict[str, Any] = {name: _medians(found) | {"weight_bytes": sizes[name]} for name, found in rows.items()}
     if len(rows) == 2:
         (first, before), (second, after) = rows.items()
-        result["ratios"] = {
-            key: statistics.median(b[key] / a[key] for a, b in zip(before, after, strict=True))
+        rounds = {
+            key: [b[key] / a[key] for a, b in zip(before, after, strict=True)]
             for key in before[0]
             if all(row[key] for row in before)
-        } | {"weight_bytes": sizes[second] / sizes[first]}
+        }
+        result["ratio_ranges"] = {key: [min(held), max(held)] for key, held in rounds.items()}
+        result["ratios"] = {key: statistics.median(held) for key, held in rounds.items()} | {
+            "weight_bytes": sizes[second] / sizes[first]
+        }
     result["setting"] = {key: value for key, value in asdict(setting).items() if key not in ("python", "converter")}
     if meter:
         result["energy"] = _source(meter)

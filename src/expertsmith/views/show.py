@@ -425,7 +425,8 @@ def show_speed(found: dict[str, Any]) -> None:
         f"{setting['engine']}, batch {setting['batch']}, {setting['prompt_len']} + {setting['new_tokens']} tokens, {setting['dtype']}; "
         f"medians of {setting['rounds']} alternating rounds"
     )
-    table = table_of("", *(name.replace("ratios", "ratio") for name in names), title=title)
+    ranges = found.get("ratio_ranges", {})
+    table = table_of("", *(name.replace("ratios", "ratio \\[least, largest]") for name in names), title=title)
     for key, what, unit in (
         ("prefill_tokens_per_second", "prefill, tokens/s", "{:.1f}".format),
         ("decode_tokens_per_second", "decode, tokens/s", "{:.1f}".format),
@@ -436,9 +437,16 @@ def show_speed(found: dict[str, Any]) -> None:
         ("watt_hours_per_1000_tokens", "Wh per 1000 new tokens", "{:.4f}".format),
     ):
         if found["model"].get(key):
-            cells = [f"[bold]{found[name][key]:.2f} ×[/bold]" if name == "ratios" else unit(found[name][key]) for name in names]
+            cells = [
+                f"[bold]{found[name][key]:.2f} ×[/bold]" + (" \\[{:.2f}, {:.2f}]".format(*ranges[key]) if key in ranges else "")
+                if name == "ratios"
+                else unit(found[name][key])
+                for name in names
+            ]
             table.add_row(what, *cells)
     line(table)
+    if ranges:
+        line("[dim]ratio: the median over the rounds of the ratio within a round, not the ratio of the two medians[/dim]")
     if "energy" in found:
         line(f"[yellow]note[/yellow] energy: {escape(found['energy'])}")
 
