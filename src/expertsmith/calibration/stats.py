@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from expertsmith.errors import UserError, parse_json
+from expertsmith.views.notebook import Shown
 
 FORMAT = "expertsmith.statistics"
 VERSION = 1
@@ -40,12 +41,29 @@ class LayerStatistics:
         return total
 
 
-@dataclass
-class Statistics:
+@dataclass(repr=False)
+class Statistics(Shown):
     """All layers of a calibration, and what it was made from."""
 
     header: dict[str, Any]
     layers: dict[int, LayerStatistics] = field(default_factory=dict)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "layer": layer,
+                "domain": name,
+                "experts": held.num_experts,
+                "selections": int(arrays["selections"].sum()),
+                "unused experts": int((arrays["selections"] == 0).sum()),
+            }
+            for layer, held in self.layers.items()
+            for name, arrays in held.domains.items()
+        ]
+
+    def _line(self) -> str:
+        told = ", ".join(f"{name} {count:,}" for name, count in self.tokens.items())
+        return f"{len(self.layers)} layers, tokens: {told}"
 
     @property
     def tokens(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ import torch
 from expertsmith.engine import Batch, LoadedModel, Walk
 from expertsmith.errors import UserError
 from expertsmith.evaluation.paired import ratio
+from expertsmith.views.notebook import Shown
 from expertsmith.views.progress import Progress, Silent
 
 ROWS = 1024  # predicted tokens whose full distributions are held in float32 at a time
@@ -105,13 +106,25 @@ class DomainQuality:
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass
-class Quality:
+@dataclass(repr=False)
+class Quality(Shown):
     """Results by domain, and what else was measured (`tasks`, `generation`), as plain data."""
 
     domains: dict[str, DomainQuality] = field(default_factory=dict)
     has_reference: bool = False
     more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss over domains."""
+        return float(self.to_json()["mean"]["perplexity"]) if self.domains else math.nan
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"domain": name, **entry.to_json(self.has_reference)} for name, entry in self.domains.items()]
+
+    def _line(self) -> str:
+        told = [f"{name} perplexity {entry.perplexity:.2f}" for name, entry in self.domains.items()]
+        return ", ".join([*told, *self.more])
 
     def to_json(self) -> dict[str, Any]:
         """Results by domain, and their unweighted mean over domains (perplexity: exp of the mean loss), with the other measurements."""

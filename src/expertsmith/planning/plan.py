@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from expertsmith.errors import UserError, parse_json
+from expertsmith.views.notebook import Shown
 
 FORMAT = "expertsmith.plan"
 
@@ -134,7 +135,7 @@ class Summary(_Strict):
     bytes: tuple[int, int]
 
 
-class Plan(_Strict):
+class Plan(Shown, _Strict):
     """A whole plan. `router_groups` "flatten" sets n_group and topk_group to 1 in the output's config; `notes` tell a reader what the method
     met on the way. `mtp`: whether the output has the source's multi-token prediction, whose layers are then among `layers`, numbered on after
     the last; None: the source has none, or the plan is of an old version, which left it out where experts went."""
@@ -169,6 +170,23 @@ class Plan(_Strict):
         if self.skip is not None and without is None:
             raise ValueError(f"the plan has the skip rule {self.skip.rule}, but no layer has a skip_threshold")
         return self
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "layer": entry.layer,
+                "kept": len(entry.keep),
+                "experts": entry.num_experts,
+                "kept experts": ", ".join(map(str, entry.keep)),
+            }
+            for entry in self.layers
+        ]
+
+    def _line(self) -> str:
+        kept, experts = sum(len(entry.keep) for entry in self.layers), sum(entry.num_experts for entry in self.layers)
+        return (
+            f"{self.method.name} keeps {kept:,} of {experts:,} experts in {len(self.layers)} layers of {self.model.model_type}"
+        )
 
     @property
     def thresholds(self) -> dict[int, float]:

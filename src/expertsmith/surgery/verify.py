@@ -35,13 +35,14 @@ from expertsmith.surgery.apply import check_plan, output_config, output_tensors,
 from expertsmith.surgery.mask import masked
 from expertsmith.surgery.merge import merged
 from expertsmith.surgery.skip import is_padded
+from expertsmith.views.notebook import Shown
 from expertsmith.views.progress import Progress, Silent
 
 VERDICT = "expertsmith/verify.json"
 
 
-@dataclass
-class Verdict:
+@dataclass(repr=False)
+class Verdict(Shown):
     """What `verify` found. Differences are the largest |a - b| over all tokens that count, in the units of the activations."""
 
     passed: bool
@@ -63,6 +64,17 @@ class Verdict:
     tokens: int = 0
     dtype: str = "float32"
     memory: str = "resident"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{**row, "relative": row["difference"] / row["scale"] if row["scale"] else 0.0} for row in self.layers]
+
+    def _line(self) -> str:
+        found = (
+            f"{len(self.wrong_tensors)} of {self.tensors:,} tensors wrong"
+            if self.wrong_tensors
+            else f"{self.tensors:,} tensors"
+        )
+        return f"{'passed' if self.passed else 'FAILED'}, {found}, largest relative difference {self.largest:.1e} of {self.tolerance:g} allowed"
 
     @property
     def largest(self) -> float:
