@@ -51,3 +51,12 @@ def test_a_table_is_text_for_html(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UserError, match="to_dataframe needs pandas"):
         Two().to_dataframe()
+
+
+def test_a_notebook_sees_progress_and_a_program_does_not(monkeypatch, checkpoints, capfd):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    api.plan(checkpoints("mixtral"), "random", 0.5)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
+    api.plan(checkpoints("mixtral"), "random", 0.5)
+    assert "keep: 4 of 8 experts per layer" in capfd.readouterr().err

@@ -19,7 +19,7 @@ from expertsmith.checkpoint import pinned
 from expertsmith.checkpoint.output import Writes, check_output
 from expertsmith.errors import UserError
 from expertsmith.registry import unknown
-from expertsmith.views.progress import Silent
+from expertsmith.views.progress import usual
 
 FLOW, LOOK, MORE = "The flow", "Look", "More"
 MISSING = inspect.Parameter.empty
@@ -215,7 +215,7 @@ def filled(function: F, headers_only: bool = False) -> F:
         values |= {name: read(values[name]) for name, read in readers.items()}
         check_outputs(options.values(), values)
         if values.get("progress", MISSING) is None:
-            values["progress"] = Silent()
+            values["progress"] = usual()
         if values.get("revision") is not None:
             values[own[0]], values["revision"] = pinned(values[own[0]], values["revision"]), None
         with opened_as(

@@ -90,6 +90,11 @@ class Bar:
         yield advance
 
 
+def usual() -> Progress:
+    """What a function of Python reports to when it is not told: a notebook sees progress, a program does not."""
+    return Bar() if "ipykernel" in sys.modules else Silent()
+
+
 def rate(done: float, seconds: float, unit: str) -> str:
     """ "12.3k tokens/s", "1.2 GB/s"."""
     value = done / seconds if seconds > 0 else 0.0
