@@ -122,7 +122,15 @@ def test_without_a_command_the_help_is_shown(capsys):
 
 
 def test_version(capsys):
-    assert passed(capsys, "--version") == f"expertsmith {__version__}\n"
+    for flag in ("--version", "-V"):
+        assert passed(capsys, flag) == f"expertsmith {__version__}\n"
+
+
+def test_the_shell_completes_commands(monkeypatch, capsys):
+    monkeypatch.setenv("_EXPERTSMITH_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "expertsmith comp")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert passed(capsys).split() == ["compress", "compare"]
 
 
 # ---- what is imported
@@ -433,6 +441,40 @@ def test_methods_and_architectures_list_every_record(capsys):
         assert f" {name} " in table
     supported = sum(record.status != "refused" for record in families().values())
     assert f"{supported} families supported" in table
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_one_method_is_shown_whole(capsys, name):
+    record = methods()[name]
+    text = passed(capsys, "methods", name)
+    words = " ".join(text.split())
+    for said in (record.title, record.paper, record.doc, record.cost, record.limits, *record.budgets):
+        assert " ".join(said.split()) in words
+    for option, default in record.options.items():
+        assert f"-O {option}={default}" in text
+    found = strict(passed(capsys, "methods", name, "--json"))
+    rows = strict(passed(capsys, "methods", "--json"))
+    assert found.items() >= next(row for row in rows if row["name"] == name).items()
+
+
+@pytest.mark.parametrize("name", families())
+def test_one_family_is_shown(capsys, name):
+    record = families()[name]
+    text = passed(capsys, "architectures", name)
+    assert record.title in text
+    assert record.notes in text
+    assert ("experts per token" in text) == record.supported
+    found = strict(passed(capsys, "architectures", name, "--json"))
+    assert (found["model_type"], found["router"], found["shared"]) == (name, record.router, record.shared)
+
+
+def test_a_misspelt_name_gets_the_nearest_one(capsys):
+    code, out, err = run(capsys, "methods", "reep")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: there is no method 'reep'; did you mean reap")
+    code, out, err = run(capsys, "architectures", "mixtrl")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: there is no model family 'mixtrl'; did you mean mixtral")
 
 
 # ---- the numbers of inspect
