@@ -299,11 +299,36 @@ def test_a_line_that_cannot_be_parsed_exits_2(capsys, line):
     "line", [["inspect", "/nowhere/at/all"], ["inspect", "not a model"], ["run", "/nowhere.yaml"], ["lint", "/nowhere"]]
 )
 def test_a_mistake_exits_2_with_one_line_and_no_output(capsys, line):
-    for more in ([], ["--json"]):
-        code, out, err = run(capsys, *line, *more)
-        assert (code, out) == (2, "")
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
+    code, out, err = run(capsys, *line)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["inspect", "/nowhere/at/all"], ["inspect", "not a model"], ["run", "/nowhere.yaml"], ["lint", "/nowhere"],
+        ["methods", "reep"], ["evaluate", "here"], ["plan", "demo", "-k", "4", "-o", "/nowhere/plan.json"],
+    ],
+)  # fmt: skip
+def test_with_json_a_mistake_is_an_object_on_stdout_too(capsys, line):
+    _, out, said = run(capsys, *line)
+    assert out == ""
+    code, out, err = run(capsys, *line, "--json")
+    assert (code, err) == (2, said)
+    found = strict(out)
+    assert set(found) == {"format", "version", "error", "remedy"}
+    assert (found["format"], found["version"]) == ("expertsmith.error", 1)
+    assert found["error"] in err
+    assert (found["remedy"] or "") in err
+
+
+def test_under_torchrun_one_rank_says_a_mistake_to_scripts(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    code, out, err = run(capsys, "inspect", "/nowhere", "--json")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
 
 
 def test_debug_can_stand_anywhere(capsys):

@@ -95,19 +95,15 @@ def command(verb: Verb) -> Callable[..., None]:
             try:
                 result = now.function(**given, **bar)
             except UsageError as error:
+                if as_json and rank == 0:
+                    _error_as_json(error.message, error.remedy)
                 raise typer.BadParameter(str(error)) from None
             except KeyboardInterrupt:
                 if rank == 0:
                     print(_interrupted(now, given), file=sys.stderr)
                 raise typer.Exit(130) from None
-        if rank > 0:
-            return
-        if as_json:
-            show.as_json(now.plain(result, given))
-        else:
-            now.show(result, given)
-        if not now.passed(result):
-            raise typer.Exit(1)
+        if rank == 0:
+            _tell(now, result, given, as_json)
 
     parameters = [_parameter(option) for option in options]
     parameters.append(
@@ -121,6 +117,16 @@ def command(verb: Verb) -> Callable[..., None]:
     run.__annotations__ = {entry.name: entry.annotation for entry in parameters}
     run.__name__, run.__doc__ = verb.name, verb.doc
     return run
+
+
+def _tell(verb: Verb, result: Any, given: Mapping[str, Any], as_json: bool) -> None:
+    """Show a result; exit code 1 where a check failed."""
+    if as_json:
+        show.as_json(verb.plain(result, given))
+    else:
+        verb.show(result, given)
+    if not verb.passed(result):
+        raise typer.Exit(1)
 
 
 def _interrupted(verb: Verb, given: Mapping[str, Any]) -> str:
@@ -206,12 +212,12 @@ def main() -> None:
     except UserError as error:
         if debug:
             raise
-        _fail(str(error))
+        _fail(error.message, error.remedy, "--json" in arguments)
     except Exception as error:
         told = None if debug else _told(error)
         if told is None:
             raise
-        _fail(told)
+        _fail(told, "", "--json" in arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -238,6 +244,12 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+def _fail(message: str, remedy: str, as_json: bool) -> NoReturn:
+    print(f"error: {UserError(message, remedy)}", file=sys.stderr)
+    if as_json and os.environ.get("RANK", "0") == "0":  # under torchrun every rank fails, and one of them says it to scripts
+        _error_as_json(message, remedy)
     raise SystemExit(2)
+
+
+def _error_as_json(message: str, remedy: str) -> None:
+    show.as_json({"format": "expertsmith.error", "version": 1, "error": message, "remedy": remedy or None})
