@@ -195,6 +195,17 @@ def test_json_of_every_command_is_all_there_is_on_stdout(capfd, checkpoints, dat
         text = passed(capfd, *line, "--json")
         found[line[0]] = strict(text)
         assert isinstance(found[line[0]], dict)
+        assert found[line[0]]["format"].startswith("expertsmith.")
+        assert found[line[0]]["version"] >= 1
+        if line[0] in (
+            "apply",
+            "evaluate",
+            "compress",
+            "inspect",
+            "lint",
+            "run",
+        ):  # said by the command line, not by the result itself
+            assert (found[line[0]].pop("format"), found[line[0]].pop("version")) == (f"expertsmith.{line[0]}", 1)
     assert found["calibrate"]["out"] == str(tmp_path / "stats")
     assert found["calibrate"]["data"]["tokens"] == load_statistics(tmp_path / "stats").tokens
     assert found["plan"] == json.loads((tmp_path / "plan.json").read_text())

@@ -122,11 +122,18 @@ def command(verb: Verb) -> Callable[..., None]:
 def _tell(verb: Verb, result: Any, given: Mapping[str, Any], as_json: bool) -> None:
     """Show a result; exit code 1 where a check failed."""
     if as_json:
-        show.as_json(verb.plain(result, given))
+        show.as_json(_versioned(verb, verb.plain(result, given)))
     else:
         verb.show(result, given)
     if not verb.passed(result):
         raise typer.Exit(1)
+
+
+def _versioned(verb: Verb, value: Any) -> Any:
+    """An object that does not say what it is, with that in front. Lists stay lists, and a format of its own stays what it means there."""
+    if not isinstance(value, Mapping) or "format" in value:
+        return value
+    return {"format": f"expertsmith.{verb.name}", "version": 1, **value}
 
 
 def _interrupted(verb: Verb, given: Mapping[str, Any]) -> str:
