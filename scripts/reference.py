@@ -20,8 +20,8 @@ from expertsmith.calibration.stats import JOINED, MAXIMA
 from expertsmith.checkpoint.formats import formats
 from expertsmith.healing.options import HEALERS
 from expertsmith.lint import ENGINES, RULES
-from expertsmith.methods import Method, methods
-from expertsmith.views.show import NEEDS
+from expertsmith.methods import methods
+from expertsmith.views.show import needs
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -114,11 +114,6 @@ def method_sections() -> str:
                 )
             )
     return "\n\n".join(parts)
-
-
-def needs(m: Method) -> str:
-    """What its user has to have."""
-    return NEEDS[m.reads] + (" with `--all-outputs`" if m.all_outputs else "")
 
 
 def healing_sections() -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from expertsmith.methods import methods
 
@@ -201,3 +202,45 @@ def test_the_project_speaks_of_itself_alone():
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".yaml", ".yml", ".txt"):
             assert not re.search(r"(?<![\w.])/(?:root|home|Users)/", path.read_text(encoding="utf-8")), name
+
+
+def tracked(*suffixes: str) -> list[Path]:
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [ROOT / name for name in names if name.endswith(suffixes)]
+
+
+def test_every_yaml_file_parses():
+    files = tracked(".yml", ".yaml", ".cff")
+    assert {ROOT / "CITATION.cff", ROOT / "mkdocs.yml"} <= set(files)
+    for path in files:
+        assert isinstance(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader), dict | list), path.name
+
+
+def test_the_citation_names_this_version():
+    from expertsmith import __version__
+
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == __version__
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem)
+def test_workflows_run_what_is_there(path):
+    """Every step names an action or runs a make target, a file of this repository, or python."""
+    targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    steps = [step for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values() for step in job["steps"]]
+    lines = [line for step in steps for line in step.get("run", "").splitlines()]
+    assert all("uses" in step or "run" in step for step in steps)
+    for line in lines:
+        program, *words = shlex.split(line)
+        if program == "make":
+            assert words
+            assert set(words) <= set(targets), line
+        else:
+            assert program in ("python", "test") or (ROOT / program).is_file(), line
+
+
+def test_the_image_is_made_of_files_that_are_there():
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    copied = [name for line in re.findall(r"^COPY (.*) \S+$", text, re.M) for name in line.split()]
+    shown = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.M)
+    assert sorted(copied) == sorted(shown)
+    assert all((ROOT / name).exists() for name in copied)

@@ -122,7 +122,15 @@ def test_without_a_command_the_help_is_shown(capsys):
 
 
 def test_version(capsys):
-    assert passed(capsys, "--version") == f"expertsmith {__version__}\n"
+    for flag in ("--version", "-V"):
+        assert passed(capsys, flag) == f"expertsmith {__version__}\n"
+
+
+def test_the_shell_completes_commands(monkeypatch, capsys):
+    monkeypatch.setenv("_EXPERTSMITH_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "expertsmith comp")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert passed(capsys).split() == ["compress", "compare"]
 
 
 # ---- what is imported
@@ -187,6 +195,17 @@ def test_json_of_every_command_is_all_there_is_on_stdout(capfd, checkpoints, dat
         text = passed(capfd, *line, "--json")
         found[line[0]] = strict(text)
         assert isinstance(found[line[0]], dict)
+        assert found[line[0]]["format"].startswith("expertsmith.")
+        assert found[line[0]]["version"] >= 1
+        if line[0] in (
+            "apply",
+            "evaluate",
+            "compress",
+            "inspect",
+            "lint",
+            "run",
+        ):  # said by the command line, not by the result itself
+            assert (found[line[0]].pop("format"), found[line[0]].pop("version")) == (f"expertsmith.{line[0]}", 1)
     assert found["calibrate"]["out"] == str(tmp_path / "stats")
     assert found["calibrate"]["data"]["tokens"] == load_statistics(tmp_path / "stats").tokens
     assert found["plan"] == json.loads((tmp_path / "plan.json").read_text())
@@ -291,11 +310,36 @@ def test_a_line_that_cannot_be_parsed_exits_2(capsys, line):
     "line", [["inspect", "/nowhere/at/all"], ["inspect", "not a model"], ["run", "/nowhere.yaml"], ["lint", "/nowhere"]]
 )
 def test_a_mistake_exits_2_with_one_line_and_no_output(capsys, line):
-    for more in ([], ["--json"]):
-        code, out, err = run(capsys, *line, *more)
-        assert (code, out) == (2, "")
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
+    code, out, err = run(capsys, *line)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["inspect", "/nowhere/at/all"], ["inspect", "not a model"], ["run", "/nowhere.yaml"], ["lint", "/nowhere"],
+        ["methods", "reep"], ["evaluate", "here"], ["plan", "demo", "-k", "4", "-o", "/nowhere/plan.json"],
+    ],
+)  # fmt: skip
+def test_with_json_a_mistake_is_an_object_on_stdout_too(capsys, line):
+    _, out, said = run(capsys, *line)
+    assert out == ""
+    code, out, err = run(capsys, *line, "--json")
+    assert (code, err) == (2, said)
+    found = strict(out)
+    assert set(found) == {"format", "version", "error", "remedy"}
+    assert (found["format"], found["version"]) == ("expertsmith.error", 1)
+    assert found["error"] in err
+    assert (found["remedy"] or "") in err
+
+
+def test_under_torchrun_one_rank_says_a_mistake_to_scripts(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    code, out, err = run(capsys, "inspect", "/nowhere", "--json")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
 
 
 def test_debug_can_stand_anywhere(capsys):
@@ -433,6 +477,40 @@ def test_methods_and_architectures_list_every_record(capsys):
         assert f" {name} " in table
     supported = sum(record.status != "refused" for record in families().values())
     assert f"{supported} families supported" in table
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_one_method_is_shown_whole(capsys, name):
+    record = methods()[name]
+    text = passed(capsys, "methods", name)
+    words = " ".join(text.split())
+    for said in (record.title, record.paper, record.doc, record.cost, record.limits, *record.budgets):
+        assert " ".join(said.split()) in words
+    for option, default in record.options.items():
+        assert f"-O {option}={default}" in text
+    found = strict(passed(capsys, "methods", name, "--json"))
+    rows = strict(passed(capsys, "methods", "--json"))
+    assert found.items() >= next(row for row in rows if row["name"] == name).items()
+
+
+@pytest.mark.parametrize("name", families())
+def test_one_family_is_shown(capsys, name):
+    record = families()[name]
+    text = passed(capsys, "architectures", name)
+    assert record.title in text
+    assert record.notes in text
+    assert ("experts per token" in text) == record.supported
+    found = strict(passed(capsys, "architectures", name, "--json"))
+    assert (found["model_type"], found["router"], found["shared"]) == (name, record.router, record.shared)
+
+
+def test_a_misspelt_name_gets_the_nearest_one(capsys):
+    code, out, err = run(capsys, "methods", "reep")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: there is no method 'reep'; did you mean reap")
+    code, out, err = run(capsys, "architectures", "mixtrl")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: there is no model family 'mixtrl'; did you mean mixtral")
 
 
 # ---- the numbers of inspect

@@ -56,7 +56,6 @@ QUIET = typer.Option("--quiet", "-q", help="No progress on stderr.")
 app = typer.Typer(
     name="expertsmith",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -71,7 +70,7 @@ them offline in under a minute.""",
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", "-V", help="Show the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     if version:
@@ -96,19 +95,15 @@ def command(verb: Verb) -> Callable[..., None]:
             try:
                 result = now.function(**given, **bar)
             except UsageError as error:
+                if as_json and rank == 0:
+                    _error_as_json(error.message, error.remedy)
                 raise typer.BadParameter(str(error)) from None
             except KeyboardInterrupt:
                 if rank == 0:
                     print(_interrupted(now, given), file=sys.stderr)
                 raise typer.Exit(130) from None
-        if rank > 0:
-            return
-        if as_json:
-            show.as_json(now.plain(result, given))
-        else:
-            now.show(result, given)
-        if not now.passed(result):
-            raise typer.Exit(1)
+        if rank == 0:
+            _tell(now, result, given, as_json)
 
     parameters = [_parameter(option) for option in options]
     parameters.append(
@@ -122,6 +117,23 @@ def command(verb: Verb) -> Callable[..., None]:
     run.__annotations__ = {entry.name: entry.annotation for entry in parameters}
     run.__name__, run.__doc__ = verb.name, verb.doc
     return run
+
+
+def _tell(verb: Verb, result: Any, given: Mapping[str, Any], as_json: bool) -> None:
+    """Show a result; exit code 1 where a check failed."""
+    if as_json:
+        show.as_json(_versioned(verb, verb.plain(result, given)))
+    else:
+        verb.show(result, given)
+    if not verb.passed(result):
+        raise typer.Exit(1)
+
+
+def _versioned(verb: Verb, value: Any) -> Any:
+    """An object that does not say what it is, with that in front. Lists stay lists, and a format of its own stays what it means there."""
+    if not isinstance(value, Mapping) or "format" in value:
+        return value
+    return {"format": f"expertsmith.{verb.name}", "version": 1, **value}
 
 
 def _interrupted(verb: Verb, given: Mapping[str, Any]) -> str:
@@ -208,12 +220,12 @@ def main() -> None:
     except UserError as error:
         if debug:
             raise
-        _fail(str(error))
+        _fail(error.message, error.remedy, "--json" in arguments)
     except Exception as error:
         told = None if debug else _told(error)
         if told is None:
             raise
-        _fail(told)
+        _fail(told, "", "--json" in arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -240,6 +252,12 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+def _fail(message: str, remedy: str, as_json: bool) -> NoReturn:
+    print(f"error: {UserError(message, remedy)}", file=sys.stderr)
+    if as_json and os.environ.get("RANK", "0") == "0":  # under torchrun every rank fails, and one of them says it to scripts
+        _error_as_json(message, remedy)
     raise SystemExit(2)
+
+
+def _error_as_json(message: str, remedy: str) -> None:
+    show.as_json({"format": "expertsmith.error", "version": 1, "error": message, "remedy": remedy or None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Iterable
@@ -105,13 +106,35 @@ def show_methods(methods: list[Method]) -> None:
         first = " ".join(m.doc.split("\n\n")[0].split())
         line(f"[bold]{m.name}[/bold]  {escape(m.title)} [dim]({escape(m.paper)})[/dim]: {escape(first)}")
         parts = [
-            f"needs {NEEDS[m.reads]}" + (" with --all-outputs" if m.all_outputs else ""),
+            f"needs {needs(m)}",
             f"cost: {m.cost}",
             f"budget {' or '.join(m.budgets)}",
         ]
         line("    " + escape("; ".join(parts)) + (f". {escape(m.limits)}" if m.limits else ""))
         if m.options:
             line("    [dim]-O " + escape("  ".join(f"{name}={value}" for name, value in m.options.items())) + "[/dim]")
+
+
+def show_method(m: Method) -> None:
+    """One method with its whole text."""
+    line(f"[bold]{m.name}[/bold]  {escape(m.title)} [dim]({escape(m.paper)})[/dim]")
+    line("\n" + escape(inspect.cleandoc(m.doc)) + "\n")
+    facts = {"needs": needs(m), "gives": m.gives, "cost": m.cost, "budgets": ", ".join(m.budgets), "limits": m.limits}
+    facts["options"] = "  ".join(f"-O {name}={value}" for name, value in m.options.items()) or "none"
+    show_facts(facts)
+
+
+def needs(m: Method) -> str:
+    """What the user of a method has to have."""
+    return NEEDS[m.reads] + (" with --all-outputs" if m.all_outputs else "")
+
+
+def show_facts(facts: dict[str, str]) -> None:
+    """A line a fact, but for empty ones."""
+    width = max(map(len, facts))
+    for name, text in facts.items():
+        if text:
+            line(f"[dim]{name:{width}}[/dim]  {escape(text)}")
 
 
 def ranges(ids: list[int]) -> str:
