@@ -206,6 +206,14 @@ def test_nan_is_named(capsys, mixtral, data, tmp_path, memory, value):
     assert "decoder layer 1" in message
 
 
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+def test_nan_in_the_first_layer_leaves_no_folder(capsys, mixtral, data, tmp_path, memory):
+    edit_tensor(mixtral, EXPERT.replace("layers.1", "layers.0"), lambda t: t.fill_(float("nan")))
+    line = ["calibrate", mixtral, "-d", data[0], "-o", tmp_path / "s", "--memory", memory, *SMALL]
+    assert "decoder layer 0" in refused(capsys, *line)
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.parametrize("method", ["random", "aimer"])
 def test_nan_is_named_without_calibration(capsys, mixtral, tmp_path, method):
     edit_tensor(mixtral, EXPERT, lambda t: t.fill_(float("nan")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,10 @@ def collect(  # noqa: C901  (ranks and resuming, side by side in every step)
             progress.note(f"resuming: {len(done)} of {len(wanted)} layers are finished, continuing at decoder layer {skip}")
         states = Spill(out, enabled=world == 1)
         tokens = sum(batch.tokens for batch in batches)
-        with progress.task("calibrate", tokens * (todo[-1] + 1 - skip), "layer tokens") as advance:
+        with (
+            _tidied(out, rank),
+            progress.task("calibrate", tokens * (todo[-1] + 1 - skip), "layer tokens") as advance,
+        ):
             for layer, sums in _observe(model, data, batches, set(todo), extras, states, skip, advance):
                 if world > 1:
                     _reduce(sums)
@@ -81,6 +84,19 @@ def collect(  # noqa: C901  (ranks and resuming, side by side in every step)
     if rank == 0:
         clear(out)
     return stats.load_statistics(out)
+
+
+@contextmanager
+def _tidied(out: Path, rank: int) -> Iterator[None]:
+    """A calibration that fails before anything is worth keeping leaves no folder behind."""
+    try:
+        yield
+    except BaseException:
+        if rank == 0 and [path.name for path in out.iterdir()] == ["stats.json"]:
+            (out / "stats.json").unlink()
+            with suppress(OSError):
+                out.rmdir()
+        raise
 
 
 def _observe(  # noqa: C901  (the hooks of one walk)
