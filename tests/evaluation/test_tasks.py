@@ -215,7 +215,7 @@ def test_answers_are_those_of_the_plain_model(capsys, half, tmp_path):
                 columns[name].append(float(values.index(max(values)) == document["label"]))
         for name, values in columns.items():
             right[name].append(values)
-    assert set(found) == {"model", "reference", "tasks"}
+    assert set(found) == {"format", "version", "model", "reference", "tasks"}
     assert [row["metric"] for row in found["tasks"]["rows"]] == ["acc", "acc_mutual_info"]
     for row in found["tasks"]["rows"]:
         expected = estimate(*right[row["metric"]])
@@ -336,7 +336,7 @@ def test_generation_by_domain_next_to_the_original(capsys, half, tmp_path):
     (tmp_path / "t.txt").write_text("def add(a, b):\n    return a + b\n" * 30)
     line = ["-d", f"sum={tmp_path / 'd.jsonl'}", "-d", f"code={tmp_path / 't.txt'}", "--generate", 8, "--format", "sum=^[0-9]"]
     found = report(capsys, half, "-r", MODEL, *line, "--seq-len", 32, "--samples", 3, "-o", tmp_path / "out")
-    assert set(found) == {"model", "reference", "domains", "mean", "generation"}
+    assert set(found) == {"format", "version", "model", "reference", "domains", "mean", "generation"}
     domains = found["generation"]["domains"]
     assert {name: row["prompts"] for name, row in domains.items()} == {"code": 1, "sum": 3}
     assert domains["sum"]["format"]["responses"] == 1
