@@ -166,7 +166,7 @@ def test_what_was_read_is_said(tmp_path, tokenizer):
     assert notes(f"a={one}", f"b={two}") == []
     assert notes(one) == []
     assert notes(one, two) == [f"{one}, {two} have no DOMAIN= and are read as one domain"]
-    assert notes(one, f"b={two}") == [f"{one} has no DOMAIN= and is read as domain default"]
+    assert notes(one, f"b={two}") == [f"without DOMAIN=, so of domain default: {one}"]
     assert notes(f"a={one}", f"b={one}") == [f"{one} is given 2 times"]
     assert notes(f"a={tmp_path}") == [
         f"{tmp_path}: 3 files are read, more.txt, test.jsonl, train.jsonl",
@@ -186,3 +186,12 @@ def test_columns_on_the_command_line_and_in_python(checkpoints, tmp_path, capsys
     code, _, err = run_cli(capsys, "calibrate", model, *common, str(tmp_path / "u"), "--columns", "numbers")
     assert code == 2
     assert "--columns 'numbers' is not KEY=VALUE" in err
+
+
+def test_what_is_done_to_prompts_is_said_too(tmp_path):
+    plain, said = make_tokenizer(), []
+    plain.chat_template = None
+    file = write_records(tmp_path / "a.jsonl", [{"messages": [BRIEF, *ASKED]}])
+    (prompt,) = load_prompts([str(file)], plain, samples=1, seed=0, room=99, vocab_size=None, said=said)["default"]
+    assert plain.decode(prompt.ids) == "<s>System: Be brief.\n\nUser: 2 + 2?\n\nAssistant:"
+    assert "no chat template" in said[0]

@@ -9,7 +9,7 @@ import tempfile
 import pytest
 
 from expertsmith import api, cli
-from expertsmith.checkpoint.output import check_output
+from expertsmith.checkpoint.output import check_output, refuse_other_model
 from expertsmith.errors import UserError
 
 
@@ -102,3 +102,16 @@ def test_an_existing_plan_is_replaced_when_asked(checkpoints, tmp_path):
 def test_what_the_machine_lacks_is_told_and_a_defect_is_not(error, words):
     told = cli._told(error)
     assert told is None if words is None else words in told
+
+
+def test_results_of_another_model_are_not_replaced_unasked(tmp_path):
+    result = tmp_path / "comparison.json"
+    refuse_other_model(result, "comparison", "mine", overwrite=False)
+    for damaged in ("{", "[]", '{"model": 3}', '{"model": {}}', "[" * 100_000):
+        result.write_text(damaged)
+        refuse_other_model(result, "comparison", "mine", overwrite=False)
+    result.write_text('{"model": {"fingerprint": "theirs", "source": "owner/name"}}')
+    with pytest.raises(UserError, match=r"has the comparison of another model, owner/name; .*--overwrite"):
+        refuse_other_model(result, "comparison", "mine", overwrite=False)
+    refuse_other_model(result, "comparison", "mine", overwrite=True)
+    refuse_other_model(result, "comparison", "theirs", overwrite=False)

@@ -258,6 +258,12 @@ def test_a_lead_within_the_noise_is_a_tie(small):
     assert held["near"] == ([pytest.approx(0.05), pytest.approx(error)], True)
     assert held["far"] == ([pytest.approx(0.45), pytest.approx(math.sqrt(0.01 / 3) / 2)], False)
     assert "sequences" not in json.dumps(group)
+    lucky = with_sequences(
+        {**row_of("random:seed=0", 0), "method": "random:seed=0"}, [[10, -9.0], [10, -1.0], [10, -8.0], [10, -6.0]]
+    )
+    better = next(row for row in _group(0.5, "uniform", [lucky, best])["rows"] if row["name"] != "best")
+    assert better["to_best"][0] < 0
+    assert not better["tied"]  # a difference far beyond its error, on the other side
     shown_now = displayed({**small, "groups": [group]})
     text = markdown(shown_now)
     assert "| method | a | mean increase ± se | above the best ± se | KL |" in text

@@ -715,3 +715,13 @@ def test_every_verb_that_resumes_says_where_it_works():
         "analyze": ["o"],
     }
     assert VERBS["evaluate"].keeps({"out": None}) == []
+
+
+def test_a_checkpoint_in_the_work_folder_that_was_cut_off_blocks_no_run(capsys, checkpoints, data, tmp_path):
+    """A run that is killed while it writes OUT.work/unhealed leaves OUT.work/unhealed.work."""
+    left = tmp_path / "out.work" / "unhealed.work" / "writing"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    line = ["compress", checkpoints("mixtral"), "-m", "reap", "-k", "4", "--heal", "least_squares", "-d", data[0]]
+    passed(capsys, *line, "-o", tmp_path / "out", "--seq-len", "24", "--device", "cpu", "--no-measure", "-q")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,23 +25,6 @@ def prepare(folder: Path) -> None:
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in OWN) if folder.exists() else []
     if foreign:
         raise UserError(f"{folder} contains files that are not an analysis ({foreign[0]})", "choose another folder with -o")
-
-
-def refuse_other(folder: Path, fingerprint: str, overwrite: bool) -> None:
-    """Refuse a folder with the analysis of another model, unless it is to be replaced.
-
-    Raises:
-        UserError: with the model that it is of.
-    """
-    try:
-        held = json.loads((folder / MEASURES).read_text(encoding="utf-8"))["model"]
-        other, source = held["fingerprint"] != fingerprint, held["source"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if other and not overwrite:
-        raise UserError(
-            f"{folder} has the analysis of another model, {source}", "choose another folder with -o, or pass --overwrite"
-        )
 
 
 def write(folder: Path, measures: Mapping[str, Any]) -> None:

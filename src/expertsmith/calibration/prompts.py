@@ -32,11 +32,13 @@ def load_prompts(
     room: int,
     vocab_size: int | None,
     columns: Mapping[str, str] | None = None,
+    said: list[str] | None = None,
 ) -> dict[str, list[Prompt]]:
     """Prompts by domain, at most `samples` (or the spec's N) of a source, drawn with `seed`.
 
     Args:
         room: tokens that a prompt may have at most.
+        said: collects what was done to records that the user should know.
 
     Raises:
         UserError: a source without prompts, one that is longer than `room`, ids out of range, and what reading and tokenizing raise.
@@ -46,7 +48,7 @@ def load_prompts(
         spec = parse_spec(text)
         found = []
         for place, record in read_records(spec.source, columns):
-            prompt = _prompt(record, tokenizer, place)
+            prompt = _prompt(record, tokenizer, place, said)
             if prompt.ids:
                 found.append((place, prompt))
         if not found:
@@ -66,14 +68,14 @@ def load_prompts(
     return dict(sorted(made.items()))
 
 
-def _prompt(record: Mapping[str, Any], tokenizer: Any | None, place: str) -> Prompt:
-    ids, demonstration = tokenize(record, tokenizer, place)
-    if not demonstration:
-        return Prompt(ids[: min(FIRST, (len(ids) + 1) // 2)], None)
+def _prompt(record: Mapping[str, Any], tokenizer: Any | None, place: str, said: list[str] | None) -> Prompt:
     usual = in_one_form(record, place)
+    if tokenizer is None or "text" in usual or "input_ids" in usual:
+        ids, _ = tokenize(record, tokenizer, place)
+        return Prompt(ids[: min(FIRST, (len(ids) + 1) // 2)], None)
     if "prompt" in usual and not getattr(tokenizer, "chat_template", None):
         return Prompt(frame(tokenizer, usual["prompt"], end=False), usual["response"])
     messages = conversation(usual)
     answered = messages[-1]["role"] == "assistant"
-    ids = render(tokenizer, messages[:-1] if answered else messages, place, answer=True, tools=usual.get("tools"))
+    ids = render(tokenizer, messages[:-1] if answered else messages, place, answer=True, tools=usual.get("tools"), said=said)
     return Prompt(ids, messages[-1]["content"] if answered else None)

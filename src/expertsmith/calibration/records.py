@@ -153,7 +153,7 @@ def remarks(specs: Sequence[Spec]) -> list[str]:
     if len(unlabelled) > 1:
         said.append(f"{', '.join(unlabelled)} have no DOMAIN= and are read as one domain")
     if unlabelled and len(unlabelled) < len(specs):
-        said.append(f"{', '.join(unlabelled)} has no DOMAIN= and is read as domain {DEFAULT_DOMAIN}")
+        said.append(f"without DOMAIN=, so of domain {DEFAULT_DOMAIN}: {', '.join(unlabelled)}")
     given = Counter(str(Path(spec.source).resolve()) if Path(spec.source).exists() else spec.source for spec in specs)
     said.extend(f"{source} is given {count} times" for source, count in given.items() if count > 1)
     for spec in specs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -44,6 +45,23 @@ def check_output(out: Path, writes: Writes, overwrite: bool = False) -> None:
             f"{out} cannot be written: {place} takes no new files ({error.strerror or error})",
             "choose another output, or make that place writable",
         ) from None
+
+
+def refuse_other_model(result: Path, what: str, fingerprint: str, overwrite: bool) -> None:
+    """Refuse a folder whose JSON `result` is of another model, unless it is to be replaced. A result that cannot be read holds nothing to lose.
+
+    Raises:
+        UserError: with the model that it is of.
+    """
+    try:
+        held = json.loads(result.read_text(encoding="utf-8"))["model"]
+        other, source = held["fingerprint"] != fingerprint, held["source"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if other and not overwrite:
+        raise UserError(
+            f"{result.parent} has the {what} of another model, {source}", "choose another folder with -o, or pass --overwrite"
+        )
 
 
 def _check_file(target: Path, out: Path, overwrite: bool) -> None:

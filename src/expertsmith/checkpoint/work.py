@@ -27,7 +27,8 @@ def work_of(out: Path) -> Path:
 def work_beside(
     out: Path, part: str, note: Callable[[str], None] | None = None, *, keep: bool = False, scratch: bool = False
 ) -> Iterator[Path]:
-    """`OUT.work/PART`, for as long as the job runs. A job that fails leaves what it finished there, for the next run to go on from.
+    """`OUT.work/PART`, for as long as the job runs. A job that fails leaves what it finished there, for the next run to go on from. A part that is
+    a checkpoint has a work folder of its own beside it while it is written.
 
     Args:
         note: told of the work of an earlier version, which is not used where it lies.
@@ -38,7 +39,9 @@ def work_beside(
         UserError: `OUT.work` is somebody else's.
     """
     folder = work_of(out)
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - PARTS - {MARK}):
+    if folder.exists() and (
+        not folder.is_dir() or {path.name.removesuffix(".work") for path in folder.iterdir()} - PARTS - {MARK}
+    ):
         raise UserError(
             f"{folder} contains files that are not unfinished work of expertsmith", "move it away, or choose another output"
         )

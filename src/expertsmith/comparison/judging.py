@@ -47,7 +47,10 @@ def asking(
     if new_tokens:
         config = opened[0].config
         room, vocab = min(window_of(entry.config) for entry in opened) - new_tokens, text_config(config).get("vocab_size")
-        drawn = load_prompts(data, tokenizer, room=room, vocab_size=vocab, **drawing)
+        said: list[str] = []
+        drawn = load_prompts(data, tokenizer, room=room, vocab_size=vocab, said=said, **drawing)
+        for note in dict.fromkeys(said):
+            keeping["progress"].note(note)
         questions.prompts = {domain: [prompt.ids for prompt in held] for domain, held in drawn.items()}
         questions.formats = generation.formats_of(formats, list(drawn))
         questions.responses = {

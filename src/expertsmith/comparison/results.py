@@ -79,9 +79,10 @@ def _row(cell: Cell, names: Mapping[str, str], held: Mapping[str, Any]) -> Row:
 
 def _group(share: float | int | None, budget: str, rows: Iterable[Row]) -> dict[str, Any]:
     """Rows sorted by the mean rise. `to_best`: [mean rise above that of the best method, its standard error over the sequences, paired], and
-    `tied`: that difference is within CLEAR standard errors. `random`: for each way of healing the draws' mean, least and largest rise. A row is `worse_than_random` if its
-    rise is above the mean of the draws with the same healing (None where there are no draws, as with methods' own thresholds)."""
-    rows = sorted(rows, key=lambda row: row["rise"]["mean"][0])
+    `tied`: that difference is within CLEAR standard errors. `random`: for each way of healing the draws' mean, least and largest rise. A row is
+    `worse_than_random` if its rise is above the mean of the draws with the same healing (None where there are no draws, as with methods' own
+    thresholds)."""
+    rows = sorted(map(dict, rows), key=lambda row: row["rise"]["mean"][0])
     drawn: dict[Any, list[float]] = {}
     for row in rows:
         if _random(row):
@@ -94,7 +95,7 @@ def _group(share: float | int | None, budget: str, rows: Iterable[Row]) -> dict[
     best = next((row for row in rows if not _random(row)), None)
     for row, sums in [(row, row["rise"].get("sequences")) for row in rows]:
         row["to_best"] = None if best is None or sums is None else _paired(sums, best["rise"]["sequences"])
-        row["tied"] = row is not best and row["to_best"] is not None and row["to_best"][0] <= CLEAR * row["to_best"][1]
+        row["tied"] = row is not best and row["to_best"] is not None and abs(row["to_best"][0]) <= CLEAR * row["to_best"][1]
     for row in rows:
         row["rise"] = {key: value for key, value in row["rise"].items() if key != "sequences"}
         mean = means.get(row["heal"])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from expertsmith.calibration.opening import open_model, token_data
 from expertsmith.calibration.spec import refuse_missing
 from expertsmith.checkpoint import open_checkpoint
+from expertsmith.checkpoint.output import refuse_other_model
 from expertsmith.comparison.cells import CELLS, WORK, Cell, cells_of, load, parse_heal, save
 from expertsmith.comparison.judging import refuse_stream
 from expertsmith.comparison.results import original_file, statistics_folder
@@ -237,13 +238,7 @@ def _prepare(folder: Path, resume: bool, fingerprint: str, overwrite: bool) -> N
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in own) if folder.exists() else []
     if foreign:
         raise UserError(f"{folder} contains files that are not a comparison ({foreign[0]})", "choose another folder with -o")
-    found = folder / RESULTS[0]
-    held = json.loads(found.read_text(encoding="utf-8"))["model"] if found.is_file() else None
-    if held and held["fingerprint"] != fingerprint and not overwrite:
-        raise UserError(
-            f"{folder} has the comparison of another model, {held['source']}",
-            "choose another folder with -o, or pass --overwrite",
-        )
+    refuse_other_model(folder / RESULTS[0], "comparison", fingerprint, overwrite)
     if not resume:
         for name in (PLANS, CELLS, WORK):
             shutil.rmtree(folder / name, ignore_errors=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of
 from expertsmith.checkpoint import open_checkpoint
+from expertsmith.checkpoint.output import refuse_other_model
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.verbs.calibrate import calibrate
@@ -91,7 +92,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     folder.prepare(target)
     refuse_missing(data)
     inventory = inventory_of(model, given["allow_pickle"])
-    folder.refuse_other(target, inventory.checkpoint.fingerprint, overwrite)
+    refuse_other_model(target / folder.MEASURES, "analysis", inventory.checkpoint.fingerprint, overwrite)
     study.refuse_single(inventory)
     material = study.Material(inventory, Sampling(neurons, pairs, given["seed"]), progress=progress)
     if all_experts and not data:

@@ -373,8 +373,7 @@ def _needs(recipe: Recipe, model: str) -> dict[str, dict[str, Any]]:
             continue
         if name in ("verify", "heal") and recipe.apply is None:
             continue
-        files = [source] if gguf else []
-        asked = {**section.model_dump(mode="json"), **({"gguf": files} if files else {})}
+        asked = section.model_dump(mode="json") | ({"gguf": source} if gguf else {})
         found[name] = made_with(asked, more, {feed: found[feed] for feed in feeds if feed in found})
     return found
 

@@ -14,14 +14,13 @@ KEPT = ("method", RISE)  # at any width
 
 def show_comparison(found: Mapping[str, Any], out: Path) -> None:
     """A table a ratio and budget, best first, then what they say."""
-    hidden: set[str] = set()
+    hidden: list[str] = []
     for group in found["groups"]:
         table, left_out = fitting(group, found)
-        hidden.update(left_out)
+        hidden.extend(left_out)
         show.line(table)
     if hidden:
-        names = ", ".join(name for name in columns(found, found["groups"][0]["rows"]) if name in hidden)
-        show.line(f"[dim]left out, for the width of this terminal: {show.escape(names)}[/dim]")
+        show.line(f"[dim]left out, for the width of this terminal: {show.escape(', '.join(dict.fromkeys(hidden)))}[/dim]")
     for text in sentences(found):
         show.line(show.escape(text))
     if any(row["worse_than_random"] for group in found["groups"] for row in group["rows"]):

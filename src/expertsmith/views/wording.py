@@ -172,7 +172,7 @@ def how(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{chosen}; evaluated on {sum(heldout['tokens'].values()):,} predicted tokens of held-out text, dtype {found['dtype']}.",
         "Perplexity by domain; mean increase: loss minus the original's in nats per token, mean over domains, with the paired standard error over sequences (random: [least, "
-        f"largest draw]); above the best: the paired difference to the first row, {TIED} where it is below two standard errors; KL(original ‖ compressed) in nats; top-1: share of tokens with the same most probable next token.",
+        f"largest draw]); above the best: the paired difference to the best method, {TIED} where it is below two standard errors; KL(original ‖ compressed) in nats; top-1: share of tokens with the same most probable next token.",
         "plan s and memory are for planning alone: seconds, and additional bytes of the process. If a method measures weights, "
         "only its first cell does so, once for all ratios.",
         f"Bold: best of its column. {WORSE}: worse than the mean of the random draws. `expertsmith apply MODEL plans/NAME.json -o OUT` writes any of these models.",
