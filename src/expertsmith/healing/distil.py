@@ -2,9 +2,10 @@
 
     L = (1 / N) sum_t [ kl tau^2 KL(p_t || q_t) + text (-log q_t(next token)) ],    KL over the whole vocabulary
 
-p of the teacher, q of the student, both at temperature tau in the KL (Router KD, arXiv 2603.02217); N the predicted tokens of a step. Logits
-exist for a few tokens at a time: the hidden states before the head are a leaf that collects gradients part by part. AdamW, a linear warm-up,
-then a linear or cosine fall to 0. Of all looks at the held-out tokens the best weights are kept, the start among them.
+p is the teacher's distribution, q the student's, both at temperature tau in the KL (Router KD, arXiv 2603.02217); N is the number of predicted
+tokens in a step. Logits are computed for a few tokens at a time: the hidden states before the head are a leaf that collects their gradients.
+The optimizer is AdamW with a linear warm-up, then linear or cosine decay to 0. The held-out loss is measured several times, before the first
+step too, and the weights with the lowest one are kept.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class _Captured(Exception):  # noqa: N818  (a signal)
 
 
 class Headed:
-    """A causal LM in two halves: everything up to the hidden states before its head, and the head with all that the model does to logits."""
+    """A causal LM in two halves: up to the hidden states before the head; and the head, with everything the model does to logits."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.module: Any = model.module
@@ -50,7 +51,7 @@ class Headed:
         self._last: Any = None
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """[rows, length, hidden] before the head."""
+        """The hidden states before the head, [rows, length, hidden]."""
         forward = type(self.base).forward
 
         def stop(*args: Any, **kwargs: Any) -> Any:
@@ -67,7 +68,7 @@ class Headed:
         return found
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, vocabulary] of hidden states [n, hidden]."""
+        """The logits [n, vocabulary] of hidden states [n, hidden]."""
         output = copy.copy(self._last)
         output["last_hidden_state"] = hidden.unsqueeze(0)
         self.base.forward = lambda *args, **kwargs: output
@@ -81,7 +82,7 @@ class Headed:
 
 @dataclass
 class Distillation:
-    """One training: which weights, on what, how."""
+    """One training run: the weights, the data, the options."""
 
     student: LoadedModel
     teacher: LoadedModel
@@ -101,7 +102,7 @@ class Distillation:
         self.steps = max(1, math.ceil(self.options.epochs * sum(int(m.sum()) for m in self._train) / self.options.step_tokens))
 
     def run(self) -> None:
-        """Train, and leave the best weights in the student. An interrupted training goes on from its last look."""
+        """Train, and leave the best weights in the student. An interrupted training resumes from its last held-out measurement."""
         start = {name: weight.detach().clone() for name, weight in self.weights.items()}
         rates = (self.options.learning_rate,) if self.options.learning_rate else self.options.rates
         trial = max(1, self.steps // TRIAL) if len(rates) > 1 else 0
@@ -172,7 +173,7 @@ class Distillation:
         begin: int,
         resumed: tuple[dict[str, torch.Tensor], Any] | None,
     ) -> Iterator[tuple[int, float, torch.optim.AdamW]]:
-        """One run from the start, or from step `begin` of an interrupted one; yields (step, held-out loss, optimiser) at every look."""
+        """Train from the start weights, or resume at step `begin`; yields (step, held-out loss, optimizer) at every measurement."""
         self._set(start)
         for weight in self.weights.values():
             weight.requires_grad_(True)
@@ -233,7 +234,7 @@ class Distillation:
         return total / count
 
     def _loss(self, number: int, chosen: torch.Tensor, gradients: bool, count: int) -> float:
-        """Sum of the loss over the chosen predictions of a batch, over `count`; with gradients, which are added to the weights'."""
+        """Sum the loss over the chosen predictions of a batch and divide by `count`. With `gradients`, add them to the weights' gradients."""
         batch = self.batches[number]
         chosen = chosen.to(self.student.device)
         targets = batch.input_ids.to(self.student.device)[:, 1:][chosen]
@@ -272,7 +273,7 @@ class Distillation:
 
 
 def router_weights(student: LoadedModel, inventory: Inventory) -> dict[str, nn.Parameter]:
-    """Name → router rows of every MoE layer that gradients reach (no biases that act on the selection only)."""
+    """Name → router weights of every MoE layer that gradients reach (biases that only act on the selection are left out)."""
     found: dict[str, nn.Parameter] = {}
     record = inventory.architecture
     for layer in student.moe_layers:

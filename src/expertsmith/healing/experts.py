@@ -1,7 +1,7 @@
-"""The experts of one decoder layer while it is healed: what came to them, their hidden activations, and their down projections.
+"""The experts of one decoder layer during healing: their inputs, hidden activations and down projections.
 
-An expert's output is linear in its down projection: with phi_t = w_t * act(gate x_t) * (up x_t), w_t the routing weight, the routed output of
-token t is the sum over its experts of W_down phi_t (+ w_t b_down).
+An expert's output is linear in its down projection: with phi_t = w_t * act(gate x_t) * (up x_t) and the routing weight w_t, the routed output
+of token t is the sum of W_down phi_t (+ w_t b_down) over its experts.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Skip = tuple[float, Rule]  # threshold and rule of a layer whose tokens skip exp
 
 @dataclass
 class Routed:
-    """What T tokens brought to a layer's experts. Slots of no routed expert (zero experts, skipped ones, weight 0) have expert -1.
+    """The inputs and routing of T tokens at a layer's experts. Slots without a routed expert (zero experts, skipped, weight 0) have expert -1.
 
-    `scale` [T, slots] multiplies an expert's input, `weight` [T, slots] its output; families have one or the other.
+    `scale` [T, slots] multiplies an expert's input, `weight` [T, slots] its output; a family uses one of them.
     """
 
     x: torch.Tensor  # [T, width]
@@ -36,20 +36,20 @@ class Routed:
     scale: torch.Tensor | None = None
 
     def at(self, rows: torch.Tensor) -> Routed:
-        """Some of the tokens."""
+        """A part of the tokens."""
         return Routed(self.x[rows], self.expert[rows], self.weight[rows], None if self.scale is None else self.scale[rows])
 
 
 @dataclass
 class Tapped:
-    """One call of a layer: what the experts got, and their summed output as a leaf of the graph."""
+    """One call of a layer: the experts' inputs, and their summed output as a leaf of the graph."""
 
     routed: Routed
     leaf: torch.Tensor  # [T, width]
 
 
 class LayerExperts:
-    """Router and experts of a decoder layer, loaded."""
+    """The loaded router and experts of a decoder layer."""
 
     def __init__(self, layer: nn.Module, record: Architecture, skip: Skip | None = None) -> None:
         self.layer, self.record, self.skip = layer, record, skip
@@ -61,7 +61,7 @@ class LayerExperts:
 
     @contextmanager
     def tapped(self, found: list[Tapped]) -> Iterator[None]:
-        """Within the context, the layer's experts run as ever, but gradients start at their output; each call is added to `found`."""
+        """Within the context, the layer's experts run as usual, but gradients stop at their output; each call is appended to `found`."""
         held = self.module.__dict__.get("forward")
         inner = self.module.forward
         routing: list[torch.Tensor] = []
@@ -95,7 +95,7 @@ class LayerExperts:
 
     @contextmanager
     def in_bfloat16(self) -> Iterator[None]:
-        """Within the context, the experts multiply in bfloat16; weights, gradients and what stands around the products stay as they are."""
+        """Within the context, the experts multiply in bfloat16; weights, gradients and all other operations keep their dtype."""
         self.module.forward = partial(_forward_in, torch.bfloat16, self.module)
         try:
             yield
@@ -104,15 +104,15 @@ class LayerExperts:
 
     @property
     def fast(self) -> AbstractContextManager[None]:
-        """The context for steps of a training. A GPU multiplies groups of bfloat16 rows in one go; float32 ones group by group, and it waits
-        before each product. Its rows have to be a multiple of 16 bytes."""
+        """The context for training steps: bfloat16 products on a GPU. It multiplies all groups of bfloat16 rows in one launch; float32 groups
+        need a launch and a synchronization each. Rows must be a multiple of 16 bytes."""
         matrices = [weight for weight in self.module.parameters() if weight.dim() == 3]
         suits = is_grouped(self.module) and "forward" not in self.module.__dict__ and bool(matrices)
         suits = suits and all(weight.is_cuda and weight.shape[1] % 8 == weight.shape[2] % 8 == 0 for weight in matrices)
         return self.in_bfloat16() if suits else nullcontext()
 
     def _scaled(self, x: torch.Tensor, scores: torch.Tensor) -> Routed:
-        """Scores [T, E] that scale an expert's input, 0 where it is not chosen."""
+        """Scores [T, E] that scale an expert's input; 0 where the expert is not selected."""
         scores = scores.reshape(-1, self.count)
         slots = int((scores != 0).sum(1).max())
         scale, expert = scores.sort(dim=1, descending=True)
@@ -148,7 +148,7 @@ class LayerExperts:
 
     @property
     def _act(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The activation of an experts module that transformers' decorator does not describe."""
+        """The activation of an experts module without transformers' experts decorator."""
         if self._acting is None:
             owners = (self.module, *self.module.children())
             names = ("act_fn", "activation_fn")
@@ -159,7 +159,7 @@ class LayerExperts:
         return self._acting  # type: ignore[no-any-return]
 
     def features(self, routed: Routed, expert: int, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """phi [len(rows), neurons (+ 1 where down projections have a bias)] of one expert, float32; (row, slot) pairs of `routed`."""
+        """phi of one expert at (row, slot) pairs of `routed`: [len(rows), neurons (+ 1 if the down projection has a bias)], float32."""
         x = routed.x[rows]
         if routed.scale is not None:
             x = routed.scale[rows, slots, None] * x
@@ -169,7 +169,7 @@ class LayerExperts:
         return hidden * routed.weight[rows, slots, None]
 
     def down(self, expert: int) -> torch.Tensor:
-        """[outputs, neurons (+ 1)] float64: the down projection, its bias as the last column."""
+        """The down projection as [outputs, neurons (+ 1)], float64, with the bias as last column."""
         views = self.views(expert)
         bias = views.get(("down", False))
         matrix = views["down", True].double()
@@ -177,7 +177,7 @@ class LayerExperts:
 
     @torch.no_grad()
     def set_down(self, expert: int, values: torch.Tensor) -> None:
-        """The inverse of `down`."""
+        """Write values in the form that `down` returns."""
         views = self.views(expert)
         neurons = views["down", True].shape[1]
         views["down", True].copy_(values[:, :neurons])
@@ -186,7 +186,7 @@ class LayerExperts:
 
 
 class _Cast:
-    """An experts module with its weights in another dtype."""
+    """An experts module with its weights cast to another dtype."""
 
     def __init__(self, experts: nn.Module, dtype: torch.dtype) -> None:
         self.experts = experts

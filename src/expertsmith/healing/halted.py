@@ -1,4 +1,4 @@
-"""A decoder layer at which all batches stand, with what its output should be."""
+"""A decoder layer before which all batches have stopped, with its target outputs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SMALL = 1e-12
 
 @dataclass
 class Halted:
-    """A layer at which all batches stand: its experts, and for every batch its call, target, and the tokens that count and are held out
-    ([rows, length] bool)."""
+    """A layer before which all batches have stopped: its experts, and for every batch the call, the target output, and two masks
+    ([rows, length] bool): tokens that count, and tokens held out."""
 
     index: int
     experts: LayerExperts
@@ -28,7 +28,7 @@ class Halted:
     held: list[torch.Tensor]
 
     def error(self, output: Any, number: int) -> torch.Tensor:
-        """Target minus output, 0 at tokens that do not count."""
+        """Target minus output; 0 at tokens that do not count."""
         hidden = hidden_of(output)
         target, mask = self.targets[number], self.masks[number]
         if hidden.shape != target.shape:
@@ -44,5 +44,5 @@ class Halted:
         return (wrong.flatten(1).square().sum(1) / target.flatten(1).square().sum(1).clamp_min(SMALL)).sum()
 
     def held_error(self, output: Any, number: int) -> float:
-        """`share` of the held-out tokens."""
+        """`share` over the held-out tokens."""
         return float(self.share(output, number, self.held[number]))

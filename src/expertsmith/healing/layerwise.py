@@ -1,9 +1,9 @@
 """Heal layer by layer, in closed form and by gradients within a layer; nothing is propagated back through the model.
 
-Both models carry the same tokens. Before decoder layer l of the student runs, its inputs are those that the healed layers before it make,
-and the target is what the original puts into its residual stream after layer l: so errors made earlier are corrected later. What is made
-small is the relative error, the mean over tokens of ||target - output||^2 / ||target||^2, because the next norm divides by the stream's
-length. A layer's new weights are rounded to the checkpoint's dtype, and kept only if this error falls on the held-out tokens.
+Both models run the same tokens. The inputs of the student's decoder layer l come from the layers healed before it, and the target is the
+original's residual stream after layer l: so a later layer corrects errors of earlier ones. The objective is the relative error, the mean over
+tokens of ||target - output||^2 / ||target||^2, because the next norm divides by the length of the stream. A layer's new weights are rounded
+to the checkpoint's dtype, and kept only if this error falls on the held-out tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ALL = ("router", "gate", "up", "down")
 
 @dataclass
 class Layerwise:
-    """One healing: the two models, the data, and where finished layers are kept."""
+    """One healing run: the two models, the data, and the store of finished layers."""
 
     student: LoadedModel
     teacher: LoadedModel
@@ -57,7 +57,7 @@ class Layerwise:
         return ALL if isinstance(self.options, LayerLocal) else DOWN
 
     def run(self) -> Quality:
-        """Heal every MoE layer; the quality of the healed student against the teacher on the held-out tokens."""
+        """Heal every MoE layer; returns the quality of the healed student against the teacher on the held-out tokens."""
         targets: dict[int, torch.Tensor] = {}
         held = [mask.to(self.student.device) for mask in self.held]
         masks = [batch.mask.to(self.student.device) for batch in self.batches]
@@ -91,7 +91,7 @@ class Layerwise:
         return quality
 
     def _tick(self, share: float) -> None:
-        """Progress within a layer: a share of its work is done, about."""
+        """Report progress within a layer: an estimated share of its work is done."""
         amount = min(share * self._tokens, self._left)
         self._left -= amount
         self._advance(amount)
@@ -128,14 +128,14 @@ class Layerwise:
         return outputs
 
     def _settle(self, halted: Halted, roles: Sequence[str]) -> tuple[list[Any], float, dict[str, torch.Tensor]]:
-        """Round the layer to the checkpoint's dtypes, and run it: outputs, held-out error, and the tensors that differ from the source's."""
+        """Round the layer to the checkpoint's dtypes and run it; returns outputs, held-out error, and the tensors that differ from the source."""
         tensors = to_checkpoint(halted.experts, self.inventory, halted.index, roles)
         into_memory(halted.experts, self.inventory, halted.index, tensors, roles)
         outputs = [call() for call in halted.calls]
         return outputs, held_mean(halted, outputs), tensors
 
     def _restore(self, halted: Halted, tensors: dict[str, torch.Tensor]) -> tuple[list[Any], float, dict[str, torch.Tensor]]:
-        """Go back to the source's weights, but for `tensors`."""
+        """Restore the source's weights, except for `tensors`."""
         into_memory(halted.experts, self.inventory, halted.index, tensors, self.roles)
         outputs = [call() for call in halted.calls]
         return outputs, held_mean(halted, outputs), tensors
@@ -148,7 +148,7 @@ def held_mean(halted: Halted, outputs: Sequence[Any]) -> float:
 
 
 def look(halted: Halted, tick: Callable[[float], None]) -> tuple[Problem, float]:
-    """Run the layer once: the least-squares problem of its tokens, and its held-out error as it is."""
+    """Run the layer once; returns its least-squares problem, and its held-out error before healing."""
     parts: list[tuple[Routed, torch.Tensor, torch.Tensor, torch.Tensor]] = []
     error = 0.0
     for number, call in enumerate(halted.calls):
@@ -170,7 +170,7 @@ def look(halted: Halted, tick: Callable[[float], None]) -> tuple[Problem, float]
     routed = joined([part[0] for part in parts])
     strength = torch.cat([part[2] for part in parts])
     seen = strength > 0
-    # tokens without an error say nothing of their strength
+    # the strength of a token without an error is unknown: it gets the mean
     strength = torch.where(seen, strength, strength[seen].mean() if bool(seen.any()) else 1.0)
     count = sum(int(mask.sum()) for mask in halted.held)
     problem = Problem(routed, torch.cat([part[1] for part in parts]), torch.cat([part[3] for part in parts]), strength)
@@ -178,7 +178,7 @@ def look(halted: Halted, tick: Callable[[float], None]) -> tuple[Problem, float]
 
 
 def joined(parts: Sequence[Routed]) -> Routed:
-    """The tokens of several batches as one."""
+    """Concatenate the tokens of several batches."""
     slots = max(part.expert.shape[1] for part in parts)
 
     def wide(values: torch.Tensor, fill: float) -> torch.Tensor:

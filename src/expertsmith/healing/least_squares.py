@@ -1,16 +1,16 @@
-"""The best down projections for the routing that a smaller router does, in closed form.
+"""The best down projections for the pruned router's routing, in closed form.
 
-With phi_t the features of expert e on its tokens T_e (`healing.experts`) and R the residual (what is wanted of the routed output, less what
-has been added so far), one step for one expert is the ridge regression
+phi_t are the features of expert e on its tokens T_e (`healing.experts`), and R is the residual: the change wanted of the routed output, minus
+the changes made so far. One step for one expert is the ridge regression
 
     dW^T = (Phi^T Phi + lambda mean(diag(Phi^T Phi)) I)^-1 Phi^T R[T_e],    W += dW,    R[T_e] -= Phi dW^T,
 
-which pulls towards the weights as they are: an expert with few tokens hardly moves. The experts take turns (block Gauss-Seidel), `sweeps`
-times over. lambda is chosen for every step by the held-out tokens, and a step that does not lower the held-out error is not made; an
-expert without held-out tokens cannot be judged and stays. Sums and solves in float64.
+which pulls towards the present weights: an expert with few tokens hardly moves. The experts take turns (block Gauss-Seidel), for `sweeps`
+rounds. The held-out tokens choose lambda for every step, and a step that does not lower the held-out error is not made; an expert without
+held-out tokens is left unchanged. Sums and solves use float64.
 
-Phi^T Phi is the same in every sweep. So it is summed and factored once, for several experts and all lambdas in one call, and kept while there
-is room. Nothing waits for the device within a sweep: which step is made is decided there.
+Phi^T Phi is the same in every sweep, so it is summed and factored once, for several experts and all lambdas in one call, and kept while memory
+allows. A sweep never synchronizes with the device: the device decides which steps are made.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ AT_ONCE = 2**28  # bytes of matrices that are factored in one call
 
 @dataclass
 class Problem:
-    """The least-squares problem of one layer: its tokens, what is wanted of the routed output [T, width], float32, and which tokens are held
-    out. `strength` [T] weighs a token by how strongly the layer's output follows its routed output; a constant changes nothing."""
+    """The least-squares problem of one layer: its tokens, the change wanted of the routed output ([T, width], float32), and the held-out mask.
+    `strength` [T] weights a token by how strongly the layer's output depends on its routed output; a common factor has no effect."""
 
     routed: Routed
     wanted: torch.Tensor
@@ -41,7 +41,7 @@ class Problem:
 
 @dataclass
 class Solution:
-    """New down projections of the experts that changed, and the squared held-out error of the routed output, before and after every sweep."""
+    """New down projections of the changed experts, and the squared held-out error of the routed output before the first and after every sweep."""
 
     down: dict[int, torch.Tensor] = field(default_factory=dict)
     errors: list[float] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Solution:
 
 
 def solve(layer: LayerExperts, problem: Problem, sweeps: int = 2, tick: Callable[[float], None] = lambda _: None) -> Solution:
-    """Sweep over the experts of a layer. `tick` is told the share of the work that each step was."""
+    """Sweep over the experts of a layer; `tick` receives each step's share of the work."""
     turns = _Turns(layer, problem)
     errors = [turns.held_error()]
     for _ in range(sweeps):
@@ -67,7 +67,7 @@ def solve(layer: LayerExperts, problem: Problem, sweeps: int = 2, tick: Callable
 
 @dataclass
 class _Sums:
-    """Phi^T Phi of an expert over its held-out and its training tokens, and the factors of the second where all fit."""
+    """Phi^T Phi of an expert over its held-out and its training tokens; factors of the latter if they all fit in memory."""
 
     held: torch.Tensor
     gram: torch.Tensor
@@ -75,7 +75,7 @@ class _Sums:
 
 
 class _Turns:
-    """The state of the sweeps: the residual, and what is known of every expert."""
+    """The state of the sweeps: the residual, and every expert's sums."""
 
     def __init__(self, layer: LayerExperts, problem: Problem) -> None:
         self.layer, self.routed = layer, problem.routed
@@ -101,7 +101,7 @@ class _Turns:
         self.made: dict[int, torch.Tensor] = {}
 
     def _sort(self, problem: Problem) -> None:
-        """All (token, slot) pairs by expert, an expert's training tokens before its held-out ones, and who has both."""
+        """Sort all (token, slot) pairs by expert, training tokens before held-out ones, and list the experts that have both."""
         count, slots = self.layer.count, problem.routed.expert.shape[1]
         expert = problem.routed.expert
         key = torch.where(expert < 0, 2 * count, 2 * expert + problem.held[:, None]).reshape(-1)
@@ -117,7 +117,7 @@ class _Turns:
         return float((self.rest[self.held].double().square().sum(1) * self.weight[self.held]).sum())
 
     def _parts(self, expert: int) -> Iterator[tuple[bool, torch.Tensor, torch.Tensor]]:
-        """(whether held out, tokens, features [tokens, features]) of an expert, some at a time."""
+        """Yield (is held out, tokens, features [tokens, features]) of an expert in parts."""
         first, middle, last = self.bounds[expert]
         places = [(False, at, min(at + ROWS, middle)) for at in range(first, middle, ROWS)]
         places += [(True, at, min(at + ROWS, last)) for at in range(middle, last, ROWS)]
@@ -132,7 +132,7 @@ class _Turns:
             self._features[expert] = made
 
     def prepare(self, group: Sequence[int]) -> None:
-        """Have the sums of experts ready, and where there is room for all lambdas at once, their factors."""
+        """Compute the sums of experts, and their factors if memory allows all lambdas at once."""
         if group[0] in self._sums:
             return
         if not self.keeps_sums:
@@ -150,7 +150,7 @@ class _Turns:
                 self._sums[expert].factors = (factors[0], factors[1])
 
     def _factors(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(lambdas, factors, which failed), all together or one by one."""
+        """Yield (lambdas, factors, failure codes), all together or one by one."""
         sums = self._sums[expert]
         if sums.factors is not None:
             yield self.ridges, *sums.factors
@@ -159,7 +159,7 @@ class _Turns:
             yield ridge, *_factored(sums.gram, ridge)
 
     def step(self, expert: int) -> None:
-        """One expert's step, where it lowers the held-out error."""
+        """Make one expert's step if it lowers the held-out error."""
         moments: dict[bool, torch.Tensor] = {}
         for held, rows, phi in self._parts(expert):
             moment = phi.double().T @ (self.rest[rows].double() * self.weight[rows, None])
@@ -182,7 +182,7 @@ class _Turns:
 
 
 def _factored(gram: torch.Tensor, ridges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Cholesky factors [..., lambdas, features, features], where not 0 there is none [..., lambdas]) of gram + lambda mean(diagonal) I."""
+    """Cholesky factors [..., lambdas, features, features] of gram + lambda mean(diagonal) I, and a code [..., lambdas] that is 0 if it exists."""
     shift = ridges * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram.unsqueeze(-3) + shift[..., None, None] * eye)

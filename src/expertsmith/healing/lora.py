@@ -1,7 +1,7 @@
-"""LoRA adapters on chosen weights of a student, through peft: fused experts as parameters, everything else as linear modules.
+"""LoRA adapters on chosen weights of a student, by peft: on parameters for fused experts, on linear modules for everything else.
 
-The adapters are merged back, so that the healed checkpoint is stock. What changed is found by saving the merged model in the checkpoint's own
-layout and comparing tensor by tensor after rounding to the checkpoint's dtypes.
+The adapters are merged at the end, so that the healed checkpoint has the stock layout. To find the changed tensors, the merged model is saved
+in that layout and compared tensor by tensor, after rounding to the checkpoint's dtypes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ADAPTER = "default"
 
 
 def peft() -> Any:
-    """The library.
+    """Import peft.
 
     Raises:
         UserError: it is not installed.
@@ -44,12 +44,12 @@ def peft() -> Any:
 
 
 def targets(student: LoadedModel, wanted: str) -> tuple[list[str], list[str]]:
-    """(linear modules, parameters) by their names in the model, for `wanted`: attention, experts, router, shared or several with commas.
+    """Names in the model of the (linear modules, parameters) that `wanted` selects: attention, experts, router, shared, comma-separated.
 
-    Attention is every linear module of a decoder layer outside of its MoE block.
+    Attention means every linear module of a decoder layer outside its MoE block.
 
     Raises:
-        UserError: another word, or nothing in the model that it stands for.
+        UserError: an unknown word, or one that selects nothing in this model.
     """
     kinds = [word.strip() for word in wanted.split(",") if word.strip()]
     for word in kinds:
@@ -70,7 +70,7 @@ def targets(student: LoadedModel, wanted: str) -> tuple[list[str], list[str]]:
 
 
 def _place(record: Architecture, path: str | None) -> str:
-    """From the decoder layer to a part of its MoE block; "" where it has none."""
+    """The path from the decoder layer to a part of its MoE block; "" if it has none."""
     return f"{record.block}.{path}".lstrip(".") if path else ""
 
 
@@ -90,7 +90,7 @@ def _parameters(layer: nn.Module, record: Architecture, kinds: Sequence[str]) ->
 
 
 def _linears(layer: nn.Module, record: Architecture, moe: bool) -> Iterator[tuple[str, str]]:
-    """(kind, name) of the linear modules of a layer's shared experts, and of those outside of its MoE block."""
+    """(kind, name) of the linear modules of a layer's shared experts, and outside its MoE block."""
     shared = _place(record, record.shared) if moe else ""
     block = record.block if moe else ""
     parts = [_place(record, path) for path in (record.experts, record.router)] if moe else []
@@ -108,7 +108,7 @@ def _inside(name: str, place: str) -> bool:
 
 
 class Adapted:
-    """A student with adapters in it; its own module runs with them."""
+    """A student whose module runs with adapters."""
 
     def __init__(self, student: LoadedModel, options: Lora) -> None:
         library = peft()
@@ -139,14 +139,14 @@ class Adapted:
             weight.requires_grad_(False)
 
     def merge(self) -> Any:
-        """The plain model with the adapters in its weights."""
+        """Merge the adapters into the weights and return the plain model."""
         with quietly():
             return self.model.merge_and_unload()
 
 
 @contextmanager
 def noisy_embeddings(module: Any, alpha: float, seed: int) -> Iterator[None]:
-    """NEFTune (arXiv 2310.05914): while gradients are on, uniform noise of up to alpha / sqrt(length * hidden) on the input embeddings."""
+    """NEFTune (arXiv 2310.05914): add uniform noise of up to alpha / sqrt(length * hidden) to the input embeddings while gradients are on."""
     if not alpha:
         yield
         return
@@ -169,7 +169,7 @@ def noisy_embeddings(module: Any, alpha: float, seed: int) -> Iterator[None]:
 
 @torch.no_grad()
 def rounded(module: Any, inventory: Inventory) -> None:
-    """Round a model's weights to the checkpoint's dtype, where it has one for all of its floats, so that it is judged as it is written."""
+    """Round a model's weights to the checkpoint's dtype, if all its floats share one, so that the written values are the ones judged."""
     dtypes = {info.dtype for info in inventory.checkpoint.tensors.values() if info.dtype in FLOATS}
     if len(dtypes) == 1:
         kind = getattr(torch, TORCH_DTYPES[dtypes.pop()])
@@ -178,8 +178,8 @@ def rounded(module: Any, inventory: Inventory) -> None:
 
 
 def changed_tensors(module: Any, inventory: Inventory, folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a model that differ from the checkpoint's, by the checkpoint's names, rounded to its dtypes. `folder` is for a saved copy,
-    which goes again."""
+    """The tensors of a model that differ from the checkpoint, under the checkpoint's names and rounded to its dtypes. `folder` holds a
+    temporary saved copy."""
     source = inventory.checkpoint
     found: dict[str, torch.Tensor] = {}
     try:

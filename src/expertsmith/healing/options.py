@@ -1,4 +1,4 @@
-"""The ways of healing and their options. No torch: recipes and the command line are checked with it."""
+"""The healing methods and their options. Imports no torch, because recipes and the command line validate with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from expertsmith.registry import unknown
 class LeastSquares:
     """Down projections in closed form, layer by layer.
 
-    `sweeps`: how often all experts of a layer take turns.
+    `sweeps`: rounds over all experts of a layer.
     """
 
     sweeps: Annotated[int, AtLeast(1)] = 3
@@ -25,8 +25,8 @@ class LeastSquares:
 class LayerLocal:
     """Least squares, then router, gate, up and down projections by gradients within each layer.
 
-    `steps` of Adam a layer on `step_tokens` tokens each; `learning_rate` at the start of its linear fall to 0 (0: the best on the
-    held-out tokens, by short trials in every layer).
+    `steps`: Adam steps a layer, of `step_tokens` tokens each; `learning_rate`: its start value, with linear decay to 0 (0: short trials
+    in every layer choose the best on the held-out tokens).
     """
 
     sweeps: Annotated[int, AtLeast(1)] = 3
@@ -40,8 +40,9 @@ class LayerLocal:
 class Distilled:
     """Gradients through the whole model, towards the teacher's next-token distributions.
 
-    `epochs` over the tokens that are not held out, `step_tokens` a step; `learning_rate` at its highest (0: the best of `rates` on the held-out
-    tokens, by short trials); `warmup`: share of the steps; `kl`, `text`: weights of the two losses; `temperature` of the KL.
+    `epochs`: passes over the tokens that are not held out; `step_tokens`: tokens a step; `learning_rate`: its peak value (0: short trials
+    choose the best of `rates` on the held-out tokens); `warmup`: share of the steps; `kl`, `text`: weights of the two losses;
+    `temperature`: of the KL.
     """
 
     epochs: Annotated[float, AtLeast(0)] = 1.0
@@ -57,13 +58,13 @@ class Distilled:
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Learning rates that are tried where none is given."""
+        """Learning rates to try if none is given."""
         return (1e-2, 1e-3, 1e-4)
 
 
 @dataclass(frozen=True)
 class Router(Distilled):
-    """Router rows only."""
+    """Train the router weights only."""
 
 
 LORA_TARGETS = ("attention", "experts", "router", "shared")
@@ -73,10 +74,10 @@ LORA_TARGETS = ("attention", "experts", "router", "shared")
 class Lora(Distilled):
     """Low-rank adapters on chosen weights, merged at the end (extra `heal`: peft).
 
-    `targets`: attention, experts, router, shared, with commas; `rank`, `alpha`: the update is (alpha / rank) B A; `dropout` before adapters of
-    linear modules (experts are parameters, which cannot have any); `neftune`: noise on the input embeddings (arXiv 2310.05914). `preset`
-    "moeits": healing as in arXiv 2604.10603 (rank 64, alpha 16, dropout 0.1, learning rate 2e-4 with 5 % warm-up and a cosine, weight decay
-    0.05, NEFTune 5, text instead of KL, attention and experts); options given beside it win.
+    `targets`: attention, experts, router, shared, comma-separated; `rank`, `alpha`: the update is (alpha / rank) B A; `dropout`: before
+    adapters of linear modules (experts are parameters, which cannot have it); `neftune`: noise on the input embeddings (arXiv 2310.05914).
+    `preset` "moeits" heals as in arXiv 2604.10603: rank 64, alpha 16, dropout 0.1, learning rate 2e-4 with 5 % warm-up and cosine decay,
+    weight decay 0.05, NEFTune 5, text loss instead of KL, targets attention and experts; options given beside it override it.
     """
 
     targets: str = "attention,experts"
@@ -88,7 +89,7 @@ class Lora(Distilled):
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Learning rates that are tried where none is given."""
+        """Learning rates to try if none is given."""
         return (3e-3, 1e-3, 3e-4)
 
 
@@ -104,10 +105,10 @@ LAYERWISE = ("least_squares", "layer_local")
 
 
 def parse_healer(method: str, given: Mapping[str, Any]) -> Any:
-    """The options of a way of healing: its defaults, overridden by `given`.
+    """The options of a healing method: its defaults, overridden by `given`.
 
     Raises:
-        UserError: no such method or option, or a value of the wrong type or below its bound.
+        UserError: an unknown method or option, or a value of the wrong type or below its bound.
     """
     if method not in HEALERS:
         raise unknown("healing method", method, HEALERS)
@@ -132,5 +133,5 @@ def parse_healer(method: str, given: Mapping[str, Any]) -> Any:
 
 
 def as_options(chosen: Any) -> dict[str, Any]:
-    """Plain data, for files."""
+    """The options as plain data, for files."""
     return asdict(chosen)

@@ -1,4 +1,4 @@
-"""Whether a teacher can be one: known from configs and headers, before anything is loaded."""
+"""Check that a teacher fits its student, from configs and headers, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ FACTS = {"decoder layers": "num_hidden_layers", "hidden size": "hidden_size", "v
 
 
 def check_pair(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Refuse a teacher that the student cannot follow layer by layer, or that is not the model which the student's plan was applied to.
+    """Refuse a teacher whose layers do not match the student's, or that is not the model to which the student's plan was applied.
 
-    A dense teacher is taken as it is: a plan does not know what a converted model was made of.
+    A dense teacher is not compared with the plan: a plan does not record which dense model was converted.
 
     Raises:
-        UserError: another number of decoder layers, another hidden size, another vocabulary, or another model.
+        UserError: a different number of decoder layers, hidden size or vocabulary, or a different model.
     """
     mine, theirs = (transformers_config(entry).get_text_config() for entry in (student, teacher))
     for name, key in FACTS.items():

@@ -1,8 +1,8 @@
-"""Refine one layer by gradients: router rows, gate, up and down projections of its experts, on the squared error of the layer's output.
+"""Refine one layer by gradients on the squared error of its output: router weights, and gate, up and down projections of its experts.
 
-The loss needs this layer only: its inputs and targets are known, and what stands before the experts is computed once (`healing.replay`).
-Gradients flow through the routing weights, not through the choice of experts. Adam, with a learning rate that falls linearly to 0; rate and
-stopping point are those that are best on the held-out tokens, and the start is one of the candidates. A rate is tried in a fifth of the
+The loss needs this layer only: its inputs and targets are known, and everything before the experts is computed once (`healing.replay`).
+Gradients flow through the routing weights, not through the expert choice. The optimizer is Adam with linear decay of the learning rate to 0.
+The held-out tokens choose the rate and the stopping point, and the start weights are a candidate. A trial of a rate takes a fifth of the
 steps, each a quarter as large, on a quarter of the tokens, the same for all rates.
 """
 
@@ -31,7 +31,7 @@ Part = tuple[torch.Tensor, int]  # tokens [rows, length], and the batch that the
 def refine(
     halted: Halted, inventory: Inventory, options: LayerLocal, tick: Callable[[float], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Leave the best weights found in the layer; returns what the report says of it. `tick` is told shares of the work."""
+    """Train the layer and leave the best weights found in it; returns its entry of the report. `tick` receives shares of the work."""
     run = _Run(halted, inventory, options, tick)
     begin = run.best
     rates = (options.learning_rate,) if options.learning_rate else RATES
@@ -54,7 +54,7 @@ def refine(
 
 
 class _Run:
-    """The weights, their start, and the best of them so far."""
+    """The weights, their start values, and the best so far."""
 
     def __init__(self, halted: Halted, inventory: Inventory, options: LayerLocal, tick: Callable[[float], None]) -> None:
         self.options, self.tick = options, tick
@@ -75,7 +75,7 @@ class _Run:
         self.seed = options.seed * 1009 + halted.index
 
     def descend(self, rate: float, steps: int, looks: int, share: int = 1) -> float:
-        """One run from the start, on one token for `share`; returns the best held-out error that it had."""
+        """Train from the start weights on one of every `share` tokens; returns the best held-out error."""
         self._set(self.start)
         for weight in self.weights:
             weight.requires_grad_(True)
@@ -123,7 +123,7 @@ class _Run:
 
 
 class _Tokens:
-    """Tokens that count, and how they come in steps: any of them together, or by whole batches."""
+    """The tokens that count, and how steps draw them: any tokens together, or whole batches."""
 
     def __init__(self, masks: Sequence[torch.Tensor], replay: Replay, size: int) -> None:
         self.batches, self.by_token, self.size = replay.batches, replay.by_token, size
@@ -133,13 +133,13 @@ class _Tokens:
         self.sizes = [int(mask.sum()) for mask in masks]
 
     def all(self) -> tuple[list[Part], int]:
-        """All of them, a step's tokens at a time, and how many they are."""
+        """Yield all tokens in parts of a step's size, with their number."""
         if self.by_token:
             return [(part[None], 0) for part in torch.split(self.places, self.size)], len(self.places)
         return [(self.batches[number], number) for number, size in enumerate(self.sizes) if size], sum(self.sizes)
 
     def draw(self, generator: torch.Generator, share: int) -> Iterator[tuple[list[Part], int]]:
-        """Parts of a step and their number of tokens, in a random order without end. Of one token for `share`, drawn by the generator."""
+        """Yield the parts of a step and their number of tokens, in random order, without end; from one of every `share` tokens."""
         return self._draw_tokens(generator, share) if self.by_token else self._draw_batches(generator, share)
 
     def _draw_tokens(self, generator: torch.Generator, share: int) -> Iterator[tuple[list[Part], int]]:

@@ -1,9 +1,9 @@
-"""A halted layer, run again and again on chosen tokens while its experts and router rows are trained.
+"""Run a halted layer repeatedly on chosen tokens while its experts and router are trained.
 
-Most of a layer does not change meanwhile: attention, norms before the experts, shared experts. Those are the modules whose outputs no
-gradient reaches, so autograd tells which they are, in any family. Their outputs are computed once, for all tokens, and handed out again;
-what is left to run is the router, the experts and what stands behind them. Where that works token by token, a step takes any tokens of any
-batches, in one call; where it does not (a convolution behind the experts), a step takes whole batches. Which of the two is found by trying.
+Most of a layer stays fixed during training: attention, norms before the experts, shared experts. No gradient reaches the outputs of these
+modules, so autograd finds them in any family. Their outputs are computed once for all tokens and reused; only the router, the experts and the
+modules after them run again. If these work token by token, a step takes any tokens of any batches in one call; otherwise (for example with a
+convolution after the experts) a step takes whole batches. A trial run decides which.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ Span = tuple[int, int]  # rows and length of a batch
 
 
 class _Kept:
-    """A tensor that belongs to tokens, of all batches: [T, …], and whether rows and length of a batch were axes of their own."""
+    """A per-token tensor of all batches, [T, …], and whether the batch had separate axes for rows and length."""
 
     def __init__(self, parts: Sequence[torch.Tensor], spans: Sequence[Span]) -> None:
         self.batched = parts[0].shape[:2] == spans[0]
         self.values = torch.cat([part.flatten(0, 1) if self.batched else part for part in parts])
 
     def at(self, rows: torch.Tensor) -> torch.Tensor:
-        """What belongs to the tokens `rows` [rows, length]."""
+        """The values at the tokens `rows` [rows, length]."""
         found = self.values[rows.reshape(-1)]
         return found.reshape(*rows.shape, *self.values.shape[1:]) if self.batched else found
 
 
 def _kept(parts: Sequence[Any], spans: Sequence[Span]) -> _Kept | None:
-    """Values of all batches, or None where they do not belong to tokens."""
+    """Join the values of all batches; None if they are not per token."""
     shapes = set()
     for part, (rows, length) in zip(parts, spans, strict=False):
         if not isinstance(part, torch.Tensor):
@@ -50,10 +50,10 @@ def _kept(parts: Sequence[Any], spans: Sequence[Span]) -> _Kept | None:
 
 
 class Replay:
-    """A halted layer, ready to be run on the tokens of its batches, which are numbered through: row by row, batch by batch.
+    """A halted layer, ready to run on any tokens of its batches; tokens are numbered row by row, batch by batch.
 
     Args:
-        weights: those that will change.
+        weights: the weights that will change.
     """
 
     def __init__(self, halted: Halted, weights: Sequence[nn.Parameter]) -> None:
@@ -74,7 +74,7 @@ class Replay:
         self.by_token = self._works_by_token(outputs, halted.masks[0])
 
     def _record(self, layer: nn.Module, weights: Sequence[nn.Parameter]) -> torch.Tensor:
-        """Keep what does not change; returns the output on the first batch."""
+        """Store the outputs that do not change; returns the layer's output on the first batch."""
         layer.requires_grad_(False)  # a streamed layer's parameters come as they are made
         for weight in weights:
             weight.requires_grad_(True)
@@ -96,7 +96,7 @@ class Replay:
         return first
 
     def _works_by_token(self, output: torch.Tensor, mask: torch.Tensor) -> bool:
-        """Whether the first batch's tokens, in another order and as one row, come out as they did."""
+        """Whether the first batch's tokens give the same outputs in another order and as one row."""
         order = self.batches[0].reshape(1, -1).flip(1)
         try:
             with torch.no_grad():
@@ -110,7 +110,7 @@ class Replay:
         return bool(wrong.square().sum() <= SAME * whole.square().sum())
 
     def run(self, rows: torch.Tensor, number: int = 0) -> torch.Tensor:
-        """The layer's output on the tokens `rows` [rows, length]; `number`: the batch that lends what does not belong to tokens."""
+        """The layer's output at the tokens `rows` [rows, length]; arguments that are not per token come from batch `number`."""
         call = self.calls[number]
         given = {}
         for name, value in _named(call).items():
@@ -123,14 +123,14 @@ class Replay:
             return hidden_of(call.func(*places, **given))  # type: ignore[attr-defined]
 
     def errors(self, rows: torch.Tensor, number: int = 0) -> torch.Tensor:
-        """||target - output||^2 / ||target||^2 of the tokens `rows`, in their order, as one axis."""
+        """||target - output||^2 / ||target||^2 at the tokens `rows`, in their order, along one axis."""
         target = self._targets[rows.reshape(-1)].float().flatten(1)
         output = self.run(rows, number).flatten(0, 1).float().flatten(1)
         return (target - output).square().sum(1) / target.square().sum(1).clamp_min(SMALL)
 
 
 def _named(call: Any) -> dict[Any, Any]:
-    """The arguments of a halted call by position or name."""
+    """The arguments of a halted call, keyed by position or name."""
     return {**dict(enumerate(call.args)), **call.keywords}
 
 
@@ -153,7 +153,7 @@ def _instead(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def _watched(modules: dict[str, nn.Module], look: Callable[[Any], Any]) -> Iterator[dict[str, list[Any]]]:
-    """Within the context, look(output) of the modules by name, call by call."""
+    """Within the context, call `look` on the output of every call of the named modules."""
     seen: dict[str, list[Any]] = {}
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -174,13 +174,13 @@ def _steady(output: Any) -> bool:
 
 
 def _copied(output: Any) -> Any:
-    """A module's output as it is now: what comes next may add to it in place."""
+    """Copy a module's output, because later modules may change it in place."""
     if isinstance(output, tuple):
         return tuple(_copied(value) for value in output)
     return output.clone() if isinstance(output, torch.Tensor) else None
 
 
 def _outermost(steady: dict[str, list[bool]]) -> list[str]:
-    """Modules that ran once and are steady, without those inside another of them."""
+    """The outermost modules that ran once and whose output no gradient reaches."""
     found = {name for name, calls in steady.items() if name and calls == [True]}
     return sorted(name for name in found if not any(name[:at] in found for at in range(len(name)) if name[at] == "."))

@@ -1,4 +1,4 @@
-"""Open the models, heal by the chosen method, judge, write the healed checkpoint and its report."""
+"""Open the models, heal with the chosen method, measure, and write the healed checkpoint and its report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TRAINED_BATCH = 512  # tokens: small batches are what a step of training is put 
 
 @dataclass
 class Healing:
-    """What is asked for."""
+    """The options of one healing."""
 
     inventory: Inventory  # of the compressed checkpoint
     teacher: Checkpoint
@@ -62,7 +62,7 @@ class Healing:
 
 
 def check_start(student: Checkpoint, teacher: Checkpoint, target: Path, overwrite: bool) -> None:
-    """What can be known of a healing before text is read or a model is loaded.
+    """Check everything that can be checked before text is read or a model is loaded.
 
     Raises:
         UserError: an output that exists, overlaps with a model or cannot be written, or a teacher that is not the original.
@@ -76,7 +76,7 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     """Write the healed checkpoint; returns its report (`expertsmith/heal.json`).
 
     Raises:
-        UserError: a format that cannot be quantised again, too little data, or the folder of another healing; see also `check_start`.
+        UserError: a format that cannot be requantised, too little data, or a work folder of a different healing; see also `check_start`.
     """
     begin = time.perf_counter()
     _as_floats(job)
@@ -90,7 +90,7 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
 
 
 def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, Any], Collection[str], Work]:
-    """The report, the names of the tensors that changed for the better, and where these are."""
+    """Heal; returns the report, the names of the tensors that changed and improved the model, and a reader of their values."""
     source = job.inventory.checkpoint
     layerwise, trains = job.method in LAYERWISE, job.method != "least_squares"
     where = choose_device(job.device)
@@ -151,7 +151,7 @@ def _refuse_what_cannot_train(job: Healing) -> None:
 
 
 def _as_floats(job: Healing) -> None:
-    """A quantised student is healed as floats: those of its float view, in bfloat16 where they are to be written so.
+    """Open a quantised student as floats, in bfloat16 if they will be written so.
 
     Raises:
         UserError: --requantise without a quantised student, or with a format that needs calibration to be quantised.
@@ -176,8 +176,8 @@ def _requantised(
     batches: Sequence[Batch],
     progress: Progress,
 ) -> dict[str, Any]:
-    """What quantising the healed weights again costs: the written checkpoint against the teacher on the held-out tokens, and the weights'
-    relative root mean square error."""
+    """Measure the cost of requantising the healed weights: the written checkpoint against the teacher on the held-out tokens, and the
+    relative root mean square error of the weights."""
     view = job.inventory.checkpoint
     assert isinstance(view, Floats)
     error = norm = 0.0
@@ -209,7 +209,7 @@ def _distil(
     work: Work,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Train router rows or adapters, and leave the changed tensors in `work`, rounded; the student in memory holds them merged."""
+    """Train router weights or adapters, and put the changed tensors into `work`, rounded; the student in memory has them merged."""
     if isinstance(job.options, Lora):
         adapted = Adapted(student, job.options)
         distillation = Distillation(student, teacher, batches, held, adapted.weights, job.options, work, progress)
@@ -281,7 +281,7 @@ def _report(
 
 
 def _mixed(was: Mapping[str, Any], now: Mapping[str, Any], decides: str) -> str:
-    """The measure that got worse while the one that decides got better, as a sentence; "" where none did."""
+    """A sentence on the measure that got worse while the deciding one improved; "" if none did."""
     other, names = ("kl" if decides == "loss" else "loss"), {"loss": "loss", "kl": "KL divergence"}
     values = [_over_all(quality, key) for key in (decides, other) for quality in (was, now)]
     if values[3] <= values[2]:
@@ -293,7 +293,7 @@ def _mixed(was: Mapping[str, Any], now: Mapping[str, Any], decides: str) -> str:
 
 
 def _over_all(quality: Mapping[str, Any], key: str) -> float:
-    """Mean over all held-out tokens, nats a token."""
+    """The mean over all held-out tokens, in nats a token."""
     rows = quality["domains"].values()
     return float(sum(row[key] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows))
 
@@ -327,7 +327,7 @@ def _write(
 
 
 def healed_card(card: str, report: Mapping[str, Any], measured_after: bool = False) -> str:
-    """A checkpoint's model card, with what was healed; its measured quality is that before healing, unless `measured_after`."""
+    """The model card with a section on healing; its measured quality is from before healing, unless `measured_after`."""
     was, now = report["held_out"]["before"]["mean"], report["held_out"]["after"]["mean"]
     tokens = report["data"]["tokens"]
     options = ", ".join(f"{key}={value}" for key, value in report["options"].items())

@@ -1,7 +1,7 @@
-"""Two models in lock-step over the same tokens: the original (teacher), and the compressed one, which halts at every layer that is healed.
+"""Run two models in lockstep over the same tokens: the original (teacher), and the compressed one, which halts at every layer to be healed.
 
-At a halt every batch's call of the layer is in hand, with the arguments that the compressed layers before it produced. The layer can be
-run on them as often as wanted, with other weights; then all batches pass for good.
+At a halt, every batch's call of the layer is available, with the arguments that the compressed layers before it produced. The layer can run
+on them repeatedly, with other weights, before all batches go on to the next layer.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class HaltingWalk(Walk):
     """A walk that halts at the decoder layers `at`.
 
     Args:
-        halt: called as halt(layer, calls) when every batch stands before the layer. It may return the outputs of all batches, which are
-            then taken as they are; otherwise the layer runs.
+        halt: called as halt(layer, calls) when every batch has reached the layer. It may return the outputs of all batches, which then
+            replace the layer's; otherwise the layer runs.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class HaltingWalk(Walk):
 
 
 def held_out(data: TokenData, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """[rows, length] bool of every batch: tokens that count and are held out of the calibration, to judge what is learned on the rest.
+    """Masks [rows, length] of every batch: tokens that count and are held out, to judge what is learned on the others.
 
-    Of each domain every eighth sequence is held out, at least one of four or more; where no domain has as many, the last eighth of
-    every sequence.
+    Every eighth sequence of a domain is held out, at least one where it has four or more. If no domain has four sequences, the last eighth
+    of every sequence is held out.
 
     Raises:
-        UserError: too few tokens to hold any out.
+        UserError: too few tokens to hold some out.
     """
     held = {
         domain: {place for place in range(len(rows)) if (place + 1) % min(HELD_SHARE, max(4, len(rows))) == 0}
@@ -86,7 +86,7 @@ def held_out(data: TokenData, batches: Sequence[Batch]) -> list[torch.Tensor]:
 
 
 def held_batches(batches: Sequence[Batch], held: Sequence[torch.Tensor]) -> list[Batch]:
-    """The same batches with only the held-out tokens counting; those without any are left out."""
+    """The batches with only held-out tokens counting; batches without any are left out."""
     return [
         Batch(batch.input_ids, mask, batch.domain, batch.sequences)
         for batch, mask in zip(batches, held, strict=True)

@@ -1,13 +1,13 @@
-"""What a decoder layer's output asks of its experts.
+"""Translate the error of a decoder layer's output into a change of its routed output.
 
-Between the routed output r and the layer's output h(r) stands the tail of the layer: scales, norms, latent projections, residual streams,
-shared experts, whatever the family has. It is differentiated instead of described: with J_t the Jacobian of token t's output with respect
-to its routed output, and e_t = target - h(r_t), the change wanted of the routed output is
+The tail of a layer lies between the routed output r and the layer's output h(r): scales, norms, latent projections, residual streams, shared
+experts. No family's tail is described here; autograd differentiates it. With the Jacobian J_t of token t's output with respect to its routed
+output, and e_t = target - h(r_t), the change wanted of the routed output is
 
     d_t = argmin || e_t - J_t d ||^2      (the shortest one)
 
-by conjugate gradients on the least-squares problem (CGLS), every token for itself. Where the tail is "times c" that is e_t / c after one
-step, exactly the target of the method; behind a norm it is a Gauss-Newton step.
+Conjugate gradients on the least-squares problem (CGLS) find it for every token separately. If the tail multiplies by c, one step gives
+e_t / c, the exact target; with a norm in the tail it is a Gauss-Newton step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ENOUGH = 1e-3  # the gradient's length, relative to the first, at which a token 
 
 
 def wanted_change(output: torch.Tensor, routed: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(d [tokens, width], s [tokens]): the change wanted of the routed output, and how strongly the layer's output follows it there,
+    """(d [tokens, width], s [tokens]): the change wanted of the routed output, and how strongly the layer's output depends on it,
     s_t = ||J_t p_t|| / ||p_t|| with p_t = J_t^T e_t (0 for tokens without an error).
 
     Args:

@@ -1,4 +1,4 @@
-"""What an interrupted healing leaves: finished layers, one safetensors file each, in `OUT.work/healing`."""
+"""Finished layers of an interrupted healing, one safetensors file each, in `OUT.work/healing`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ STATE = "training.safetensors"
 
 
 class Work:
-    """Healed tensors of finished layers, by checkpoint name. The folder is made when there is something to keep, and one that holds nothing
-    finished is no interrupted healing: a start that failed blocks no other.
+    """Healed tensors of finished layers, by checkpoint name. The folder is created with the first finished layer; a folder without one does
+    not count as an interrupted healing, so a failed start blocks nothing.
 
     Args:
-        resume: go on from what is there; otherwise start again.
-        overwrite: start again where it is another healing.
+        resume: continue from the finished layers; otherwise start again.
+        overwrite: start again if the folder belongs to a different healing.
 
     Raises:
-        UserError: the folder is that of another healing, or holds other files.
+        UserError: the folder belongs to a different healing, or holds other files.
     """
 
     def __init__(self, folder: Path, made_with: Mapping[str, Any], resume: bool, overwrite: bool = False) -> None:
@@ -51,7 +51,7 @@ class Work:
             self._find(int(path.stem.removeprefix("layer_")))
 
     def opened(self) -> Path:
-        """The folder, made and marked as this healing's."""
+        """Create the folder and mark it as this healing's."""
         if not (self.folder / HEADER).is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / HEADER).write_text(json.dumps(self._made_with, indent=1) + "\n", encoding="utf-8")
@@ -73,17 +73,17 @@ class Work:
 
     @property
     def names(self) -> list[str]:
-        """The tensors that were healed."""
+        """Names of the healed tensors."""
         return list(self._owners)
 
     def read(self, name: str) -> torch.Tensor:
-        """A healed tensor."""
+        """Read one healed tensor."""
         with safe_open(self._path(self._owners[name]), "pt") as file:
             found: torch.Tensor = file.get_tensor(name)
         return found
 
     def save(self, layer: int, tensors: Mapping[str, torch.Tensor], row: Mapping[str, Any]) -> None:
-        """Keep a finished layer and what the report says of it."""
+        """Store a finished layer and its entry of the report."""
         self.opened()
         target = self._path(layer)
         partial = target.with_suffix(".partial")
@@ -93,11 +93,11 @@ class Work:
         self._find(layer)
 
     def tensors(self, layer: int) -> dict[str, torch.Tensor]:
-        """The healed tensors of a layer."""
+        """Read the healed tensors of a layer."""
         return {name: self.read(name) for name, owner in self._owners.items() if owner == layer}
 
     def save_state(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
-        """Keep the state of a training that is under way."""
+        """Store the state of a running training."""
         partial = self.opened() / "training.partial"
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},

@@ -1,5 +1,5 @@
-"""Healed weights and the checkpoint: tensors under the checkpoint's own names and dtypes from a layer in memory, back into it, and the
-healed checkpoint with everything else byte for byte as it was."""
+"""Convert healed weights between a layer in memory and the checkpoint's own names and dtypes, and write the healed checkpoint, in which
+everything else keeps its bytes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ ROUTER = "router"
 
 
 def check_floats(inventory: Inventory) -> None:
-    """Refuse checkpoints whose experts are no floats and do not decode to floats.
+    """Refuse checkpoints whose experts are neither floats nor decode to floats.
 
     Raises:
-        UserError: such a tensor, or one of unknown layout.
+        UserError: such a tensor, or a tensor with an unknown layout.
     """
     for claim in inventory.floats.claims:
         if claim.routed and claim.info.dtype not in FLOATS:
@@ -42,7 +42,7 @@ def check_floats(inventory: Inventory) -> None:
 
 
 def trainable_router(claim: Claim, inventory: Inventory) -> bool:
-    """Whether a tensor holds router rows that gradients reach: no bias that acts on the selection only."""
+    """Whether a tensor holds router weights that gradients reach; a bias that only acts on the selection is not one."""
     record = inventory.architecture
     block = f"{record.block}." if record.block else ""
     selection = [(block + path).rpartition(".")[2] for path in record.selection_bias]
@@ -51,7 +51,7 @@ def trainable_router(claim: Claim, inventory: Inventory) -> bool:
 
 
 def _concerned(claim: Claim, inventory: Inventory, roles: Collection[str]) -> bool:
-    """Whether a tensor holds anything of `roles`."""
+    """Whether a tensor holds weights of any of `roles`."""
     if claim.kind not in ("expert", "stacked"):
         return False
     if not claim.routed:
@@ -64,7 +64,7 @@ def _concerned(claim: Claim, inventory: Inventory, roles: Collection[str]) -> bo
 def _pieces(
     layer: LayerExperts, inventory: Inventory, claim: Claim, tensor: torch.Tensor, roles: Collection[str]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(view into `tensor`, which is shaped as in the checkpoint; view into memory) of all that belongs to `roles`."""
+    """Yield pairs of views, into `tensor` (shaped as in the checkpoint) and into memory, of all weights of `roles`."""
     if not claim.routed:
         yield tensor, router_tensor(layer.block, claim, layer.record)
         return
@@ -86,7 +86,7 @@ def _pieces(
 
 @torch.no_grad()
 def to_checkpoint(layer: LayerExperts, inventory: Inventory, index: int, roles: Collection[str]) -> dict[str, torch.Tensor]:
-    """The tensors of decoder layer `index` that differ from the checkpoint's, rounded once to its dtypes."""
+    """The tensors of decoder layer `index` that differ from the checkpoint, rounded once to its dtypes."""
     changed = {}
     for claim in inventory.by_layer[index]:
         if _concerned(claim, inventory, roles):
@@ -103,7 +103,7 @@ def to_checkpoint(layer: LayerExperts, inventory: Inventory, index: int, roles: 
 def into_memory(
     layer: LayerExperts, inventory: Inventory, index: int, tensors: Mapping[str, torch.Tensor], roles: Collection[str]
 ) -> None:
-    """The layer in memory as it is loaded from a checkpoint with `tensors`; what they do not name is the source's."""
+    """Set the layer in memory to the values of `tensors`; all other weights get the source's values."""
     for claim in inventory.by_layer[index]:
         if _concerned(claim, inventory, roles):
             name = claim.info.name
@@ -123,12 +123,12 @@ def write_healed(
     overwrite: bool,
     progress: Progress,
 ) -> None:
-    """The checkpoint of `inventory` with other values in some tensors: same names, dtypes, shapes and shards. A float view is written as the
-    floats that it shows, or with `requantise` in the format of the checkpoint below it.
+    """Write the checkpoint of `inventory` with new values in some tensors: same names, dtypes, shapes and shards. The float view of a quantised
+    checkpoint is written as floats, or with `requantise` in the format of that checkpoint.
 
     Args:
         changed: names of the healed tensors; the others keep the source's bytes.
-        read: a healed tensor by name.
+        read: returns a healed tensor by name.
         texts: further files (relative path → content).
     """
     source, view = inventory.checkpoint, inventory.checkpoint
@@ -163,7 +163,7 @@ def write_healed(
 
 
 def _codes(view: Floats, read: Callable[[str], torch.Tensor], name: str, part: str) -> memoryview:
-    """What one of the tensors that hold a quantised weight becomes; one that does not depend on the values stays as it is."""
+    """The new value of one of the tensors that hold a quantised weight; a tensor that does not depend on the values is unchanged."""
     made = view.encoded(name, _finite(read, name))
     return bytes_of(made[part] if part in made else view.raw.read(part))
 

@@ -11,14 +11,14 @@ import numpy as np
 from expertsmith.experts.rules import Rules, keep_count, subsets
 from expertsmith.methods.base import Array, Choice, Natural, Positive, method
 
-REPORTED = 1000  # subsets that a layer's report lists
-AT_ONCE = 2**18  # subsets that are tried at once
-SECONDS = 60.0  # that the exact search of a layer may take, where no limit is given
+REPORTED = 1000  # subsets listed in a layer's report
+AT_ONCE = 2**18  # subsets evaluated in one call
+SECONDS = 60.0  # allowed for the exact search of a layer if no limit is given
 Drop = tuple[int, ...]
 
 
 class Probe(Protocol):
-    """The loss oracle of one layer: how far its routed output moves when experts are dropped and the tokens re-routed."""
+    """The loss oracle of one layer: how much its routed output changes if experts are dropped and tokens are re-routed."""
 
     layer: int
     num_experts: int
@@ -30,23 +30,23 @@ class Probe(Protocol):
         """The loss with these experts dropped."""
 
     def losses(self, dropped: Array) -> Array:
-        """The losses with the experts of each row [sets, experts that go] dropped."""
+        """The loss of every row of `dropped` [sets, dropped experts]."""
 
     def removals_of(self, sets: Sequence[Drop]) -> list[dict[int, float]]:
-        """Of every set, for every expert that may go next: the loss with it dropped as well."""
+        """For every set: each expert that may be dropped next → the loss with it dropped too."""
 
     def seconds(self, count: int) -> float:
-        """What `losses` takes for all sets of `count` experts, on two usual cores; the same whatever machine asks."""
+        """The estimated time of `losses` for all sets of `count` experts, on two typical cores; the same on every machine."""
 
 
 @method(
     "expert_sparsity",
-    "The subset whose layer output is closest",
+    "The subset whose layer output is closest to the original",
     "arXiv 2402.14800 (ACL 2024)",
     reads="model",
     gives="choice",
     cost="one pass that runs every expert on every token, then a search a layer",
-    limits="Exact where all subsets take about a minute a layer, or up to `limit` subsets; beyond, greedy with exchanges, without guarantee. Inner products of all experts' outputs a token are kept.",
+    limits="Exact if all subsets take about a minute a layer or less, or up to `limit` subsets; otherwise greedy with exchanges, without guarantee. Keeps the inner products of all expert outputs of every token.",
     budgets=("uniform",),
 )
 def expert_sparsity(
@@ -62,24 +62,25 @@ def expert_sparsity(
     passes: Natural = 10,
     tokens: Natural = 0,
 ) -> Choice:
-    """The experts D to drop, |D| = n - `keep`, of least || Z - Z'(D) ||_F: Z the layer's routed output over the calibration tokens, Z'(D)
-    the same with D dropped and every token re-routed over the rest.
+    """Find the set D of dropped experts, |D| = n - `keep`, with the smallest || Z - Z'(D) ||_F. Z is the layer's routed output over the
+    calibration tokens; Z'(D) is the same output with D dropped and every token re-routed over the other experts.
 
-    search "auto" tries all subsets (with expert_groups: all that drop equally many of every group), the first in lexicographic order on a
-    tie, as the paper does, where there are at most `limit`. limit "auto" is as many as take about a minute a layer on two cores, by the
-    number of operations and not by the clock, so that every machine searches alike. Beyond, which the paper leaves open: backward greedy (drop the expert that
-    costs least, until `keep` are left; with groups one of every group a round), or a beam of `beam` such sets, and then exchanges of one
-    dropped for one kept expert, the best first, while one lowers the loss, at most `passes`. They have no guarantee.
+    search "auto" tries all subsets if there are at most `limit`, as the paper does; the first in lexicographic order wins a tie. With
+    expert_groups, every subset drops the same number from each group. limit "auto" allows about a minute a layer on two cores, counted in
+    operations and not by the clock, so that every machine searches alike. For more subsets, which the paper leaves open, the search is
+    backward greedy: drop the expert that costs least until `keep` are left (with groups, one of every group a round), or keep a beam of
+    `beam` such sets. Then it exchanges one dropped for one kept expert, the best exchange first, while the loss falls, at most `passes`
+    times. Greedy and beam have no guarantee.
 
     loss: "global" as in the paper, or "authors": the sum of norms over groups of `batch_size` sequences, as in their code.
-    progressive: layer inputs come from the layers pruned so far, targets stay those of the original model.
-    tokens: look at a seeded sample of so many tokens a domain; 0 is all.
+    progressive: layer inputs come from the layers pruned so far; targets are still the original model's.
+    tokens: use a seeded sample of this many tokens a domain; 0 uses all.
 
     Deviations from the authors' code: the loss does not depend on the calibration batch, outputs are not rounded to bfloat16, and experts
     run once instead of once a subset.
 
     Raises:
-        UserError: fewer experts than the router needs, or a count that does not divide into the expert_groups.
+        UserError: fewer experts than the router needs, or a count that the expert_groups do not divide.
     """
     count = probe.num_experts - keep_count(keep, probe.rules, f"decoder layer {probe.layer}")
     seen: dict[Drop, float] = {}
@@ -111,14 +112,14 @@ def expert_sparsity(
 
 
 def every_subset(rules: Rules, count: int) -> Iterator[Drop]:
-    """These sets in lexicographic order."""
+    """All sets of `count` dropped experts, in lexicographic order."""
     size = rules.num_experts // rules.groups
     by_group = [combinations(range(g * size, (g + 1) * size), count // rules.groups) for g in range(rules.groups)]
     return (sum(parts, ()) for parts in product(*by_group))
 
 
 def exact(probe: Probe, count: int) -> dict[Drop, float]:
-    """The subsets of least loss of all, no more than a report lists; of equal ones the first in lexicographic order."""
+    """Evaluate all subsets and return those of smallest loss, as many as a report lists; lexicographic order breaks ties."""
     best: dict[Drop, float] = {}
     rest = every_subset(probe.rules, count)
     while part := list(islice(rest, AT_ONCE)):
@@ -130,7 +131,7 @@ def exact(probe: Probe, count: int) -> dict[Drop, float]:
 
 
 def backward(probe: Probe, count: int, width: int, seen: dict[Drop, float]) -> Drop:
-    """From the full set, drop the expert of least loss, `count` times, keeping the `width` best sets of every size."""
+    """Backward search: add the expert of smallest loss to the dropped set, `count` times, keeping the `width` best sets of every size."""
     front: list[Drop] = [()]
     for _ in range(count):
         found: dict[Drop, float] = {}
@@ -143,7 +144,7 @@ def backward(probe: Probe, count: int, width: int, seen: dict[Drop, float]) -> D
 
 
 def exchange(probe: Probe, start: Drop, passes: int, seen: dict[Drop, float]) -> Drop:
-    """Exchange one dropped for one kept expert (of the same expert_group), the best of all exchanges at a time, while the loss falls."""
+    """Exchange one dropped for one kept expert (of the same expert_group), the best exchange each time, while the loss falls."""
     best, value = start, probe.loss(start)
     for _ in range(passes):
         found: dict[Drop, float] = {}
