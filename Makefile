@@ -13,11 +13,11 @@ demo: $(VENV)/.ready
 	$(BIN)/expertsmith demo -o demo-output --overwrite
 
 test: $(VENV)/.ready-dev
-	$(BIN)/pytest -n auto --dist load
+	$(BIN)/pytest -n auto --dist loadgroup
 
 # for daily work: one family of each kind, without what trains, converts or starts processes
 test-fast: $(VENV)/.ready-dev
-	EXPERTSMITH_FAMILIES="mixtral qwen2_moe deepseek_v3" $(BIN)/pytest -n auto --dist load tests/surgery tests/planning tests/calibration tests/methods tests/verbs \
+	EXPERTSMITH_FAMILIES="mixtral qwen2_moe deepseek_v3" $(BIN)/pytest -n auto --dist loadgroup tests/surgery tests/planning tests/calibration tests/methods tests/verbs \
 		-k "not torchrun and not rank and not every_pair and not recipe and not killed and not transformers_refuses and not import_torch and not of_every_verb and not processes"
 
 # the families against the newest transformers release: prints the result, and never fails

@@ -32,6 +32,14 @@ COMPOSITES = [name for name in RUN if families()[name].composite]  # language mo
 SUPPORTED = [name for name in RUN if name not in COMPOSITES]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`, the tests of a family run in one process, which imports its modelling code and makes its checkpoint once."""
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if parameters.get("model_type") in RUN:
+            item.add_marker(pytest.mark.xdist_group(parameters["model_type"]))
+
+
 def random_model(model_type: str, **overrides: object) -> torch.nn.Module:
     """A tiny random model of a family. Constant tensors (biases, norms) get noise, so that they matter."""
     import transformers

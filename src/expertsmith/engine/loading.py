@@ -25,7 +25,7 @@ from expertsmith.engine.layout import experts_of, is_grouped
 from expertsmith.engine.mtp import Ahead, ahead_of, known_names, lengthen, why_not_played
 from expertsmith.engine.on_demand import Source, remove
 from expertsmith.engine.pages import own_pages, trim
-from expertsmith.engine.stock import Naming, ignored, naming, quietly, read_in, renamer, splits
+from expertsmith.engine.stock import Naming, ignored, naming, quietly, read_in, renamer, splits, without_initialisation
 from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
 from expertsmith.errors import UserError, install_line
 from expertsmith.experts.inventory import Inventory, take_inventory
@@ -317,8 +317,10 @@ def _empty(auto: Any, config: Any, dtype: torch.dtype) -> Any:
     """A model without memory for its parameters."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False), _LargeOnMeta():
-        return auto.from_config(config, dtype=dtype, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False), _LargeOnMeta(), without_initialisation():
+        module = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+    module.tie_weights()  # initialisation does it otherwise
+    return module
 
 
 def check_model(checkpoint: Checkpoint, architecture: Architecture) -> None:
@@ -332,7 +334,6 @@ def check_model(checkpoint: Checkpoint, architecture: Architecture) -> None:
     auto, config = causal_lm(_config_of(checkpoint, architecture, None, None))
     with _refusing(checkpoint), quietly():
         module = _empty(auto, config, torch.float32)
-        module.tie_weights()
     for name, buffer in module.named_buffers():
         if not buffer.is_meta and buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()):
             raise UserError(

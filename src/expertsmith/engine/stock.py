@@ -137,6 +137,15 @@ def _one_by_one() -> Iterator[None]:
 
 
 @contextmanager
+def without_initialisation() -> Iterator[None]:
+    """Keep transformers and torch from drawing random weights, which the checkpoint's replace; on the meta device it takes most of the build."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        yield
+
+
+@contextmanager
 def quietly() -> Iterator[None]:
     """Hide transformers' progress bars, loading reports and warnings about layers with numbers of their own."""
     from transformers.utils import logging
