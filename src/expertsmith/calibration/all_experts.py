@@ -243,7 +243,7 @@ def _neurons(experts: Any) -> int:
 
 
 def _cosines(values: torch.Tensor) -> torch.Tensor:
-    """[t, M, M] cosines between the M vectors of every token, from [M, t, width]; 0 where a vector is zero, 1 on the diagonal."""
+    """[t, M, M] cosines between the M vectors of every token, from [M, t, width]; 0 if a vector is zero, 1 on the diagonal."""
     unit = torch.nn.functional.normalize(values, dim=-1).transpose(0, 1)
     found: torch.Tensor = torch.bmm(unit, unit.transpose(1, 2)).clamp(-1, 1)
     found.diagonal(dim1=1, dim2=2).fill_(1.0)

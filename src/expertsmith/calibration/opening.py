@@ -75,7 +75,7 @@ def token_data(
     overlap: int = 0,
     **options: Any,
 ) -> TokenData:
-    """Token ids of `data` for the model in `path`; `options` are the other ones of `calibration.data.DataOptions`.
+    """Token ids of `data` for the model in `path`; `options` are other fields of `calibration.data.DataOptions`.
 
     Raises:
         UserError: a model that cannot be run, or data that cannot be read.

@@ -147,7 +147,7 @@ def _part(part: Any, place: str) -> str:
 
 
 def remarks(specs: Sequence[Spec]) -> list[str]:
-    """Notes on the sources for the user: those joined into one domain or given twice, and the files of folders."""
+    """Notes on the sources for the user: those joined into one domain or given twice, and the (mixed) files of folders."""
     said = []
     unlabelled = [spec.source for spec in specs if spec.domain == DEFAULT_DOMAIN]
     if len(unlabelled) > 1:

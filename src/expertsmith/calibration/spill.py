@@ -20,7 +20,7 @@ PREFIX = ".states-"
 
 
 class Spill:
-    """Write the outputs of a decoder layer, batch by batch, if the last write was `EVERY_SECONDS` ago."""
+    """Write the outputs of a decoder layer, batch by batch, if the last write was at least `EVERY_SECONDS` ago."""
 
     def __init__(self, folder: Path, enabled: bool) -> None:
         self.folder, self.enabled = folder, enabled

@@ -45,7 +45,7 @@ OUT_OF_MEMORY = "allocate memory|out of memory"  # torch says it in the text of 
 class LoadedModel:
     """A causal LM whose decoder layers can be loaded and released. In `resident` mode they are always loaded.
 
-    `ahead`: set if it was loaded with multi-token prediction; it is then the last of `layers`, after the model's own `depth` layers.
+    `ahead`: set if loaded with multi-token prediction, whose layer is then the last of `layers`, after the model's own `depth` layers.
     """
 
     module: nn.Module

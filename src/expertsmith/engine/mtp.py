@@ -81,7 +81,7 @@ def lengthen(inner: Any, layers: int) -> None:
 
 
 def known_names(inventory: Inventory) -> dict[str, str | None]:
-    """Tensor of multi-token prediction → its name in a further decoder layer, or None if it does not belong into one."""
+    """Tensor of multi-token prediction → its name in a further decoder layer, or None if it does not belong in one."""
     first = next(claim for claim in inventory.claims if claim.layer is not None and not claim.mtp)
     prefix = first.info.name.removesuffix(f"{first.layer}.{first.rest}")
     outside = {*parts_of(inventory).values()}

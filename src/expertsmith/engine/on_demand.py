@@ -26,7 +26,7 @@ AT_ONCE = 2**29  # bytes of experts in memory at a time
 
 
 class Source:
-    """Where the experts of one decoder layer are read from."""
+    """The source from which the experts of one decoder layer are read."""
 
     def __init__(self, inventory: Inventory, layer: int, record: Architecture, device: torch.device) -> None:
         self.inventory, self.layer, self.record, self.device = inventory, layer, record, device
@@ -54,7 +54,7 @@ class Source:
 
 
 def remove(experts: Any) -> None:
-    """Make it the stock module again, which needs its parameters loaded."""
+    """Make `experts` the stock module again, which needs its parameters loaded."""
     if is_on_demand(experts):
         experts.__class__ = type(experts).stock
         del experts._source

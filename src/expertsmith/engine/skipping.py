@@ -1,7 +1,7 @@
 """Dynamic skipping: a token skips its selected experts with small routing weights, which are then not computed.
 
 "Not All Experts are Equal" (arXiv 2402.14800, ACL 2024), section 3.3 and appendix A.2. With the routing weights of a token sorted,
-w_1 >= ... >= w_k (they multiply the experts' outputs; never the biased scores used for the selection), and one threshold per layer:
+w_1 >= ... >= w_k (those that multiply the experts' outputs, never the biased scores of the selection), and one threshold per layer:
 
     ratio (top_k = 2): skip the second expert if w_2 / w_1 < threshold;
     tail: keep the first i experts, with the smallest i >= 1 for which sum_{m>i} w_m / sum_m w_m <= threshold.
@@ -85,7 +85,7 @@ def rescaled_weights(weights: torch.Tensor, keep: torch.Tensor, skippable: torch
     weights do not change, bit for bit. Values at skipped slots have no meaning."""
     sizes = routed_sizes(weights, skippable)
     total = sizes.sum(-1, keepdim=True)
-    factor = total / (sizes * keep).sum(-1, keepdim=True)  # exactly 1 where nothing is skipped
+    factor = total / (sizes * keep).sum(-1, keepdim=True)  # exactly 1 if nothing is skipped
     factor = torch.where(total > 0, factor, 1.0)
     if skippable is not None:
         factor = torch.where(skippable, factor, 1.0)

@@ -221,7 +221,7 @@ def _kept_share(entries: Mapping[int, LayerPlan], job: Job) -> float | None:
     return sum(shares) / len(shares)
 
 
-# --- one shape each ---
+# --- one function for each kind of method ---
 
 
 def _by_saliency(job: Job) -> dict[int, LayerPlan]:

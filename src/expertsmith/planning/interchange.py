@@ -183,7 +183,7 @@ def _complete(rows: dict[int, Any], path: Path, inventory: Inventory) -> dict[in
 
 
 def _is_mask(row: Any, count: int) -> bool:
-    """Whether a row has a zero or one for every expert. In a layer of two experts, the ids 0 and 1 look the same and count as one."""
+    """Whether a row has a zero or one for every expert. In a layer of two experts, a list of the ids 0 and 1 passes too."""
     return isinstance(row, list) and len(row) == count and all(value in (0, 1) for value in row)
 
 

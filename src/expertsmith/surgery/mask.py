@@ -31,7 +31,7 @@ def masked(model: LoadedModel, keep: Mapping[int, Sequence[int]], num_experts: i
     assert model.architecture is not None
     with ExitStack() as stack:
         for layer, kept in keep.items():
-            if layer >= len(model.layers):  # multi-token prediction, without which this model was loaded
+            if layer >= len(model.layers):  # multi-token prediction, which this model was loaded without
                 continue
             count = num_experts if isinstance(num_experts, int) else num_experts[layer]
             rows = _router_rows(model, count)
