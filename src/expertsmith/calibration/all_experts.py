@@ -1,9 +1,8 @@
-"""Every expert on a bounded sample of tokens, with clean inputs: raw outputs as numbers, never as vectors.
+"""Run every expert on a bounded sample of tokens, with clean inputs. Numbers from the outputs are kept, never the vectors.
 
 The model runs once with its own routing. Every expert also runs on the sampled tokens' inputs to each MoE block ("all
 experts, clean input": arXiv 2406.18219 re-runs each layer with top_k set to all, which gives the same outputs with more forward passes).
-Output norm and router score are stored per token and expert; of the outputs, only similarities between experts are kept, summed
-up over tokens.
+The output norm and the router score are stored per token and expert. Similarities between experts' outputs are summed over tokens.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ from expertsmith.views.progress import Progress, Silent
 
 Array = np.ndarray[Any, Any]
 AT_ONCE = 2**24  # elements of all experts' outputs in memory at once
-WRONG = 0.05  # relative error of the recombined output beyond which names, hooks or weights are not what the record says
+WRONG = 0.05  # relative error of the recombined output above which names, hooks or weights do not match the record
 
 
 @dataclass
 class LayerSample:
-    """What all E experts of a layer make of T sampled tokens.
+    """Statistics of all E experts of a layer on T sampled tokens.
 
     norms [T, E]: output norms before the routing weight; scores [T, E]: the router's full scores before any selection bias; selected [T, k]
     ids (E and above: no routed expert) with weights [T, k]. `output_angular` [M, M], `output_cosine` [M, M]: similarity of outputs, mean
-    over tokens; M = E and, last, the shared expert where `members` says so. `angular_by_token` [T]: mean over expert pairs.
-    `activation_cosine` [E, E]: similarity of what enters the down projections, neuron by neuron. `domain`, `sequence` [T]: where
-    the tokens are from. `recombined`: largest relative difference between sum(weight * output) and the block's own routed output. `routed_counts`
+    over tokens; M is E, plus the shared expert (last) if `members` lists it. `angular_by_token` [T]: mean over expert pairs.
+    `activation_cosine` [E, E]: similarity of the down projections' inputs, neuron by neuron. `domain`, `sequence` [T]: origin of the
+    tokens. `recombined`: largest relative difference between sum(weight * output) and the block's own routed output. `routed_counts`
     [U, E]: how often each distinct token id (`token_ids` [U]) of ALL tokens was routed to each expert; `token_counts` [U].
     """
 
@@ -67,7 +66,7 @@ class LayerSample:
 
 @dataclass
 class _Seen:
-    """What the sampled tokens of all batches brought to a layer, in the order of places."""
+    """A layer's inputs, routing and outputs for the sampled tokens of all batches, in the order of places."""
 
     count: int
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -89,7 +88,7 @@ def sample_layers(
     seed: int = 42,
     progress: Progress | None = None,
 ) -> Iterator[LayerSample]:
-    """Walk the data through the model once; yields every MoE layer's sample of `max_tokens` tokens a domain.
+    """Run the data through the model once; yields every MoE layer's sample of `max_tokens` tokens a domain.
 
     Raises:
         UserError: no layer with routed experts, or outputs that are not finite.
@@ -146,7 +145,7 @@ def _domains(batches: Sequence[Batch], places: Places) -> list[str]:
 
 
 class _Look:
-    """One layer while the batches pass."""
+    """Collect one layer's sample while the batches pass."""
 
     def __init__(self, layer: int, block: RoutedBlock, places: Places, ids: Array) -> None:
         self.layer, self.block, self.places, self.ids = layer, block, places, ids
@@ -244,7 +243,7 @@ def _neurons(experts: Any) -> int:
 
 
 def _cosines(values: torch.Tensor) -> torch.Tensor:
-    """[t, M, M] cosines between the M vectors of every token, from [M, t, width]; 0 where a vector is zero, 1 on the diagonal."""
+    """[t, M, M] cosines between the M vectors of every token, from [M, t, width]; 0 if a vector is zero, 1 on the diagonal."""
     unit = torch.nn.functional.normalize(values, dim=-1).transpose(0, 1)
     found: torch.Tensor = torch.bmm(unit, unit.transpose(1, 2)).clamp(-1, 1)
     found.diagonal(dim1=1, dim2=2).fill_(1.0)
@@ -252,7 +251,7 @@ def _cosines(values: torch.Tensor) -> torch.Tensor:
 
 
 def _pair_mean(values: torch.Tensor) -> Array:
-    """[t] mean over the pairs of different experts."""
+    """The mean over pairs of different experts, [t]."""
     n = values.shape[1]
     if n < 2:
         return np.full(len(values), np.nan)
@@ -261,7 +260,7 @@ def _pair_mean(values: torch.Tensor) -> Array:
 
 
 def _recombined(every: torch.Tensor, seen: Seen, routed: torch.Tensor) -> float:
-    """Relative difference of sum over slots of weight * output to the block's own routed output, over the given tokens."""
+    """Relative difference between the sum over slots of weight * output and the block's own routed output, over the given tokens."""
     chosen = every[seen.selected.T, torch.arange(len(seen.x), device=every.device)].float()  # [slots, t, hidden]
     made = (chosen * seen.weights.T.unsqueeze(-1)).sum(0)
     scale = float(torch.linalg.vector_norm(routed.float()))
@@ -269,8 +268,8 @@ def _recombined(every: torch.Tensor, seen: Seen, routed: torch.Tensor) -> float:
 
 
 def _hidden(experts: Any, x: torch.Tensor, count: int, block: RoutedBlock, dims: int) -> torch.Tensor:
-    """[count, t, neurons]: what enters every expert's down projection; of modules of unknown layout, the operand of the last matrix product
-    that they do."""
+    """The inputs [count, t, neurons] of every expert's down projection. For modules of unknown layout: the operand of their last matrix
+    product."""
     if is_grouped(experts):
         return hidden_of_all(experts, x, count)
     if block.arch.call == "dense_inputs":
@@ -290,7 +289,7 @@ def _hidden(experts: Any, x: torch.Tensor, count: int, block: RoutedBlock, dims:
 
 
 class _Products(TorchFunctionMode):
-    """Remembers the first operand of the last matrix product with any rows."""
+    """Record the first operand of the last non-empty matrix product."""
 
     FUNCTIONS = (torch.nn.functional.linear, torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm)
 

@@ -8,10 +8,10 @@ Nothing is packaged or downloaded: the text is read at run time from the running
 * ``unicode``: records of the Unicode character database such as ``U+00E9 LATIN SMALL LETTER E WITH ACUTE``.
 
 Every document belongs to exactly one split (``train``, ``calib`` or ``heldout``), chosen by a hash of its name. A
-module of the standard library has the same split in ``code`` and ``prose`` and whichever file of its package it lives
-in, so the split of a text survives the moves between Python releases (``zipfile.py`` became ``zipfile/__init__.py``).
-The text itself still differs a little from release to release, because the standard library and the Unicode database
-grow; the splits of one installation never overlap.
+module of the standard library has one split in ``code`` and ``prose`` and in all files of its package, so the split of a
+text does not change when it moves between Python releases (``zipfile.py`` became ``zipfile/__init__.py``). The text
+itself still differs a little from release to release, because the standard library and the Unicode database grow. The
+splits of one installation never overlap.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SPLITS: tuple[str, ...] = ("train", "calib", "heldout")
 CALIB_PERCENT = 12
 HELDOUT_PERCENT = 12
 
-# Tests and idlelib are not shipped by every distribution, lib2to3 and distutils left in 3.12/3.13, and the rest is
+# Tests and idlelib are not shipped by every distribution, lib2to3 and distutils were removed in 3.12/3.13, the rest is
 # generated data, not prose or code that somebody wrote.
 SKIPPED_NAMES = frozenset(
     (
@@ -63,7 +63,7 @@ def documents(domain: str, split: str) -> list[str]:
 
     Raises:
         ValueError: for an unknown domain or split.
-        RuntimeError: where the installation carries no such text (for example a standard library inside a zip file).
+        RuntimeError: if the installation has no such text (for example a standard library inside a zip file).
     """
     if domain not in DOMAINS:
         raise ValueError(f"unknown domain {domain!r}, expected one of {DOMAINS}")
@@ -76,8 +76,8 @@ def documents(domain: str, split: str) -> list[str]:
 
 
 def pieces(domain: str, split: str, budget: int = DEFAULT_BUDGET) -> Iterator[str]:
-    """Pieces of whole lines, taken in turn from all the documents (the first piece of each, then the second of each), at most `budget` bytes: so
-    a short text still covers many documents."""
+    """Return pieces of whole lines, at most `budget` bytes in total, taken in turn from all documents: the first piece of each, then the
+    second of each. So a small budget still covers many documents."""
     return _pieces(documents(domain, split), budget)
 
 

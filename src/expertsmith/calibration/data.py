@@ -1,6 +1,6 @@
-"""Records → seeded batches of token ids with a domain label, and a fingerprint of these ids.
+"""Turn records into seeded batches of token ids with a domain label, and a fingerprint of these ids.
 
-`[DOMAIN=]SOURCE[:N]`: see `calibration.records` for what SOURCE may be and what its records may hold; N bounds the sequences taken.
+`[DOMAIN=]SOURCE[:N]`: `calibration.records` describes SOURCE and its records; N is the maximum number of sequences taken.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Overlong = Literal["refuse", "truncate", "drop"]
 class DataOptions:
     """How records become sequences.
 
-    `pack` None packs plain text and keeps demonstrations (messages, prompt + response) one a sequence. `samples` bounds the
-    sequences of a domain; which ones is drawn with `seed`. `overlap` tokens of a packed window are repeated at the start of the
-    next, so that an evaluation predicts every token once. `columns` names columns of the data that a field is in: {"text": "body"}.
+    `pack` None packs a source of plain text; a source with demonstrations (messages, prompt + response) keeps one record a sequence.
+    `samples`: maximum number of sequences of a source, drawn with `seed`. The last `overlap` tokens of a packed window are repeated at
+    the start of the next, so that an evaluation predicts every token once. `columns`: field → its column in the data, {"text": "body"}.
     """
 
     samples: int = 128
@@ -45,7 +45,7 @@ class DataOptions:
 
 @dataclass
 class TokenData:
-    """Sequences of token ids by domain, what they came from, and what a reader of the result should know about that."""
+    """Sequences of token ids by domain, whether they are packed, and notes about the data for the user."""
 
     sequences: dict[str, list[list[int]]]
     packed: dict[str, bool]
@@ -68,8 +68,8 @@ class TokenData:
         return f"sha256:{digest.hexdigest()}"
 
     def batches(self, batch_tokens: int, pad_id: int = 0) -> list[Batch]:
-        """Batches of one domain each, of at most `batch_tokens` positions with padding (one row at least); long rows first, so that rows
-        of like length share a batch."""
+        """Batches of one domain each, with at most `batch_tokens` positions including padding, but at least one row. The longest rows
+        come first, so that rows of similar length share a batch."""
         made = []
         for domain, rows in self.sequences.items():
             order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
@@ -95,11 +95,11 @@ def load_tokens(
     """Read, tokenize, pack and sample every source.
 
     Args:
-        tokenizer: None where the model directory has none; then every record needs `input_ids`.
-        max_positions: the model's own window, which `seq_len` may not exceed.
+        tokenizer: None if the model directory has none; then every record needs `input_ids`.
+        max_positions: the model's own window; `seq_len` minus `overlap` may not exceed it.
 
     Raises:
-        UserError: no data, a source that is not there, records without text, a record longer than the window, ids out of range.
+        UserError: no data, a missing source, records without text, a record longer than the window, ids out of range.
     """
     if not specs:
         raise UserError("no data given", "pass --data FILE (repeatable)")
@@ -134,7 +134,7 @@ def load_tokens(
     return TokenData(dict(sorted(sequences.items())), packed, list(dict.fromkeys(said)))
 
 
-def _sequences(spec: Spec, tokenizer: Any | None, options: DataOptions, said: list[str]) -> tuple[list[list[int]], bool]:  # noqa: C901  (one record after another, with what is wrong with it said where it is met)
+def _sequences(spec: Spec, tokenizer: Any | None, options: DataOptions, said: list[str]) -> tuple[list[list[int]], bool]:  # noqa: C901  (one check after another)
     documents: list[list[int]] = []
     places: list[str] = []
     demonstrations = 0
@@ -186,8 +186,8 @@ def tokenize(
 ) -> tuple[list[int], bool]:
     """Token ids of a record, and whether it is a demonstration (a conversation, or a prompt with its answer).
 
-    A text becomes `bos text eos` as far as the tokenizer has these; a demonstration is what the chat template makes of it. `said` collects
-    what was done to a record that the user should know.
+    A text becomes `bos text eos`; bos or eos is omitted if the tokenizer has none. A demonstration is rendered with the chat template (see
+    `render`). Changes to a record that the user should know of are appended to `said`.
     """
     usual = in_one_form(record, place)
     if "input_ids" in usual:
@@ -207,14 +207,14 @@ def tokenize(
 
 
 def conversation(usual: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a record `in_one_form` that is a demonstration."""
+    """The messages of a demonstration, as converted by `in_one_form`."""
     if "messages" in usual:
         return list(usual["messages"])
     return [{"role": "user", "content": usual["prompt"]}, {"role": "assistant", "content": usual["response"]}]
 
 
 def frame(tokenizer: Any, text: str, end: bool = True) -> list[int]:
-    """`bos text eos`, as far as the tokenizer has these; without `end` no eos."""
+    """The token ids of `bos text eos`, without eos if not `end`; bos or eos is omitted if the tokenizer has none."""
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return ([bos] if bos is not None else []) + ids + ([eos] if end and eos is not None else [])
@@ -228,10 +228,10 @@ def render(
     tools: Any = None,
     said: list[str] | None = None,
 ) -> list[int]:
-    """What the chat template makes of messages; with `answer` up to where the model's answer begins.
+    """The token ids of messages rendered with the chat template; with `answer`, up to the start of the model's answer.
 
-    Without a template a plain one is used: `User: …`, `Assistant: …`. A system message that the template refuses becomes the beginning of the
-    user's. Both are noted in `said`.
+    Without a template, messages are written as `User: …`, `Assistant: …`. If the template rejects a system message, its text is put before
+    the user's. Both are noted in `said`.
     """
     said = [] if said is None else said
     if not getattr(tokenizer, "chat_template", None):
@@ -258,7 +258,7 @@ def _plainly(messages: Sequence[Mapping[str, Any]], answer: bool) -> str:
 
 
 def _without_system(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
-    """The messages with the system's put before the first of the user; None where that is not how they begin."""
+    """The messages with the system message put before the text of the user message after it; None if they do not begin with these two."""
     if len(messages) < 2 or messages[0].get("role") != "system" or messages[1].get("role") != "user":
         return None
     text = f"{messages[0].get('content') or ''}\n\n{messages[1].get('content') or ''}"
@@ -266,7 +266,7 @@ def _without_system(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def load_tokenizer(path: Path) -> Any | None:
-    """The tokenizer of a model directory, or None where it has none that works without code of its own.
+    """The tokenizer of a model directory, or None if it has none that works without remote code.
 
     Raises:
         UserError: there are tokenizer files, but they cannot be loaded.
@@ -285,7 +285,7 @@ def load_tokenizer(path: Path) -> Any | None:
         with quietly():
             try:
                 return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **_own_config(path))
-            except Exception as error:  # a config.json that its class does not take as it stands, see read_config
+            except Exception as error:  # its class rejects this config.json, see read_config
                 if "Validation" not in type(error).__name__:
                     raise
                 return AutoTokenizer.from_pretrained(path, config=read_config(path), trust_remote_code=False)
@@ -296,7 +296,7 @@ def load_tokenizer(path: Path) -> Any | None:
         package = install_line(error)
         if (
             package and (path / "tokenizer.model").exists()
-        ):  # of sentencepiece or of tiktoken: transformers tries both, and names the last
+        ):  # of sentencepiece or tiktoken: transformers tries both and names the last
             parts = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf", "tiktoken": "tiktoken"}
             package = "pip install " + " ".join(name for module, name in parts.items() if not _is_installed(module))
             first = "convert tokenizer.model first"
@@ -308,13 +308,13 @@ def load_tokenizer(path: Path) -> Any | None:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ModuleNotFoundError, ValueError):  # its parent package is not there, or it was blocked
+    except (ModuleNotFoundError, ValueError):  # its parent package is missing, or its import is blocked
         return False
 
 
 def _own_config(path: Path) -> dict[str, Any]:
-    """The `config` that a tokenizer is loaded with where transformers does not know the model_type: what it then makes of config.json by itself can
-    fail on the keys of the model."""
+    """The `config` argument for the tokenizer of a model_type that transformers does not know, else nothing. Without it, transformers reads
+    config.json itself and can fail on the model's keys."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     try:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def ranks(device: str) -> Iterator[tuple[int, str]]:
-    """(rank, device of this rank). Outside `torchrun`: (0, device). gloo on CPU, nccl on GPUs."""
+    """Yield (rank, device of this rank); (0, device) outside `torchrun`. The backend is gloo on CPU, nccl on GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         yield 0, device
         return

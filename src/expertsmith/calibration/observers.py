@@ -1,8 +1,7 @@
 """Observe one MoE layer and sum the statistics of every criterion.
 
-Experts run once, on the tokens that the model routes to them, and the ids and weights are those that the router returned. Padding
-tokens never count. Everything kept is a sum, a count or a maximum (float64 or int64), so batches, shards, ranks and domains
-add up.
+Experts run once, on the tokens that the model routes to them, with the ids and weights that the router returned. Padding tokens never
+count. Every statistic is a sum, a count or a maximum (float64 or int64), so batches, shards, ranks and domains can be combined.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ RATIO_BINS = 1000  # histogram of second / first routing weight over [0, 1]
 
 
 class Statistic(NamedTuple):
-    """What a layer's statistics hold under a name. Symbols: E experts of the layer, g a routing weight, f an expert's raw output, x the residual
-    stream, r the routed output. `option`: the option of `calibrate` that asks for it; the others are always there."""
+    """Description of one statistic of a layer. Symbols: E experts of the layer, g a routing weight, f an expert's raw output, x the
+    residual stream, r the routed output. `option`: the option of `calibrate` that enables it; empty if it is always collected."""
 
     shape: str
     unit: str
@@ -64,8 +63,8 @@ SAMPLES = ("sample_inputs", "sample_outputs", "sample_index")
 
 @dataclass(frozen=True)
 class Extras:
-    """What is collected on request: expert outputs summed over routed tokens, or over all tokens (which runs every expert on every token);
-    and a seeded sample of block inputs and outputs a domain."""
+    """Optional statistics: expert outputs summed over routed tokens, or over all tokens (which runs every expert on every token), and a
+    seeded sample of block inputs and outputs a domain."""
 
     output_sum: bool = False
     all_outputs: bool = False
@@ -78,7 +77,7 @@ class LayerSums:
     """The accumulators of one layer: domain → statistic → tensor."""
 
     num_experts: int
-    sequences: dict[str, int]  # of every domain
+    sequences: dict[str, int]  # domain → number of sequences
     device: torch.device
     extras: Extras = field(default_factory=Extras)
     by_domain: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -100,7 +99,7 @@ class LayerSums:
 
 @contextmanager
 def observing(layer: nn.Module, architecture: Architecture, sums: LayerSums, current: Callable[[], Batch]) -> Iterator[None]:
-    """Watch a decoder layer for as long as the context lasts. `current` tells which batch is inside."""
+    """Within the context, add the statistics of a decoder layer to `sums`. `current` returns the running batch."""
     watch = _Watch(layer, architecture, sums, current)
     with ExitStack() as stack:
         for handle in watch.attach():
@@ -109,7 +108,7 @@ def observing(layer: nn.Module, architecture: Architecture, sums: LayerSums, cur
 
 
 class _Watch:
-    """The hooks on one decoder layer and what they hand to each other while a batch passes."""
+    """The hooks on one decoder layer, and the values they share while a batch passes."""
 
     def __init__(self, layer: nn.Module, architecture: Architecture, sums: LayerSums, current: Callable[[], Batch]) -> None:
         self.layer, self.arch, self.sums, self.current = layer, architecture, sums, current
@@ -119,10 +118,10 @@ class _Watch:
         self.residual: torch.Tensor | None = None
         self.router_input: torch.Tensor | None = None
         self.router_output: Any = None
-        self.dims = 2  # axes of what the experts are called with
+        self.dims = 2  # number of axes of the experts' input
 
     def attach(self) -> list[Callable[[], None]]:
-        """Install the hooks; returns what removes them."""
+        """Install the hooks; returns the functions that remove them."""
         arch, removers = self.arch, []
         if arch.residual == "block_input":
             removers.append(self.block.register_forward_pre_hook(self._residual_from_args, with_kwargs=True).remove)
@@ -162,9 +161,9 @@ class _Watch:
         return out.reshape(shape)
 
     def _dense_experts(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        """Llama-4: every expert got its own copy of the tokens, scaled by its score; copies scaled by 0 were not routed.
+        """Llama-4: every expert gets its own copy of the tokens, scaled by its score; copies scaled by 0 are not routed.
 
-        The weight is inside the expert, so the output's norm already is "weight x norm": it stands for both statistics.
+        The weight acts inside the expert, so the output's norm already is "weight x norm" and is used for both statistics.
         """
         scores = self.router_output[0]
         count = self.sums.num_experts
@@ -198,7 +197,7 @@ class _Watch:
         turn = self._turn(out).double() * valid
         turned = weighted * turn[token]
         columns = torch.stack((counted.double(), weight, weight**2, norm, norm**2, weighted, weighted**2, turned), dim=-1)
-        # slots are sorted by expert; the last segment holds what is no routed expert, and is left out. Nothing here waits for the device
+        # slots are sorted by expert; the last segment (no routed expert) is left out. Nothing here waits for the device
         ends = torch.searchsorted(expert, torch.arange(n, device=expert.device), right=True)
         lengths = torch.diff(ends, prepend=ends.new_zeros(1), append=ends.new_full((1,), expert.numel()))
         totals = torch.segment_reduce(columns, "sum", lengths=lengths, axis=0, unsafe=True)[:n]
@@ -255,8 +254,8 @@ class _Watch:
     def _turn(self, routed: torch.Tensor) -> torch.Tensor:
         """s = 1 - cos(x, x + r) >= 0 of every token (EASY-EP, token contribution), r without shared experts.
 
-        With y = x + r, Lagrange's identity gives 1 - cos = (|x|^2 |r|^2 - (x.r)^2) / (|x||y| (|x||y| + x.y)): no cancellation where r
-        is small against x, which is the usual case. A token with x = 0 or r = 0 has s = 0.
+        With y = x + r, Lagrange's identity gives 1 - cos = (|x|^2 |r|^2 - (x.r)^2) / (|x||y| (|x||y| + x.y)), without cancellation if
+        r is small against x, the usual case. A token with x = 0 or r = 0 has s = 0.
         """
         arch = self.arch
         assert self.residual is not None
@@ -305,8 +304,8 @@ class _Watch:
 
 
 def raw_logits(router_output: Any, architecture: Architecture) -> torch.Tensor:
-    """Router logits [tokens, num_experts + extra classes] as the router returned them. Where it returns probabilities (Gemma 4), their
-    logarithms are used instead: they differ from the logits by one constant a token."""
+    """Router logits [tokens, num_experts + extra classes] as the router returned them. If it returns probabilities (Gemma 4): their
+    logarithms, which differ from the logits by one constant a token."""
     kind = architecture.router_output
     first: torch.Tensor = router_output if kind == "logits_only" else router_output[1 if kind == "scores_logits" else 0]
     first = first.reshape(-1, first.shape[-1]).float()

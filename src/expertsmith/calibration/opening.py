@@ -1,4 +1,4 @@
-"""Open what the user gives (paths, specs, words) as what the stages need: token data and loaded models."""
+"""Turn the user's paths, data specifications and options into token data and loaded models."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from expertsmith.calibration.data import TokenData
     from expertsmith.engine import LoadedModel
 
-ENDLESS = 2**31  # the window of a model whose config.json names none
+ENDLESS = 2**31  # the window if config.json gives none
 
 
 def inventory_of(model: Any, allow_pickle: bool = False) -> Inventory:
-    """The experts of a checkpoint that is named, or opened already."""
+    """The inventory of a checkpoint; an `Inventory` is returned unchanged."""
     return model if isinstance(model, Inventory) else take_inventory(open_checkpoint(model, allow_pickle=allow_pickle))
 
 
@@ -38,10 +38,10 @@ def window_of(config: Mapping[str, Any]) -> int:
 
 @contextmanager
 def opened_as(model: Any, as_type: str | None, **opening: Any) -> Iterator[None]:
-    """Meanwhile treat MODEL, and every checkpoint of its model_type, as a family of another name; `opening` goes to `open_checkpoint`.
+    """Within the context, treat MODEL and every checkpoint of its model_type as the family `as_type`; `opening` goes to `open_checkpoint`.
 
     Raises:
-        UserError: a family that is not known, or whose class has other tensors than MODEL, or other shapes.
+        UserError: an unknown family, or one whose class has other tensors or shapes than MODEL.
     """
     if as_type is None:
         yield
@@ -58,7 +58,7 @@ def opened_as(model: Any, as_type: str | None, **opening: Any) -> Iterator[None]
 
 
 def _text_prefix(config: Mapping[str, Any], names: Iterable[str]) -> str:
-    """What the language model's tensor names begin with in a composite: "language_model." """
+    """The prefix of the language model's tensor names in a composite, such as "language_model."; empty for any other model."""
     if text_config(config) is config:
         return ""
     found = (re.match(r"(.*?)model\.layers\.\d+\.", name) for name in names)
@@ -75,7 +75,7 @@ def token_data(
     overlap: int = 0,
     **options: Any,
 ) -> TokenData:
-    """Token ids of `data` for the model in `path`; `options` are those of `calibration.data.DataOptions`.
+    """Token ids of `data` for the model in `path`; `options` are other fields of `calibration.data.DataOptions`.
 
     Raises:
         UserError: a model that cannot be run, or data that cannot be read.
@@ -113,8 +113,8 @@ def open_model(
     router_groups: str = "keep",
     mtp: bool = False,
 ) -> LoadedModel:
-    """The model of a checkpoint, resident or streamed; with `router_groups` "flatten" its router has no expert_groups; with `mtp` its
-    multi-token-prediction layer, where it can be run."""
+    """Load the model of a checkpoint, resident or streamed. `router_groups` "flatten" removes the router's expert_groups; `mtp` adds the
+    multi-token-prediction layer, if it can be run."""
     from expertsmith.engine.devices import choose_device, choose_memory
     from expertsmith.engine.loading import load_model
 

@@ -1,14 +1,13 @@
 """The exact loss of dropping any subset of a layer's experts, without running an expert twice.
 
-Every expert runs once on every token, and of its outputs only inner products are kept: with F_t [experts, hidden] the outputs of token t,
-G_t = F_t F_t^T. Dropping the experts D re-routes the token from routing weights a to a'(D), and the routed output moves by
+Every expert runs once on every token. Only inner products of the outputs are kept: G_t = F_t F_t^T, with the outputs F_t [experts, hidden]
+of token t. Dropping the experts D re-routes the token from routing weights a to a'(D), and the routed output changes by
 
     err_t(D) = || z_t - z'_t(D) ||^2 = (a'(D) - a)^T G_t (a'(D) - a).
 
-a'(D) is what the family's own router makes of its own logits with those of D masked out (as `surgery.mask` defines it): the router's
-forward is played again on kept logits, with everything that precedes them on the meta device, where it costs nothing. Shared experts
-cancel. Padding never counts. (Lu et al., "Not All Experts are Equal", arXiv 2402.14800; the authors run the block anew for
-every subset.)
+a'(D) is the routing of the family's own router from its logits with those of D masked (as `surgery.mask` defines it). The router's forward
+is re-run on the stored logits, with everything before them on the meta device, where it costs nothing. Shared experts cancel. Padding never
+counts. (Lu et al., "Not All Experts are Equal", arXiv 2402.14800; the authors re-run the block for every subset.)
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ from expertsmith.views.progress import Progress, Silent
 
 Loss = Literal["global", "authors"]
 FEW_COLUMNS = 16
-EXACT_COLUMNS = 32  # inner products are kept in float64 up to this many experts, in float32 beyond
+EXACT_COLUMNS = 32  # inner products are kept in float64 up to this many experts, in float32 above
 AT_ONCE = 2**25  # elements of expert outputs in memory at once
 PAIRS_ON_CPU, PAIRS_ON_DEVICE = 2**20, 2**25  # inner products gathered, or logits routed, at once
-TOKENS = 16  # of a block of many sets, at least
-SAME = 1e-6  # relative difference up to which two routings are the same
+TOKENS = 16  # at least so many in a block of many sets
+SAME = 1e-6  # relative difference up to which two routings count as the same
 ROOM = 0.5  # share of free memory that the tables of a layer may take
-RANKS = 20  # of a token, up to which dropped sets are told apart by them
-CHECKED = 8  # losses of sets that are computed in both ways
+RANKS = 20  # the most ranks of a token for which sets are evaluated by state (`Probe._by_state`)
+CHECKED = 8  # losses that are computed in both ways, as a check
 ROUTED, ROUTED_EXPERT, MULTIPLIED, LOOKED_UP = 1e-7, 1e-8, 1e-9, 5e-9  # seconds on two cores: see Probe.seconds
 
 
@@ -62,13 +61,13 @@ _Route = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor
 
 
 def probe_bytes(tokens: int, experts: int) -> int:
-    """Memory that the probe of a layer takes: the upper triangle of each token's inner products, and its logits."""
+    """Bytes of memory for the probe of a layer: the upper triangle of each token's inner products, and its logits."""
     size = 8 if experts <= EXACT_COLUMNS else 4
     return tokens * (experts * (experts + 1) // 2 * size + experts * 4)
 
 
 def at_once(device: torch.device) -> int:
-    """How many inner products are gathered, or logits routed, at once: what the caches hold, or enough to keep a device busy."""
+    """How many inner products to gather, or logits to route, at once: as many as fit into a CPU's caches, or keep a device busy."""
     return PAIRS_ON_CPU if device.type == "cpu" else PAIRS_ON_DEVICE
 
 
@@ -79,10 +78,10 @@ class Probe:
     norm of the paper), or the sum of sqrt(sum_t err_t) over groups of consecutive sequences (loss "authors": their code's sum over
     calibration batches).
 
-    Sets are tried in blocks of tokens x sets, as large as memory should hold, and their losses are fetched together: a device is waited
-    for once a call, not once a set. Two shortcuts hold for routers where an expert's going concerns only the tokens that use it, which is
-    found out numerically (`_found_local`): `removals` tries every token without each of its own experts only, and sets that look the same
-    to a token are tried once (`_by_state`).
+    Sets are evaluated in blocks of tokens x sets, limited by memory, and their losses are fetched together: a call waits for the device
+    once, not once a set. Two shortcuts apply if dropping an expert changes only the tokens that use it, which is tested numerically
+    (`_found_local`): `removals` re-routes a token only without each of its own experts, and sets with the same effect on a token are
+    evaluated once (`_by_state`).
     """
 
     def __init__(self, layer: int, rules: Rules, tables: _Tables, route: _Route, sequence_groups: torch.Tensor | None) -> None:
@@ -97,20 +96,20 @@ class Probe:
         self.selections: Array = torch.bincount(taken, minlength=self.num_experts).cpu().numpy()
 
     def loss(self, dropped: Sequence[int]) -> float:
-        """The loss with the experts `dropped` gone, every token re-routed.
+        """The loss with the experts `dropped` removed and every token re-routed.
 
         Raises:
-            UserError: fewer experts stay than the router needs, or the outputs are not finite.
+            UserError: fewer experts remain than the router needs, or the outputs are not finite.
         """
         key = self._key(dropped)
         value = float(self._fetch(self._one_by_one(self._gone([key]), nothing=not key))[0])
         rounding = max(SAME, 4 * torch.finfo(self._tables.logits.dtype).eps)  # equal logits in half precision: see _found_local
         if abs(value - self._promised.get(key, value)) > rounding * value:
-            self._local = False  # dropping an expert moved tokens that do not use it
+            self._local = False  # dropping an expert changed tokens that do not use it
         return value
 
     def losses(self, dropped: Array) -> Array:
-        """The loss of every row of `dropped` [sets, experts that go]."""
+        """The loss of every row of `dropped` [sets, dropped experts]."""
         self._key(dropped[0].tolist())
         gone = self._gone(dropped)
         if self._few_states(dropped.shape[1], len(dropped)):
@@ -121,7 +120,7 @@ class Probe:
         return self._fetch(self._one_by_one(gone))
 
     def seconds(self, count: int) -> float:
-        """What `losses` takes for all sets of `count` experts: the operations at the rates of two usual cores, whatever machine runs them."""
+        """Estimated time of `losses` for all sets of `count` experts: its operations at the rates of two usual cores, on any machine."""
         sets = subsets(self.rules, count)
         each = ROUTED + ROUTED_EXPERT * self._tables.logits.shape[1] + MULTIPLIED * self._tables.pairs
         if self._few_states(count, sets):
@@ -129,15 +128,15 @@ class Probe:
         return self.tokens * sets * each
 
     def removals(self, dropped: Sequence[int]) -> dict[int, float]:
-        """For every expert that may go next: the loss with it dropped as well.
+        """Expert → the loss with it dropped as well, for every expert that may be dropped next.
 
-        With expert_groups these are the experts of the groups that have lost fewest, so that equal groups come out; none where the router
-        needs all that stay.
+        With expert_groups, these are the experts of the groups that have lost the fewest, so that the groups end up equal. Empty if the
+        router needs all remaining experts.
         """
         return self.removals_of([dropped])[0]
 
     def removals_of(self, sets: Sequence[Sequence[int]]) -> list[dict[int, float]]:
-        """The same for each of several sets, which are of one size."""
+        """`removals` of each of several sets of the same size."""
         keys = [self._key(dropped) for dropped in sets]
         allowed = [self._allowed(key) for key in keys]
         if not any(allowed):
@@ -158,9 +157,8 @@ class Probe:
         return self._local
 
     def _found_local(self) -> bool:
-        """Whether no expert's going moves a token that does not use it. Judged on float32 logits without ties: where a router works in
-        bfloat16, the last bit of the softmax's sum, or which of two equal logits comes first, moves tokens that have nothing to do with
-        the expert."""
+        """Whether dropping an expert never changes a token that does not use it. Tested on float32 logits without ties: in a bfloat16
+        router, the last bit of the softmax's sum, or the order of two equal logits, also changes tokens that do not use the expert."""
         logits = self._tables.logits.float()
         apart = torch.finfo(self._tables.logits.dtype).eps * torch.rand(
             logits.shape, generator=torch.Generator().manual_seed(0)
@@ -196,7 +194,7 @@ class Probe:
         return [e for e in range(self.num_experts) if e not in dropped and lost[e // size] == min(lost)]
 
     def _gone(self, drops: Sequence[tuple[int, ...]] | Array) -> torch.Tensor:
-        """[sets, E] whether an expert is dropped; sets of one size, or the first of them empty."""
+        """Whether an expert is dropped, [sets, E]. The sets have one size, except that the first may be empty."""
         table = np.zeros((len(drops), self.num_experts), dtype=bool)
         first = 0 if len(drops[0]) else 1
         if len(drops) > first and len(drops[first]):
@@ -204,7 +202,7 @@ class Probe:
         return torch.from_numpy(table).to(self._tables.logits.device)
 
     def _blocks(self, routings: int, least: int = 1) -> Iterator[slice]:
-        """The tokens, in blocks that hold so many `routings` of each."""
+        """The tokens in blocks, sized for `routings` routings of each token."""
         size = max(least, self._at_once // routings)
         return (slice(start, min(start + size, self.tokens)) for start in range(0, self.tokens, size))
 
@@ -216,17 +214,17 @@ class Probe:
         return selected.view(*shape, -1), weights.double().view(*shape, -1)
 
     def _kept(self, rows: slice, gone: torch.Tensor, nothing: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The routing of a block with `gone` [sets, E] dropped; as it was seen, to the last bit, where that is `nothing`."""
+        """The routing of a block with `gone` [sets, E] dropped; if that is `nothing`, the observed routing, bit for bit."""
         if nothing:
             return self._tables.selected[rows].unsqueeze(1), self._tables.weights[rows].unsqueeze(1)
         return self._routes(self._tables.logits[rows], gone[None])
 
     def _errors(self, rows: slice | torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
-        """[tokens, sets] of a block."""
+        """The errors [tokens, sets] of a block."""
         return self._tables.errors(rows, *self._routes(self._tables.logits[rows], gone))
 
     def _one_by_one(self, gone: torch.Tensor, nothing: bool = False) -> torch.Tensor:
-        """[sets] losses with `gone` [sets, E] dropped: every token routed anew for every set."""
+        """The losses [sets] with `gone` [sets, E] dropped: every token is re-routed for every set."""
         sums, width = self._sums(len(gone)), max(1, min(len(gone), self._at_once // TOKENS))
         for rows in self._blocks(width):
             for first in range(0, len(gone), width):
@@ -235,7 +233,7 @@ class Probe:
         return sums.sqrt().sum(0)
 
     def _without_each(self, gone: torch.Tensor, nothing: bool) -> torch.Tensor:
-        """[sets, columns] losses with `gone` [sets, E] and one more expert dropped: only tokens that use it are routed anew."""
+        """The losses [sets, columns] with `gone` [sets, E] and one more expert dropped: only tokens that use it are re-routed."""
         tables, slots = self._tables, self._tables.selected.shape[1]
         sums = self._sums(len(gone), tables.columns)
         width = max(1, min(len(gone), self._at_once // (TOKENS * slots)))
@@ -251,21 +249,21 @@ class Probe:
         return sums.sqrt().sum(0)
 
     def _states(self, count: int) -> int:
-        """In how many ways `count` dropped experts may look to a token: which of its first ranks are its first top_k that are left."""
+        """The number of states of a token with `count` dropped experts: the choices of its top_k kept experts among its first ranks."""
         return math.comb(count + self.rules.top_k, count)
 
     def _few_states(self, count: int, sets: int) -> bool:
-        """Whether `_by_state` is right, as far as is known, and less work."""
+        """Whether `_by_state` is correct (as far as tested) and less work."""
         ranked = self._tables.logits.shape[1] == self.num_experts and self._tables.selected.shape[1] == self.rules.top_k
         few = count + self.rules.top_k <= RANKS and self._states(count) * 2 <= sets
         return count > 0 and ranked and few and self._is_local()
 
     def _by_state(self, gone: torch.Tensor, count: int) -> torch.Tensor:
-        """[sets] losses with `gone` [sets, E] dropped, `count` each, where an expert's going concerns only the tokens that use it.
+        """The losses [sets] with `gone` [sets, E] dropped, `count` each, if dropping an expert changes only the tokens that use it.
 
-        To a token, a set is which of its first count + top_k ranks are dropped up to its last chosen expert: `_states` of them, each
-        routed once. Tokens whose ranks cannot be told, because logits are equal or experts do not move up one by one, are routed anew for
-        every set.
+        A set acts on a token only by its state: which of its first count + top_k ranks are dropped, up to its last selected expert. There
+        are `_states` of them, and each is routed once. Tokens without clear ranks, because logits are equal or experts do not move up
+        one by one, are re-routed for every set.
         """
         patterns = _Patterns(count, self.rules.top_k, gone.device)
         sums, chosen = self._sums(len(gone)), gone.T.float()
@@ -289,8 +287,8 @@ class Probe:
         return sums.sqrt().sum(0)
 
     def _ranks(self, rows: slice, count: int) -> tuple[torch.Tensor, list[int]]:
-        """[tokens, top_k + count] the experts in the order in which they move up as those before them go (the first top_k in any order), and
-        which tokens of the block have no such order."""
+        """The experts [tokens, top_k + count] in the order in which they move up as those before them are dropped (the first top_k in any
+        order), and the tokens of the block that have no such order."""
         logits = self._tables.logits[rows]
         gone = torch.zeros(len(logits), 1, self.num_experts, dtype=torch.bool, device=logits.device)
         selected = self._routes(logits, gone)[0][:, 0]
@@ -306,7 +304,7 @@ class Probe:
         return torch.stack(order, 1), unclear.nonzero()[:, 0].tolist()
 
     def _at_ranks(self, order: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-        """[tokens, states, E] the experts at the ranks `dropped` [states, ranks]."""
+        """Mask [tokens, states, E] of the experts at the ranks `dropped` [states, ranks]."""
         shape = (len(order), *dropped.shape)
         gone = torch.zeros(*shape[:2], self.num_experts, dtype=torch.bool, device=order.device)
         return gone.scatter_(2, order[:, None].expand(shape), dropped.expand(shape))
@@ -334,8 +332,8 @@ class Probe:
 
 
 class _Patterns:
-    """The ways in which a token's first ranks may be dropped: `value` of a rank is 2^rank, their sum over the dropped ranks the pattern,
-    `state` [patterns] which of the `dropped` [states, ranks] it comes to, as ranks after the last chosen expert do not count."""
+    """The ways to drop some of a token's first ranks. The `value` of a rank is 2^rank, and a pattern is the sum over the dropped ranks.
+    `state` [patterns] is the row of `dropped` [states, ranks] for a pattern; ranks after the last selected expert do not count."""
 
     def __init__(self, count: int, top_k: int, device: torch.device) -> None:
         ranks = count + top_k
@@ -350,7 +348,7 @@ class _Patterns:
 
 
 class _Tables:
-    """What is kept of every token: logits, routing, target, and the inner products of its experts' outputs.
+    """The stored values of every token: logits, routing, target, and the inner products of its experts' outputs.
 
     The target is a combination of columns: the token's own routing, or the last column, which then holds the target vector itself.
     """
@@ -376,24 +374,24 @@ class _Tables:
             self.goal, self.share = self.selected, self.weights
 
     def add_products(self, places: torch.Tensor, outputs: torch.Tensor) -> None:
-        """`outputs` [columns, tokens, hidden]: the experts' outputs (and the target vectors) of the tokens at `places`."""
+        """Store the inner products of `outputs` [columns, tokens, hidden]: outputs (and target vectors) of the tokens at `places`."""
         by_token = outputs.transpose(0, 1).to(self.products.dtype)
         self.products[places] = torch.bmm(by_token, by_token.transpose(1, 2))[:, self.first, self.second]
 
     @property
     def pairs(self) -> int:
-        """How many inner products the error of a routing takes, at most."""
+        """The largest number of inner products that the error of a routing needs."""
         width = min(self.columns, self.selected.shape[1] + self.goal.shape[1])
         return self.first.numel() if self.columns <= FEW_COLUMNS else width * (width + 1) // 2
 
     def errors(self, rows: torch.Tensor | slice, selected: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """[tokens at `rows`, …] (a' - a)^T G (a' - a) of routings [tokens, …, slots], exactly 0 where the routing is the target's."""
+        """The errors (a' - a)^T G (a' - a) [tokens at `rows`, …] of routings [tokens, …, slots]; exactly 0 for the target's routing."""
         shape = selected.shape[:-1]
         selected, weights = (value.reshape(shape[0], -1, value.shape[-1]) for value in (selected, weights))
         goal, share = (value[rows].unsqueeze(1).expand(-1, selected.shape[1], -1) for value in (self.goal, self.share))
         move = weights.new_zeros(*selected.shape[:2], self.columns)
         move.scatter_add_(2, selected, weights).scatter_add_(2, goal, -share)
-        if self.columns <= FEW_COLUMNS:  # all products are fewer than finding the right ones costs
+        if self.columns <= FEW_COLUMNS:  # using all products costs less than finding the right ones
             products = (self.products[rows] * self.twice).unsqueeze(1)
             both = move.index_select(2, self.first).mul_(move.index_select(2, self.second)).mul_(products)
             return both.sum(2).clamp_min_(0).view(shape)
@@ -403,11 +401,11 @@ class _Tables:
         return self._errors_at(start, ids, move.flatten(0, 1)).view(shape)
 
     def _errors_at(self, start: torch.Tensor, ids: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
-        """[routings] errors of the moves at the columns `ids` [routings, slots], with the token's products beginning at `start`."""
+        """The errors [routings] of the changes at the columns `ids` [routings, slots]; the token's products begin at `start`."""
         slots = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         last = torch.zeros_like(move, dtype=torch.int64).scatter_(1, ids, slots)
         once = last.gather(1, ids) == slots  # an expert in two slots counts in one of them
-        width = int(once.sum(1).max()) if ids.device.type == "cpu" else ids.shape[1]  # elsewhere it would have to be waited for
+        width = int(once.sum(1).max()) if ids.device.type == "cpu" else ids.shape[1]  # elsewhere this would wait for the device
         if width < ids.shape[1]:
             order = once.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
             ids, once = ids.gather(1, order), once.gather(1, order)
@@ -422,7 +420,7 @@ class _Tables:
 
 @dataclass
 class Places:
-    """Which tokens of the batches are looked at, and where each stands in the order of (domain, sequence, position)."""
+    """The sampled tokens of the batches, and the place of each in the order of (domain, sequence, position)."""
 
     rows: list[torch.Tensor]  # of every batch: index into its flattened tokens
     places: list[torch.Tensor]  # of every batch: the same tokens' places
@@ -468,11 +466,11 @@ class _Lockstep(Walk):
 
     @property
     def current(self) -> int:
-        """The number of the batch that runs."""
+        """The number of the running batch."""
         return self._lanes.current
 
     def wait(self) -> None:
-        """Called from inside a layer, on behalf of the batch that runs."""
+        """Make the running batch wait; called from inside a layer."""
         self._waiting.append(self._lanes.current)
         self._lanes.pause()
 
@@ -485,10 +483,10 @@ class _Lockstep(Walk):
 
 
 class _Search:
-    """One decoder layer: its tables are filled while the batches pass, then the choice is made.
+    """The search in one decoder layer: its tables are filled while the batches pass, then the choice is made.
 
-    Progressive: the first half of the batches are the dense copies, which give the targets where `vectors`; the second half are the pruned
-    copies, which give the inputs, wait for each other at the experts, and go on without those that were dropped.
+    Progressive: the first half of the batches are the dense copies, which give the targets if `vectors`; the second half are the pruned
+    copies, which give the inputs, wait for each other at the experts, and continue without the dropped experts.
     """
 
     def __init__(
@@ -497,12 +495,12 @@ class _Search:
         self.block, self.places, self.walk, self.decide = block, places, walk, decide
         self.progressive, self.vectors = progressive, vectors
         self.tables: _Tables | None = None
-        self.targets: dict[int, torch.Tensor] = {}  # of the dense copies: routed outputs of the tokens that are looked at
+        self.targets: dict[int, torch.Tensor] = {}  # dense copy → routed outputs of its sampled tokens
         self.decided = False
         self.dropped: torch.Tensor | None = None
 
     def visit(self, seen: Seen, routed: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        """A batch has come to the experts."""
+        """Process a batch at the experts; returns the experts to drop for it, or None."""
         number, batches = self.walk.current, len(self.places.rows)
         if self.progressive and number < batches:
             if self.vectors and not self.decided:
@@ -516,14 +514,14 @@ class _Search:
         return self.dropped if self.progressive else None
 
     def finish(self) -> None:
-        """Choose, once all batches have been seen."""
+        """Choose, after all batches were seen."""
         if not self.decided:
             assert self.tables is not None
             self.settle(self.decide(self.tables))
             self.tables = None
 
     def settle(self, dropped: Sequence[int]) -> None:
-        """The choice is made."""
+        """Set the choice."""
         self.decided = True
         if dropped:
             device = next(self.block.experts.parameters()).device
@@ -550,7 +548,7 @@ class _Search:
             tables.add_products(places[part], outputs)
 
     def _check(self, places: torch.Tensor) -> None:
-        """Played again with nothing dropped, the routing is the one that was seen, or the family's record is wrong."""
+        """Check that a re-run with nothing dropped gives the observed routing; otherwise the family's record is wrong."""
         tables = self.tables
         assert tables is not None
         nothing = torch.zeros(self.block.num_experts, dtype=torch.bool, device=places.device)
@@ -585,20 +583,20 @@ def search_layers(  # noqa: C901  (the hooks of one walk, which share what they 
     seed: int = 42,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, Result]]:
-    """Walk the data through the model once and let `choose` decide every MoE layer from its probe; yields (decoder layer, choice).
+    """Run the data through the model once and let `choose` decide every MoE layer from its probe; yields (decoder layer, choice).
 
-    Layer by layer (section A of the method), inputs and targets are those of the original model. Progressive (section B): targets are the
-    original model's, inputs come from the layers chosen so far; the batches are carried twice. Until a layer has lost experts, the two are
-    the same.
+    Layer by layer (section A of the method): inputs and targets are those of the original model. Progressive (section B): targets are the
+    original model's, inputs come from the layers chosen so far; every batch is carried twice. Until a layer has lost experts, both copies
+    are the same.
 
     Args:
         rules: by decoder layer.
-        done: a layer's choice where it has been made before, which is then taken over; None where not.
+        done: returns a layer's earlier choice, which is reused; None if there is none.
         batch_size: sequences of a group in the loss "authors".
-        max_tokens: look at a seeded sample of so many tokens a domain (0: at all).
+        max_tokens: use a seeded sample of this many tokens a domain (0: all).
 
     Raises:
-        UserError: no layer with routed experts, outputs that are not finite, or more tokens than memory has room for.
+        UserError: no layer with routed experts, outputs that are not finite, or more tokens than fit into memory.
     """
     assert model.architecture is not None
     arch, progress = model.architecture, progress or Silent()

@@ -1,4 +1,4 @@
-"""Data → prompts to continue: the part of a demonstration before its answer, or the first tokens of a text."""
+"""Prompts from data: the part of a demonstration before its answer, or the first tokens of a text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from expertsmith.calibration.records import FIELDS, in_one_form, read_records
 from expertsmith.calibration.spec import parse_spec
 from expertsmith.errors import UserError
 
-FIRST = 32  # tokens of a text that are its prompt; of a shorter one, half
+FIRST = 32  # tokens of a text used as its prompt, but at most half of it
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, and the answer that the data gives to them, or None for a text."""
+    """Token ids of a prompt, and its answer in the data, or None if there is none, as for a text."""
 
     ids: list[int]
     response: str | None
@@ -37,11 +37,11 @@ def load_prompts(
     """Prompts by domain, at most `samples` (or the spec's N) of a source, drawn with `seed`.
 
     Args:
-        room: tokens that a prompt may have at most.
-        said: collects what was done to records that the user should know.
+        room: maximum number of tokens of a prompt.
+        said: changes to records that the user should know of are appended here.
 
     Raises:
-        UserError: a source without prompts, one that is longer than `room`, ids out of range, and what reading and tokenizing raise.
+        UserError: a source without prompts, a prompt longer than `room`, ids out of range, or an error in reading or tokenizing.
     """
     made: dict[str, list[Prompt]] = {}
     for text in specs:

@@ -29,11 +29,11 @@ Statistic = Literal["median", "mean", "quantile"]
 
 @dataclass(frozen=True)
 class LayerThreshold:
-    """The threshold of one layer and what it does on the calibration tokens.
+    """The threshold of one layer and its effect on the calibration tokens.
 
     `why`: "tokens" seen; "median" and "mean" of the value that decides a token's last routed expert (ratio: w_2 / w_1, tail: w_last /
-    sum w), with "quantile" where that was asked for; "skip_rate", the share of all routed slots that is skipped (half of the second
-    experts at top-2 is 0.25); "active", the mean number of experts that a token still runs. Zero experts are in neither.
+    sum w), and the "quantile" if requested; "skip_rate", the share of all routed slots that is skipped (half of the second experts at
+    top-2 is 0.25); "active", the mean number of experts that a token still runs. Neither counts zero experts.
     """
 
     threshold: float
@@ -45,8 +45,8 @@ def collect_ratios(
 ) -> dict[int, Weights]:
     """Routing weights of every MoE layer over the data [tokens, top_k], float32, each row descending, in one pass.
 
-    They are the sizes of the weights that the experts module is called with; padding is left out, and a slot with a zero expert (an id
-    behind the routed experts, which costs nothing and is never skipped) is 0.
+    They are the absolute values of the weights passed to the experts module. Padding is left out. A slot with a zero expert (an id after
+    the routed experts, which costs nothing and is never skipped) is 0.
 
     Raises:
         UserError: no MoE layer, one expert a token, experts that take other inputs than ids and weights, or weights that are not finite.
@@ -105,21 +105,21 @@ def thresholds(
     statistic: Statistic = "median",
     active: float | None = None,
 ) -> dict[int, LayerThreshold]:
-    """One threshold a layer from the weights that `collect_ratios` gives.
+    """One threshold a layer from the weights that `collect_ratios` returns.
 
-    Let r be what decides a token's last routed expert: w_2 / w_1 for the rule ratio, w_last / sum w for tail (the tail after the last
-    expert is removed; at top_k = 2 its median makes the same decisions as the paper's). The threshold is the median, the mean or a
-    quantile of r over the tokens with at least two routed experts of weight above 0, in float32, so that it compares exactly. An r that
-    equals the threshold is kept by ratio and skipped by tail: with an even number of tokens and no tie the median skips exactly half;
-    with ties (bfloat16 logits have many) ratio skips fewer and tail more, by the tokens of that value at most.
+    Let r be the value that decides a token's last routed expert: w_2 / w_1 for the rule ratio, w_last / sum w for tail (the tail after
+    the last expert is removed; at top_k = 2 its median makes the same decisions as the paper's). The threshold is the median, the mean
+    or a quantile of r over the tokens with at least two routed experts of weight above 0, in float32, so that it compares exactly. If r
+    equals the threshold, ratio keeps the expert and tail skips it. With an even number of tokens and no tie, the median skips exactly
+    half. With ties (bfloat16 logits have many), ratio skips fewer and tail more, by at most the tokens of that value.
 
-    `active` (tail) sets the threshold to the smallest at which the mean number of routed experts a token runs, over all tokens, is at
-    most `active`: an order statistic of all tails, since a token runs 1 + the number of its tails above the threshold. Zero experts
-    are not counted. With ties the mean may fall below; `why` has what is achieved.
+    `active` (tail) chooses the smallest threshold at which the mean number of routed experts a token runs, over all tokens, is at most
+    `active`. It is an order statistic of all tails, since a token runs 1 + the number of its tails above the threshold. Zero experts
+    are not counted. With ties the mean may be lower; `why` has the mean achieved.
 
     Raises:
         UserError: an unknown statistic or rule, a quantile outside [0, 1], an `active` that cannot be met or with the rule ratio, the rule
-            ratio where top_k is not 2, or a layer in which no token has two routed experts.
+            ratio if top_k is not 2, or a layer in which no token has two routed experts.
     """
     if rule not in ("ratio", "tail"):
         raise UserError(f"the skip rule is {rule!r}", "choose ratio or tail")
@@ -175,8 +175,8 @@ def _threshold(
 
 
 def _for_active(critical: Weights, routed: NDArray[np.bool_], active: float) -> float:
-    """The smallest threshold >= 0 with at most active * tokens slots left."""
+    """The smallest threshold >= 0 that leaves at most active * tokens slots."""
     tails = np.sort(critical[routed[:, 1:]])[::-1]
     first = int(routed[:, 0].sum())
-    room = math.floor(active * len(routed)) - first  # slots beyond the first that may stay
+    room = math.floor(active * len(routed)) - first  # slots after the first that may be kept
     return float(tails[room]) if room < len(tails) else 0.0

@@ -1,11 +1,11 @@
-"""Records of text as people publish them, each brought into one form.
+"""Read records of text in their usual published forms, and convert each to one form.
 
-A source is a .jsonl/.json/.csv/.txt/.md/.parquet file (.gz and .zst of the text ones too), a folder of such files, a hub data set
-`name[subset](split)`, or a text that comes with the package (`demo:code/calib`).
+A source is a .jsonl/.json/.csv/.txt/.md/.parquet file (text files also as .gz or .zst), a folder of such files, a hub data set
+`name[subset](split)`, or text from the Python installation (`demo:code/calib`).
 
-A record holds, in this order: `input_ids`; `messages`; `prompt` and `response` or `completion` (texts, or lists of messages as TRL has them);
-`text`; `conversations` (ShareGPT); `instruction`, `input`, `output` (Alpaca); `question` and `answer`. Tool calls and `tools` go to the chat
-template as they are. A message in parts is joined; parts that are no text are refused.
+A record has one of these forms; the first that matches is used: `input_ids`; `messages`; `prompt` and `response` or `completion` (texts, or
+lists of messages as in TRL); `text`; `conversations` (ShareGPT); `instruction`, `input`, `output` (Alpaca); `question` and `answer`. Tool
+calls and `tools` go to the chat template unchanged. The parts of a message are joined; parts that are not text are refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from expertsmith.errors import UserError, install_line, parse_json
 
 FIELDS = "input_ids, text, messages, conversations, prompt + response or completion, instruction + output, or question + answer"
 HUB = re.compile(r"^(?P<name>[\w.\-]+/[\w.\-]+|[\w.\-]+)(?:\[(?P<subset>[^\]]+)\])?(?:\((?P<split>[^)]+)\))?$")
-ROLES = {  # the names that ShareGPT data have for them
+ROLES = {  # name in ShareGPT data → role
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
@@ -37,10 +37,10 @@ TRAINING = re.compile(r"train|calib", re.I)
 
 
 def in_one_form(record: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """A record as one of {input_ids}, {text}, {prompt, response}, {messages, tools}.
+    """Convert a record to one of {input_ids}, {text}, {prompt, response}, {messages, tools}.
 
     Raises:
-        UserError: fields of none of the forms that the module lists, or of a type that they do not have.
+        UserError: the fields match none of the forms listed in the module, or have a wrong type.
     """
     if record.get("input_ids") is not None:  # a table has every column in every row
         ids = record["input_ids"]
@@ -117,7 +117,7 @@ def _system(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _turns(messages: Sequence[Any], place: str) -> list[dict[str, Any]]:
-    """Messages whose content is a text, or null beside tool calls."""
+    """The messages with text as content; it may be null only with tool calls."""
     if not messages:
         raise UserError(f"{place} has no messages")
     made = []
@@ -147,7 +147,7 @@ def _part(part: Any, place: str) -> str:
 
 
 def remarks(specs: Sequence[Spec]) -> list[str]:
-    """What a reader should know of the sources before any number of them: that some were joined, given twice, or hold unlike files."""
+    """Notes on the sources for the user: those joined into one domain or given twice, and the (mixed) files of folders."""
     said = []
     unlabelled = [spec.source for spec in specs if spec.domain == DEFAULT_DOMAIN]
     if len(unlabelled) > 1:
@@ -169,10 +169,10 @@ def remarks(specs: Sequence[Spec]) -> list[str]:
 
 
 def read_records(source: str, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, record) of a source, in a fixed order.
+    """Yield (place, record) of a source, in a fixed order.
 
     Args:
-        columns: the column that a field is in, where it is called otherwise: {"text": "body"}.
+        columns: field → its column, if that has another name: {"text": "body"}.
     """
     for place, record in _read(source):
         if columns:
@@ -233,7 +233,7 @@ def _read_file(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _text_of(file: Path) -> str:
-    """The text of a file, unpacked; its lines end with a line feed, and a byte order mark in front is no part of it."""
+    """The unpacked text of a file, with line feeds as line ends and without a byte order mark."""
     held = file.read_bytes()
     try:
         if file.suffix == ".gz":

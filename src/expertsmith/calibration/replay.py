@@ -24,21 +24,21 @@ from expertsmith.experts.rules import Rules
 
 @dataclass
 class Seen:
-    """What a batch of T tokens brought to a layer's experts."""
+    """The inputs and routing of a batch of T tokens at a layer's experts."""
 
-    x: torch.Tensor  # [T, hidden] what the experts act on
+    x: torch.Tensor  # [T, hidden] inputs of the experts
     logits: torch.Tensor  # [T, E and any extra classes] of the router
     selected: torch.Tensor  # [T, slots]
     weights: torch.Tensor  # [T, slots]
-    dims: int  # axes of the experts' usual input
+    dims: int  # number of axes of the experts' usual input
 
 
-# given what a batch brought, and what runs the experts on it (its routed output [T, hidden]): the experts [E] that the batch does without
+# (inputs and routing of a batch, a function that returns its routed output [T, hidden]) → experts [E] to drop for it, or None
 Visit = Callable[[Seen, Callable[[], torch.Tensor]], torch.Tensor | None]
 
 
 def router_extras(arch: Architecture, config: Mapping[str, Any]) -> frozenset[int]:
-    """How many classes a router of the family may have in addition to the routed experts (zero experts, skip classes, shared experts)."""
+    """The possible numbers of extra classes of the family's routers (zero experts, skip classes, shared experts)."""
     return frozenset(
         entry.extra if isinstance(entry.extra, int) else int(config_get(config, entry.extra) or 0)
         for entry in arch.stacked
@@ -47,7 +47,7 @@ def router_extras(arch: Architecture, config: Mapping[str, Any]) -> frozenset[in
 
 
 class _Reached(Exception):  # noqa: N818  (a signal)
-    """The replayed block has come to its experts, which were given these arguments."""
+    """The re-run block has reached its experts, with these arguments."""
 
     def __init__(self, arguments: list[Any]) -> None:
         super().__init__()
@@ -63,9 +63,9 @@ class _Again(Exception):  # noqa: N818  (a signal)
 
 
 class RoutedBlock:
-    """Router and experts of one decoder layer, loaded.
+    """The loaded router and experts of one decoder layer.
 
-    Played again is the router's forward alone where the experts are given what it returns, otherwise the block's, up to its experts.
+    A re-run uses the router's forward alone if the experts take what it returns, otherwise the block's forward up to its experts.
 
     Raises (all methods):
         RuntimeError: a router that does not do what the family's record says (a defect of the record).
@@ -83,18 +83,18 @@ class RoutedBlock:
         self._returned: list[torch.Tensor] = []  # by the router
         self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # how router and block were called last
         self._forwards: dict[str, Callable[..., Any]] = {}
-        self._places: tuple[int, int] | None = None  # where in `_returned` the experts' arguments are; None: nowhere
+        self._places: tuple[int, int] | None = None  # of the experts' arguments in `_returned`; None: not among them
         self._ghost: _Ghost | None = None
         self._dropping: torch.Tensor | None = None
 
     @contextmanager
     def watching(self, visit: Visit) -> Iterator[None]:
-        """Within the context, `visit` is called with every batch that comes to the experts."""
+        """Within the context, `visit` is called with every batch that reaches the experts."""
         wrapped = {
             "router": (self.router, self._router_forward),
             "experts": (self.experts, partial(self._experts_forward, visit)),
         }
-        if self.arch.block:  # otherwise the decoder layer is the block, and its router returns what the experts are given
+        if self.arch.block:  # otherwise the decoder layer is the block, and its router returns the experts' arguments
             wrapped["block"] = (self.block, self._block_forward)
         with ExitStack() as stack:
             for name, (module, forward) in wrapped.items():
@@ -104,8 +104,8 @@ class RoutedBlock:
             yield
 
     def route(self, logits: torch.Tensor, dropped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Selected experts and routing weights [T, slots] from the router's logits [T, rows], T > 0, with the experts `dropped` gone: [E],
-        or [T, E] where every token has its own."""
+        """Selected experts and routing weights [T, slots] from the router's logits [T, rows], T > 0, without the experts
+        `dropped`: [E], or [T, E] for each token separately."""
         found = self._replay(logits, dropped)
         if self.arch.call == "dense_inputs":
             return _chosen(found[0], self.top_k)
@@ -113,11 +113,11 @@ class RoutedBlock:
         return selected, weights
 
     def outputs(self, seen: Seen, rows: torch.Tensor, columns: int) -> torch.Tensor:
-        """[columns, rows, hidden]: what every expert (and zero expert) makes of the batch's tokens `rows`, before routing weights."""
+        """The outputs [columns, rows, hidden] of every expert (and zero expert) for the batch's tokens `rows`, before routing weights."""
         x = seen.x[rows]
         if self.arch.call != "dense_inputs":
             return run_all(self.experts, x, columns, self.arch, seen.dims)
-        scores = []  # each expert's input is scaled by its score, which does not depend on the others: as if it alone could be chosen
+        scores = []  # an expert's input is scaled by its score, which does not depend on the others: as if only it could be selected
         for expert in range(columns):
             others = torch.ones(columns, dtype=torch.bool, device=x.device)
             others[expert] = False
@@ -126,7 +126,7 @@ class RoutedBlock:
         return outputs
 
     def columns(self, seen: Seen) -> int:
-        """How many outputs a token has: one an expert, and one a zero expert."""
+        """The number of outputs of a token: one for each expert and each zero expert."""
         return self.num_experts if self.arch.unrouted_zero else seen.logits.shape[1]
 
     def _experts_forward(self, visit: Visit, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -209,7 +209,7 @@ class RoutedBlock:
         return result
 
     def _replay(self, logits: torch.Tensor, dropped: torch.Tensor) -> list[torch.Tensor]:
-        """What the router returns, or the experts' selection and weights if the block must be re-run."""
+        """The router's return values, or the experts' selection and weights if the block must be re-run."""
         alone = self._places is not None or self.arch.call == "dense_inputs"
         args, kwargs = self._calls["router" if alone else "block"]
         convert = partial(_on_meta, shape=_hidden(args, kwargs).shape[:-1], tokens=len(logits), own=self._own)
@@ -232,7 +232,7 @@ class RoutedBlock:
 
 @contextmanager
 def hidden_biases(biases: list[torch.Tensor], dropped: torch.Tensor | None) -> Iterator[None]:
-    """-inf at the dropped experts of every selection bias, in place (blocks hand them to routers as arguments), then as before."""
+    """Within the context, every selection bias is -inf at the dropped experts, in place (blocks pass them to routers as arguments)."""
     if dropped is None or not biases:
         yield
         return
@@ -249,7 +249,7 @@ def hidden_biases(biases: list[torch.Tensor], dropped: torch.Tensor | None) -> I
 
 
 class _Logits(TorchFunctionMode):
-    """While a router runs: note the product whose rows are the experts (and any extra classes after them), and mask `dropped` in it."""
+    """While a router runs: record the product whose rows are the experts (and any extra classes after them), and mask `dropped` in it."""
 
     def __init__(self, rows: frozenset[int], dropped: torch.Tensor | None, value: float) -> None:
         super().__init__()
@@ -268,8 +268,8 @@ class _Logits(TorchFunctionMode):
 
 
 class _Ghost(TorchFunctionMode):
-    """During a re-run of a block: its inputs are meta tensors, and so is everything computed from them, until the router's logits are asked for,
-    which are real. A selection bias, or a value computed from it alone, is -inf at the dropped experts where it is combined with values of the tokens."""
+    """During a re-run of a block: its inputs and everything computed from them are meta tensors, up to the router's logits, which are real.
+    A selection bias, or a value computed from it alone, is set to -inf at the dropped experts when it is combined with values of tokens."""
 
     DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
 
@@ -279,7 +279,7 @@ class _Ghost(TorchFunctionMode):
         self._biases, self._dropped = (
             list(biases),
             dropped,
-        )  # biases: these and what was made of them, so that no id is used twice
+        )  # the biases and all values computed from them: kept, so that no id is reused
 
     @contextmanager
     def routing(self) -> Iterator[None]:
@@ -315,7 +315,7 @@ class _Ghost(TorchFunctionMode):
         return made
 
     def _hidden(self, value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """A bias for every token, -inf at the token's dropped experts; any other value as it is."""
+        """A bias for every token, -inf at the token's dropped experts; any other value unchanged."""
         if not any(value is bias for bias in self._biases):
             return value
         count = self._dropped.shape[-1]
@@ -343,7 +343,7 @@ def _ghostly(value: Any) -> Any:
 
 
 def _on_meta(value: Any, shape: tuple[int, ...], tokens: int, own: set[int]) -> Any:
-    """A per-token argument as a meta tensor for another number of tokens; anything else, parameters among it, as it is."""
+    """A per-token argument as a meta tensor for another number of tokens; anything else, including parameters, unchanged."""
     if not isinstance(value, torch.Tensor) or id(value) in own:
         return value
     if value.shape[: len(shape)] == shape:
@@ -356,8 +356,8 @@ def _on_meta(value: Any, shape: tuple[int, ...], tokens: int, own: set[int]) -> 
 
 
 def _chosen(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selected experts [T, top_k] of scores [T, E] that are 0 where not chosen: each with weight 1, as the score is in its output already;
-    0 in slots that are left over."""
+    """Selected experts and weights [T, top_k] from scores [T, E] that are 0 for experts not selected. The weight is 1, because the expert's
+    output already contains the score; 0 in unused slots."""
     selected = (scores > 0).byte().argsort(dim=1, descending=True, stable=True)[:, :top_k]
     return selected, (scores.gather(1, selected) > 0).double()
 

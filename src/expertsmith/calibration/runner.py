@@ -38,11 +38,11 @@ def collect(  # noqa: C901  (ranks and resuming, side by side in every step)
     """Observe every MoE layer over the data and write the statistics folder.
 
     A folder that holds some layers of the same calibration (same model, token ids, dtype, options) is completed: those layers are not
-    observed again, and not run again either where their outputs were spilled (`calibration.spill`). Under `torchrun` the
-    batches are split over the ranks, the sums are reduced, and nothing is spilled.
+    observed again, nor run again if their outputs were spilled (`calibration.spill`). Under `torchrun` the batches are split over the
+    ranks, the sums are reduced, and nothing is spilled.
 
     Raises:
-        UserError: the folder holds another calibration (which `overwrite` replaces), or nothing to observe.
+        UserError: the folder holds another calibration (which `overwrite` replaces), or there is nothing to observe.
     """
     progress = progress or Silent()
     extras = extras or Extras()
@@ -88,7 +88,7 @@ def collect(  # noqa: C901  (ranks and resuming, side by side in every step)
 
 @contextmanager
 def _tidied(out: Path, rank: int) -> Iterator[None]:
-    """A calibration that fails before anything is worth keeping leaves no folder behind."""
+    """Remove the folder if the calibration fails while it holds only `stats.json`."""
     try:
         yield
     except BaseException:
@@ -109,7 +109,7 @@ def _observe(  # noqa: C901  (the hooks of one walk)
     skip: int,
     advance: Any,
 ) -> Iterator[tuple[int, LayerSums]]:
-    """Walk the batches through the layers from `skip` on and yield the sums of every layer in `todo`."""
+    """Run the batches through the layers from `skip` on and yield the sums of every layer in `todo`."""
     assert model.architecture is not None
     arch = model.architecture
     lengths = {domain: [len(row) for row in rows] for domain, rows in data.sequences.items()}
@@ -186,7 +186,7 @@ def _reduce(sums: LayerSums) -> None:
 
 
 def _arrays(sums: LayerSums) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
-    """To numpy; samples in the order of (sequence, position), whatever the batches and ranks were."""
+    """The sums as numpy arrays; samples in the order of (sequence, position), independent of batches and ranks."""
     made = {}
     for domain, entry in sums.by_domain.items():
         tensors = _fetched(entry)
@@ -201,14 +201,14 @@ def _arrays(sums: LayerSums) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
 
 
 def _fetched(entry: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors on the CPU, by one transfer for each dtype."""
+    """The same tensors on the CPU, with one transfer for each dtype."""
     made: dict[str, torch.Tensor] = {}
     for dtype in dict.fromkeys(value.dtype for value in entry.values()):
         part = {name: value.detach() for name, value in entry.items() if value.dtype == dtype and name not in SAMPLES}
         sizes = [value.numel() for value in part.values()]
         flat = torch.cat([value.reshape(-1) for value in part.values()]).cpu() if part else torch.empty(0)
         made |= {name: piece.reshape(part[name].shape) for name, piece in zip(part, torch.split(flat, sizes), strict=True)}
-    return {name: made.get(name, value.detach()) for name, value in entry.items()}  # samples are there already
+    return {name: made.get(name, value.detach()) for name, value in entry.items()}  # samples are on the CPU already
 
 
 def _header(model: LoadedModel, data: TokenData, layers: list[int], batch_tokens: int, extras: Extras) -> dict[str, Any]:
@@ -249,9 +249,7 @@ def _prepare(out: Path, header: Mapping[str, Any], resume: bool, overwrite: bool
         if old is None:
             raise UserError(f"{out} contains files that are not statistics", "choose another folder")
         other = _other(header, old)
-        if (
-            other and resume and not overwrite and any(out.glob("layer_*"))
-        ):  # where no layer is finished there is nothing to lose
+        if other and resume and not overwrite and any(out.glob("layer_*")):  # without a finished layer there is nothing to lose
             raise UserError(
                 f"{out} has the statistics of another calibration ({other} differs)",
                 "choose another output, or pass --fresh or --overwrite to replace it",
@@ -263,7 +261,7 @@ def _prepare(out: Path, header: Mapping[str, Any], resume: bool, overwrite: bool
 
 
 def _other(header: Mapping[str, Any], old: Mapping[str, Any]) -> str | None:
-    """In what a calibration differs from the one before, wherever its model lies."""
+    """The first key in which a calibration differs from the earlier one, or None; the model's location is ignored."""
     for key in ("model", "data", "dtype", "options", "layers"):
         mine = {k: v for k, v in header[key].items() if k != "source"} if key == "model" else header[key]
         theirs = {k: v for k, v in old[key].items() if k != "source"} if key == "model" else old[key]

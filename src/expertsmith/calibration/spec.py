@@ -10,7 +10,7 @@ from pathlib import Path
 from expertsmith.errors import UserError
 
 DEFAULT_DOMAIN = "default"
-DEMO = "demo:"  # text that every Python installation carries, by domain and split
+DEMO = "demo:"  # text from the Python installation, by domain and split
 SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".md", ".parquet")
 PACKED = (".gz", ".zst")
 
@@ -25,10 +25,10 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """Split `[DOMAIN=]SOURCE[:N]`. A file or folder that is there counts: one called `a=b.jsonl` needs no label.
+    """Split `[DOMAIN=]SOURCE[:N]`. An existing file or folder has priority: a file named `a=b.jsonl` needs no label.
 
     Raises:
-        UserError: an empty source, a limit that is not a positive number, or a demo text that there is not.
+        UserError: an empty source, a limit that is not a positive number, or an unknown demo text.
     """
     usual = _split(text)
     found = next((reading for reading in (*_literal(text), usual) if _exists(reading.source)), usual)
@@ -42,7 +42,7 @@ def parse_spec(text: str) -> Spec:
 
 
 def other_reading(text: str) -> str | None:
-    """What else a specification could have meant, where that is there too: a sentence, or None."""
+    """A note if another reading of the specification exists too, else None."""
     found, usual = parse_spec(text), _split(text)
     if found == usual or not _exists(usual.source):
         return None
@@ -70,18 +70,18 @@ def _limited(text: str) -> tuple[str, int | None]:
 def _exists(source: str) -> bool:
     try:
         return bool(source) and Path(source).exists()
-    except OSError:  # a name that is too long for one
+    except OSError:  # the name is too long
         return False
 
 
 def suffix_of(source: str | Path) -> str:
-    """The suffix of a file's name, in front of that of its compression: .jsonl of a.jsonl.gz."""
+    """The suffix of a file name without that of its compression: .jsonl for a.jsonl.gz."""
     path = Path(source)
     return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
 def is_data_file(source: str | Path) -> bool:
-    """Whether a name is that of a file of data."""
+    """Whether a name is that of a data file."""
     return suffix_of(source) in SUFFIXES
 
 
@@ -89,7 +89,7 @@ def demo_text(source: str) -> tuple[str, str]:
     """(domain, split) of `demo:DOMAIN/SPLIT`.
 
     Raises:
-        UserError: another domain or split than there are.
+        UserError: an unknown domain or split.
     """
     from expertsmith.calibration.corpus import DOMAINS, SPLITS
 
@@ -102,7 +102,7 @@ def demo_text(source: str) -> tuple[str, str]:
 
 
 def refuse_missing(specs: Sequence[str]) -> None:
-    """Name all data files that are not there, before hours of calibration.
+    """Refuse missing data files before hours of calibration; the message names all.
 
     Raises:
         UserError: a file is missing, or a spec cannot be read.

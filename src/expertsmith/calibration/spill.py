@@ -20,7 +20,7 @@ PREFIX = ".states-"
 
 
 class Spill:
-    """Writes the outputs of a decoder layer, batch by batch, when the time has come."""
+    """Write the outputs of a decoder layer, batch by batch, if the last write was at least `EVERY_SECONDS` ago."""
 
     def __init__(self, folder: Path, enabled: bool) -> None:
         self.folder, self.enabled = folder, enabled
@@ -36,8 +36,8 @@ class Spill:
             self._partial.mkdir()
 
     def batch_leaves(self, layer: int, number: int, output: Any, complete: bool) -> None:
-        """Keep one batch's output, if this layer is written. Where the output is not `complete` (later layers need more than it), or
-        not made of tensors, nothing can be spilled."""
+        """Write one batch's output if this layer is written. If the output is not `complete` (later layers need more than it) or not made
+        of tensors, stop spilling and remove all states."""
         if self._writing != layer and complete:
             return
         tensors = pack(output) if complete else None
@@ -52,7 +52,7 @@ class Spill:
             clear(self.folder)
 
     def layer_ends(self, layer: int) -> None:
-        """The layer's statistics are saved: let its states take the place of older ones."""
+        """Replace older states by this layer's; its statistics are saved."""
         if self._writing != layer:
             return
         old = newest(self.folder)
@@ -73,7 +73,7 @@ def newest(folder: Path) -> int | None:
 
 
 def read(folder: Path, layer: int, number: int, device: torch.device) -> Any:
-    """What decoder layer `layer` returned for a batch."""
+    """The output of decoder layer `layer` for a batch."""
     return unpack(load_file(folder / f"{PREFIX}{layer:03d}" / f"batch_{number:06d}.safetensors"), device)
 
 

@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one MoE layer: domain → name → array (what they are: `calibration.observers.STATISTICS`)."""
+    """Statistics of one MoE layer: domain → name → array (described in `calibration.observers.STATISTICS`)."""
 
     layer: int
     domains: Mapping[str, Mapping[str, Array]]
@@ -43,7 +43,7 @@ class LayerStatistics:
 
 @dataclass(repr=False)
 class Statistics(Shown):
-    """All layers of a calibration, and what it was made from."""
+    """All layers of a calibration, and its header: model, data and options."""
 
     header: dict[str, Any]
     layers: dict[int, LayerStatistics] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Statistics(Shown):
         return dict(self.header["data"]["sequence_lengths"])
 
     def select(self, domains: Sequence[str] | None) -> Statistics:
-        """The same statistics with only some of the domains.
+        """The same statistics for a part of the domains.
 
         Raises:
             UserError: a domain that was not calibrated.
@@ -101,7 +101,7 @@ class Statistics(Shown):
         return Statistics(header, layers)
 
     def __add__(self, other: Statistics) -> Statistics:
-        """Statistics of the union of two calibrations of the same model: sums add, maxima take the larger, sequences follow each other.
+        """Statistics of the union of two calibrations of the same model: sums are added, maxima take the larger, sequences are joined.
 
         Raises:
             UserError: the two are of different models or layers.
@@ -126,7 +126,7 @@ class Statistics(Shown):
 
 
 def combine(name: str, a: Array, b: Array) -> Array:
-    """Two parts of one statistic put together."""
+    """Combine two parts of one statistic."""
     if name in MAXIMA:
         return np.maximum(a, b)
     if name in JOINED:
@@ -141,12 +141,12 @@ def _plus(a: Any, b: Any) -> Any:
 
 
 def layer_path(folder: Path, layer: int) -> Path:
-    """Where a layer is kept."""
+    """The file of a layer."""
     return folder / f"layer_{layer:03d}.safetensors"
 
 
 def save_layer(folder: Path, layer: int, domains: Mapping[str, Mapping[str, Array]]) -> None:
-    """Write one layer under a temporary name and rename it: a file that exists is whole."""
+    """Write one layer under a temporary name and rename it, so that an existing file is complete."""
     target = layer_path(folder, layer)
     partial = target.with_name(target.name + ".partial")
     flat = {
@@ -175,7 +175,7 @@ def load_header(folder: Path) -> dict[str, Any]:
     """The header of a statistics folder.
 
     Raises:
-        UserError: no statistics there, or another format or version.
+        UserError: no statistics, another format or version, or damaged.
     """
     try:
         header = parse_json((folder / "stats.json").read_bytes(), str(folder / "stats.json"))
@@ -193,7 +193,7 @@ def load_header(folder: Path) -> dict[str, Any]:
 
 
 def _rules(header: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    """(place in a header, whether what stands there is of its kind)."""
+    """Yield (key in a header, whether its value is valid)."""
 
     def whole(value: Any) -> bool:
         return type(value) is int and value >= 0
@@ -239,7 +239,7 @@ def load_statistics(folder: Path | str) -> Statistics:
     """Read a finished statistics folder.
 
     Raises:
-        UserError: none there, or the calibration was interrupted.
+        UserError: there are none, or the calibration was interrupted.
     """
     root = Path(folder)
     header = load_header(root)

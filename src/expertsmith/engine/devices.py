@@ -1,4 +1,4 @@
-"""Where a model runs: the device, its free memory, whether the model fits, and the dtype."""
+"""Choose how a model runs: the device, the memory mode by free memory, and the dtype."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Memory = Literal["resident", "stream"]
 
 
 def choose_memory(memory: str, checkpoints: Sequence[Checkpoint], device: torch.device, dtype: str = "auto") -> Memory:
-    """`auto` streams where the models together would take more than 70 % of the memory that is free now.
+    """Return the memory mode; `auto` streams if the models together would take more than 70 % of the free memory.
 
     Raises:
         UserError: another word than auto, resident or stream.
@@ -37,14 +37,14 @@ def choose_memory(memory: str, checkpoints: Sequence[Checkpoint], device: torch.
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a device may still give to this process."""
+    """Bytes of memory that this process can still use on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return _free_memory()
 
 
 def _free_memory() -> int:
-    """Bytes of main memory that this process may still take: what the machine has free, less what a control group or a process limit leaves of it."""
+    """Bytes of main memory that this process can still use: the free memory, or less if a control group or process limit leaves less."""
     import psutil
 
     free = psutil.virtual_memory().available
@@ -64,7 +64,7 @@ def _free_memory() -> int:
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU.
+    """Return the torch device of a name; `auto` is the first GPU, or else the CPU.
 
     Raises:
         UserError: a device that torch does not have here.
@@ -81,7 +81,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def dtype_of(name: str, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of a name; `auto` is that of config.json.
+    """The dtype of a name; `auto` is that of config.json, or else float32.
 
     Raises:
         UserError: torch has no such dtype.

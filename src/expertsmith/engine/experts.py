@@ -20,7 +20,7 @@ from expertsmith.engine.stock import grouped_linear
 class Slots:
     """The (token, expert) pairs of a batch, sorted by expert.
 
-    `raw` [S, hidden] are the experts' outputs before the routing weight; `inside` says that the weight is in `raw` already.
+    `raw` [S, hidden] are the experts' outputs before the routing weight; if `inside`, they already contain it.
     """
 
     raw: torch.Tensor
@@ -31,7 +31,7 @@ class Slots:
 
 
 def grouped_outputs(experts: Any, x: torch.Tensor, token: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-    """Outputs [S, hidden] of the pairs (token[s], expert[s]), sorted by expert, by one grouped matrix product a projection.
+    """Outputs [S, hidden] of the pairs (token[s], expert[s]), sorted by expert, with one grouped matrix product a projection.
 
     Same operations in the same order as transformers' "grouped_mm" (`transformers.integrations.moe`), so the result is the same bit for
     bit (tested). Experts that are read on demand run a few at a time.
@@ -72,11 +72,11 @@ def flattened_outputs(
     pairs: bool,
     batched: bool,
 ) -> torch.Tensor:
-    """Outputs [S, hidden] of the pairs (token[s], expert[s]) for modules of any kind: the module's own forward with every pair as a token of
-    its own and weight 1.
+    """Outputs [S, hidden] of the pairs (token[s], expert[s]) for modules of any kind: the module's own forward, with every pair as a
+    separate token of weight 1.
 
-    `dtype` is that of the routing weights, `pairs` gives a second slot of weight 0, for forwards that cannot do with one slot, and
-    `batched` a leading axis, for forwards that take [batch, tokens, hidden].
+    `dtype` is that of the routing weights. `pairs` adds a second slot of weight 0, for forwards that need more than one slot. `batched`
+    adds a leading axis, for forwards that take [batch, tokens, hidden].
     """
     ids = expert.unsqueeze(-1)
     ones = torch.ones_like(ids, dtype=dtype)
@@ -90,9 +90,9 @@ def flattened_outputs(
 
 
 def grouped_forward(experts: Any, x: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, Slots]:
-    """The experts' forward as transformers' "grouped_mm" does it, keeping the raw outputs in sight.
+    """The experts' forward as in transformers' "grouped_mm"; also returns the raw outputs.
 
-    Tokens are sorted by expert, one grouped matrix product a projection, then weighted, brought back into order and summed. Same
+    Tokens are sorted by expert, multiplied by one grouped matrix product a projection, weighted, put back into order and summed. Same
     operations in the same order as `transformers.integrations.moe`, so the result is the same bit for bit (tested).
     """
     expert, order = torch.sort(selected.reshape(-1))
@@ -103,9 +103,9 @@ def grouped_forward(experts: Any, x: torch.Tensor, selected: torch.Tensor, weigh
 def flattened_forward(
     experts: nn.Module, x: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor, pairs: bool, shape: Sequence[int]
 ) -> tuple[torch.Tensor, Slots]:
-    """For experts modules of any kind: the module's own forward with every (token, expert) pair as a token of its own and weight 1.
+    """For experts modules of any kind: the module's own forward, with every (token, expert) pair as a separate token of weight 1.
 
-    `pairs` gives it a second slot of weight 0, for forwards that cannot do with one slot.
+    `pairs` adds a second slot of weight 0, for forwards that need more than one slot.
     """
     top_k = selected.shape[-1]
     weights = weights.reshape(-1, top_k)
@@ -118,7 +118,7 @@ def flattened_forward(
 def _combine(
     raw: torch.Tensor, x: torch.Tensor, expert: torch.Tensor, token: torch.Tensor, order: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, Slots]:
-    """Weight the outputs, bring them back into the order of tokens and slots, and sum each token's."""
+    """Weight the outputs, put them back into the order of tokens and slots, and sum those of each token."""
     weight = weights.reshape(-1)[order]
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
@@ -130,10 +130,10 @@ AT_ONCE = 2**24  # elements of hidden activations
 
 
 def outputs_of_all(experts: Any, x: torch.Tensor, count: int, architecture: Architecture, dims: int = 2) -> torch.Tensor:
-    """[count, hidden] float64: sum over the tokens x [T, hidden] of every expert's raw output. `dims`: axes of the experts' usual input.
+    """The sum [count, hidden], float64, over the tokens x [T, hidden] of every expert's raw output. `dims`: axes of the experts' input.
 
-    The down projection is linear, so where the experts' layout is known it is applied once, to the sum of hidden activations, in
-    float32: one third fewer products, equal up to rounding.
+    The down projection is linear. So if the experts' layout is known, it is applied once, to the sum of hidden activations, in float32:
+    one third fewer products, equal up to rounding.
     """
     if is_on_demand(experts):
         sums = [outputs_of_all(part, x, len(held), architecture, dims) for held, part in parts(experts)]
@@ -157,7 +157,7 @@ def outputs_of_all(experts: Any, x: torch.Tensor, count: int, architecture: Arch
 
 
 def hidden_of_all(experts: Any, x: torch.Tensor, count: int) -> torch.Tensor:
-    """[count, T, neurons]: what enters the down projection of every expert for every token, where the experts' layout is known
+    """The inputs [count, T, neurons] of every expert's down projection for every token. The experts' layout must be known
     (`is_grouped`)."""
     if is_on_demand(experts):
         return torch.cat([hidden_of_all(part, x, len(held)) for held, part in parts(experts)])
@@ -173,10 +173,10 @@ def hidden_of_all(experts: Any, x: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def run_all(experts: Any, x: torch.Tensor, count: int, architecture: Architecture, dims: int = 2) -> torch.Tensor:
-    """[count, T, hidden]: raw outputs of every expert for every token, by the module's own forward.
+    """The raw outputs [count, T, hidden] of every expert for every token, by the module's own forward.
 
-    A router may have more classes than there are routed experts (shared experts that it weighs): zeros, since a grouped matrix product leaves
-    the rows of experts that it has not as memory happens to be.
+    A router may have more classes than there are routed experts (shared experts that it weights). Their outputs are zeros, because a
+    grouped matrix product leaves the rows of missing experts uninitialised.
     """
     if architecture.call == "dense_inputs":
         return type(experts).forward(experts, x.repeat(count, 1)).reshape(count, x.shape[0], -1)  # type: ignore[no-any-return]
@@ -193,7 +193,7 @@ def run_all(experts: Any, x: torch.Tensor, count: int, architecture: Architectur
 
 
 def install(experts: Any, source: Source) -> None:
-    """Have an experts module on the meta device read its experts from `source`."""
+    """Make an experts module on the meta device read its experts from `source`."""
     if not is_on_demand(experts):
         experts.__class__ = _reading(type(experts))  # type: ignore[arg-type]
     experts._source = source
@@ -201,7 +201,7 @@ def install(experts: Any, source: Source) -> None:
 
 @cache
 def _reading(stock: type[Any]) -> Any:
-    """The class of `stock` whose forward reads experts."""
+    """A subclass of `stock` whose forward reads experts on demand."""
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         selected, weights = routing_of(args, kwargs)

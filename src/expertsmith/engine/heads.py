@@ -1,7 +1,7 @@
-"""Attention with fewer query-key dimensions than value dimensions, and value dimensions chosen for every token: what ToMoE makes of attention.
+"""ToMoE's pruned attention: fewer query-key dimensions than value dimensions, and value dimensions chosen for every token.
 
-config.json says so under `expertsmith_attention`; no stock class can hold it. The classes are self-contained, because their source text is what
-a checkpoint carries for plain transformers with `trust_remote_code=True` (`engine.uneven.shim_of`); nothing of that file is ever run from here.
+config.json describes it under `expertsmith_attention`; no stock class can hold it. The classes are self-contained, because a checkpoint
+carries their source text for plain transformers with `trust_remote_code=True` (`engine.uneven.shim_of`). That file is never run from here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ KEY = "expertsmith_attention"
 
 
 class PrunedHeads:
-    """Mixed in before a stock attention: queries and keys have the dimensions `kept` of every head only (rotary pairs stay together), and with
-    `value_width` every token keeps that many of the value dimensions, the same in all heads, by its score in `vo_decoder`.
+    """Mixin before a stock attention. Queries and keys have only the dimensions `kept` of every head (rotary pairs stay together). With
+    `value_width`, every token keeps that many value dimensions, the same in all heads, by its scores from `vo_decoder`.
 
     The softmax scale stays 1 / sqrt(the full width of a head), and query and key norms divide by the full width, as before pruning.
     """
@@ -26,7 +26,7 @@ class PrunedHeads:
     value_width: int | None
 
     def value_mask(self: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """[..., head width], 0 or 1; None where all value dimensions stay."""
+        """The mask [..., head width] of 0 and 1; None if all value dimensions are kept."""
         if self.value_width is None:
             return None
         scores = self.vo_decoder(
@@ -37,7 +37,7 @@ class PrunedHeads:
         return made
 
     def normed(self: Any, states: torch.Tensor, name: str) -> torch.Tensor:
-        """The head's own RMS norm, where the family has one; the mean square is over the full width, of which pruned dimensions are zero."""
+        """The head's own RMS norm, if the family has one; the mean square is over the full width, in which pruned dimensions are zero."""
         norm = getattr(self, name, None)
         if norm is None:
             return states
@@ -80,11 +80,11 @@ class PrunedHeads:
 
 
 class PrunedAttention:
-    """Mixed in before a causal LM: its attentions are those of `config.expertsmith_attention`."""
+    """Mixin before a causal LM: its attentions are pruned as in `config.expertsmith_attention`."""
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: names of tensors are those of transformers, which converts weights of its own models only."""
+        """No: tensor names are those of transformers, which only converts weights of its own models."""
         return False
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where the experts of a decoder layer are, and how their module stores their weights."""
+"""Find the experts of a decoder layer, and the layout of their weights in memory."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def experts_of(layer: nn.Module, architecture: Architecture) -> Any:
 
 
 def expert_count(experts: nn.Module) -> int:
-    """Routed experts, counted on the family's own module (a checkpoint may hold different numbers a layer).
+    """The number of routed experts in the family's own module (a checkpoint may hold different numbers a layer).
 
     Raises:
-        UserError: a module that does not tell.
+        UserError: a module without a known number.
     """
     for name in ("num_routed_experts", "num_experts"):
         if isinstance(getattr(experts, name, None), int):
@@ -41,7 +41,7 @@ def is_grouped(experts: nn.Module) -> bool:
 
 
 def routing_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(selected_experts, routing_weights) from what follows the hidden states in a call of an experts module; families differ in order."""
+    """(selected_experts, routing_weights) from the arguments after the hidden states of an experts module; the order differs by family."""
     first, second = [*args, *kwargs.values()][:2]
     return (second, first) if first.is_floating_point() else (first, second)
 
@@ -62,7 +62,7 @@ def in_memory(experts: nn.Module, record: Architecture, expert: int, count: int)
 
 
 def _memory_layout(experts: Any, name: str, record: Architecture) -> Layout:
-    """As transformers' decorator describes the module, or as the record describes the checkpoint's tensor of that name."""
+    """The layout from transformers' decorator of the module, or from the record of the checkpoint's tensor of that name."""
     if hasattr(experts, "is_transposed") and hasattr(experts, "is_concatenated"):
         stem = {"gate_up_proj": "gate_up" if experts.is_concatenated else "alternating", "up_proj": "up", "down_proj": "down"}
         layout: Any = stem[name] + ("_t" if experts.is_transposed else "")

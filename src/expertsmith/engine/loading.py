@@ -31,9 +31,9 @@ from expertsmith.errors import UserError, install_line
 from expertsmith.experts.inventory import Inventory, take_inventory
 
 MOST_TOKENS, LEAST_TOKENS, BUFFER = 8192, 512, 16 * 2**20  # of a batch; bytes
-SHARE_OF_A_LAYER = 0.25  # of the free memory: what the experts of one decoder layer may take
+SHARE_OF_A_LAYER = 0.25  # of the free memory, at most, for the experts of one decoder layer
 CHECKED_AT_ONCE = 2**22  # elements
-WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # safetensors' words
+WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # safetensors' names
 OTHER_PARTS = (
     r"^(model\.)?(vision|visual|audio|image|multi_modal|mm_|embed_vision|embed_audio|talker|code2wav)"  # of a composite
 )
@@ -43,9 +43,9 @@ OUT_OF_MEMORY = "allocate memory|out of memory"  # torch says it in the text of 
 
 @dataclass
 class LoadedModel:
-    """A causal LM whose decoder layers can be brought in and let go. In `resident` mode both do nothing.
+    """A causal LM whose decoder layers can be loaded and released. In `resident` mode they are always loaded.
 
-    `ahead`: it was loaded with multi-token prediction, whose layer is then the last of `layers`; the model's own come before, `depth` of them.
+    `ahead`: set if loaded with multi-token prediction, whose layer is then the last of `layers`, after the model's own `depth` layers.
     """
 
     module: nn.Module
@@ -55,14 +55,14 @@ class LoadedModel:
     memory: Memory
     device: torch.device
     dtype: torch.dtype
-    weights: Checkpoint  # what is loaded: the float view of a quantised checkpoint, else the checkpoint itself
+    weights: Checkpoint  # the source of the weights: the float view of a quantised checkpoint, else the checkpoint itself
     _groups: dict[int | None, list[str]] = field(default_factory=dict, repr=False)
     _naming: Naming | None = field(default=None, repr=False)
     _prefix: str = ""
     _checked: set[int] = field(default_factory=set, repr=False)
-    _names: Mapping[str, str | None] = field(default_factory=dict)  # of multi-token prediction: what the module knows them as
+    _names: Mapping[str, str | None] = field(default_factory=dict)  # of multi-token prediction: tensor → its name in the module
     ahead: Ahead | None = None
-    _experts: Inventory | None = None  # where the routed experts are read from when they are needed; None: with their layer
+    _experts: Inventory | None = None  # to read routed experts on demand; None: they are loaded with their layer
 
     @property
     def config(self) -> Any:
@@ -76,7 +76,7 @@ class LoadedModel:
 
     @property
     def _selection_biases(self) -> frozenset[str]:
-        """Names below a decoder layer of what may hold -inf: it marks an expert that is never selected."""
+        """Names, below a decoder layer, of tensors that may hold -inf, which marks an expert that is never selected."""
         arch = self.architecture
         return frozenset(f"{arch.block}.{path}".lstrip(".") for path in arch.selection_bias) if arch else frozenset()
 
@@ -88,7 +88,7 @@ class LoadedModel:
 
     def batch_tokens(self, given: int | None) -> int:
         """Tokens of a batch: `given`, or by default `MOST_TOKENS`. On a CPU the default is smaller: a buffer of all selected experts' outputs
-        should stay below `BUFFER`, so that memory is used again (`pages.kept_pages`), and an expert should get 128 tokens on average."""
+        should stay below `BUFFER`, so that memory is reused (`pages.kept_pages`), and an expert should get 128 tokens on average."""
         if given is not None or self.device.type != "cpu" or self.architecture is None:
             return given or MOST_TOKENS
         arch, config = self.architecture, text_config(self.checkpoint.config)
@@ -102,13 +102,13 @@ class LoadedModel:
         return int(2 ** (int(wanted).bit_length() - 1))
 
     def whole(self) -> None:
-        """From now on, have the experts of a layer in memory with it, whatever that takes: they are to be looked at or changed there."""
+        """From now on, load all experts of a layer with it, however large: needed to read or change them in memory."""
         self._experts = None
         for index in self.moe_layers if self.architecture else ():
             remove(experts_of(self.layers[index], self.architecture))  # type: ignore[arg-type]
 
     def bring(self, index: int) -> None:
-        """Load decoder layer `index` and make sure that its weights are finite."""
+        """Load decoder layer `index` and check that its weights are finite."""
         if self.memory == "stream":
             self._load(index)
         if index not in self._checked or self.memory == "stream":
@@ -118,7 +118,7 @@ class LoadedModel:
             self._checked.add(index)
 
     def release(self, index: int) -> None:
-        """Forget the weights of decoder layer `index` (stream)."""
+        """Release the weights of decoder layer `index` (stream)."""
         if self.memory == "stream":
             _to_meta(self.layers[index])
             trim()
@@ -153,7 +153,7 @@ class LoadedModel:
         return {claim.info.name for claims in self._experts.expert_claims(index) for claim in claims}
 
     def _read_in(self, names: Sequence[str], where: str) -> None:
-        """Tensors of the checkpoint into the module, through transformers' own renaming and fusing."""
+        """Load tensors of the checkpoint into the module, with transformers' own renaming and fusing."""
         assert self._naming is not None
         state = {self._names.get(name) or name: _Unread(self.weights, name) for name in names}
         with own_pages():
@@ -172,8 +172,8 @@ class LoadedModel:
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """While a model is built: have large `torch.empty` on the meta device at once. accelerate moves a parameter there when it is registered,
-    so that the experts of one layer (15 GB in DeepSeek-V3) are allocated first, which a limit on the address space does not forgive."""
+    """While a model is built: put large `torch.empty` on the meta device at once. accelerate moves a parameter there when it is registered,
+    so the experts of one layer (15 GB in DeepSeek-V3) would be allocated first, which fails under a limit on the address space."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -187,8 +187,8 @@ class _LargeOnMeta(TorchFunctionMode):
 
 
 class _Unread:
-    """A tensor of the checkpoint that is read when transformers takes it (`tensor[...]`, as with a safetensors slice), and not kept: so
-    what is fused (experts' gate and up projections) is in memory while it is fused, and not all of a layer twice."""
+    """A tensor of the checkpoint that is read when transformers takes it (`tensor[...]`, as with a safetensors slice), and not kept. So
+    only the tensors being fused (experts' gate and up projections) are in memory twice, not the whole layer."""
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         self.checkpoint, self.name = checkpoint, name
@@ -198,22 +198,20 @@ class _Unread:
 
 
 def transformers_config(checkpoint: Checkpoint) -> Any:
-    """The config that transformers makes of a checkpoint's config.json, without remote code and without a quantiser: weights are decoded before
-    transformers sees them.
+    """The transformers config of a checkpoint's config.json, without remote code and without a quantiser, because weights are decoded
+    before transformers sees them.
 
     Raises:
-        UserError: transformers does not understand it, or has no class for the family.
+        UserError: transformers does not support it, or has no class for the family.
     """
     import transformers
 
     try:
-        with quietly():  # transformers warns of layers with numbers of their own, which is what they are for
+        with quietly():  # transformers warns about layers with their own numbers, which are intended
             config = read_config(checkpoint.path)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # what a config class makes of wrong values can be anything; strict ones raise errors of their own
+    except Exception as error:  # config classes raise any error for wrong values; strict ones have their own
         package = install_line(error)
         if package or isinstance(error, ImportError):
             raise UserError(
@@ -241,12 +239,12 @@ def load_model(
     mtp: bool = False,
 ) -> LoadedModel:
     """Build the transformers model of a checkpoint, in eval mode, without gradients and without remote code: the stock class, or one
-    that gives every decoder layer its own number of experts where config.json does. Quantised weights are decoded to `dtype` as they are read.
+    that gives every decoder layer its own number of experts if config.json does. Quantised weights are decoded to `dtype` as they are read.
 
     Args:
-        architecture: record of the family, or None for a dense model (then its layers are looked for under `model.layers`).
+        architecture: record of the family, or None for a dense model (then its layers are expected under `model.layers`).
         config_overrides: keys of the text config to change before the model is built.
-        mtp: with its multi-token-prediction layer, where it has one with experts that can be run (`engine.mtp`).
+        mtp: also load the multi-token-prediction layer, if there is one with experts that can be run (`engine.mtp`).
 
     Raises:
         UserError: transformers cannot build the model, the weights do not fit it, or some would not be loaded.
@@ -261,8 +259,8 @@ def load_model(
     whole = _ahead_in(weights, architecture) if mtp else None
     auto, config = causal_lm(_config_of(checkpoint, architecture, config_overrides, whole))
     if memory == "stream":
-        # oneDNN and torch's layer above it keep a bfloat16 kernel of 250 KB for each number of tokens that an expert ever had, up to 1024
-        # of them each (500 MB): memory that grows with depth. Both read their limit when the first of them is made.
+        # oneDNN and torch's layer above it each cache a bfloat16 kernel of 250 KB for each number of tokens that an expert ever had, up to
+        # 1024 kernels each (500 MB), so memory grows with depth. Both read their limit when the first kernel is made.
         for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(name, "64")
     runs_as_another = architecture is not None and architecture.runs_as is not None
@@ -277,7 +275,7 @@ def load_model(
     loaded._names = known_names(whole) if whole is not None else {}
     buffers = _group_names(loaded)
     if stock:
-        # some families initialise buffers again after loading (Zaya's balancing biases in transformers 5.23): what the checkpoint says counts
+        # some families initialise buffers again after loading (Zaya's balancing biases in transformers 5.23): use the checkpoint's values
         loaded._read_in(buffers, "of the routers")
     else:
         if memory == "stream" and architecture is not None and _too_large(weights, architecture, chosen, target):
@@ -293,7 +291,7 @@ def load_model(
 
 @contextlib.contextmanager
 def _refusing(checkpoint: Checkpoint) -> Iterator[None]:
-    """While transformers builds a model: what it raises as an error for users. Wrong values in a config can end in anything."""
+    """While transformers builds a model: turn its errors into errors for users. Wrong values in a config can raise anything."""
     try:
         yield
     except (UserError, MemoryError):
@@ -324,11 +322,11 @@ def _empty(auto: Any, config: Any, dtype: torch.dtype) -> Any:
 
 
 def check_model(checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Build the model of a checkpoint without memory, so that what is wrong with its config.json is said before any work: it makes finite
-    buffers, every parameter has a tensor, and tensors and parameters are of one size.
+    """Build the model of a checkpoint without memory, to report a wrong config.json before any work. Its buffers must be finite, every
+    parameter needs a tensor, and tensors and parameters must have the same size.
 
     Raises:
-        UserError: transformers does not take the config, cannot build the model, or its tensors do not fit it.
+        UserError: transformers rejects the config, cannot build the model, or its tensors do not fit it.
     """
     dtype_of("auto", checkpoint)
     auto, config = causal_lm(_config_of(checkpoint, architecture, None, None))
@@ -354,10 +352,10 @@ def check_model(checkpoint: Checkpoint, architecture: Architecture) -> None:
 
 
 def _sizes_given(module: Any, checkpoint: Checkpoint, architecture: Architecture) -> dict[str, int | None]:
-    """Parameter → elements of the tensors that load into it, by transformers' names; None where one tensor is split into several.
+    """Parameter → elements of the tensors that load into it, by transformers' names; None if one tensor is split into several.
 
     Raises:
-        UserError: a tensor that loads as it is, into a parameter of another shape.
+        UserError: a tensor that loads unchanged, into a parameter of another shape.
     """
     names = naming(module, key_mapping(architecture), torch.float32)
     to_module, parts_of = renamer(names), splits(names)
@@ -375,7 +373,7 @@ def _sizes_given(module: Any, checkpoint: Checkpoint, architecture: Architecture
 
 
 def _ahead_in(weights: Checkpoint, architecture: Architecture | None) -> Inventory | None:
-    """The inventory of a checkpoint whose multi-token-prediction layer can be run; None where it has none, or it cannot."""
+    """The inventory of a checkpoint with a multi-token-prediction layer that can be run, else None."""
     found = take_inventory(weights) if architecture is not None else None
     return found if found is not None and found.mtp_layers and not why_not_played(found) else None
 
@@ -397,7 +395,7 @@ def _config_of(
 
 
 def _from_pretrained(auto: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers' own loading.
+    """Load the model with transformers' own `from_pretrained`.
 
     Raises:
         UserError: weights of wrong shapes, or missing ones.
@@ -420,7 +418,7 @@ def _from_pretrained(auto: Any, config: Any, checkpoint: Checkpoint, dtype: torc
 
 
 def _load_empty(loaded: LoadedModel) -> None:
-    """Weights into a model that was built on the meta device: all that stands outside of the layers, and the layers where they are to be resident."""
+    """Load the weights into a model that was built on the meta device: those outside the layers, and in resident mode the layers too."""
     module = loaded.module
     for buffer_name, buffer in module.named_buffers():
         parent, _, leaf = buffer_name.rpartition(".")
@@ -434,10 +432,10 @@ def _load_empty(loaded: LoadedModel) -> None:
 def load_decoded(
     checkpoint: Checkpoint, architecture: Architecture | None, *, dtype: Any = "auto", device_map: Any = None, **others: Any
 ) -> nn.Module:
-    """A quantised checkpoint as a plain model of `dtype` on one device, ready to run or to train.
+    """Load a quantised checkpoint as a plain model of `dtype` on one device, ready to run or to train.
 
     Raises:
-        UserError: arguments that only `from_pretrained` has a use for, several devices, or as `load_model`.
+        UserError: arguments that only `from_pretrained` uses, several devices, or as `load_model`.
     """
     if others:
         raise UserError(
@@ -457,10 +455,10 @@ def load_decoded(
 
 
 def check_fits(checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Build the family's class without memory, and put every tensor of the checkpoint into it by name and shape.
+    """Build the family's class without memory, and match every tensor of the checkpoint with it by name and shape.
 
     Raises:
-        UserError: a tensor that the class has no place for, that has another shape there, or that is missing.
+        UserError: a tensor that the class does not have, or has with another shape, or that is missing.
     """
     from accelerate import init_empty_weights
 
@@ -495,10 +493,10 @@ def check_fits(checkpoint: Checkpoint, architecture: Architecture) -> None:
 
 
 def layers_of(module: nn.Module, path: str) -> str:
-    """Where the decoder layers are in a model: at `path`, or in a composite at the same place of its language model.
+    """The path of the decoder layers in a model: `path`, or in a composite the same path in its language model.
 
     Raises:
-        UserError: nowhere.
+        UserError: there is none.
     """
     names = dict(module.named_modules())
     if path in names:
@@ -513,8 +511,8 @@ def layers_of(module: nn.Module, path: str) -> str:
 
 
 def _never_used(weights: Checkpoint, architecture: Architecture) -> dict[str, str]:
-    """Weights of zero experts (which return their input) that the class has, and that published checkpoints leave out: name → the same tensor
-    of expert 0."""
+    """Weights of zero experts (which return their input) that the class has but published checkpoints leave out: name → the same tensor of
+    expert 0."""
     config = text_config(weights.config)
     found: dict[str, str] = {}
     for entry in architecture.stacked:
@@ -538,8 +536,8 @@ def _never_used(weights: Checkpoint, architecture: Architecture) -> dict[str, st
 
 
 def _too_large(weights: Checkpoint, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the experts of one decoder layer should not be in memory together: another model may walk beside this one, and fusing takes a
-    part of them twice."""
+    """Whether the experts of one decoder layer are too large to be in memory together: another model may run at the same time, and fusing
+    holds a part of them twice."""
     sizes: Counter[int] = Counter()
     for claim in take_inventory(weights).claims:
         if claim.routed and claim.layer is not None:
@@ -556,12 +554,12 @@ def has_experts(layer: nn.Module, architecture: Architecture) -> bool:
 
 
 def _group_names(loaded: LoadedModel) -> list[str]:
-    """Sort the checkpoint's names by the decoder layer they load into (None: outside), by where transformers puts them.
+    """Group the checkpoint's names by the decoder layer that transformers loads them into (None: outside the layers).
 
     Returns the names that load into buffers.
 
     Raises:
-        UserError: a tensor that the model has no place for, though it is none of those that are known to be left out.
+        UserError: a tensor that the model does not have, and that is not known to be left out.
     """
     loaded._naming = naming(loaded.module, key_mapping(loaded.architecture), loaded.dtype)
     to_module, targets = renamer(loaded._naming), loaded.module.state_dict()
@@ -592,15 +590,15 @@ def _group_names(loaded: LoadedModel) -> list[str]:
 
 
 def _left_out(loaded: LoadedModel) -> Callable[[str], bool]:
-    """Whether the model correctly ignores a tensor: what the class itself declares, buffers that old versions
-    saved, what the family's record names, layers after the last (multi-token prediction), and what is not the language model's."""
+    """A function: whether the model correctly ignores a tensor. These are tensors that the class itself declares, buffers that old versions
+    saved, tensors that the family's record names, layers after the last (multi-token prediction), and parts besides the language model."""
     record = loaded.architecture
     declared = ignored(loaded.module)
     if (
         text_config(loaded.checkpoint.config) is not loaded.checkpoint.config
         and loaded.config.get_text_config() is loaded.config
     ):
-        declared = (*declared, OTHER_PARTS)  # the language model of a composite alone
+        declared = (*declared, OTHER_PARTS)  # only the language model of a composite
     known = re.compile("|".join(f"(?:{entry})" for entry in (*declared, *ALWAYS_LEFT_OUT, *(record.ignored if record else ()))))
     depth = len(loaded.layers)
 
@@ -628,8 +626,8 @@ def _to_meta(layer: nn.Module) -> None:
 
 
 def _align(module: nn.Module, skip: set[int] | frozenset[int] = frozenset()) -> None:
-    """Copy weights that do not begin at a multiple of 64 bytes: CPU kernels take another path for them, with other rounding, and where
-    a tensor lies in a file or buffer must not decide the last bit of a statistic."""
+    """Copy weights that do not begin at a multiple of 64 bytes: CPU kernels process them with other rounding, and the place of a tensor in
+    a file or buffer must not change the last bit of a statistic."""
     moved: dict[int, nn.Parameter] = {}
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
@@ -643,12 +641,12 @@ def _align(module: nn.Module, skip: set[int] | frozenset[int] = frozenset()) -> 
 def _check_finite(
     module: nn.Module, where: str, skip: set[int] | frozenset[int] = frozenset(), selection: frozenset[str] = frozenset()
 ) -> None:
-    """Name the first parameter with NaN or inf (`selection`: parameters that may hold -inf). A sum in float32 is one read: any NaN or inf
-    makes it non-finite."""
+    """Refuse the first parameter with NaN or inf (`selection`: parameters that may hold -inf). A sum in float32 needs one read, and any NaN
+    or inf makes it non-finite."""
     for name, parameter in module.named_parameters():
         if id(parameter) in skip or parameter.is_meta or not parameter.is_floating_point() or parameter.element_size() < 2:
             continue
-        # in parts, because a CPU sum in float32 of another dtype makes a float32 copy of all that it sums
+        # in parts, because a float32 sum of another dtype on a CPU makes a float32 copy of its input
         if all(
             bool(torch.isfinite(part.sum(dtype=torch.float32))) for part in torch.split(parameter.reshape(-1), CHECKED_AT_ONCE)
         ):
@@ -665,6 +663,6 @@ def _check_finite(
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):  # strict config classes say what is wrong on the second
+    if len(lines) > 1 and lines[0].endswith(":"):  # strict config classes give the reason on the second line
         lines[0] += f" {lines[1]}"
     return lines[0][:300] if lines else type(error).__name__

@@ -1,13 +1,13 @@
-"""Multi-token prediction: one decoder layer more, which is given the next token's embedding along with the last layer's output.
+"""Multi-token prediction: one more decoder layer, whose input is made from the next token's embedding and the last layer's output.
 
     x_i = W [embedding_norm(e(t_{i+1})); hidden_norm(final_norm(h_i))],   h'_i = layer(x)_i
 
-with h the output of the last decoder layer, e the embedding and t the tokens, at the positions i of the trunk (DeepSeek-V3, section 2.2; GLM-4.5;
-Qwen3-Next). Its decoder layer is one of the model's own: a config with one layer more builds it, streams it and masks it as the others, and what
-stands before it is three small weights. transformers' own `MtpModel` drafts tokens for one sequence, and gives the same layer outputs
-(tests/engine/test_mtp.py). A place without a next token (the last of a sequence) does not count.
+with h the output of the last decoder layer, e the embedding and t the tokens, at the positions i of the trunk (DeepSeek-V3, section 2.2;
+GLM-4.5; Qwen3-Next). Its decoder layer has the model's own class: a config with one more layer builds it, and it is streamed and masked
+like the others. Before it are only three small weights. transformers' own `MtpModel` drafts tokens for one sequence, and gives the same
+layer outputs (tests/engine/test_mtp.py). A position without a next token (the last of a sequence) does not count.
 
-vLLM sets the embedding at position 0 to zero, which the papers and transformers do not; so is not done here.
+vLLM sets the embedding at position 0 to zero. The papers and transformers do not, and neither does this module.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from expertsmith.checkpoint import Checkpoint
 from expertsmith.experts.inventory import Inventory
 
 PARTS = ("embedding_norm", "hidden_norm", "projection")
-LAYOUTS: tuple[Mapping[str, str], ...] = (  # how the names of the parts end, below "layers.N." or "mtp."
-    {  # DeepSeek-V3, GLM-4.5, and their like
+LAYOUTS: tuple[Mapping[str, str], ...] = (  # endings of the parts' names, below "layers.N." or "mtp."
+    {  # DeepSeek-V3, GLM-4.5 and similar
         "embedding_norm": "enorm.weight",
         "hidden_norm": "hnorm.weight",
         "projection": "eh_proj.weight",
@@ -38,12 +38,12 @@ LAYOUTS: tuple[Mapping[str, str], ...] = (  # how the names of the parts end, be
         "embedding": "embed_tokens.weight",
     },
 )
-OUTSIDE = ("shared_head.", "norm.weight", "lm_head.")  # what makes tokens of the layer's output: not needed for its experts
+OUTSIDE = ("shared_head.", "norm.weight", "lm_head.")  # turn the layer's output into tokens: not needed for its experts
 LONGER = {"layer_types": "full_attention", "mlp_layer_types": "sparse"}  # lists of a config, one entry a decoder layer
 
 
 def parts_of(inventory: Inventory) -> dict[str, str]:
-    """Part → tensor name of what stands before the multi-token-prediction layer; empty where the names are not known."""
+    """Part → tensor name, for the parts before the multi-token-prediction layer; empty if the names are unknown."""
     names = [claim.info.name for claim in inventory.claims if claim.mtp]
     for layout in LAYOUTS:
         found = {part: [name for name in names if name.endswith("." + end)] for part, end in layout.items()}
@@ -53,7 +53,7 @@ def parts_of(inventory: Inventory) -> dict[str, str]:
 
 
 def why_not_played(inventory: Inventory) -> str | None:
-    """Why the multi-token-prediction layers with experts cannot be run, or None: they can, or there are none."""
+    """The reason why the multi-token-prediction layers with experts cannot be run; None if they can, or if there are none."""
     layers = inventory.mtp_layers
     if not layers:
         return None
@@ -71,7 +71,7 @@ def why_not_played(inventory: Inventory) -> str | None:
 
 
 def lengthen(inner: Any, layers: int) -> None:
-    """Give a transformers text config `layers` decoder layers more: with experts, and with the attention that it names for them, or full."""
+    """Add `layers` decoder layers to a transformers text config: with experts, and with the attention that it names for them, or full."""
     depth = inner.num_hidden_layers
     for key, value in LONGER.items():
         held, own = getattr(inner, key, None), getattr(inner, f"mtp_{key}", None)
@@ -81,7 +81,7 @@ def lengthen(inner: Any, layers: int) -> None:
 
 
 def known_names(inventory: Inventory) -> dict[str, str | None]:
-    """Tensor of multi-token prediction → its name as one of a further decoder layer; None: it has no place in one."""
+    """Tensor of multi-token prediction → its name in a further decoder layer, or None if it does not belong in one."""
     first = next(claim for claim in inventory.claims if claim.layer is not None and not claim.mtp)
     prefix = first.info.name.removesuffix(f"{first.layer}.{first.rest}")
     outside = {*parts_of(inventory).values()}
@@ -96,7 +96,7 @@ def known_names(inventory: Inventory) -> dict[str, str | None]:
 
 @dataclass
 class Ahead:
-    """What stands before the multi-token-prediction layer, with its weights."""
+    """The parts before the multi-token-prediction layer, with their weights."""
 
     embedding: Any
     final_norm: Any
@@ -116,7 +116,7 @@ def ahead_of(
 ) -> Ahead:
     """`Ahead` of a built model whose decoder layers are at `layers`.
 
-    The embedding is the model's own where the checkpoint's copy of it is the same, or where it has none.
+    The embedding is the model's own if the checkpoint's copy of it is the same or missing.
     """
     parts = parts_of(inventory)
     final_norm = module.get_submodule(layers.rpartition(".")[0]).norm
@@ -139,7 +139,7 @@ def ahead_of(
 
 
 def _same(weights: Checkpoint, name: str, held: torch.Tensor, rows: int = 4096) -> bool:
-    """Whether a tensor of the checkpoint has the values that are loaded, looked at in parts."""
+    """Whether a tensor of the checkpoint equals the loaded one, compared in parts."""
     if weights.tensors[name].shape != tuple(held.shape):
         return False
     return all(
@@ -149,12 +149,12 @@ def _same(weights: Checkpoint, name: str, held: torch.Tensor, rows: int = 4096) 
 
 
 def counted(mask: torch.Tensor) -> torch.Tensor:
-    """Which places of a batch have a next token [rows, length], bool."""
+    """Whether a position of a batch has a next token [rows, length], bool."""
     following = torch.zeros_like(mask)
     following[:, :-1] = mask[:, 1:]
     return mask & following
 
 
 def shortened(lengths: Sequence[int]) -> list[int]:
-    """Tokens of sequences that have a next one."""
+    """The number of tokens with a next one, for each sequence length."""
     return [max(0, length - 1) for length in lengths]

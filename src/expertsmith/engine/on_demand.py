@@ -1,9 +1,9 @@
 """A decoder layer whose routed experts do not fit into memory together: each expert is read when tokens are routed to it, then released.
 
-The experts module keeps its parameters on the meta device, and its class is exchanged for one whose forward reads the experts that were
-chosen, a few at a time, into a module of the stock class that holds only those. So every way of running experts works as it is. Each
-expert is a product of its own, so the results are those of the whole module, up to the last bit of activations whose vectorised kernels
-round the end of a tensor in another way.
+The experts module keeps its parameters on the meta device. Its class is replaced by one whose forward reads the selected experts, a few at
+a time, into a module of the stock class that holds only those. So every way of running experts works unchanged. Each expert is a separate
+product, so the results are those of the whole module, except the last bit of activations whose vectorised kernels round the end of a tensor
+differently.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ AT_ONCE = 2**29  # bytes of experts in memory at a time
 
 
 class Source:
-    """Where the experts of one decoder layer are read from."""
+    """The source from which the experts of one decoder layer are read."""
 
     def __init__(self, inventory: Inventory, layer: int, record: Architecture, device: torch.device) -> None:
         self.inventory, self.layer, self.record, self.device = inventory, layer, record, device
@@ -54,20 +54,20 @@ class Source:
 
 
 def remove(experts: Any) -> None:
-    """Make it the stock module again, which wants its parameters."""
+    """Make `experts` the stock module again, which needs its parameters loaded."""
     if is_on_demand(experts):
         experts.__class__ = type(experts).stock
         del experts._source
 
 
 def is_on_demand(experts: Any) -> bool:
-    """Whether a module's experts are read when they are needed."""
+    """Whether a module's experts are read on demand."""
     return getattr(experts, "_source", None) is not None
 
 
 def parts(experts: Any, wanted: torch.Tensor | None = None) -> Iterator[tuple[range, Any]]:
-    """(experts, a stock module that holds only those), a few at a time; `wanted`: ids of the experts that are needed, all others are left out
-    where they stand at the ends of a part."""
+    """Yield (experts, a stock module that holds only those), a few at a time. `wanted`: ids of the needed experts; others are read only if
+    they lie between needed ones of a part."""
     count = experts.num_experts
     ids = list(range(count)) if wanted is None else [e for e in sorted(set(wanted.tolist())) if e < count]
     size = sum(p.numel() * p.element_size() for p in experts.parameters()) // count

@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # parameters of mallopt
-LARGEST = 32 * 2**20  # blocks from here on always have pages of their own; where glibc's own adjustment of the threshold ends
+LARGEST = 32 * 2**20  # blocks of this size or more always have their own pages; upper end of glibc's own adjustment
 USUAL_TRIM = 2 * LARGEST  # free memory at the heap's end that glibc then keeps
 
 
@@ -24,8 +24,8 @@ def _mallopt() -> Callable[[int, int], int]:
 
 @contextlib.contextmanager
 def own_pages() -> Iterator[None]:
-    """Have glibc give every block of a megabyte or more pages of its own, which go back to the system when it is freed. A conversion to
-    float32 frees hundreds of blocks below glibc's usual limit, and what is fused next would not fit where they lay."""
+    """Within the context, glibc gives every block of a megabyte or more its own pages, which return to the system when it is freed. A
+    conversion to float32 frees hundreds of blocks below glibc's usual limit, and the next fused tensor would not fit into their place."""
     mallopt = _mallopt()
     mallopt(MMAP_THRESHOLD, 2**20)
     try:
@@ -36,8 +36,8 @@ def own_pages() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_pages() -> Iterator[None]:
-    """Have glibc keep freed blocks below 32 MB for the next ones. Otherwise every batch of a forward faults its buffers in again, page by
-    page: a third of the time of a calibration."""
+    """Within the context, glibc keeps freed blocks below 32 MB for reuse. Otherwise every batch of a forward faults its buffers in again,
+    page by page, which takes a third of the time of a calibration."""
     mallopt = _mallopt()
     mallopt(MMAP_THRESHOLD, LARGEST)
     mallopt(TRIM_THRESHOLD, 2**31 - 1)
@@ -49,7 +49,7 @@ def kept_pages() -> Iterator[None]:
 
 
 def trim() -> None:
-    """Give freed memory back to the system. glibc keeps what lies below anything still in use, and the tensors of a layer are many and
-    small enough to lie there, so that the resident set would grow by fragments from layer to layer."""
+    """Return freed memory to the system. glibc keeps freed memory below any block still in use, and the many small tensors of a layer lie
+    there, so that the resident set would grow by fragments from layer to layer."""
     with contextlib.suppress(OSError, AttributeError):  # another C library has no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,8 +1,8 @@
-"""Functions that pause in the middle of foreign code and continue later: the only file that knows greenlets.
+"""Functions that pause inside foreign code and continue later. Only this file uses greenlets.
 
-Why: a model's forward is transformers' code, and it has to stop before each decoder layer, from within calls that are not generators. Threads
-could do it too, but OpenMP would start a pool of workers for every thread. What would replace it: a transformers API that runs a model layer by
-layer (its masks, position embeddings and shared states included), or generators if the forward were one.
+Why: a model's forward is transformers' code, and it has to pause before each decoder layer, inside calls that are not generators. Threads
+would work too, but OpenMP would start a pool of workers for every thread. Possible replacements: a transformers API that runs a model
+layer by layer (including its masks, position embeddings and shared states), or a forward that is a generator.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Lanes:
             self._runs[number].switch(number)
 
     def pause(self) -> None:
-        """To be called within a run: stop here until the next `resume`."""
+        """Pause the current run until its next `resume`; called from inside it."""
         self._owner.switch()
 
     def ended(self, number: int) -> bool:

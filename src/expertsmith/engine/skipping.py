@@ -1,21 +1,22 @@
 """Dynamic skipping: a token skips its selected experts with small routing weights, which are then not computed.
 
 "Not All Experts are Equal" (arXiv 2402.14800, ACL 2024), section 3.3 and appendix A.2. With the routing weights of a token sorted,
-w_1 >= ... >= w_k (what multiplies the experts' outputs: never the biased scores that a router selects by), and one threshold per layer:
+w_1 >= ... >= w_k (those that multiply the experts' outputs, never the biased scores of the selection), and one threshold per layer:
 
-    ratio (top_k = 2): the second expert is skipped where w_2 / w_1 < threshold;
-    tail: the first i experts stay, i >= 1 the smallest with sum_{m>i} w_m / sum_m w_m <= threshold.
+    ratio (top_k = 2): skip the second expert if w_2 / w_1 < threshold;
+    tail: keep the first i experts, with the smallest i >= 1 for which sum_{m>i} w_m / sum_m w_m <= threshold.
 
-At top_k = 2, tail with b / (1 + b) decides as ratio with b, except where w_2 / w_1 is exactly b: `ratio` is strict as in the authors'
-code, `tail` is not, as in appendix A.2. With bfloat16 logits such ties are many, because w_2 / w_1 = exp(logit difference) has few values.
+At top_k = 2, tail with b / (1 + b) decides like ratio with b, except if w_2 / w_1 is exactly b: `ratio` is strict, as in the authors'
+code; `tail` is not, as in appendix A.2. Such ties are frequent with bfloat16 logits, because w_2 / w_1 = exp(logit difference) has few
+values.
 
-What stays is weighted so that the sum of a token's routing weights is what it was: for routers that renormalise over the selected
-experts that is the paper's renormalisation (at top-2 the first weight becomes 1); for routers that do not, scaling up is our choice, so
-that skipping does not shrink the block's output.
+The kept weights are scaled so that the sum of a token's routing weights does not change. For routers that renormalise over the selected
+experts, this is the paper's renormalisation (at top-2 the first weight becomes 1). For other routers, scaling up is our choice, so that
+skipping does not shrink the block's output.
 
-Zero experts (ids behind the routed experts) cost nothing: they are never skipped, their weights stay as they are, and rule, sums and
-counts look at the routed experts only. Both rules divide in float32, here and where thresholds are calibrated, so that a threshold
-decides the calibration tokens as it was counted.
+Zero experts (ids after the routed experts) cost nothing: they are never skipped, their weights do not change, and rule, sums and counts
+include the routed experts only. Both rules divide in float32, here and in the calibration of thresholds, so that a threshold decides the
+calibration tokens as counted.
 """
 
 from __future__ import annotations
@@ -42,16 +43,16 @@ Counters = MutableMapping[
 
 
 def routed_sizes(weights: torch.Tensor, skippable: torch.Tensor | None = None) -> torch.Tensor:
-    """|routing weight| of every slot [tokens, top_k], float32; 0 where a slot is not `skippable` (a zero expert)."""
+    """|routing weight| of every slot [tokens, top_k], float32; 0 if a slot is not `skippable` (a zero expert)."""
     sizes = weights.abs().float()
     return sizes if skippable is None else sizes.masked_fill(~skippable, 0.0)
 
 
 def critical_values(sizes: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """What the rule compares with the threshold, for the 2nd to the last slot of every token [tokens, top_k - 1], float32.
+    """The values [tokens, top_k - 1], float32, that the rule compares with the threshold, for the 2nd to the last slot of every token.
 
     `sizes` [tokens, top_k] descending. ratio: w_2 / w_1 (top_k has to be 2). tail: sum_{m>i} w_m / sum_m w_m for i = 1 .. k - 1, which
-    falls with i. NaN where a token has no routed expert of weight above 0.
+    falls with i. NaN if a token has no routed expert of weight above 0.
     """
     if rule == "ratio":
         assert sizes.shape[-1] == 2
@@ -61,16 +62,16 @@ def critical_values(sizes: torch.Tensor, rule: Rule) -> torch.Tensor:
 
 
 def skipped_at(critical: torch.Tensor, rule: Rule, threshold: float) -> torch.Tensor:
-    """Where a critical value is under the threshold: strictly for ratio, equality included for tail; never at NaN."""
+    """Whether a critical value is below the threshold (ratio), or at most the threshold (tail); False for NaN."""
     return critical < threshold if rule == "ratio" else critical <= threshold
 
 
 def keep_slots(weights: torch.Tensor, rule: Rule, threshold: float, skippable: torch.Tensor | None = None) -> torch.Tensor:
-    """Which slots of every token stay [tokens, top_k], bool; at least one each.
+    """Which slots of every token to keep [tokens, top_k], bool; at least one each.
 
     Args:
         weights: routing weights [tokens, top_k], in any order; the rule sorts them by size, equal ones by slot.
-        skippable: [tokens, top_k] bool, False for slots that stay whatever their weight and that the rule does not look at.
+        skippable: [tokens, top_k] bool, False for slots that are always kept and that the rule ignores.
     """
     sizes, order = routed_sizes(weights, skippable).sort(dim=-1, descending=True, stable=True)
     drop = torch.zeros_like(sizes, dtype=torch.bool)
@@ -80,11 +81,11 @@ def keep_slots(weights: torch.Tensor, rule: Rule, threshold: float, skippable: t
 
 
 def rescaled_weights(weights: torch.Tensor, keep: torch.Tensor, skippable: torch.Tensor | None = None) -> torch.Tensor:
-    """Routing weights times sum_m |w_m| / sum_{m stays} |w_m|, over the skippable slots of each token; a token that keeps all keeps
-    its weights bit for bit. Values at skipped slots have no meaning."""
+    """Routing weights times sum_m |w_m| / sum_{m kept} |w_m|, over the skippable slots of each token. If a token keeps all slots, its
+    weights do not change, bit for bit. Values at skipped slots have no meaning."""
     sizes = routed_sizes(weights, skippable)
     total = sizes.sum(-1, keepdim=True)
-    factor = total / (sizes * keep).sum(-1, keepdim=True)  # exactly 1 where nothing is skipped
+    factor = total / (sizes * keep).sum(-1, keepdim=True)  # exactly 1 if nothing is skipped
     factor = torch.where(total > 0, factor, 1.0)
     if skippable is not None:
         factor = torch.where(skippable, factor, 1.0)
@@ -103,12 +104,12 @@ def skipping_forward(
     """The experts' forward over the active (token, expert) pairs only.
 
     The pairs are compacted, sorted by expert and computed by grouped matrix products (or by the module's own forward, every pair a
-    token of its own), weighted, and summed in the order of the slots. With all slots active it is transformers' "grouped_mm" bit for bit.
+    separate token), weighted, and summed in the order of the slots. With all slots active it is transformers' "grouped_mm" bit for bit.
 
     Args:
         hidden_states: [tokens, hidden], or [batch, length, hidden] for modules that take that.
         selected, weights, active: [tokens, top_k]; weights as they finally multiply the outputs.
-        pairs: the module's own forward cannot do with a single slot.
+        pairs: the module's own forward needs more than one slot.
     """
     top_k = selected.shape[-1]
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -130,7 +131,7 @@ def skipping_forward(
 def skipping(
     model: LoadedModel, thresholds: Mapping[int, float], rule: Rule, counters: Counters | None = None
 ) -> Iterator[None]:
-    """Within the context, the given decoder layers skip experts; `counters` is added to, layer by layer, padding included.
+    """Within the context, the given decoder layers skip experts; their slots are added to `counters`, including padding.
 
     Raises:
         UserError: as `install`.
@@ -150,10 +151,10 @@ def skipping(
 
 
 def install(module: nn.Module, architecture: Architecture, thresholds: Mapping[int, float], rule: Rule) -> None:
-    """Make a plain transformers model skip experts in the given decoder layers, for good.
+    """Make a plain transformers model skip experts in the given decoder layers, permanently.
 
     Raises:
-        UserError: a rule, threshold or layer that cannot be, a model that routes every token to one expert or whose experts take other
+        UserError: an invalid rule, threshold or layer, a model that routes every token to one expert or whose experts take other
             inputs than ids and weights, or weights that are not in memory (offloaded) or spread over processes by expert.
     """
     layers = list(submodule(module, layers_of(module, architecture.layers)))
@@ -169,7 +170,7 @@ def install(module: nn.Module, architecture: Architecture, thresholds: Mapping[i
 def _checked(
     module: Any, layers: list[nn.Module], architecture: Architecture, thresholds: Mapping[int, float], rule: str
 ) -> dict[int, Any]:
-    """The experts modules of the layers that have a threshold, once everything is in order."""
+    """Check rule, layers and thresholds; return the experts modules of the layers that have a threshold."""
     check_rule(module.config, architecture, rule)
     found = {}
     for layer, threshold in thresholds.items():
@@ -190,11 +191,11 @@ def _checked(
 
 
 def check_rule(config: Any, architecture: Architecture, rule: str) -> None:
-    """Whether a model with this transformers config can skip by this rule.
+    """Refuse a rule by which a model with this transformers config cannot skip.
 
     Raises:
         UserError: another rule than ratio and tail, one expert a token, experts that take other inputs than ids and weights, or the
-            ratio rule where a token has more than two experts.
+            ratio rule if a token has more than two experts.
     """
     if rule not in ("ratio", "tail"):
         raise UserError(f"the skip rule is {rule!r}", "choose ratio or tail")
@@ -220,7 +221,7 @@ def check_rule(config: Any, architecture: Architecture, rule: str) -> None:
 def _attach(
     experts: Any, architecture: Architecture, layer: int, rule: Rule, threshold: float, counters: Counters | None
 ) -> None:
-    # a partial with the module as argument, and no closure: a deep copy of the model then runs its own experts
+    # a partial with the module as argument, not a closure, so that a deep copy of the model runs its own experts
     pairs = architecture.call == "pairs"
     experts.forward = partial(_forward, experts, expert_count(experts), pairs, rule, threshold, layer, counters)
 

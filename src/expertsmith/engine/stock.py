@@ -1,9 +1,10 @@
-"""transformers' inner loading helpers and kernels: the only file that uses them.
+"""transformers' internal loading helpers and kernels. Only this file uses them.
 
-Why: `from_pretrained` loads a whole model. Streaming needs the same renaming, fusing and dtypes for the tensors of one decoder layer, and statistics
-need the same grouped matrix product as the model's own forward, bit for bit. These helpers are private, or public but changed between minor
-versions (`core_model_loading`, `conversion_mapping`). What would replace it: a public way to load some tensors of a checkpoint into a module.
-`tests/surgery/test_families.py` holds the results to bit-equality with `from_pretrained`, and `make test-newest` tries the newest release.
+Why: `from_pretrained` loads a whole model. Streaming needs the same renaming, fusing and dtypes for the tensors of one decoder layer, and
+statistics need the same grouped matrix product as the model's own forward, bit for bit. These helpers are private, or public but changed
+between minor versions (`core_model_loading`, `conversion_mapping`). Possible replacement: a public API that loads some tensors of a
+checkpoint into a module. `tests/surgery/test_families.py` tests that the results equal those of `from_pretrained` bit for bit, and
+`make test-newest` tests the newest release.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import nn
 
 @dataclass
 class Naming:
-    """How names and dtypes of a checkpoint become those of a module."""
+    """The mapping from names and dtypes of a checkpoint to those of a module."""
 
     module: Any
     mapping: list[Any]
@@ -31,7 +32,7 @@ class Naming:
 
 @dataclass
 class Outcome:
-    """What went wrong while tensors were loaded: names and shapes that differ, conversions that failed, names that were not given."""
+    """Problems while loading tensors: names and shapes that differ, failed conversions, missing names."""
 
     mismatched: list[Any]
     errors: dict[str, Any]
@@ -39,10 +40,10 @@ class Outcome:
 
 
 def naming(module: Any, key_mapping: Mapping[str, str], dtype: torch.dtype) -> Naming:
-    """The names of a model's class.
+    """The `Naming` of a model's class.
 
     Args:
-        key_mapping: regexes of names, and what they become first.
+        key_mapping: regex → replacement, applied to names first.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -50,8 +51,8 @@ def naming(module: Any, key_mapping: Mapping[str, str], dtype: torch.dtype) -> N
 
 
 def renamer(naming: Naming) -> Callable[[str], tuple[str, bool]]:
-    """A function from a name of the checkpoint to the name that it, or what it becomes a part of, has in the module (where that has none such, as
-    transformers would rename it), and whether it is converted on the way."""
+    """A function: name in the checkpoint → (name in the module, whether the tensor is converted). The name is that of the parameter that
+    the tensor becomes, or becomes a part of; if the module has none, the name that transformers would give it."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     renamings = [entry for entry in naming.mapping if isinstance(entry, WeightRenaming)]
@@ -66,7 +67,7 @@ def renamer(naming: Naming) -> Callable[[str], tuple[str, bool]]:
 
 
 def splits(naming: Naming) -> dict[str, list[str]]:
-    """Of a tensor that is split into several parameters: what names the first → what names the others."""
+    """For tensors that are split into several parameters: name pattern of the first → those of the others."""
     from transformers.core_model_loading import WeightConverter
 
     patterns = [entry.target_patterns for entry in naming.mapping if isinstance(entry, WeightConverter)]
@@ -74,10 +75,10 @@ def splits(naming: Naming) -> dict[str, list[str]]:
 
 
 def read_in(naming: Naming, state: Mapping[str, Any], device: torch.device) -> Outcome:
-    """Load tensors into the module, renamed, fused and converted as `from_pretrained` does it.
+    """Load tensors into the module, renamed, fused and converted as in `from_pretrained`.
 
     Args:
-        state: name → tensor, or an object whose `[...]` is the tensor: then it is read when it is taken.
+        state: name → tensor, or an object whose `[...]` reads the tensor on demand.
     """
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -93,10 +94,10 @@ def read_in(naming: Naming, state: Mapping[str, Any], device: torch.device) -> O
 def grouped_linear(
     inputs: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool
 ) -> torch.Tensor:
-    """inputs [S, in] times the weight of each row's group, by one grouped matrix product: [S, out].
+    """The product [S, out] of inputs [S, in] and the weight of each row's group, by one grouped matrix product.
 
     Args:
-        weight: [groups, out, in], or [groups, in, out] where `is_transposed`.
+        weight: [groups, out, in], or [groups, in, out] if `is_transposed`.
         ends: [groups] int32, where each group's rows end.
         bias: [S, out], of each row.
     """
@@ -107,7 +108,7 @@ def grouped_linear(
 
 
 def own_class(auto: Any, config: Any) -> Any | None:
-    """transformers' own class for a config, or None. Code of a checkpoint that was loaded in this process before is registered too."""
+    """transformers' own class for a config, or None. A class from a checkpoint's code, loaded earlier in this process, does not count."""
     from transformers.models.auto.auto_factory import _get_model_class
 
     if type(config) not in auto._model_mapping:
@@ -117,7 +118,7 @@ def own_class(auto: Any, config: Any) -> Any | None:
 
 
 def ignored(module: nn.Module) -> tuple[str, ...]:
-    """Regexes of names in a checkpoint that the class itself does without."""
+    """Regexes of names in a checkpoint that the class itself ignores."""
     return tuple(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ())
 
 
@@ -147,7 +148,7 @@ def without_initialisation() -> Iterator[None]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Hide transformers' progress bars, loading reports and warnings about layers with numbers of their own."""
+    """Hide transformers' progress bars, loading reports and warnings about layers with their own numbers."""
     from transformers.utils import logging
 
     bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

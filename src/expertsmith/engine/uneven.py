@@ -1,8 +1,8 @@
 """Models that no stock class can represent: decoder layers with different numbers of experts, from `per_layer_config` in config.json.
 
 transformers 5.23 reads `per_layer_config` into the config, but its models build every layer from the one config. `PerLayerExperts` makes
-them build each layer from its own. The same class, as source text, is what a written checkpoint carries (`shim_of`), so that plain
-transformers with `trust_remote_code=True` builds the same model; nothing of that file is ever run from here.
+them build each layer from its own. A written checkpoint carries the source text of this class (`shim_of`), so that plain transformers with
+`trust_remote_code=True` builds the same model. That file is never run from here.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ SHIM = "modeling_expertsmith.py"
 
 
 class PerLayerExperts:
-    """Mixed in before a causal LM: decoder layer i is built from `config.per_layer_config[i]`, so each may have its own number of experts."""
+    """Mixin before a causal LM: decoder layer i is built from `config.per_layer_config[i]`, so each may have its own number of experts."""
 
     layer_classes: tuple[Any, ...] = ()
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: its modules and the names of its tensors are those of transformers, which converts weights of its own models only."""
+        """No: its modules and tensor names are those of transformers, which only converts weights of its own models."""
         return False
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -73,7 +73,7 @@ class PerLayerExperts:
 
 
 def is_uneven(config: Any) -> bool:
-    """Whether a transformers config gives decoder layers numbers of experts of their own."""
+    """Whether a transformers config gives decoder layers their own numbers of experts or their own top_k."""
     inner = config.get_text_config()
     record = families().get(inner.model_type)
     if record is None or not inner.is_heterogeneous:
@@ -83,9 +83,9 @@ def is_uneven(config: Any) -> bool:
 
 
 def read_config(path: str | Path, **where: Any) -> Any:
-    """`AutoConfig.from_pretrained` without remote code. A checkpoint that runs as another family gets that family's config, made of its language
-    model's part. Lists of counts, one number a layer, are taken where the config class does not: a list of equal numbers becomes that number,
-    another one `per_layer_config`.
+    """`AutoConfig.from_pretrained` without remote code. A checkpoint that runs as another family gets that family's config, made from its
+    language model's part. Lists of counts, one number a layer, are converted if the config class rejects them: a list of equal numbers
+    becomes that number, any other list `per_layer_config`.
 
     Raises:
         UserError: transformers has no class for the family.
@@ -103,9 +103,9 @@ def read_config(path: str | Path, **where: Any) -> Any:
         thinker = getattr(read, "thinker_config", None)
         if thinker is None:
             return read
-        thinker.name_or_path = str(path)  # an omni model speaks too, and has no forward: its thinker has
+        thinker.name_or_path = str(path)  # an omni model, which also speaks, has no forward, but its thinker has
         return thinker
-    except Exception as error:  # strict config classes raise validation errors of their own
+    except Exception as error:  # strict config classes raise their own validation errors
         if "Validation" not in type(error).__name__:
             raise
         config = held
@@ -121,7 +121,7 @@ def _as_family(path: str | Path, held: dict[str, Any], model_type: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     inner = {key: value for key, value in text_config(held).items() if key != "auto_map"}
-    for key in ("dtype", "torch_dtype", "quantization_config"):  # a composite has them outside
+    for key in ("dtype", "torch_dtype", "quantization_config"):  # a composite has them outside its text config
         if key in held:
             inner.setdefault(key, held[key])
     made = CONFIG_MAPPING[model_type].from_dict({**inner, "model_type": model_type})
@@ -130,7 +130,7 @@ def _as_family(path: str | Path, held: dict[str, Any], model_type: str) -> Any:
 
 
 def _lower(inner: dict[str, Any]) -> bool:
-    """Lists of counts in a text config as numbers and `per_layer_config`; whether there were any."""
+    """Convert lists of counts in a text config to numbers and `per_layer_config`; returns whether there were any."""
     from transformers import CONFIG_MAPPING
 
     record = families().get(inner["model_type"])
@@ -152,12 +152,12 @@ def _lower(inner: dict[str, Any]) -> bool:
 
 
 def key_mapping(record: Architecture | None) -> dict[str, str]:
-    """Regex → replacement: the checkpoint's tensor names as the classes know them, where these belong to the language model only."""
+    """Regex → replacement: from the checkpoint's tensor names to those of the class, if that is of the language model only."""
     return {f"^{re.escape(record.text_prefix)}": ""} if record and record.text_prefix else {}
 
 
 def stock_class(config: Any) -> Any:
-    """The causal LM of transformers for a config.
+    """The causal LM class of transformers for a config.
 
     Raises:
         UserError: transformers has none.
@@ -177,8 +177,8 @@ def has_pruned_attention(config: Any) -> bool:
 
 
 def custom_class(config: Any) -> Any:
-    """`stock_class`, with every decoder layer built from its own config, and with pruned attention, as far as the config says so.
-    `save_pretrained` also writes what `trust_remote_code` needs.
+    """`stock_class`, with decoder layers built from their own configs and with pruned attention, each if the config says so.
+    `save_pretrained` also writes the file for `trust_remote_code`.
 
     Raises:
         UserError: transformers has no causal LM for the config.
@@ -208,7 +208,7 @@ def _mixins(config: Any, uneven: bool) -> tuple[Any, ...]:
 
 
 def layer_classes(stock: Any) -> tuple[Any, ...]:
-    """The decoder layers in the module of a causal LM: layers that are built from (config, layer_idx)."""
+    """The decoder layer classes in the module of a causal LM: those built from (config, layer_idx)."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     module = sys.modules[stock.__module__]
@@ -269,7 +269,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     Code in the checkpoint is never run. `kwargs` go to `from_pretrained` (dtype, device_map, …).
 
     Raises:
-        UserError: `trust_remote_code`, which this function does without, or a family that transformers has no class for.
+        UserError: `trust_remote_code`, which has no effect here, or a family that transformers has no class for.
     """
     from transformers import PreTrainedConfig
 
@@ -295,15 +295,16 @@ def runs_as_a_whole(config: Any) -> bool:
 
 
 def causal_lm(config: Any) -> tuple[Any, Any]:
-    """(what has `from_pretrained` and `from_config`, the config to give them): transformers' Auto class where one stock config serves all
-    layers (of a composite without a language model of its own: that of the whole), else `custom_class` and the language model's part of the config."""
+    """(class with `from_pretrained` and `from_config`, config to pass to them): transformers' Auto class if one stock config serves all
+    layers (that of the whole for a composite without its own language model class), else `custom_class` and the language model's part of
+    the config."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
     if not is_uneven(config) and not has_pruned_attention(config):
         for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
             if own_class(auto, config) is not None:
                 return auto, config
-        return AutoModelForCausalLM, config  # which says what is wrong
+        return AutoModelForCausalLM, config  # which raises the error
     inner, whole = config.get_text_config(), getattr(config, "quantization_config", None)
     if whole is not None:
         inner.quantization_config = whole

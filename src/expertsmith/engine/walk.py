@@ -37,18 +37,18 @@ class Batch:
         return int(self.mask.sum())
 
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """What the model is called with."""
+        """The arguments of the model's forward."""
         return {"input_ids": self.input_ids.to(device), "attention_mask": self.mask.to(device=device, dtype=torch.long)}
 
 
 def hidden_of(output: Any) -> torch.Tensor:
-    """The hidden states in what a decoder layer returned: the tensor itself, or the first of a tuple."""
+    """The hidden states in a decoder layer's output: the tensor itself, or the first of a tuple."""
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
 class Walk:
-    """One passage of `batches` through `model`, its multi-token-prediction layer last where it was loaded with one.
+    """One pass of `batches` through `model`; if it was loaded with a multi-token-prediction layer, that is the last.
 
     Iterate `layers()` to advance; each step yields the index of the decoder layer that all batches have just left. Afterwards
     `outputs()` finishes the forwards one by one. Use as a context manager: leaving it drops unfinished forwards and restores
@@ -56,11 +56,11 @@ class Walk:
 
     Args:
         before: called as before(layer, batch_number, batch) right before a batch enters a decoder layer.
-        after: called as after(layer, batch_number, output) with what the layer returned.
-        skip: decoder layers at the start that are not run: each returns `restore(batch_number)`, what the last of them had returned.
-        doors: stop at these modules, one in every decoder layer, instead of at the layers themselves.
-        arrive: called as arrive(index, batch_number, *args) with what a door was called with, before the forward stops there: so all batches
-            have arrived at a door before one of them passes it.
+        after: called as after(layer, batch_number, output) with the layer's output.
+        skip: number of decoder layers at the start that are not run; each returns `restore(batch_number)`, the output of the last of them.
+        doors: pause at these modules, one in every decoder layer, instead of at the layers themselves.
+        arrive: called as arrive(index, batch_number, *args) with the arguments of a door, before the forward pauses there. So all batches
+            arrive at a door before one of them passes it.
         instead: called as instead(index, forward, *args, **kwargs) in place of a door's own forward.
     """
 
@@ -78,7 +78,7 @@ class Walk:
     ) -> None:
         self.model = model
         self.doors: Sequence[Any] = model.layers if doors is None else doors
-        self._ahead = doors is not None  # what stands between two doors needs the weights of both layers
+        self._ahead = doors is not None  # the modules between two doors need the weights of both layers
         self.arrive = arrive
         self.instead = instead
         self.batches = batches
@@ -88,8 +88,8 @@ class Walk:
         self.restore = restore
         self._results: dict[int, Any] = {}
         self._lanes = Lanes(self._forward, 0)  # one for each batch, made on entering
-        self._trunk: dict[int, Any] = {}  # batch → what the last layer of the model's own returned
-        self.side_state = False  # a layer left something for later layers outside of what it returned (shared key-value states)
+        self._trunk: dict[int, Any] = {}  # batch → output of the model's own last layer
+        self.side_state = False  # a layer left something for later layers besides its output (shared key-value states)
         self._guard = ExitStack()
 
     def __enter__(self) -> Walk:
@@ -127,19 +127,19 @@ class Walk:
             yield index
 
     def outputs(self) -> Iterator[Any]:
-        """The model's outputs, batch by batch, in order; each is forgotten once it is handed out."""
+        """The model's outputs, batch by batch, in order; none is kept."""
         for number in range(len(self._lanes)):
             if not self._lanes.ended(number):
                 self._resume(number)
             yield self._results.pop(number)
 
     def _pass(self, index: int) -> None:
-        """All batches through decoder layer `index`, up to the door of the next."""
+        """Run all batches through decoder layer `index`, up to the door of the next."""
         for number in range(len(self._lanes)):
             self._resume(number)
 
     def _run(self, index: int, number: int, call: Callable[[], Any]) -> Any:
-        """One batch through one decoder layer; `call` is the layer's forward with its arguments."""
+        """Run one batch through one decoder layer; `call` is the layer's forward with its arguments."""
         return call()
 
     def _forward(self, number: int) -> None:
@@ -176,7 +176,7 @@ class Walk:
         return (trunk, *out[1:]) if isinstance(out, tuple) else trunk
 
     def _ahead_of(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
-        """The arguments of the multi-token-prediction layer, from those that the model would give it as one more decoder layer."""
+        """The arguments of the multi-token-prediction layer, from those that the model passes to it as one more decoder layer."""
         assert self.model.ahead is not None
         hidden = args[0] if args else kwargs["hidden_states"]
         self._trunk[number] = hidden

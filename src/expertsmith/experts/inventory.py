@@ -1,6 +1,6 @@
-"""The role of each tensor of a checkpoint: headers + the family's record → every tensor claimed exactly once.
+"""The role of each tensor of a checkpoint: by headers and the family's record, every tensor is claimed exactly once.
 
-`inspect`, `plan`, `apply` and `verify` read this; no weights are needed for it.
+`inspect`, `plan`, `apply` and `verify` use this; it needs no weights.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Claim:
     """One tensor of the source.
 
     kind "expert": the whole tensor belongs to routed expert `expert` of decoder layer `layer` (ids from num_experts on are zero
-    experts, which always stay); "stacked": its rows run over the experts (`entry`, `rows` an expert, `extra` rows after them);
-    "other": everything else. `mtp`: it belongs to multi-token prediction, whose layers are numbered on after the last decoder layer.
+    experts, which are always kept); "stacked": its rows run over the experts (`entry`, `rows` an expert, `extra` rows after them);
+    "other": everything else. `mtp`: it belongs to multi-token prediction, whose layers are numbered after the last decoder layer.
     """
 
     info: TensorInfo
@@ -58,10 +58,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Inventory:
-    """A checkpoint seen as a Mixture of Experts.
+    """The experts of a checkpoint.
 
-    `num_experts`, `top_k` and `rules` are those of config.json, the largest where it has lists: for a layer that `overrides` or `chosen`
-    gives a number of its own, see `experts_in` and `rules_of`.
+    `num_experts`, `top_k` and `rules` are those of config.json, with the largest numbers if it has lists. For a layer with its own number
+    in `overrides` or `chosen`, see `experts_in` and `rules_of`.
     """
 
     checkpoint: Checkpoint
@@ -75,7 +75,7 @@ class Inventory:
 
     @cached_property
     def floats(self) -> Inventory:
-        """The same model as floats: its claims are float weights, read decoded in float32. Itself where nothing is quantised."""
+        """The same model as floats: its claims are float weights, read decoded in float32. The same object if nothing is quantised."""
         view = floats(self.checkpoint)
         return self if view is self.checkpoint else take_inventory(view)
 
@@ -110,30 +110,30 @@ class Inventory:
 
     @cached_property
     def num_layers(self) -> int:
-        """Decoder layers in all."""
+        """The number of decoder layers."""
         return 1 + max((claim.layer for claim in self.claims if claim.layer is not None and not claim.mtp), default=-1)
 
     def locate(self, name: str) -> tuple[int, str] | None:
-        """(layer, name below it) of a tensor, multi-token-prediction layers counted on after the last; None outside of layers."""
+        """(layer, name below it) of a tensor, or None outside the layers; multi-token-prediction layers are numbered after the last one."""
         layer, rest = _located(name, self.architecture, self.config.get("num_hidden_layers"))[:2]
         return None if layer is None else (layer, rest)
 
     def experts_in(self, layer: int) -> int:
-        """Routed experts of a decoder layer."""
+        """The number of routed experts of a decoder layer."""
         return self.overrides.get(layer, self.num_experts)
 
     def rules_of(self, layer: int) -> Rules:
-        """What a decoder layer has to respect: the model's rules, over its own experts."""
+        """The rules of a decoder layer: the model's, with the layer's own number of experts and top_k."""
         return replace(self.rules, num_experts=self.experts_in(layer), top_k=self.chosen.get(layer, self.top_k))
 
     @cached_property
     def counts(self) -> dict[int, int]:
-        """Routed experts of every layer that has any."""
+        """The number of routed experts of every layer that has any."""
         return {layer: self.experts_in(layer) for layer in self.layers}
 
     @property
     def uneven(self) -> bool:
-        """Whether layers hold different numbers of experts, or another one than config.json's."""
+        """Whether layers hold different numbers of experts, or another number than config.json says."""
         return any(count != self.num_experts for count in self.counts.values())
 
     def size(self, counts: dict[int, int] | None = None, mtp: bool = True) -> tuple[int, int]:
@@ -171,7 +171,7 @@ class Inventory:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token uses: everything but the routed experts it is not sent to."""
+        """Parameters that one token uses: all except the routed experts that it is not routed to."""
         total = self.size()[0] - sum(claim.info.numel for claim in self.claims if claim.mtp)
         idle = sum(
             self._routed(claim) * (1 - self.chosen.get(claim.layer or 0, self.top_k) / self._here(claim))
@@ -181,8 +181,8 @@ class Inventory:
         return round(total - idle)
 
     def layout(self, claim: Claim) -> Layout | None:
-        """How a routed expert's tensor holds the projections. Where a family's experts are published transposed and saved again as they are in
-        memory, the shape decides, as in transformers: a tensor that fits as it is was not transposed."""
+        """The layout of the projections in a routed expert's tensor. If a family's experts are published transposed but saved again as in
+        memory, the shape decides, as in transformers: a tensor that fits unchanged was not transposed."""
         found = self.architecture.layout_of(claim.rest)
         if found is None or not self.architecture.transposed_by_shape or len(claim.info.shape) < 3:
             return found
@@ -190,7 +190,7 @@ class Inventory:
         return found.removesuffix("_t") if width == self.config.get("hidden_size") else found  # type: ignore[return-value]
 
     def rows(self, claim: Claim, expert: int) -> torch.Tensor:
-        """What a tensor holds of one expert, in its own dtype: the whole of a per-expert tensor, [rows, …] or its entry of a stacked one."""
+        """One expert's part of a tensor, in its own dtype: the whole of a per-expert tensor, [rows, …] or its entry of a stacked one."""
         if claim.kind == "expert":
             return self.checkpoint.read(claim.info.name)
         if claim.row_axis == 1:  # [1, experts]
@@ -199,7 +199,7 @@ class Inventory:
         return part[0] if claim.rows == 1 and part.dim() > 1 else part
 
     def expert_claims(self, layer: int) -> list[list[Claim]]:
-        """The routed weights of a layer, by expert; a stacked claim stands under each of its experts."""
+        """The routed weights of a layer, by expert; a stacked claim is listed for each of its experts."""
         count = self.experts_in(layer)
         found: list[list[Claim]] = [[] for _ in range(count)]
         for claim in self.by_layer.get(layer, []):
@@ -217,7 +217,7 @@ def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False) -> Inve
     """Claim every tensor of a checkpoint.
 
     Args:
-        undecodable: take a checkpoint whose quantised tensors cannot be decoded too, to look at it; its experts are not compared then.
+        undecodable: also accept a checkpoint whose quantised tensors cannot be decoded, to inspect it; its experts are then not compared.
 
     Raises:
         UserError: dense or unsupported model, config without expert counts, tensors that contradict it (missing expert,
@@ -257,12 +257,12 @@ def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False) -> Inve
                 f"{checkpoint.source}/config.json has {count} experts{place} in {groups} expert_groups, which does not divide evenly"
             )
         if known:
-            _check_layer(inventory.floats, layer)  # quantised experts may be stored in different ways, but are of one shape
+            _check_layer(inventory.floats, layer)  # quantised experts may be stored in different ways, but have one shape
     return inventory
 
 
 def _check_depth(inventory: Inventory, depth: Any) -> None:
-    """Refuse a config.json with more decoder layers than the tensors have (LongCat counts two for each), or with no number of them."""
+    """Refuse a config.json with more decoder layers than the tensors have (LongCat counts two for each), or an invalid number."""
     where = f"{inventory.checkpoint.source}/config.json"
     if depth is not None:
         _positive(("num_hidden_layers", depth), where)
@@ -280,11 +280,11 @@ def per_layer_counts(config: Mapping[str, Any], record: Architecture, where: str
 
 
 def per_layer_numbers(config: Mapping[str, Any], wanted: tuple[str, ...], where: str = "config.json") -> dict[int, int]:
-    """Decoder layer → number, for the layers to which a text config gives one of their own: in a list with one number a layer (0: none),
-    where they are not all equal, or in `per_layer_config`.
+    """Decoder layer → number, for the layers with their own number in a text config: in a list with one number a layer (0: none), if these
+    are not all equal, or in `per_layer_config`.
 
     Raises:
-        UserError: a list of another length, per_layer_config that is no mapping of layers to keys, or a count that is no positive number.
+        UserError: a list of another length, per_layer_config that does not map layers to keys, or a count that is not a positive number.
     """
     found: dict[int, int] = {}
     held = config_first(config, wanted)

@@ -15,9 +15,9 @@ Ties = Literal["keep_lower", "keep_higher"]
 
 @dataclass(frozen=True)
 class Rules:
-    """What every layer of a model has to respect.
+    """The router's requirements for every layer of a model.
 
-    `groups`: expert_groups of equal size of which a token uses `top_groups` (1 and 1 where the router has none); every group
+    `groups`: expert_groups of equal size, of which a token uses `top_groups` (1 and 1 if the router has none); every group
     keeps the same number, at least `group_minimum`.
     """
 
@@ -59,8 +59,8 @@ def parse_keep(text: str | float | int) -> float | int:
 
 
 def keep_count(keep: float | int, rules: Rules, where: str = "the model") -> int:
-    """Experts a layer keeps: a count as it is; a ratio removes floor(n * (1 - ratio)) experts, as REAP does, and is rounded up to a
-    multiple of the expert_groups.
+    """The number of experts that a layer keeps. A count is unchanged; a ratio removes floor(n * (1 - ratio)) experts, as REAP does, and the
+    rest is rounded up to a multiple of the expert_groups.
 
     Raises:
         UserError: fewer than the router needs, more than there are, or not divisible by the expert_groups.
@@ -91,7 +91,7 @@ def keep_count(keep: float | int, rules: Rules, where: str = "the model") -> int
 
 
 def subsets(rules: Rules, count: int) -> int:
-    """How many sets of `count` experts there are that take equally many of every expert_group."""
+    """The number of sets of `count` experts with equally many of every expert_group."""
     per_group: int = math.comb(rules.num_experts // rules.groups, count // rules.groups)
     return math.prod([per_group] * rules.groups)
 
@@ -159,7 +159,7 @@ def over_layers(
 
 
 def refuse_groups(rules: Mapping[int, Rules]) -> None:
-    """Budgets that leave different numbers in different places would leave expert_groups unequal.
+    """Refuse expert_groups for budgets that keep different numbers in different places: the groups would be unequal.
 
     Raises:
         UserError: the router has expert_groups.

@@ -20,14 +20,14 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The weight matrices of one expert, in float32 (whatever their names are)."""
+    """The weight matrices of one expert, in float32 (with any names)."""
 
     expert: int
     matrices: tuple[np.ndarray[Any, Any], ...]
 
 
 def expert_weights(inventory: Inventory, layer: int) -> Iterator[ExpertWeights]:
-    """Experts in ascending order with all their matrices, in float32, decoded where they are quantised; biases left out.
+    """Yield the experts in ascending order with all their matrices, in float32, decoded if they are quantised; without biases.
 
     Raises:
         UserError: NaN or inf.
@@ -43,7 +43,7 @@ def expert_weights(inventory: Inventory, layer: int) -> Iterator[ExpertWeights]:
 
 @dataclass(frozen=True)
 class Projections:
-    """The experts' matrices of one layer by role ("gate" where the family has one, "up", "down"), read when they are asked for."""
+    """The experts' matrices of one layer by role ("gate" if the family has one, "up", "down"), read on demand."""
 
     inventory: Inventory
     layer: int
@@ -55,7 +55,7 @@ class Projections:
         return tuple(role for role in ("gate", "up", "down") if role in held)
 
     def of(self, role: str) -> Iterator[np.ndarray[Any, Any]]:
-        """Experts in ascending order: gate and up [neurons, inputs], down [outputs, neurons], float32."""
+        """Yield the matrices of the experts in ascending order: gate and up [neurons, inputs], down [outputs, neurons], float32."""
         for expert in range(len(self.inventory.expert_claims(self.layer))):
             for claim in self._claims(expert):
                 if role not in _roles(claim, self.inventory):
@@ -71,7 +71,7 @@ class Projections:
 
 
 def layout_of(claim: Claim, inventory: Inventory) -> Layout | None:
-    """How the tensor holds the projections of an expert."""
+    """The layout of an expert's projections in the tensor."""
     return inventory.layout(claim)
 
 
@@ -86,7 +86,7 @@ def _roles(claim: Claim, inventory: Inventory) -> tuple[str, ...]:
 
 
 def is_matrix(claim: Claim) -> bool:
-    """Whether the tensor holds expert matrices: no bias."""
+    """Whether the tensor holds expert matrices, not biases."""
     if claim.kind == "expert":
         return len(claim.info.shape) >= 2
     return claim.rows > 1 or len(claim.info.shape) > 2  # one row an expert is a bias
@@ -96,7 +96,7 @@ def matrix_of(inventory: Inventory, claim: Claim, expert: int) -> torch.Tensor |
     """One expert's matrix in float32, or None for a bias.
 
     Raises:
-        UserError: NaN or inf, or numbers that are no floats.
+        UserError: NaN or inf, or a dtype that is not a float.
     """
     if not is_matrix(claim):
         return None

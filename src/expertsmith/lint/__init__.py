@@ -24,7 +24,7 @@ RULES: tuple[Rule, ...] = (*transformers.RULES, *vllm.RULES, *sglang.RULES, *lla
 
 
 def lint(inventory: Inventory, engine: str | None = None, tensor_parallel: int = 1, expert_parallel: int = 1) -> list[Finding]:
-    """What stands against serving a checkpoint, errors first; `engine` None asks all of them.
+    """The findings about serving a checkpoint, errors first; `engine` None checks all engines.
 
     Raises:
         UserError: an engine without rules.
@@ -35,6 +35,6 @@ def lint(inventory: Inventory, engine: str | None = None, tensor_parallel: int =
 
 
 def check(subject: Subject, engine: str | None = None) -> list[Finding]:
-    """`lint` for a subject that is already at hand."""
+    """`lint` for an existing subject."""
     found = (rule.check(subject) for rule in RULES if engine in (None, rule.engine))
     return sorted((finding for finding in found if finding), key=lambda finding: LEVELS.index(finding.level))

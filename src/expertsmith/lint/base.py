@@ -18,7 +18,7 @@ LEVELS: tuple[Level, ...] = ("error", "warning", "info")
 
 @dataclass(frozen=True)
 class Subject:
-    """What the tests see: a checkpoint's router in numbers, and how it is to be served."""
+    """The input of the tests: a checkpoint's router in numbers, and how it will be served."""
 
     model_type: str
     num_experts: int
@@ -28,51 +28,51 @@ class Subject:
     group_minimum: int = 1
     group_key: str | None = None
     group_alias: str | None = None
-    group_default: tuple[int, int] = (1, 1)  # what transformers takes where config.json has no groups
+    group_default: tuple[int, int] = (1, 1)  # transformers' default if config.json has no groups
     score: str = "softmax"
     architectures: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)  # the text part of config.json
     counts: Mapping[int, int] = field(default_factory=dict)  # experts in the tensors of each decoder layer
-    declared: Mapping[int, int] = field(default_factory=dict)  # experts that config.json gives decoder layers of their own
-    chosen: Mapping[int, int] = field(default_factory=dict)  # top_k that it gives them
-    extras: Mapping[str, Any] = field(default_factory=dict)  # what expertsmith itself wrote into config.json
-    quantisation: Mapping[str, Any] = field(default_factory=dict)  # what config.json (or hf_quant_config.json) says of it
+    declared: Mapping[int, int] = field(default_factory=dict)  # decoder layers' own numbers of experts in config.json
+    chosen: Mapping[int, int] = field(default_factory=dict)  # decoder layers' own top_k in config.json
+    extras: Mapping[str, Any] = field(default_factory=dict)  # entries of expertsmith itself in config.json
+    quantisation: Mapping[str, Any] = field(default_factory=dict)  # its settings in config.json (or hf_quant_config.json)
     mixed: str = ""  # experts of one decoder layer that are stored in different ways
     mtp: bool = False  # there are tensors of multi-token prediction
-    width: int = 0  # neurons of an expert; 0 where config.json does not say
+    width: int = 0  # neurons of an expert; 0 if config.json does not say
     tensor_parallel: int = 1
     expert_parallel: int = 1
     inventory: Inventory | None = None
 
     @property
     def hidden_size(self) -> int:
-        """Width of the residual stream; 0 where config.json does not say."""
+        """Width of the residual stream; 0 if config.json does not say."""
         return self._number("hidden_size")
 
     @property
     def head_dim(self) -> int:
-        """Width of an attention head; 0 where config.json does not say."""
+        """Width of an attention head; 0 if config.json does not say."""
         heads = self._number("num_attention_heads")
         return self._number("head_dim") or (self.hidden_size // heads if heads else 0)
 
     @property
     def method(self) -> str:
-        """quant_method; "" where nothing is quantised."""
+        """quant_method; "" if nothing is quantised."""
         return str(self.quantisation.get("quant_method") or "").lower()
 
     @property
     def width_of_rank(self) -> int:
-        """Neurons of an expert on one rank: tensor parallelism splits them unless whole experts are dealt out."""
+        """Neurons of an expert on one rank: tensor parallelism splits them, unless expert parallelism distributes whole experts."""
         return self.width if self.expert_parallel > 1 else self.width // self.tensor_parallel
 
     @property
     def fewest(self) -> int:
-        """Experts of the layer that has the fewest."""
+        """The smallest number of experts in a layer."""
         return min([self.num_experts, *self.declared.values()])
 
     @property
     def reachable(self) -> int:
-        """Experts that one token may choose from, in the layer that has the fewest."""
+        """The number of experts that one token may select from, in the layer with the fewest."""
         return self.fewest // self.groups * self.top_groups if self.groups > 1 else self.fewest
 
     def _number(self, key: str) -> int:
@@ -138,7 +138,7 @@ def subject_of(inventory: Inventory, tensor_parallel: int = 1, expert_parallel: 
         if claim.kind == "expert" and claim.layer in seen and claim.expert is not None:
             seen[claim.layer].add(claim.expert)
     return Subject(
-        model_type=record.runs_as or record.model_type,  # as far as engines know the family, they have it under the same name
+        model_type=record.runs_as or record.model_type,  # engines that support the family use the same name
         num_experts=inventory.num_experts,
         top_k=inventory.top_k,
         groups=rules.groups,
@@ -153,7 +153,7 @@ def subject_of(inventory: Inventory, tensor_parallel: int = 1, expert_parallel: 
         declared={layer: inventory.experts_in(layer) for layer in inventory.layers if layer in inventory.overrides},
         chosen={layer: inventory.chosen[layer] for layer in inventory.layers if layer in inventory.chosen},
         extras=inventory.checkpoint.config.get("expertsmith") or {},
-        # a stacked tensor holds what config.json says, or taking the inventory would have failed
+        # stacked tensors match config.json; otherwise the inventory would have failed
         counts={
             layer: inventory.experts_in(layer) + max(0, len(held) - inventory.experts_in(layer) - zero)
             for layer, held in seen.items()
@@ -175,12 +175,12 @@ def _width(inventory: Inventory) -> int:
 
 
 def _mixed(inventory: Inventory) -> str:
-    """The first decoder layer whose experts are not all stored in one way: their tensors have other names or dtypes, or other bits."""
+    """A message about the first decoder layer whose experts are stored in different ways: other tensor names, dtypes or bits."""
     if not quantisation_config(inventory.checkpoint):
         return ""
     try:
         found = quantisation_of(inventory.checkpoint)
-    except UserError:  # not decodable: names and dtypes tell
+    except UserError:  # not decodable: compare names and dtypes only
         found = None
     bits = {
         info.name: entry.settings.get("bits")
@@ -214,7 +214,7 @@ def names(text: str) -> frozenset[str]:
 # --- facts that several engines share ---
 
 POWERS = frozenset(2**n for n in range(10))  # 1 ... 512
-# families that choose experts with other kernels: functions of their own, zero experts, sqrt(softplus) scores, a group of one
+# families that select experts with other kernels: their own functions, zero experts, sqrt(softplus) scores, a group of one
 OWN_TOPK = names(
     "afmoe cohere2_moe deepseek_v4 gemma4_text gpt_oss hy_v3 inkling_text lfm2_moe llama4_text longcat_flash phimoe"
 )
@@ -223,7 +223,7 @@ EVEN = "plan with --uniform, or apply with --pad (not possible for all families)
 COMPUTED = "the engine computes all top_k experts; serve it from Python with expertsmith.load to skip"
 LAYOUT = "keep a number that is divisible by the number of expert_groups, or plan with --router-groups flatten"
 MORE = "keep more experts"
-# what the sources of the DeepSeek family read from config.json and transformers does not write
+# keys that engines read from config.json for the DeepSeek family and transformers does not write
 ROUTER_KEYS = 'copy "topk_method": "noaux_tc" and "scoring_func": "sigmoid" from the original model\'s config.json'
 MINIMAX_KEYS = 'copy "scoring_func": "sigmoid" and "use_routing_bias": true from the original model\'s config.json'
 
@@ -250,7 +250,7 @@ def mixed_experts(s: Subject) -> str | None:
 
 
 def unfit_blocks(s: Subject) -> str | None:
-    """FP8 blocks that the neurons of an expert on one rank do not divide into."""
+    """FP8 blocks into which the neurons of an expert on one rank do not divide."""
     block = s.quantisation.get("weight_block_size")
     if s.method != "fp8" or not isinstance(block, list) or len(block) != 2 or not s.width:
         return None
@@ -357,7 +357,7 @@ def speculative(engine: str, families: frozenset[str], option: str) -> Test:
 
 
 def without_mtp(s: Subject) -> str | None:
-    """config.json has a key for layers of multi-token prediction, which says none."""
+    """config.json sets the number of multi-token-prediction layers to 0."""
     key = next((key for key in MTP_KEYS if s.config.get(key) == 0 and not isinstance(s.config[key], bool)), None)
     return f"config.json has {key} = 0: there is no multi-token prediction for speculative decoding" if key else None
 

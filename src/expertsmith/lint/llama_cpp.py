@@ -44,7 +44,7 @@ EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 METHODS = names("bitnet fp8 gptq compressed-tensors modelopt mxfp4")
 NVFP4 = "nvfp4-pack-quantized"
-STRATEGIES = {  # compressed-tensors format → strategies that the converter takes
+STRATEGIES = {  # compressed-tensors format → strategies that the converter supports
     "float-quantized": ("channel", "block"), "int-quantized": ("channel", "block"), "naive-quantized": ("channel", "block"),
     "pack-quantized": ("group",),
 }  # fmt: skip
@@ -59,13 +59,13 @@ rule = partial(make_rule, VERSION)
 
 
 def _unconvertible(s: Subject) -> str | None:
-    # the converter prefers what the text part names
+    # the converter prefers the architectures of the text part
     named = s.config.get("architectures")
     return missing("llama.cpp", UNREGISTERED)(replace(s, architectures=tuple(named)) if named else s)
 
 
 def _groups(s: Subject) -> tuple[int, int | None]:
-    """The converter writes n_group and topk_group as they stand, in force or not."""
+    """(n_group, topk_group) of config.json. The converter writes them unchanged, in force or not."""
     groups, top = s.config.get("n_group"), s.config.get("topk_group")
     return groups if isinstance(groups, int) else 0, top if isinstance(top, int) else None
 
@@ -139,7 +139,7 @@ def _eight(s: Subject) -> str | None:
 
 
 def _undecoded(s: Subject) -> str | None:
-    """Why the converter does not decode it."""
+    """The reason why the converter does not decode the weights, or None."""
     held, groups = s.quantisation, s.quantisation.get("config_groups")
     if s.method == "gptq" and held.get("bits") == 3:
         return "the converter does not decode GPTQ with 3 bits"

@@ -32,7 +32,7 @@ METHODS = names(
     """awq bitsandbytes gptq aqlm quanto quark fouroversix fp_quant eetq higgs hqq compressed-tensors fbgemm_fp8 torchao bitnet vptq spqr
     fp8 gguf nvfp4 mxfp8 auto-round mxfp4 metal sinq gemma"""
 )
-STACKED = names("fp8 mxfp8 compressed-tensors")  # methods whose loading of experts was read
+STACKED = names("fp8 mxfp8 compressed-tensors")  # methods whose code for loading experts was read
 
 
 def _group_default(s: Subject) -> str | None:

@@ -190,7 +190,7 @@ def _refined_blocks(s: Subject) -> str | None:
 
 
 def _refined(s: Subject) -> int:
-    """The finer blocks that fit a rank, of which the checkpoint's are made up."""
+    """The size of the finer blocks that fit a rank and divide the checkpoint's blocks."""
     block = s.quantisation.get("weight_block_size")
     return math.gcd(*block, s.width_of_rank, s.hidden_size) if isinstance(block, list) and len(block) == 2 else 0
 

@@ -1,1 +1,1 @@
-"""Method + budget → plan: the plan format, how plans are built, and other tools' formats."""
+"""From method and budget to a plan: the plan format, how plans are built, and other tools' formats."""

@@ -1,4 +1,4 @@
-"""Method + budget → plan: the inputs of each kind of method, how many experts each layer keeps, and the plan's details and notes."""
+"""Build a plan from method and budget: inputs of each kind of method, number of kept experts a layer, details and notes of the plan."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ MEASURED = "expertsmith.measured"
 
 @dataclass
 class Job:
-    """What a plan is made from. `work` is a folder for what is costly to compute again, taken over with `resume`; `open` loads model and tokens when a method runs
-    the model. `mtp`: whether multi-token prediction stays; its layers
-    are planned after `layers`, by default the decoder layers with experts."""
+    """The inputs of a plan. `work`: folder for results that are costly to recompute, reused with `resume`. `open` loads model and tokens if
+    the method runs the model. `mtp`: whether multi-token prediction is kept; its layers are planned after `layers`, which are by default
+    the decoder layers with experts."""
 
     inventory: Inventory
     method: Method
@@ -56,18 +56,18 @@ class Job:
         self.layers = self.layers or self.inventory.layers
 
     def facts(self, layer: int) -> Facts:
-        """What the method may know of a layer."""
+        """The facts about a layer that the method gets."""
         rules, lengths = self.rules[layer], self.statistics.sequence_lengths if self.statistics else {}
         return Facts(layer, rules.num_experts, lengths, self.inventory.architecture.model_type, rules)
 
     def count(self, layer: int) -> int:
-        """Experts that the layer keeps with a uniform budget."""
+        """The number of experts that the layer keeps with a uniform budget."""
         assert self.keep is not None
         return keep_count(self.keep, self.rules[layer], f"decoder layer {layer} of {self.inventory.checkpoint.source}")
 
 
 def rules_of(inventory: Inventory, router_groups: str, mtp: bool = False) -> dict[int, Rules]:
-    """What every layer's router needs, with `mtp` also of multi-token prediction; "flatten" gives up the expert_groups."""
+    """The router rules of every layer, with `mtp` also those of multi-token prediction; "flatten" removes the expert_groups."""
     rules = {layer: inventory.rules_of(layer) for layer in inventory.layers + (inventory.mtp_layers if mtp else [])}
     if router_groups == "flatten":
         rules = {layer: Rules(entry.num_experts, entry.top_k) for layer, entry in rules.items()}
@@ -75,10 +75,10 @@ def rules_of(inventory: Inventory, router_groups: str, mtp: bool = False) -> dic
 
 
 def choose_budget(method: Method, budget: str | None, keep: float | int | None) -> Budget:
-    """The budget that was asked for, or the method's first one that goes with `keep` (none: its own threshold).
+    """The requested budget, or the method's first one that fits `keep` (None: the method's own threshold).
 
     Raises:
-        UserError: a budget that the method does not have, or a keep that is missing or of no use.
+        UserError: a budget that the method does not have, or a keep that is missing or has no effect.
     """
     if budget is None:
         fitting = [entry for entry in method.budgets if (entry == "threshold") == (keep is None)]
@@ -99,7 +99,7 @@ def choose_budget(method: Method, budget: str | None, keep: float | int | None) 
 
 
 def make_plan(job: Job, router_groups: Any, uniform: bool, options: Mapping[str, Any]) -> Plan:
-    """The plan of a job. `uniform` makes of a budget that differs between layers the nearest one that does not, and says what that costs."""
+    """Make the plan of a job. `uniform` replaces counts that differ between layers by the nearest equal ones, and notes what that costs."""
     entries = _entries(job)
     counts = {layer: len(entry.keep) for layer, entry in entries.items()}
     if uniform and len(set(counts.values())) > 1:
@@ -126,7 +126,7 @@ def make_plan(job: Job, router_groups: Any, uniform: bool, options: Mapping[str,
 
 
 def summary_of(entries: Iterable[LayerPlan], inventory: Inventory, mtp: str) -> Summary:
-    """What the layers of a plan come to."""
+    """The total experts, parameters and bytes of a plan's layers, before and after."""
     kept = {entry.layer: len(entry.keep) for entry in entries}
     had = sum(inventory.experts_in(layer) for layer in inventory.layers + inventory.mtp_layers)
     before, after = inventory.size(), inventory.size(kept, mtp=mtp == "keep")
@@ -134,8 +134,8 @@ def summary_of(entries: Iterable[LayerPlan], inventory: Inventory, mtp: str) -> 
 
 
 def _ahead(job: Job, layers: list[int], count: int, router_groups: str) -> dict[int, LayerPlan]:
-    """Multi-token-prediction layers, with the number of experts that config.json will say: by the job's method, or by the weights where that
-    needs what is not known of them."""
+    """Plan the multi-token-prediction layers, with the number of experts that config.json will have: by the job's method, or by the weights
+    if the method cannot be used for them."""
     if job.method.reads == "model":
         why = f"method {job.method.name} searches the decoder layers only"
     elif job.statistics is not None and not set(layers) <= set(job.statistics.layers):
@@ -161,7 +161,7 @@ def by_weights(
     notes: list[str],
     progress: Progress,
 ) -> dict[int, LayerPlan]:
-    """`count` experts of each of these multi-token-prediction layers, chosen by `aimer` because of `why`, which `notes` get to know."""
+    """Keep `count` experts of each of these multi-token-prediction layers, chosen by `aimer`; the reason `why` is added to `notes`."""
     from expertsmith.methods import find
 
     rules = rules_of(inventory, router_groups, mtp=True)
@@ -187,13 +187,13 @@ def _entries(job: Job) -> dict[int, LayerPlan]:
 
 
 def _even_out(job: Job, uneven: Mapping[int, LayerPlan], counts: Mapping[int, int]) -> dict[int, LayerPlan]:
-    """The same method and total with one count for all layers, and a note on what it costs in the method's own measure."""
+    """Plan again with the same method and total, but one count for all layers; notes what that costs in the method's own measure."""
     total, groups = sum(counts.values()), max(rules.groups for rules in job.rules.values())
     least = max(rules.least for rules in job.rules.values())
     count = max(least, round(total / len(counts) / groups) * groups)
     found = f"{job.budget} kept {min(counts.values())} to {max(counts.values())} experts per layer, {total} in all"
-    job.keep, job.budget, job.resume = count, "uniform", True  # what was measured a moment ago stands
-    job.notes.clear()  # of the plan that is not made
+    job.keep, job.budget, job.resume = count, "uniform", True  # the measurements made before are reused
+    job.notes.clear()  # those of the discarded plan
     entries = _entries(job)
     note = f"{found}; uniform keeps {count} in each of {len(counts)}, {count * len(counts)} in all"
     before, after = (_kept_share(plan, job) for plan in (uneven, entries))
@@ -221,7 +221,7 @@ def _kept_share(entries: Mapping[int, LayerPlan], job: Job) -> float | None:
     return sum(shares) / len(shares)
 
 
-# --- one shape each ---
+# --- one function for each kind of method ---
 
 
 def _by_saliency(job: Job) -> dict[int, LayerPlan]:
@@ -321,7 +321,7 @@ def _place(layers: list[int], job: Job) -> str:
 
 
 def _by_height(orders: Mapping[int, Order], total: int, rules: Mapping[int, Rules]) -> dict[int, int]:
-    """Removals a layer, `total` in all: always the layer whose next removal is highest, the lower layer on a tie; never below the floor."""
+    """Removals a layer, `total` in all: from the layer whose next removal is highest (on a tie the lower layer), never below the floor."""
     removed = dict.fromkeys(orders, 0)
     for _ in range(total):
         open_layers = [
@@ -337,7 +337,7 @@ def _by_height(orders: Mapping[int, Order], total: int, rules: Mapping[int, Rule
 
 
 def _measured(job: Job) -> Iterator[tuple[int, dict[str, Array]]]:
-    """What the method's `measure` makes of every layer's weights; layers that lie in the work folder are read from it."""
+    """Yield (layer, result of the method's `measure` on its weights); layers in the work folder are read from there."""
     from expertsmith.experts.weights import Projections
 
     assert job.method.measure is not None
@@ -359,7 +359,7 @@ def _measured(job: Job) -> Iterator[tuple[int, dict[str, Array]]]:
 
 
 def _prepare(folder: Path, job: Job, made_with: Mapping[str, Any]) -> None:
-    """A work folder for this model and these options; what it holds of others is measured again."""
+    """Prepare the work folder for this model and these options; results of another model or of other options are removed."""
     header = {"format": MEASURED, "version": 1, "model": job.inventory.checkpoint.fingerprint, **made_with}
     header = json.loads(json.dumps(header))
     mark = folder / "measured.json"
@@ -405,7 +405,7 @@ def _by_choice(job: Job) -> dict[int, LayerPlan]:
 
 
 def _by_search(job: Job) -> dict[int, LayerPlan]:
-    """A method that tries kept sets on the running model; layers whose choice lies in the work folder are not searched again."""
+    """Plan with a method that tries kept sets on the running model; layers with a choice in the work folder are not searched again."""
     from expertsmith.calibration.probe import search_layers
 
     assert job.open is not None
@@ -456,7 +456,7 @@ def _entry(job: Job, layer: int, choice: Choice, usage: Mapping[str, Any] | None
 
 
 def _warn(entries: Mapping[int, LayerPlan], job: Job) -> None:
-    """Say where the calibration was too small for what the plan keeps."""
+    """Add notes if the calibration was too small for the experts that the plan keeps."""
     used = {layer: entry.why["selections"] for layer, entry in entries.items() if entry.why and "selections" in entry.why}
     unreached = [(layer, e) for layer, counts in used.items() for e in entries[layer].keep if counts[e] == 0]
     if unreached:
@@ -472,10 +472,10 @@ def _warn(entries: Mapping[int, LayerPlan], job: Job) -> None:
 
 
 def statistics_for(inventory: Inventory, method: Method, given: Statistics | str | Path, domains: Sequence[str]) -> Statistics:
-    """The statistics that a method reads, of these domains.
+    """The statistics of these domains for a method.
 
     Raises:
-        UserError: of another model or other layers, or without what the method needs.
+        UserError: they are of another model or other layers, or lack something that the method needs.
     """
     statistics = matching_statistics(inventory, given, domains, mtp=True)
     entry = next(iter(statistics.layers.values()))
@@ -493,7 +493,7 @@ def matching_statistics(
     """Statistics of this checkpoint, of these domains (none: all); with `mtp` also those of multi-token-prediction layers, if there are any.
 
     Raises:
-        UserError: of another model or other layers.
+        UserError: they are of another model or other layers.
     """
     statistics = (given if isinstance(given, Statistics) else load_statistics(given)).select(domains)
     if statistics.header["model"]["fingerprint"] != inventory.checkpoint.fingerprint:

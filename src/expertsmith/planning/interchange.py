@@ -1,4 +1,4 @@
-"""Choices of experts in the formats of other tools, to and from plans.
+"""Convert choices of experts between plans and the formats of other tools.
 
     ordered    JSONL, one line per layer: {"0": [106, 65, …]}, best expert first; a count or ratio of it is kept (vllm-ascend's
                expert_list_file)
@@ -38,14 +38,14 @@ def plan_from(
     mtp: Literal["keep", "drop"] = "keep",
     progress: Progress | None = None,
 ) -> Plan:
-    """A plan from a file of any of the formats, which is recognised by what it holds.
+    """Make a plan from a file in any of the formats, which is recognised by its content.
 
     Args:
-        keep: of ordered lists, how many experts stay: a ratio or a count.
+        keep: for ordered lists, how many experts to keep: a ratio or a count.
 
     Raises:
         UserError: no such file or format, layers or ids that the model does not have, an expert twice, a row of the wrong length, fewer
-            experts than the router needs, or a keep that is missing or of no use.
+            experts than the router needs, or a keep that is missing or has no effect.
     """
     rows, kind = _read(Path(path), inventory)
     rules = rules_of(inventory, router_groups, mtp=True)
@@ -85,10 +85,10 @@ def plan_from(
 
 
 def export(plan: Plan, kind: str) -> str:
-    """The text of a plan in another format. In ordered lists the kept experts come first, each part by falling saliency where the plan has it.
+    """The text of a plan in another format. In ordered lists the kept experts come first, each part by falling saliency if the plan has it.
 
     Raises:
-        UserError: an unknown format, or a plan that says more than it can hold.
+        UserError: an unknown format, or a plan that the format cannot represent.
     """
     if kind not in FORMATS:
         raise unknown("format", kind, FORMATS)
@@ -109,7 +109,7 @@ def _ordered(entry: LayerPlan) -> list[int]:
 
 
 def _read(path: Path, inventory: Inventory) -> tuple[dict[int, Any], Format]:
-    """(decoder layer → its row, format)."""
+    """Read (decoder layer → its row, format)."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -159,7 +159,7 @@ def _merged(parts: Sequence[Mapping[str, Any]], path: Path) -> dict[int, Any]:
 
 
 def _numbered(data: list[Any], path: Path, inventory: Inventory) -> dict[int, Any]:
-    """Rows of a bare list: one a MoE layer, or one a decoder layer."""
+    """The rows of a plain list: one for each MoE layer, or one for each decoder layer."""
     if len(data) == len(inventory.layers):
         return dict(zip(inventory.layers, data, strict=True))
     if len(data) == inventory.num_layers:
@@ -183,7 +183,7 @@ def _complete(rows: dict[int, Any], path: Path, inventory: Inventory) -> dict[in
 
 
 def _is_mask(row: Any, count: int) -> bool:
-    """A row of zeros and ones as long as there are experts; two ids 0 and 1 of a layer of two would read the same, and mean the same."""
+    """Whether a row has a zero or one for every expert. In a layer of two experts, a list of the ids 0 and 1 passes too."""
     return isinstance(row, list) and len(row) == count and all(value in (0, 1) for value in row)
 
 

@@ -20,7 +20,7 @@ class _Strict(BaseModel):
 
 
 class Method(_Strict):
-    """The method that chose, with every option that the choice depends on."""
+    """The method that chose the experts, with every option that the choice depends on."""
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -34,16 +34,16 @@ class Source(_Strict):
 
 
 class CalibrationData(_Strict):
-    """What the choice was calibrated on: the fingerprint of the token ids, and tokens per domain."""
+    """The calibration data of the choice: the fingerprint of the token ids, and tokens per domain."""
 
     fingerprint: str
     tokens: dict[str, int]
 
 
 class Merge(_Strict):
-    """Experts `sources` become one, which takes the place of `into`: their matrices averaged with `weights`.
+    """Experts `sources` become one, which replaces `into`: their matrices are averaged with `weights`.
 
-    `align` "weights" puts every source's neurons into the order that fits those of `into` best before averaging. `router`: the
+    `align` "weights" puts every source's neurons into the order that best fits those of `into` before averaging. `router`: the
     merged expert's router row is that of `into` ("dominant") or the sources' rows averaged with `weights` ("mean"); `log_count`
     adds ln(number of sources) to its logit bias.
     """
@@ -57,8 +57,8 @@ class Merge(_Strict):
 
 
 class LayerPlan(_Strict):
-    """One decoder layer, or with `mtp` one of multi-token prediction, numbered on after the last. Expert ids are those of the source
-    checkpoint; `keep` ascends."""
+    """One decoder layer, or with `mtp` one multi-token-prediction layer, numbered after the last decoder layer. Expert ids are those of the
+    source checkpoint; `keep` is ascending."""
 
     layer: int = Field(ge=0)
     num_experts: int = Field(ge=1)
@@ -120,7 +120,8 @@ class LayerPlan(_Strict):
 
 
 class Skip(_Strict):
-    """How tokens skip experts: `rule` "ratio" or "tail" (`engine.skipping`), what the layers' `skip_threshold` were made by, and from which text."""
+    """How tokens skip experts: `rule` "ratio" or "tail" (`engine.skipping`), and the statistic and calibration data of the layers'
+    `skip_threshold`."""
 
     rule: Literal["ratio", "tail"]
     statistic: str
@@ -136,9 +137,9 @@ class Summary(_Strict):
 
 
 class Plan(Shown, _Strict):
-    """A whole plan. `router_groups` "flatten" sets n_group and topk_group to 1 in the output's config; `notes` tell a reader what the method
-    met on the way. `mtp`: whether the output has the source's multi-token prediction, whose layers are then among `layers`, numbered on after
-    the last; None: the source has none, or the plan is of an old version, which left it out where experts went."""
+    """A whole plan. `router_groups` "flatten" sets n_group and topk_group to 1 in the output's config. `notes`: remarks for the user.
+    `mtp`: whether the output has the source's multi-token prediction; its layers are then in `layers`, numbered after the last decoder
+    layer. None: the source has none, or the plan is of an old version, which removed it if experts were dropped."""
 
     format: Literal["expertsmith.plan"] = "expertsmith.plan"
     version: Literal[1] = 1
@@ -210,7 +211,7 @@ class Plan(Shown, _Strict):
 
     @property
     def uniform_count(self) -> int | None:
-        """The number of experts every decoder layer keeps, or None where layers differ."""
+        """The number of experts every decoder layer keeps, or None if layers differ."""
         return self.counts[0] if len(set(self.counts)) == 1 else None
 
     def of_decoder_layers(self) -> Plan:
@@ -218,7 +219,7 @@ class Plan(Shown, _Strict):
         return self.model_copy(update={"layers": [entry for entry in self.layers if not entry.mtp]})
 
     def save(self, path: Path | str) -> None:
-        """Write the plan; floats with the shortest digits that read back equal, one layer's lists on one line each."""
+        """Write the plan, with the fewest digits of floats that read back equal, and one line for each layer."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
@@ -226,7 +227,7 @@ class Plan(Shown, _Strict):
         partial.replace(target)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, with the file's names; what is not there is left out."""
+        """Plain data with the key names of the file; missing values are left out."""
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         return data if self.notes else {key: value for key, value in data.items() if key != "notes"}
 
@@ -242,10 +243,10 @@ class Plan(Shown, _Strict):
 
 
 def load_plan(path: Path | str | Plan) -> Plan:
-    """Read and validate a plan. One that is loaded already is returned as it is.
+    """Read and validate a plan. A plan that is already loaded is returned unchanged.
 
     Raises:
-        UserError: no such file, not JSON, or a rule of the format broken, with the place.
+        UserError: no such file, not JSON, or a violation of the format, with its place.
     """
     if isinstance(path, Plan):
         return path
@@ -269,7 +270,7 @@ def parse_plan(raw: Any, where: str) -> Plan:
 
 
 def explain(error: ValidationError, limit: int = 3) -> str:
-    """pydantic's findings in one line, each with its place."""
+    """pydantic's errors in one line, each with its place."""
     found = []
     for item in error.errors()[:limit]:
         place = ".".join(str(part) for part in item["loc"])

@@ -1,4 +1,4 @@
-"""Plan + source → output checkpoint, by byte ranges: only merged experts are loaded, decoded or converted.
+"""Write the output checkpoint of a plan and its source by byte ranges: only merged experts are loaded, decoded or converted.
 
 Kept tensors keep their bytes. Experts are renumbered from 0 in ascending order of their old ids; router rows, biases and fused expert tensors
 lose the rows of dropped experts and keep extra rows (shared, zero and skip classes) at the end.
@@ -48,7 +48,7 @@ def check_plan(plan: Plan, inventory: Inventory, pad: bool = False) -> None:
 
     Raises:
         UserError: another model's fingerprint, wrong layers or counts, fewer experts than the router needs, unequal expert_groups; different
-            numbers of experts a layer (or padding) where the family cannot have that; see also `merge.check_merges`.
+            numbers of experts a layer (or padding) if the family does not support that; see also `merge.check_merges`.
     """
     _check_model(plan, inventory)
     flat = plan.router_groups == "flatten"
@@ -122,18 +122,18 @@ def _brief(layers: list[int]) -> str:
 
 
 def written(plan: Plan, inventory: Inventory, requantise: bool) -> Inventory:
-    """The inventory whose tensors the output has. That of the source itself, unless experts of a quantised source are merged and not
-    quantised again: then that of its float view in bfloat16."""
+    """The inventory of the output's tensors: that of the source, or, if experts of a quantised source are merged and not requantised, that
+    of its float view in bfloat16."""
     if not plan.merges or requantise or quantisation_of(inventory.checkpoint) is None:
         return inventory
     return take_inventory(floats(inventory.checkpoint, "BF16"))
 
 
 def check_requantise(plan: Plan, inventory: Inventory) -> None:
-    """Refuse to quantise merged experts again where that means nothing or cannot be done.
+    """Refuse to requantise merged experts if that has no effect or is impossible.
 
     Raises:
-        UserError: nothing is merged, nothing is quantised, or a format that needs calibration to be quantised.
+        UserError: nothing is merged, nothing is quantised, or the format needs calibration for quantisation.
     """
     found = quantisation_of(inventory.checkpoint)
     if not plan.merges or found is None:
@@ -146,10 +146,10 @@ def output_tensors(plan: Plan, inventory: Inventory, pad: bool = False, merger: 
     """Every tensor of the output, as byte ranges of the source and computed pieces, in the source's order.
 
     Args:
-        merger: makes the merged pieces; None: one is made where the plan merges.
+        merger: computes the merged pieces; None: created if the plan merges.
     """
     kept = plan.kept
-    if plan.merges and merger is None:  # else nothing is computed, and torch is not needed
+    if plan.merges and merger is None:  # otherwise nothing is computed, and torch is not needed
         from expertsmith.surgery.merge import Merger
 
         merger = Merger(plan, inventory)
@@ -176,7 +176,7 @@ def _whole(claim: Claim, name: str, inventory: Inventory, merger: Merger | None 
 
 
 def _renumbered(claim: Claim, inventory: Inventory, keep: list[int]) -> str | None:
-    """The output name of a per-expert tensor, or None if its expert goes. Zero experts follow the kept ones."""
+    """The output name of a per-expert tensor, or None if its expert is dropped. Zero experts follow the kept ones."""
     assert claim.expert is not None
     assert claim.layer is not None
     n = inventory.experts_in(claim.layer)
@@ -199,7 +199,7 @@ def _rows(claim: Claim, inventory: Inventory, keep: list[int], merger: Merger | 
     pieces: list[Piece | Made] = []
 
     def copy(begin: int, end: int) -> None:
-        """Rows of the source; neighbours become one range."""
+        """Append rows of the source; adjacent rows become one range."""
         piece = source_of(inventory.checkpoint, info, begin * row, (end - begin) * row)
         last = pieces[-1] if pieces else None
         if isinstance(last, Piece) and isinstance(piece, Piece) and last.start + last.nbytes == piece.start:
@@ -221,7 +221,7 @@ def _rows(claim: Claim, inventory: Inventory, keep: list[int], merger: Merger | 
 
 
 def output_config(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[str, Any]:
-    """The source's config.json with the new counts, under the key names that it uses itself; without code where transformers needs none."""
+    """The source's config.json with the new counts, under its own key names; without code if transformers needs none."""
     config = copy.deepcopy(dict(inventory.checkpoint.config))
     drop_auto_map(config)
     inner: dict[str, Any] = text_config(config)  # type: ignore[assignment]
@@ -231,7 +231,7 @@ def output_config(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[s
     output_quantisation(config, renumbering_of(plan, inventory, pad))
     write_counts(config, dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory)
     if plan.router_groups == "flatten":
-        inner.update(record.one_group)  # also where they are missing: the default may be more
+        inner.update(record.one_group)  # also if they are missing: the default may be larger
         if record.group_alias is not None and record.group_alias in inner:
             inner[record.group_alias] = 1
     if drops_mtp(plan, inventory):
@@ -242,7 +242,7 @@ def output_config(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[s
 
 
 def renumbering_of(plan: Plan, inventory: Inventory, pad: bool = False) -> Renumbering:
-    """Where the experts go: kept ones in ascending order, zero experts after them; with `pad` copies of the first kept one fill layers up."""
+    """The new ids of the experts: kept ones in ascending order, then zero experts; `pad` adds copies of the first kept one."""
     kept, most = plan.kept, max(map(len, plan.kept.values()))
     new: dict[int, dict[int, tuple[int, ...]]] = {}
     for layer, keep in kept.items():
@@ -269,7 +269,7 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
     config[last] = value
 
 
-def apply_plan(  # noqa: C901  (a note a circumstance)
+def apply_plan(  # noqa: C901  (one note for each case)
     plan: Plan,
     inventory: Inventory,
     out: Path,
@@ -282,11 +282,11 @@ def apply_plan(  # noqa: C901  (a note a circumstance)
     texts: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Write the output checkpoint; returns notes on what a reader should know.
+    """Write the output checkpoint; returns notes for the user.
 
     Args:
-        pad: fill layers with fewer experts than others up, so that the result is stock (`surgery.uneven.pad`).
-        requantise: keep the format of a quantised source where experts are merged; otherwise everything is then written in bfloat16.
+        pad: fill up layers that have fewer experts than others, so that a stock class loads the result (`surgery.uneven.pad`).
+        requantise: if experts are merged, keep the format of a quantised source; otherwise everything is then written in bfloat16.
         check_values: look for NaN and inf in every chunk that is copied.
         texts: further files to write (relative path → content).
 
@@ -361,7 +361,7 @@ def apply_plan(  # noqa: C901  (a note a circumstance)
 
 
 def cost_line(what: str, error: float, norm: float) -> str:
-    """What quantising weights again cost: sqrt(sum (quantised - float)^2 / sum float^2)."""
+    """A note on the error of requantised weights: sqrt(sum (quantised - float)^2 / sum float^2)."""
     share = (error / norm) ** 0.5 if norm else 0.0
     return f"{what} were re-quantised in the source's own format: they differ from their float values by {share:.2%} (root mean square, relative)"
 
@@ -380,12 +380,12 @@ FINITE_LIMITS: dict[
 
 
 class _Finite:
-    """Raise on the first chunk that holds NaN or inf: all exponent bits set. Integer and packed dtypes pass, as does -inf in the tensors in
-    which it has a meaning."""
+    """Raise on the first chunk that holds NaN or inf: all exponent bits set. Integer and packed dtypes pass, and so does -inf in the
+    tensors `may_be_infinite`."""
 
     def __init__(self, may_be_infinite: frozenset[str] = frozenset()) -> None:
         self.may_be_infinite = may_be_infinite
-        self.own = threading.local()  # the writer's threads call at once
+        self.own = threading.local()  # the writer's threads call concurrently
 
     def __call__(self, tensor: OutputTensor, chunk: memoryview) -> None:
         if tensor.dtype not in FINITE_LIMITS:
@@ -401,6 +401,6 @@ class _Finite:
         if wrong and tensor.name in self.may_be_infinite:
             wrong = bool(
                 ((scratch >= limit) & (values != magnitude + 1 + limit)).any()
-            )  # all but the sign's bit and the limit: -inf
+            )  # the sign bit and the limit alone are -inf
         if wrong:
             raise UserError(f"{tensor.name} has NaN or inf", "the source checkpoint is damaged: download it again")

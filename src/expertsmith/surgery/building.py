@@ -1,5 +1,5 @@
-"""Whether transformers can build a model, asked before anything is written. In a process of its own, unless torch is here already: nothing else
-that `apply` does without merging needs it."""
+"""Check that transformers can build a model, before anything is written. The check runs in a separate process unless torch is already
+imported, because nothing else in `apply` without merging needs torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory, take_inventory
 
-REFUSED = 3  # exit code of that process, with the words on stdout
+REFUSED = 3  # exit code of that process, with the message on stdout
 
 
 def check_building(inventory: Inventory) -> None:
-    """Refuse a checkpoint whose model cannot be built, where transformers has a class for it.
+    """Refuse a checkpoint whose model cannot be built, if transformers has a class for it.
 
     Raises:
         UserError: see `engine.loading.check_model`.
@@ -24,7 +24,7 @@ def check_building(inventory: Inventory) -> None:
         return
     if (
         "torch" not in sys.modules and sys.executable
-    ):  # then nothing of `treated_as` is in force either, which looks at the tensors with torch
+    ):  # then `treated_as`, which reads the tensors with torch, is not in force either
         source = inventory.checkpoint
         command = [sys.executable, "-m", "expertsmith.surgery.building", str(source.path), source.source]
         done = subprocess.run(command, capture_output=True, check=False)
@@ -33,7 +33,7 @@ def check_building(inventory: Inventory) -> None:
             raise UserError(message, remedy)
         if done.returncode == 0:
             return
-    _check(inventory)  # a process that could not begin has not answered
+    _check(inventory)  # the process could not start
 
 
 def _check(inventory: Inventory) -> None:

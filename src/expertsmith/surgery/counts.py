@@ -7,7 +7,7 @@ from expertsmith.planning.plan import Plan
 
 
 def counts_of(plan: Plan) -> dict[int, int]:
-    """Layer → experts that stay."""
+    """Layer → number of kept experts."""
     return {entry.layer: len(entry.keep) for entry in plan.layers}
 
 
@@ -17,12 +17,12 @@ def trunk_counts(plan: Plan) -> dict[int, int]:
 
 
 def changes(plan: Plan, inventory: Inventory) -> bool:
-    """Whether any expert goes."""
+    """Whether any expert is dropped."""
     return any(count != inventory.experts_in(layer) for layer, count in counts_of(plan).items())
 
 
 def drops_mtp(plan: Plan, inventory: Inventory) -> bool:
-    """Whether the source has multi-token prediction that the output has not."""
+    """Whether the source has multi-token prediction and the output does not."""
     return inventory.has_mtp and (plan.mtp == "drop" or (plan.mtp is None and changes(plan, inventory)))
 
 

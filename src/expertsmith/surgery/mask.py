@@ -1,7 +1,7 @@
 """Apply a plan to a loaded model, reversibly: dropped experts cannot be selected, and routing renormalises over the rest.
 
 This defines "the same model without some experts": logits of dropped experts are -inf inside the router's own forward
-(a finite value where -inf breaks it), and so are their selection biases. Nothing else changes.
+(a finite value if -inf breaks it), and so are their selection biases. Nothing else changes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def masked(model: LoadedModel, keep: Mapping[int, Sequence[int]], num_experts: i
     assert model.architecture is not None
     with ExitStack() as stack:
         for layer, kept in keep.items():
-            if layer >= len(model.layers):  # of multi-token prediction, which this model was loaded without
+            if layer >= len(model.layers):  # multi-token prediction, which this model was loaded without
                 continue
             count = num_experts if isinstance(num_experts, int) else num_experts[layer]
             rows = _router_rows(model, count)
@@ -44,7 +44,7 @@ def masked(model: LoadedModel, keep: Mapping[int, Sequence[int]], num_experts: i
 
 @contextmanager
 def in_force(model: LoadedModel, counters: dict[int, tuple[int, int]] | None = None) -> Iterator[None]:
-    """The thresholds of the model's own config.json, if it has any, for as long as the context lasts."""
+    """Within the context, apply the skip thresholds of the model's own config.json, if it has any."""
     found = skip_of(model.checkpoint.config)
     with skipping(model, found[1], found[0], counters) if found else nullcontext():
         yield

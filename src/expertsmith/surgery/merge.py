@@ -2,10 +2,10 @@
 
     W_merged = sum over sources i of w_i P_i W_i
 
-with the weights w_i of the plan and, with align "weights", the permutation P_i of source i's neurons that fits the expert in whose place the
-merged one stands best (P is the identity for that expert itself). Permuting neurons does not change an expert: gate, up and their
-biases by rows, down by columns. Sums are taken in float64 and rounded once to the tensor's dtype (the authors of M-SMoE and HC-SMoE
-add up in the weights' own dtype).
+with the weights w_i of the plan. With align "weights", P_i is the permutation of source i's neurons that best fits the expert replaced by
+the merged one (the identity for that expert itself); otherwise P_i is the identity. Permuting neurons does not change an expert: gate, up
+and their biases by rows, down by columns. Sums are taken in float64 and rounded once to the tensor's dtype (the authors of M-SMoE and
+HC-SMoE sum in the weights' own dtype).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from expertsmith.experts.inventory import Claim, Inventory
 from expertsmith.experts.weights import FLOATS, is_matrix, layout_of
 from expertsmith.planning.plan import LayerPlan, Merge, Plan
 
-Edit = tuple[torch.Tensor, torch.Tensor]  # a view into a parameter, and what it becomes
+Edit = tuple[torch.Tensor, torch.Tensor]  # a view into a parameter, and its new value
 
 
 def check_merges(plan: Plan, inventory: Inventory) -> None:
@@ -88,7 +88,7 @@ def _is_logit_bias(claim: Claim, record: Architecture) -> bool:
 
 
 def alignment(matrices: Iterable[tuple[str, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """The order of a target's neurons that fits a reference best: argmax over permutations pi of sum_n K[n, pi(n)] with
+    """The order of a target's neurons that best fits a reference: argmax over permutations pi of sum_n K[n, pi(n)] with
 
         K = W_gate^r (W_gate^t)^T + W_up^r (W_up^t)^T + (W_down^r)^T W_down^t        [neurons, neurons]
 
@@ -102,7 +102,7 @@ def alignment(matrices: Iterable[tuple[str, torch.Tensor, torch.Tensor]]) -> tor
     """
     profit: Any = 0.0
     for role, reference, target in matrices:
-        # contiguous copies of one dtype on one device: the same products whatever layout the matrices came in
+        # contiguous copies of one dtype on one device: the products do not depend on the matrices' layout
         r, t = (torch.empty(m.shape, dtype=torch.float32).copy_(m) for m in (reference, target))
         profit = profit + (r.T @ t if role == "down" else r @ t.T)
     if not bool(profit.isfinite().all()):
@@ -111,7 +111,7 @@ def alignment(matrices: Iterable[tuple[str, torch.Tensor, torch.Tensor]]) -> tor
 
 
 def ordered(layout: Layout | None, tensor: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """An expert's slice of a tensor with its neurons in another order; a bias of the down projection has none."""
+    """An expert's slice of a tensor with its neurons in another order; a bias of the down projection is unchanged."""
     if order is None or layout is None:
         return tensor
     result = torch.empty_like(tensor)
@@ -137,10 +137,11 @@ def average(tensors: Iterable[torch.Tensor], weights: Sequence[float], dtype: to
 
 
 class Merger:
-    """The computed pieces of an output checkpoint whose tensors are those of `inventory`: the source's own, or those of its float view. Sources
-    are read when a piece is asked for, one at a time, as floats; the permutations of the last decoder layer that was asked for are kept.
+    """Computes the merged pieces of an output checkpoint. Its tensors are those of `inventory`: the source's own, or those of its float
+    view. Source experts are read when a piece is requested, one at a time, as floats. Permutations are kept for the last
+    decoder layer only.
 
-    Pieces of quantised tensors are codes and scales of the merged weight, quantised again.
+    Pieces of quantised tensors are codes and scales of the merged weight, requantised.
     """
 
     def __init__(self, plan: Plan, inventory: Inventory) -> None:
@@ -181,7 +182,7 @@ class Merger:
         return bytes_of(merged)
 
     def _merged(self, claim: Claim, merge: Merge) -> torch.Tensor:
-        """The merged weight in float32, shaped as its rows of the tensor."""
+        """The merged weight in float32, in the shape of its rows of the tensor."""
         part = average(self._sources(claim, merge), merge.weights, torch.float32)
         return part if claim.kind == "expert" or claim.rows > 1 else part.unsqueeze(0)
 
@@ -206,7 +207,7 @@ class Merger:
         return owned[1]
 
     def _sibling(self, claim: Claim, expert: int) -> Claim:
-        """The tensor that holds of `expert` what `claim` holds of its own expert."""
+        """The tensor of `expert` that corresponds to `claim`."""
         return claim if claim.kind == "stacked" else self._siblings[expert, self._below(claim)]
 
     def _order(self, layer: int, merge: Merge, expert: int) -> torch.Tensor | None:
@@ -217,7 +218,7 @@ class Merger:
         return self._orders[merge.into, expert]
 
     def _pairs(self, layer: int, reference: int, target: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Role by role, in the order of ROLES."""
+        """Yield (role, reference's matrix, target's matrix), in the order of ROLES."""
         found: dict[str, tuple[Claim, Layout]] = {}
         for claim in self.inventory.expert_claims(layer)[reference]:
             layout = layout_of(claim, self.inventory)
@@ -232,7 +233,7 @@ class Merger:
 
 
 class Codes:
-    """Which tensors of an inventory are codes, scales and the like of a quantised weight, and what they become with other values."""
+    """The tensors of an inventory that are parts of quantised weights (codes, scales and others), and their values for changed weights."""
 
     def __init__(self, inventory: Inventory) -> None:
         view = inventory.floats.checkpoint
@@ -244,11 +245,11 @@ class Codes:
         self.error = self.norm = 0.0  # sums of squares: (quantised - float), float
 
     def weight(self, claim: Claim) -> Claim | None:
-        """The float weight that a tensor is a part of, None for a tensor of its own."""
+        """The float weight that a tensor is a part of, or None if it is not part of a quantised weight."""
         return self._weights.get(claim.info.name)
 
     def fixed(self, claim: Claim) -> bool:
-        """Whether a tensor stays as it is, whatever its weight becomes: a shape, or a scale of activations."""
+        """Whether a tensor does not change with its weight: a shape, or a scale of activations."""
         weight = self.weight(claim)
         if weight is None or self.view is None:
             return False
@@ -257,7 +258,7 @@ class Codes:
         return role in formats()[entry.format].constant
 
     def piece(self, claim: Claim, expert: int, values: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What a tensor (or an expert's rows of it) becomes where its weight becomes `values`; the last weight's tensors are kept."""
+        """The new value of a tensor (or of an expert's rows of it) if its weight becomes `values`; the last weight's tensors are cached."""
         weight = self.weight(claim)
         assert weight is not None
         assert self.view is not None
@@ -293,10 +294,11 @@ def _dtype(claim: Claim | TensorInfo) -> torch.dtype:
 
 @contextmanager
 def merged(model: LoadedModel, plan: Plan, inventory: Inventory) -> Iterator[None]:
-    """Within the context, the expert `into` of every merge is the merged one: its weights and router entries are computed from the model's
-    own tensors, rounded as `inventory` stores them (its dtypes, or its quantisation). The other sources stay as they are: mask them with `surgery.mask.masked`.
+    """Within the context, the expert `into` of every merge is the merged one: its weights and router entries are computed from the
+    model's own tensors, rounded as `inventory` stores them (its dtypes, or its quantisation). The other sources do not change: mask them
+    with `surgery.mask.masked`.
 
-    In stream mode a layer is edited whenever it is brought in.
+    In stream mode a layer is edited whenever it is loaded.
 
     Raises:
         UserError: what `check_merges` refuses.
@@ -383,7 +385,7 @@ def _rounded_edits(
     codes: Codes,
     inventory: Inventory,
 ) -> list[Edit]:
-    """What the roles in one tensor become, rounded as that tensor is stored."""
+    """The edits of the roles in one tensor, rounded as that tensor is stored."""
     roles = [role for role in roles_of(layout) if (role, matrix) in mine]
     if codes.view is None or claim.info.name not in codes.view.stored:
         kind = _dtype(inventory.checkpoint.tensors[claim.info.name])
@@ -421,8 +423,8 @@ def _router_edits(block: nn.Module, merge: Merge, layer: int, inventory: Invento
 
 
 def router_tensor(block: nn.Module, claim: Claim, record: Architecture) -> torch.Tensor:
-    """The parameter or buffer of the router, or of the block itself, that a checkpoint's router tensor is loaded into: that of the same
-    shape; of several, the one whose name ends most alike."""
+    """The parameter or buffer of the router, or of the block itself, that a checkpoint's router tensor is loaded into: the one of the
+    same shape; of several, the one with the longest common end of the name."""
     router = block.get_submodule(record.router)
     found = [
         (name, tensor)
@@ -437,7 +439,7 @@ def router_tensor(block: nn.Module, claim: Claim, record: Architecture) -> torch
 
 
 def _common(a: str, b: str) -> int:
-    """Components that two dotted names have in common at the end."""
+    """The number of components that two dotted names have in common at the end."""
     count = 0
     for x, y in zip(reversed(a.split(".")), reversed(b.split(".")), strict=False):
         if x != y:

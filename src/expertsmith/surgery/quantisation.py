@@ -2,8 +2,8 @@
 
 Mixed precision is configured by module name: `ignore` and `targets` of compressed-tensors, `dynamic` of GPTQModel (regular expressions),
 `extra_config` of AutoRound, `modules_to_not_convert` of transformers, `exclude_modules` and `quantized_layers` of modelopt; in config.json and
-in files next to it. Every entry follows one rule: a module of the output matches exactly if its module in the source
-matches. Entries that already comply do not change; others are replaced by the names of what they match.
+in files next to it. Every entry follows one rule: a module of the output matches if and only if its module in the source
+matches. Entries that already comply do not change; others are replaced by the names of the modules that they match.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from expertsmith.errors import UserError, parse_json
 from expertsmith.experts.inventory import Inventory
 
 CONFIGS = ("quantization_config", "compression_config", "quantization")  # keys of config.json
-PART = re.compile(r"\.(weight|bias|qweight|qzeros|scales|g_idx|input_scale|output_scale)([._].*)?$")  # what a module holds
+PART = re.compile(r"\.(weight|bias|qweight|qzeros|scales|g_idx|input_scale|output_scale)([._].*)?$")  # a module's tensors
 NUMBERED = re.compile(r"(?P<before>^|.*\.)experts\.(?P<expert>\d+)(?P<after>\..*)?$")
 SPECIAL = frozenset("*?[]^$()|+{}\\")
 BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"  # transformers 5.23, quantizers/quantizers_utils.py, should_convert_module
@@ -32,7 +32,7 @@ Matches = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Renumbering:
-    """Where the experts of a source go: decoder layer → expert → its ids in the output (none: it goes; several: dead copies, `pad`)."""
+    """The new ids of a source's experts: decoder layer → expert → its ids in the output (none: dropped; several: dead copies, `pad`)."""
 
     inventory: Inventory
     new: Mapping[int, Mapping[int, tuple[int, ...]]]
@@ -57,7 +57,7 @@ class Renumbering:
         return found
 
     def literal(self, name: str) -> tuple[str, ...] | None:
-        """The output's names for the full name of an expert or of something in it; None for other names."""
+        """The output's names for the full name of an expert or of a module in it; None for other names."""
         located, numbered = self.inventory.locate(f"{name}."), NUMBERED.match(name)
         if located is None or numbered is None:
             return None
@@ -68,8 +68,8 @@ class Renumbering:
         return tuple(f"{numbered['before']}experts.{e}{numbered['after'] or ''}" for e in new)
 
     def matched(self, matches: Matches) -> tuple[bool, list[str]]:
-        """(whether a rule selects in the output what it selects in the source, the output's names of what it selects in the source).
-        A rule that selects only dropped experts is not the same: it must be dropped too."""
+        """(whether a rule selects the same modules in the output as in the source, the output's names of those it selects in the source).
+        A rule that selects only dropped experts does not count as the same: it must be dropped too."""
         same, had = True, False
         selected: list[str] = []
         for source, names in self.modules.items():
@@ -91,7 +91,7 @@ def output_quantisation(config: dict[str, Any], renumbering: Renumbering) -> Non
     """Renumber the names of experts in a config.json that was copied from the source.
 
     Raises:
-        UserError: an entry that matches experts by number and cannot be told exactly.
+        UserError: an entry that matches experts by number and cannot be renumbered exactly.
     """
     for part in (config, config.get("text_config")):
         for key in CONFIGS:
@@ -101,13 +101,13 @@ def output_quantisation(config: dict[str, Any], renumbering: Renumbering) -> Non
 
 def output_files(renumbering: Renumbering) -> dict[str, str]:
     """Name → text of the files next to config.json that describe the quantisation and change with the experts (hf_quant_config.json,
-    quantize_config.json and their like).
+    quantize_config.json and similar).
 
     Raises:
         UserError: as `output_quantisation`, or such a file that is not JSON.
     """
     made: dict[str, str] = {}
-    if isinstance(renumbering.inventory.checkpoint, Floats):  # they do not go along
+    if isinstance(renumbering.inventory.checkpoint, Floats):  # these files are not copied
         return made
     for file in (renumbering.inventory.checkpoint.path / name for name in SIDE_FILES):
         if not file.is_file():
@@ -120,7 +120,7 @@ def output_files(renumbering: Renumbering) -> dict[str, str]:
 
 
 def renumbered(value: Any, renumbering: Renumbering, key: str = "", method: str = "") -> Any:
-    """A part of a quantisation config with its names of experts renumbered; `key` is the one that it stands under."""
+    """A part of a quantisation config with its names of experts renumbered; `key` is its key in the config."""
     if isinstance(value, Mapping):
         method = str(value.get("quant_method") or method)
         if "quantization" in value or "quant_algo" in value:  # hf_quant_config.json names no quant_method
@@ -131,7 +131,7 @@ def renumbered(value: Any, renumbering: Renumbering, key: str = "", method: str 
         for name, held in value.items():
             changed = renumbered(held, renumbering, name, method)
             names = _entry(name, key, method, renumbering)
-            if names != [name] and name not in literals:  # the first entry that matches counts, and a name before any pattern
+            if names != [name] and name not in literals:  # the first matching entry counts, and a name comes before any pattern
                 taken = (
                     {new for literal in literals for new in renumbering.literal(literal) or ()} if key != "dynamic" else set()
                 )
@@ -155,7 +155,7 @@ def renumbered(value: Any, renumbering: Renumbering, key: str = "", method: str 
 
 
 def _entry(entry: str, key: str, method: str, renumbering: Renumbering) -> list[str]:
-    """What one name or pattern becomes."""
+    """The output's entries for one name or pattern."""
     rules = list(_rules(entry, key, method))
     if not rules:
         literal = renumbering.literal(entry)
@@ -176,8 +176,8 @@ def _entry(entry: str, key: str, method: str, renumbering: Renumbering) -> list[
     return names
 
 
-def _rules(entry: str, key: str, method: str) -> Iterator[Matches]:  # noqa: C901  (a case a spelling of rules)
-    """How an entry is matched with module names, in each way that it may be read; nothing for a name that means itself."""
+def _rules(entry: str, key: str, method: str) -> Iterator[Matches]:  # noqa: C901  (one case for each notation)
+    """Yield tests of module names against an entry, one for each possible reading; nothing for a plain name."""
     if entry.startswith("re:"):  # compressed-tensors
         yield _regex(entry.removeprefix("re:"), "{}", entry)
     elif key == "dynamic":  # GPTQModel
@@ -197,7 +197,7 @@ def _rules(entry: str, key: str, method: str) -> Iterator[Matches]:  # noqa: C90
             if not set("*?[") & set(entry):
                 raise
     elif method != "compressed-tensors" and NUMBERED.match(entry) and not re.search(r"(^|\.)(layers|blocks)\.\d+\.", entry):
-        yield lambda name: f".{entry}." in f".{name}."  # a part of a name: of every layer's expert of that number
+        yield lambda name: f".{entry}." in f".{name}."  # a part of a name: the expert of that number in every layer
 
 
 def _regex(pattern: str, frame: str, entry: str) -> Matches:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from expertsmith.engine.skipping import Rule
 
 SKIPS = "config.json has skip thresholds: expertsmith.load(…) applies them, other engines run all experts"
-KEY = "expertsmith"  # of config.json: what only `expertsmith.load` puts in force
+KEY = "expertsmith"  # of config.json: settings that only `expertsmith.load` applies
 
 
 def rule_for(inventory: Inventory) -> Rule:
@@ -35,7 +35,7 @@ def skip_of(config: Mapping[str, Any]) -> tuple[Rule, dict[int, float]] | None:
 
 
 def write_skip(config: dict[str, Any], plan: Plan) -> None:
-    """Put the plan's thresholds into a config.json; old ones go, since they were calibrated with other experts."""
+    """Put the plan's thresholds into a config.json; old ones are removed, because they were calibrated with other experts."""
     held = {key: value for key, value in (config.get(KEY) or {}).items() if key != "skip"}
     if plan.skip is not None:
         thresholds = {str(layer): value for layer, value in plan.thresholds.items()}
@@ -46,7 +46,7 @@ def write_skip(config: dict[str, Any], plan: Plan) -> None:
 
 
 def write_padding(config: dict[str, Any], counts: Mapping[int, int] | None) -> None:
-    """Note in a config.json how many experts of every layer are alive, where layers are filled up with dead ones."""
+    """Record in a config.json how many experts of every layer are alive, if layers are filled up with dead ones."""
     held = {key: value for key, value in (config.get(KEY) or {}).items() if key != "alive"}
     if counts is not None:
         held["alive"] = {str(layer): count for layer, count in counts.items()}
@@ -73,7 +73,7 @@ def keep_all(inventory: Inventory) -> Plan:
 
 
 def with_thresholds(plan: Plan, found: Mapping[int, LayerThreshold], rule: Rule, statistic: str, tokens: TokenData) -> Plan:
-    """The plan with a threshold in every layer, and in `why` what it was made from."""
+    """The plan with a threshold in every layer, and its statistics in `why`."""
     layers = [  # multi-token-prediction layers have no threshold
         entry.model_copy(
             update={
@@ -90,7 +90,7 @@ def with_thresholds(plan: Plan, found: Mapping[int, LayerThreshold], rule: Rule,
 
 
 def refresh(out: Path, plan: Plan, inventory: Inventory, notes: Sequence[str] = ()) -> None:
-    """Write a plan's thresholds into a checkpoint that holds the plan's experts already: config.json, plan and model card change."""
+    """Write a plan's thresholds into a checkpoint that already has the plan's experts: config.json, plan and model card change."""
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     write_skip(config, plan)
     for name, text in (

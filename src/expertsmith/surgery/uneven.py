@@ -2,7 +2,7 @@
 
 `write_counts` + `code_for`: config.json keeps the largest number under its usual key and gives every layer its own in
 `per_layer_config`, and `modeling_expertsmith.py` lets plain transformers build that (`engine.uneven`). `pad`: every layer is padded to
-the largest number with zero experts that can never be selected, so the stock class and any engine load it; this saves no memory.
+the largest number with experts of zeros that can never be selected, so the stock class and any engine load it; this saves no memory.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from expertsmith.experts.inventory import Claim, Inventory
 from expertsmith.surgery.skip import is_padded
 
 ATTENTION_KEY = "expertsmith_attention"  # as in engine.heads, which needs torch
-NEVER = -1e30  # a logit that no softmax sees; largest finite magnitude where the dtype has less
-FLAG = "allow_global_per_layer_attribute_access"  # transformers: the number in config.json may be read, though layers differ
+NEVER = -1e30  # a logit with softmax 0; the dtype's largest finite magnitude if that is smaller
+FLAG = "allow_global_per_layer_attribute_access"  # transformers: the number in config.json may be read even if layers differ
 FLOATS = {"F64": ("<d", 8, 1.7e308), "F32": ("<f", 4, 3.4e38), "F16": ("<e", 2, 65504.0), "BF16": ("<f", 2, 3.3e38)}
 
 
 def check_uneven(inventory: Inventory) -> None:
-    """Refuse a family whose layers cannot hold different numbers of experts, and a checkpoint that runs only as a whole of several parts.
+    """Refuse a family whose layers cannot hold different numbers of experts, and a composite that only runs as a whole.
 
     Raises:
         UserError: with the reason.
@@ -46,7 +46,7 @@ def check_uneven(inventory: Inventory) -> None:
 
 
 def refuse_padded(inventory: Inventory) -> None:
-    """Refuse to choose among experts of which some are dead: they would count as experts that can serve.
+    """Refuse a checkpoint with dead experts, because a plan would count them as usable.
 
     Raises:
         UserError: a checkpoint that was filled up with `pad`.
@@ -61,12 +61,12 @@ def refuse_padded(inventory: Inventory) -> None:
 def write_counts(config: dict[str, Any], counts: Mapping[int, int], inventory: Inventory) -> None:
     """Put the numbers of experts (decoder layer → number) into a config.json that was copied from the source.
 
-    The family's own key gets the largest; a list with one number a layer stays one, and says all. Where layers differ otherwise,
-    `per_layer_config` names every layer's number under the key that transformers' config class stores, and `auto_map` the class of
-    `code_for`; where they do not, neither stays.
+    The family's own key gets the largest; a list with one number a layer remains a list, and nothing else is needed. If layers differ
+    without such a list, `per_layer_config` has every layer's number under the key that transformers' config class stores, and `auto_map`
+    names the class of `code_for`. If they do not differ, both are removed (unless they serve another purpose).
 
     Raises:
-        UserError: layers differ and the family cannot have that, or transformers does not understand the source's config.json.
+        UserError: layers differ and the family does not support that, or transformers does not support the source's config.json.
     """
     inner: dict[str, Any] = text_config(config)  # type: ignore[assignment]
     record, most = inventory.architecture, max(counts.values())
@@ -94,7 +94,7 @@ def write_counts(config: dict[str, Any], counts: Mapping[int, int], inventory: I
             _set(layers.setdefault(layer, {}), key, count)
         inner[FLAG] = True
         config["auto_map"] = auto_map(theirs)
-    if any(layers.values()) or (held and not inventory.uneven):  # Gemma 4 takes an empty one for another thing than none
+    if any(layers.values()) or (held and not inventory.uneven):  # Gemma 4 treats an empty one differently from none
         inner["per_layer_config"] = {str(layer): keys for layer, keys in sorted(layers.items()) if keys}
 
 
@@ -105,10 +105,10 @@ def is_listed(inventory: Inventory) -> bool:
 
 
 def _listed(before: list[int], counts: Mapping[int, int], most: int) -> list[int]:
-    """A list of counts with new ones; a layer without experts keeps what stands there, up to the largest.
+    """A list of counts with new ones; a layer without experts keeps its number, up to the largest.
 
     Raises:
-        UserError: layers differ, and the list has not one entry a layer.
+        UserError: layers differ, and the list does not have one entry a layer.
     """
     if len(before) > max(counts):
         return [counts.get(layer, min(number, most)) for layer, number in enumerate(before)]
@@ -128,7 +128,7 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
 
 
 def code_for(counts: Mapping[int, int], inventory: Inventory) -> dict[str, str]:
-    """File name → text of the module that plain transformers needs where layers differ or attention was pruned; nothing where a stock class does."""
+    """File name → text of the module that plain transformers needs if layers differ or attention was pruned; otherwise empty."""
     uneven = len(set(counts.values())) > 1 and not is_listed(inventory)
     if not uneven and ATTENTION_KEY not in inventory.config:
         return {}
@@ -139,7 +139,7 @@ def code_for(counts: Mapping[int, int], inventory: Inventory) -> dict[str, str]:
 
 
 def check_padding(inventory: Inventory, counts: Mapping[int, int], groups: int) -> None:
-    """Refuse to fill up layers where dead experts would change the routing.
+    """Refuse to fill up layers if dead experts would change the routing.
 
     Args:
         groups: expert_groups of the output.
@@ -173,7 +173,7 @@ def routing_biases(inventory: Inventory) -> frozenset[str]:
 
 
 def _is_bias(claim: Claim, inventory: Inventory) -> bool:
-    """Whether it holds one number an expert that is added to the router's logits or to its scores for the selection."""
+    """Whether a tensor holds one number an expert that is added to the router's logits or to its scores for the selection."""
     record = inventory.architecture
     if claim.entry is None or claim.entry.role != "router" or claim.layer is None:
         return False
@@ -187,7 +187,7 @@ def pad(tensors: Iterable[OutputTensor], counts: Mapping[int, int], inventory: I
     """Fill every layer up to the largest number of `counts` with dead experts, whose weights and router rows are zeros and whose bias is
     -inf (a selection bias) or -1e30 (one that is added to the logits).
 
-    `tensors` is what `surgery.apply.output_tensors` made for `counts`. A plan is checked with `check_padding` first.
+    `tensors` is the result of `surgery.apply.output_tensors` for `counts`. Check the plan with `check_padding` first.
     """
     most, record = max(counts.values()), inventory.architecture
     claims = {claim.info.name: claim for claim in inventory.claims}
@@ -213,7 +213,7 @@ def _zeros(tensor: OutputTensor, rest: str, expert: int, prefixes: Sequence[str]
 
 
 def _longer(tensor: OutputTensor, claim: Claim, count: int, lacking: int, inventory: Inventory) -> OutputTensor:
-    """Rows for `lacking` experts between the `count` experts' rows and any extra rows."""
+    """Insert rows for `lacking` experts between the `count` experts' rows and any extra rows."""
     row = tensor.nbytes // (count * claim.rows + claim.extra)
     if _is_bias(claim, inventory):
         value = float("-inf") if inventory.architecture.selection_bias else NEVER

@@ -1,9 +1,10 @@
 """Proof that an output checkpoint is the source without the dropped experts.
 
-Three findings: every tensor of the output is byte for byte as planned; every decoder layer's output, and the logits, equal those of
-the source with the same experts masked. The source runs masked (`surgery.mask`) and with merged weights set in place (`surgery.merge`), the
-output runs as any user would load it. Where transformers has no class for the family, the first finding stands alone, and the verdict says so. Skipping, where the plan has thresholds, is compared layer by layer with the stock forward on the
-same inputs and the weights of skipped slots at zero.
+Three checks: every tensor of the output is byte for byte as planned; every decoder layer's output equals that of the source with the same
+experts masked; and so do the logits. The source runs masked (`surgery.mask`) and with merged weights set in place (`surgery.merge`). The
+output runs as any user would load it. If transformers has no class for the family, only the first check is made, and the verdict says so.
+If the plan has skip thresholds, skipping is compared layer by layer with the stock forward, on the same inputs and with the weights of
+skipped slots at zero.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ VERDICT = "expertsmith/verify.json"
 
 @dataclass(repr=False)
 class Verdict(Shown):
-    """What `verify` found. Differences are the largest |a - b| over all tokens that count, in the units of the activations."""
+    """The result of `verify`. Differences are the largest |a - b| over all tokens that count, in the units of the activations."""
 
     passed: bool
     tolerance: float  # relative: largest difference allowed, as a share of the largest reference value
@@ -58,9 +59,9 @@ class Verdict(Shown):
     logits_scale: float = 0.0
     top1_agreement: float = 1.0
     mtp_not_compared: str | None = (
-        None  # why the multi-token-prediction layer that stays was compared by bytes only; None: it was, or there is none
+        None  # why the kept multi-token-prediction layer was compared by bytes only; None: its outputs were compared, or there is none
     )
-    not_compared: str | None = None  # why no outputs were compared: then `passed` speaks of bytes only; None: they were
+    not_compared: str | None = None  # why no outputs were compared (then `passed` is for the bytes only); None: they were
     tokens: int = 0
     dtype: str = "float32"
     memory: str = "resident"
@@ -84,7 +85,7 @@ class Verdict(Shown):
         return max((difference / scale if scale else difference) for difference, scale in pairs)
 
     def to_json(self) -> dict[str, Any]:
-        """The verdict as it is left in verify.json."""
+        """The verdict as written to verify.json."""
         held = {"format": "expertsmith.verify", "version": 1, **asdict(self), "largest_relative_difference": self.largest}
         if self.not_compared:  # nothing was measured
             held |= dict.fromkeys(("largest_relative_difference", "logits_difference", "logits_scale", "top1_agreement"))
@@ -117,7 +118,7 @@ def _same_bytes(tensor: OutputTensor, output: Checkpoint, advance: Any) -> bool:
         for piece in tensor.pieces:
             for mine in chunks(piece, buffer):
                 count = read_into(theirs, others[: len(mine)])
-                # a memoryview is compared element by element, as Python numbers
+                # not as memoryviews, which are compared element by element as Python numbers
                 if count != len(mine) or not np.array_equal(_words(mine), _words(others[:count])):
                     return False
                 advance(count)
@@ -215,8 +216,8 @@ def _compare_forwards(
 
 
 def prove(model: LoadedModel, batches: Sequence[Batch], thresholds: Mapping[int, float], rule: Rule) -> list[dict[str, float]]:
-    """Every layer's skipping forward against the stock forward with the weights of skipped slots at zero, on the same inputs:
-    largest difference, largest value, and the share of slots that did not run."""
+    """Compare every layer's skipping forward with the stock forward, on the same inputs and with the weights of skipped slots at zero.
+    Returns for each layer the largest difference, the largest value, and the share of slots that did not run."""
     assert model.architecture is not None
     rows = {layer: {"layer": layer, "difference": 0.0, "scale": 0.0} for layer in thresholds}
     counters: dict[int, tuple[int, int]] = {}
@@ -289,12 +290,12 @@ def find_plan(output: Path) -> Path:
 
 
 def save_verdict(verdict: Verdict, output: Path) -> None:
-    """Leave `expertsmith/verify.json` in the output checkpoint."""
+    """Write `expertsmith/verify.json` into the output checkpoint."""
     target = output / VERDICT
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(verdict.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def _words(view: memoryview) -> np.ndarray[Any, Any]:
-    """Bytes as the widest integers that they divide into."""
+    """Bytes as 64-bit integers if they divide into these, otherwise as bytes."""
     return np.frombuffer(view, dtype=np.uint8 if len(view) % 8 else np.uint64)
