@@ -14,8 +14,8 @@ RELATIVE = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import\b|from\s+\.\s+import\s+(\
 
 
 def drop_auto_map(config: dict[str, Any]) -> bool:
-    """Remove `auto_map` from a config.json (and its text_config) in place if transformers has the family built in; return whether it was removed.
-    Otherwise it stays, and the model is loaded with the code that it names."""
+    """Remove `auto_map` from a config.json (and its text_config) in place if transformers has the family built in; return whether it was
+    removed. Otherwise it stays, and the model is loaded with the code that it names."""
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict) and _foreign(part)]
     if not parts or not _built_in(config.get("model_type")):
         return False
@@ -25,8 +25,8 @@ def drop_auto_map(config: dict[str, Any]) -> bool:
 
 
 def code_files(path: Path, config: Mapping[str, Any]) -> list[str]:
-    """Names of the .py files in a checkpoint's folder that `auto_map` names in the config, or in the tokenizer's and processors' configs next
-    to it, and of the files that these import from the same folder."""
+    """Names of the .py files in a checkpoint's folder that `auto_map` names in the config, or in the tokenizer's and processors' configs
+    next to it, and of the files that these import from the same folder."""
     entries = list(_entries(config)) + list(_entries(config.get("text_config")))
     for file in sorted(path.glob("*config.json")) if path.is_dir() else ():
         if file.name != "config.json":

@@ -40,7 +40,8 @@ BELOW = "*/*"  # original/, metal/, onnx/ and other forms of the same weights
 
 
 def named(source: Any) -> Any:
-    """The repository name for an address of the hub: https://huggingface.co/owner/name/tree/v1 is owner/name@v1. Anything else is unchanged."""
+    """The repository name for an address of the hub: https://huggingface.co/owner/name/tree/v1 is owner/name@v1. Anything else is
+    unchanged."""
     found = PAGE.fullmatch(source) if isinstance(source, str) else None
     if found is None:
         return source
@@ -73,8 +74,8 @@ def is_hub_name(source: str) -> bool:
 
 
 def download(source: str) -> Path:
-    """Download a repository; returns its folder in the cache. All files that a checkpoint needs are there, and no second form of its weights.
-    Files in the cache are not downloaded again; without a network, the cached files are used.
+    """Download a repository; returns its folder in the cache. All files that a checkpoint needs are there, and no second form of its
+    weights. Files in the cache are not downloaded again; without a network, the cached files are used.
 
     Raises:
         UserError: the repository cannot be reached and is not in the cache.
@@ -145,8 +146,8 @@ def _first_line(error: Exception) -> str:
 
 
 def headers(source: str) -> tuple[Path, dict[str, Any] | None]:
-    """(folder in the cache with the repository's configs, file → safetensors metadata), without downloading weights. The metadata is None if
-    the repository cannot be reached: then the weights must be read from the folder.
+    """(folder in the cache with the repository's configs, file → safetensors metadata), without downloading weights. The metadata is None
+    if the repository cannot be reached: then the weights must be read from the folder.
 
     Raises:
         UserError: the repository cannot be reached and is not in the cache.

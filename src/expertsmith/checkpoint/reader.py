@@ -147,8 +147,8 @@ class Checkpoint:
 
 
 def _fresh(nbytes: int) -> bytearray | mmap.mmap:
-    """Memory for one tensor; a large one gets its own pages. These return to the system when the tensor is freed, while a heap with longer-lived
-    blocks in between would keep its largest size. They are also aligned, so no copy is needed for alignment."""
+    """Memory for one tensor; a large one gets its own pages. These return to the system when the tensor is freed, while a heap with
+    longer-lived blocks in between would keep its largest size. They are also aligned, so no copy is needed for alignment."""
     if nbytes < OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return bytearray(nbytes)
     return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -199,8 +199,8 @@ def open_checkpoint(
 
 
 def _refuse_endless(config: Any, tensors: Mapping[str, TensorInfo], where: str, above: str = "") -> None:
-    """Refuse numbers that would make building the model take hours or all memory. A model has at most as many layers as tensors, and no width is
-    larger than the largest tensor."""
+    """Refuse numbers that would make building the model take hours or all memory. A model has at most as many layers as tensors, and no
+    width is larger than the largest tensor."""
     for key, value in config.items() if isinstance(config, Mapping) else ():
         _refuse_endless(value, tensors, where, f"{above}{key}.")
         if not isinstance(value, (int, float)):

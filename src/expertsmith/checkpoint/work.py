@@ -27,8 +27,8 @@ def work_of(out: Path) -> Path:
 def work_beside(
     out: Path, part: str, note: Callable[[str], None] | None = None, *, keep: bool = False, scratch: bool = False
 ) -> Iterator[Path]:
-    """Yield `OUT.work/PART` and remove it when the job is done. If the job fails, its finished work stays there for the next run to resume. A part
-    that is a checkpoint has its own work folder beside it while it is written.
+    """Yield `OUT.work/PART` and remove it when the job is done. If the job fails, its finished work stays there for the next run to resume.
+    A part that is a checkpoint has its own work folder beside it while it is written.
 
     Args:
         note: called if there is unfinished work of an earlier version, which is not used in its old place.

@@ -153,8 +153,9 @@ def write_checkpoint(
 
 
 def companions(path: Path) -> list[Path]:
-    """The files that are copied with a checkpoint unchanged: tokenizer, processors, generation config, chat templates, licences. Not copied are
-    weights, code, files that describe the source only (`LEFT_BEHIND`), hidden files, and folders except that of further chat templates."""
+    """The files that are copied with a checkpoint unchanged: tokenizer, processors, generation config, chat templates, licences. Not copied
+    are weights, code, files that describe the source only (`LEFT_BEHIND`), hidden files, and folders except that of further chat
+    templates."""
     here = [file for file in _visible(path) if _travels(file.name)]
     return here + sorted((path / TEMPLATES).glob("*.jinja"))
 
@@ -235,7 +236,8 @@ def _write_shards(
 
 
 def _fill(pool: ThreadPoolExecutor, sink: int, shard: Sequence[OutputTensor], put: Callable[..., None]) -> None:
-    """Write a shard. The pool copies pieces of files; computed pieces are made in order, since `make` may accumulate values and needs memory."""
+    """Write a shard. The pool copies pieces of files; computed pieces are made in order, since `make` may accumulate values and needs
+    memory."""
     position = write_all(sink, _header(shard), 0)
     waiting: deque[Future[None]] = deque()
     try:
@@ -271,7 +273,8 @@ def _header(tensors: Iterable[OutputTensor]) -> bytes:
 
 
 def write_all(sink: int, data: bytes | memoryview, position: int) -> int:
-    """Write all of `data` at a position of a file and return the position after it. A single write may be short, as on a disk that is filling up."""
+    """Write all of `data` at a position of a file and return the position after it. A single write may be short, as on a disk that is
+    filling up."""
     view = memoryview(data)
     while view:
         if PLACED:

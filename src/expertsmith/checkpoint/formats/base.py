@@ -69,8 +69,8 @@ class Headers:
         return str(self.config.get("quant_method") or "")
 
     def weights_of(self, module: str) -> Mapping[str, Any]:
-        """The settings in compressed-tensors' config_groups for a module's weights (num_bits, strategy, group_size, …). The first group that names
-        the module counts; its format is added as "format". Empty if no group names it."""
+        """The settings in compressed-tensors' config_groups for a module's weights (num_bits, strategy, group_size, …). The first group
+        that names the module counts; its format is added as "format". Empty if no group names it."""
         groups = self.config.get("config_groups")
         for group in groups.values() if isinstance(groups, Mapping) else ():
             targets = group.get("targets") or ["Linear"]
