@@ -109,8 +109,8 @@ class Floats(Checkpoint):
         return whole
 
     def encoded(self, name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode new values of a quantised weight (or of rows of it) in its own format: tensor on disk → new codes or scales, if they
-        change.
+        """Encode new values of a quantised weight (or of rows of it) in its own format: tensor on disk → new codes or scales (changed
+        ones).
 
         Raises:
             UserError: a format whose scales do not follow from the values alone.
@@ -329,8 +329,7 @@ def quantisation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def _beside(path: Path) -> Mapping[str, Any]:
-    """The quantisation settings from a file next to config.json, written by modelopt or by early GPTQ and AWQ tools; empty if there is
-    none."""
+    """The quantisation settings from a file next to config.json, written by modelopt or by early GPTQ and AWQ tools; empty without one."""
     for name in SIDE_FILES:
         if not (path / name).is_file():
             continue

@@ -40,8 +40,7 @@ BELOW = "*/*"  # original/, metal/, onnx/ and other forms of the same weights
 
 
 def named(source: Any) -> Any:
-    """The repository name for an address of the hub: https://huggingface.co/owner/name/tree/v1 is owner/name@v1. Anything else is
-    unchanged."""
+    """The repository name for an address of the hub: https://huggingface.co/owner/name/tree/v1 is owner/name@v1. Others are unchanged."""
     found = PAGE.fullmatch(source) if isinstance(source, str) else None
     if found is None:
         return source

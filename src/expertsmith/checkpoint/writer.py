@@ -236,8 +236,7 @@ def _write_shards(
 
 
 def _fill(pool: ThreadPoolExecutor, sink: int, shard: Sequence[OutputTensor], put: Callable[..., None]) -> None:
-    """Write a shard. The pool copies pieces of files; computed pieces are made in order, since `make` may accumulate values and needs
-    memory."""
+    """Write a shard. The pool copies pieces of files; computed pieces are made in order: `make` may accumulate values and needs memory."""
     position = write_all(sink, _header(shard), 0)
     waiting: deque[Future[None]] = deque()
     try:
@@ -273,8 +272,7 @@ def _header(tensors: Iterable[OutputTensor]) -> bytes:
 
 
 def write_all(sink: int, data: bytes | memoryview, position: int) -> int:
-    """Write all of `data` at a position of a file and return the position after it. A single write may be short, as on a disk that is
-    filling up."""
+    """Write all of `data` at a position of a file and return the position after it. A single write may be short (disk nearly full)."""
     view = memoryview(data)
     while view:
         if PLACED:

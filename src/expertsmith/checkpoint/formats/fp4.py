@@ -113,8 +113,8 @@ def _decode_mx(stored: Stored, read: Read, first: int, last: int, dtype: torch.d
 
 
 def _encode_mx(values: torch.Tensor, stored: Stored) -> dict[str, torch.Tensor]:
-    """scale = 2^(floor(log2 max |w|) - 2) over 32 inputs (OCP Microscaling 1.0, section 6.3; 6 = 1.5 · 2^2 is the largest code); nearest
-    code."""
+    """scale = 2^(floor(log2 max |w|) - 2) over 32 inputs (OCP Microscaling 1.0, section 6.3; 6 = 1.5 · 2^2 is the largest code);
+    nearest code."""
     import torch
 
     w = values.transpose(-1, -2) if stored.settings["transposed"] else values

@@ -1,5 +1,6 @@
-"""GPTQ (and AutoRound's packing of it): codes packed along the inputs, zero points along the outputs. w = (code - zero) · scale of group
-g_idx.
+"""GPTQ, and AutoRound's packing of it: codes are packed along the inputs, zero points along the outputs.
+
+w = (code - zero) · scale of group g_idx.
 
 Version 1 stores zero points minus one; `checkpoint_format: gptq_v2` stores them unchanged. `dynamic` (GPTQModel) and `extra_config`
 (AutoRound) give single modules other bits or groups, or exclude them.

@@ -1,5 +1,6 @@
-"""Integers of compressed-tensors: `pack-quantized` (2 to 8 bits in int32 words) and `int-quantized` (one byte each). w = (code - zero) ·
-scale.
+"""Integers of compressed-tensors: `pack-quantized` (2 to 8 bits in int32 words) and `int-quantized` (one byte each).
+
+w = (code - zero) · scale.
 
 Kimi-K2-Thinking and RedHatAI's W4A16 checkpoints are packed; W8A8 checkpoints have bytes. Packed codes are offset by 2^(bits - 1); zero
 points of asymmetric weights are packed along the outputs in the same way. `weight_g_idx` (actorder "group") holds the group of every
