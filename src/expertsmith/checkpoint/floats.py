@@ -109,8 +109,8 @@ class Floats(Checkpoint):
         return whole
 
     def encoded(self, name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode new values of a quantised weight (or of rows of it) in its own format: tensor on disk → new codes or scales (changed
-        ones).
+        """Encode new values of a quantised weight (or of rows of it) in its own format: tensor on disk → new content,
+        for the tensors that change.
 
         Raises:
             UserError: a format whose scales do not follow from the values alone.
