@@ -44,8 +44,7 @@ def easy_ep(
 
 
 def mix(tables: Mapping[str, Array]) -> Array:
-    """Combine domains: divide each domain's sums by their total and add them; a domain with total 0 adds nothing. One domain is
-    unchanged."""
+    """Combine domains: divide each domain's sums by their total and add them; a domain of total 0 adds nothing. One domain is unchanged."""
     if len(tables) == 1:
         return next(iter(tables.values()))
     mixed: Array = np.sum([table / table.sum() if table.sum() > 0 else table for table in tables.values()], axis=0)
