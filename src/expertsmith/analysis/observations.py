@@ -53,8 +53,8 @@ def neurons_like_experts(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Observation 1: the similarity of router rows follows the similarity of mean gate neurons, and only of gate neurons.
 
     Supported: R^2 of gate has p < 0.01 in more than half of the layers, mean r is positive, and mean R^2 is at least twice that of up and
-    of down. Not supported: the mean over layers has p >= 0.05, or mean r is not positive, or R^2 of gate is not above both others. Else
-    partly.
+    of down. Not supported: the mean over layers has p >= 0.05, or mean r is not positive, or R^2 of gate is not above both others.
+    Else partly.
     """
     title = "Neurons act like fine-grained experts"
     rows = [(entry["layer"], entry["static"]["router_expert"]) for entry in layers if "static" in entry]

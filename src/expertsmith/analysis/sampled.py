@@ -20,8 +20,7 @@ POINTS = 400  # (norm, score) points per layer for plotting
 
 
 def bootstrap(values: Array, groups: Array, seed: int = 0) -> dict[str, float | None]:
-    """The mean of `values` with a 95 % interval from resampling whole groups (tokens of one text are dependent). One group has no
-    interval."""
+    """The mean of `values` with a 95 % interval from resampling whole groups (tokens of one text are dependent); none for one group."""
     use = np.isfinite(values)
     if not use.any():
         return {"mean": None, "low": None, "high": None}
@@ -46,8 +45,7 @@ def spearman(a: Array, b: Array) -> Array:
 
 
 def rank_counts(scores: Array, norms: Array) -> Array:
-    """Counts [B, B]: how often the expert of score rank i (rows) has norm rank j (columns), both ascending, summed over tokens (section
-    D2).
+    """Counts [B, B] over tokens: how often the expert of score rank i (rows) has norm rank j (columns), both ascending (section D2).
 
     In both, the lower id is first on a tie, so every row and column sums to the number of tokens. With more than 64 experts, ranks are put
     into 16 bins of nearly equal size.
@@ -109,8 +107,8 @@ def _points(norms: Array, scores: Array, selected: Array, seed: int) -> dict[str
 def loved_tokens(sample: LayerSample, decode: Callable[[int], str] | None) -> list[list[dict[str, Any]]]:
     """For every expert, the token ids routed to it most often relative to its usual rate, among those seen at least 5 times.
 
-    For a token id with c occurrences, r of them routed to expert e, and the expert's rate p over all tokens: lift = ((r + 5 p) / (c + 5)) /
-    p. So rare tokens need a larger share.
+    For a token id with c occurrences, r of them routed to expert e, and the expert's rate p over all tokens:
+    lift = ((r + 5 p) / (c + 5)) / p. So rare tokens need a larger share.
     """
     often = sample.token_counts >= FEW_TOKENS
     ids, counts, routed = sample.token_ids[often], sample.token_counts[often], sample.routed_counts[often]

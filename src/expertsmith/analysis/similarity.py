@@ -154,8 +154,7 @@ def correlate(x: Array, ys: list[Array], seed: int = 0, permutations: int = PERM
 
 
 def effective_rank(gram: Array) -> float:
-    """exp(-sum p ln p), p = singular values / their sum (Roy and Vetterli, 2007), from the Gram matrix of a matrix's rows; NaN for
-    zeros."""
+    """exp(-sum p ln p), p = singular values / their sum (Roy and Vetterli, 2007), from the Gram matrix of the rows; NaN for zeros."""
     values = np.sqrt(np.maximum(np.linalg.eigvalsh(gram.astype(np.float64)), 0))
     total = values.sum()
     if total <= 0:

@@ -219,8 +219,7 @@ def _joint_mean(products: Array) -> float:
 
 
 def _dense_match(held: _Role, dense: torch.Tensor | None, sampling: Sampling) -> dict[str, Any]:
-    """For every expert, the mean cosine of its sampled neurons with their nearest neuron of the dense FFN; 1 if the expert was cut out of
-    it."""
+    """For every expert, the mean cosine of its sampled neurons with their nearest neuron of the dense FFN; 1 if cut out of it."""
     if dense is None or dense.shape[1] != held.width:
         return {}
     size = min(sampling.neurons, held.neurons)

@@ -61,8 +61,8 @@ def coselection_lift(coselections: Array) -> Array:
     """The lift [E, E]: how much more often two experts are chosen for one token than by chance. NaN if chance is 0, and on the diagonal.
 
     Chance: given that a token uses i, its other k - 1 slots go to the others by their share of use (k: slots per token, equal for all
-    tokens). The two directions are averaged: e_ij = (N_i m_i N_j / (S - N_i) + N_j m_j N_i / (S - N_j)) / 2, m_i = (sum over j of N_ij) /
-    N_i, S = sum N.
+    tokens). The two directions are averaged: e_ij = (N_i m_i N_j / (S - N_i) + N_j m_j N_i / (S - N_j)) / 2,
+    m_i = (sum over j of N_ij) / N_i, S = sum N.
     """
     counts = coselections.astype(np.float64)
     n = np.diagonal(counts).copy()
@@ -77,8 +77,8 @@ def coselection_lift(coselections: Array) -> Array:
 
 
 def information(counts: Array) -> float:
-    """Mutual information of expert and domain, in nats, from counts [D, E] with equal weight for every domain: (1/D) sum_d KL(p(e|d) ||
-    p(e))."""
+    """Mutual information of expert and domain in nats from counts [D, E], with equal weight for every domain:
+    (1/D) sum_d KL(p(e|d) || p(e))."""
     rows = np.stack([share(row) for row in counts])
     mean = rows.mean(0)
     ratio = np.divide(rows, mean, out=np.ones_like(rows), where=(rows > 0) & (mean > 0))

@@ -33,8 +33,8 @@ from expertsmith.engine.heads import KEY
 from expertsmith.errors import UserError
 
 # Epsilon times the standard deviation of the logits. Weights differ from 1/k by about that much. A top_k of probabilities can have ties:
-# near 1/E they are 2^-24 apart in float32, so a smaller epsilon makes more ties (8 experts, top 4: 7 in 100 000 choices at 2^-10, 3 in 10 000
-# at 2^-12). A top_k of logits has no ties in transformers, but vLLM and llama.cpp use probabilities there too.
+# near 1/E they are 2^-24 apart in float32, so a smaller epsilon makes more ties (8 experts, top 4: 7 in 100 000 choices at 2^-10, 3 in
+# 10 000 at 2^-12). A top_k of logits has no ties in transformers, but vLLM and llama.cpp use probabilities there too.
 FLAT = {"probabilities": 2.0**-10, "logits": 2.0**-12}
 CERTAIN = 2.0**14  # spread of logits at which a softmax is 0 or 1, except for ties
 TINY = 2.0**-24  # entries of the gate of an always-on part

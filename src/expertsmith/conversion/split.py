@@ -73,8 +73,7 @@ def chosen(router: torch.Tensor, x: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def token_mask(split: Split, x: torch.Tensor, neurons: int, picked: torch.Tensor | None = None) -> torch.Tensor:
-    """[..., neurons] in x's dtype: 1 for the neurons that a token runs. `picked` [..., E] bool: its experts instead of the router's
-    choice."""
+    """[..., neurons] in x's dtype: 1 for the neurons that a token runs. `picked` [..., E] bool: its experts, else the router's choice."""
     member = split.members(neurons).to(x)
     if picked is None:
         picked = chosen(split.router.to(x.device), x, split.top_k)

@@ -10,7 +10,8 @@ All weights of the LLM stay frozen. A hypernetwork makes E masks over the neuron
 
 Deviations from the authors' code, all of which change numbers: the masks are drawn once per expert and step, and both the quality loss and
 the budget use this draw (theirs: once per token); the mask multiplies once (theirs: both factors of the product, so that a dropped neuron
-gets no gradient); the noise factor eta is annealed to 0; conversion by ranking instead of one noisy draw; no noise at inference.
+gets no gradient); the noise factor eta is annealed to 0; conversion by ranking instead of one noisy draw; argmax without noise
+at inference.
 """
 
 from __future__ import annotations

@@ -47,8 +47,7 @@ class Setting:
 
 
 def compare(models: Mapping[str, str | Path], setting: Setting, progress: Progress) -> dict[str, Any]:
-    """Measure models: name → medians over the rounds. In each round all models get the same random prompts in turn. A first round is
-    ignored.
+    """Name → medians over the rounds. In each round all models get the same random prompts in turn. A first round does not count.
 
     There are B prompts of P tokens with N new tokens each. t1: seconds until all have their first token; t: seconds until all are
     generated. prefill_tokens_per_second = B P / t1, decode_tokens_per_second = (tokens generated after t1) / (t - t1), time_to_first_token
