@@ -94,7 +94,7 @@ class Architecture:
     expert_width_key: tuple[str, ...] = ("moe_intermediate_size",)
     same_as: tuple[
         tuple[str, str], ...
-    ] = ()  # (key, other key with its value), if config.json lacks the key and transformers has a fixed default
+    ] = ()  # (key, other): if config.json lacks `key`, use the value of `other`, not transformers' guess
     extra_config_keys: tuple[str, ...] = ()  # other keys that repeat the number of experts
 
     # the checkpoint's tensor names, relative to a decoder layer

@@ -38,8 +38,7 @@ RESULTS = ("comparison.json", "comparison.html", "comparison.svg", "comparison.m
 
 @dataclass(frozen=True)
 class Tasks:
-    """lm-eval tasks for every cell. `identity`: of all that answers depend on apart from the model; `scores`: loaded model → scores by
-    name."""
+    """lm-eval tasks for every cell. `identity`: of everything but the model that answers depend on; `scores`: loaded model → scores."""
 
     identity: str
     scores: Callable[[LoadedModel], Mapping[str, float]]

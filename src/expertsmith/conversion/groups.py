@@ -214,8 +214,7 @@ def profile_groups(
     Args:
         sequences: [tokens], the sequence of each token.
 
-    Deviation: the authors choose the size of a layer's shared part by the coefficient of variation; a stock config holds one width for all
-    layers.
+    Deviation: the authors choose the size of a layer's shared part by the coefficient of variation; a stock config has one width.
     """
     gate = mlp.act_fn(mlp.gate_proj(x)).abs().float()
     place = torch.unique(sequences, return_inverse=True)[1]  # type: ignore[no-untyped-call]

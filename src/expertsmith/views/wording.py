@@ -101,8 +101,7 @@ def original_cells(found: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
 
 
 def cells(row: Row, found: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """(text, whether it is the best of its column among `rows`) for each cell of a row. Rows worse than chance have a mark after the
-    name."""
+    """(text, whether it is the best of its column among `rows`) for each cell of a row. Rows worse than chance have a mark."""
 
     def of(path: Sequence[str | int], entry: Any) -> float:
         for key in path:

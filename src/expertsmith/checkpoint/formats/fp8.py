@@ -1,8 +1,7 @@
 """FP8: one byte per weight, and a scale for each block, each output channel, each expert or the whole tensor. w = code · scale.
 
 DeepSeek-V3, Qwen3-FP8 and MiniMax-M2 have blocks of 128 × 128 (`weight_scale_inv`, which multiplies despite its name); compressed-tensors
-and modelopt name the scale `weight_scale`. MXFP8 has a power of two as scale for every 32 inputs. Fused experts have a leading
-axis.
+and modelopt name the scale `weight_scale`. MXFP8 has a power of two as scale for every 32 inputs. Fused experts: with a leading axis.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 w = (code - zero) · scale.
 
 Kimi-K2-Thinking and RedHatAI's W4A16 checkpoints are packed; W8A8 checkpoints have bytes. Packed codes are offset by 2^(bits - 1); zero
-points of asymmetric weights are packed along the outputs in the same way. `weight_g_idx` (actorder "group") holds the group of every
-column.
+points of asymmetric weights are packed along the outputs in the same way. `weight_g_idx` (actorder "group"): the group of every column.
 """
 
 from __future__ import annotations
