@@ -143,7 +143,7 @@ class Writer:
         self.scales = [scales_of(target, shape, std) for std in logit_std]
 
     def tensors(self) -> list[OutputTensor]:
-        """Every tensor of the output, in the source's order; a layer's new tensors replace its first MLP tensor."""
+        """Every tensor of the output, in the source's order; a layer's new tensors are in the place of its first MLP tensor."""
         made: list[OutputTensor] = []
         done: set[int] = set()
         for name, info in self.source.tensors.items():

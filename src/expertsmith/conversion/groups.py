@@ -146,8 +146,8 @@ def weight_groups(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """MoEfication's parameter clustering (Zhang et al., arXiv 2110.01786): balanced k-means on the normalised gate rows.
 
-    A shared part gets the neurons with the largest ||down column||; those with gate rows farthest from all centroids would be arbitrary.
-    Deviation: MoEfication has no shared part.
+    A shared part gets the neurons with the largest ||down column||; to take those with gate rows farthest from all centroids would be
+    arbitrary. Deviation: MoEfication has no shared part.
     """
     neurons = len(gate)
     order = norms.argsort(descending=True, stable=True)
@@ -214,7 +214,7 @@ def profile_groups(
     Args:
         sequences: [tokens], the sequence of each token.
 
-    Deviation: the authors choose the size of a layer's shared part by the coefficient of variation; a stock config has one width.
+    Deviation: the authors choose a layer's shared width by the coefficient of variation; a stock config has one width for all layers.
     """
     gate = mlp.act_fn(mlp.gate_proj(x)).abs().float()
     place = torch.unique(sequences, return_inverse=True)[1]  # type: ignore[no-untyped-call]
