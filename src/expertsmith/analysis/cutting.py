@@ -1,4 +1,4 @@
-"""Before and after pruning: expected loss of each method and keep ratio, redundant layers, a budget; and what a plan removed."""
+"""Before and after pruning: expected loss of each method and keep ratio, redundant layers, a suggested budget, and what a plan removed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RATIOS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 PARTS = {"mass": "weight_sum", "energy": "weighted_norm_sq_sum"}
 SUGGESTED_BY = "easy_ep"
 TOLERANCE = 0.05
-LITTLE = 0.5  # a layer is called redundant where it turns the stream by less than this share of the median layer
+LITTLE = 0.5  # a layer is redundant if it turns the residual stream by less than this share of the median layer
 
 
 def judged_methods() -> list[Method]:
@@ -41,7 +41,7 @@ def scores(method: Method, entry: LayerStatistics, facts: Facts) -> list[float]:
 
 
 def lost_share(sums: Mapping[str, Array], kept: Sequence[int], what: str) -> float:
-    """The share of routing mass (sum of routing weights) or output energy (sum of (g ||f||)^2) that the dropped experts carry.
+    """The dropped experts' share of routing mass (sum of routing weights) or output energy (sum of (g ||f||)^2).
 
     This is the loss before tokens are re-routed; energy ignores cross terms between experts.
     """
@@ -50,15 +50,15 @@ def lost_share(sums: Mapping[str, Array], kept: Sequence[int], what: str) -> flo
 
 
 def before_cut(statistics: Statistics, rules: Mapping[int, Rules], model_type: str) -> dict[str, Any]:
-    """Lost shares by method, keep ratio, domain and layer, every layer keeping the same ratio; experts chosen for all domains together, and
-    for each domain alone ("own").
+    """Lost shares by method, keep ratio, domain and layer. Every layer keeps the same ratio; experts are chosen for all domains together,
+    and for each domain separately ("own").
 
     Arrays are [methods, ratios, domains, layers]; `kept`: by EASY-EP, "all" or "for DOMAIN" → [ratios][layers] ids.
     """
     layers, domains = list(statistics.layers), statistics.domains
     ratios = []
     for ratio in RATIOS:
-        with suppress(UserError):  # a ratio below what the router needs is left out
+        with suppress(UserError):  # leave out ratios below the router's minimum
             counts = [keep_count(ratio, rules[layer]) for layer in layers]
             if any(count < rules[layer].num_experts for count, layer in zip(counts, layers, strict=True)):
                 ratios.append((ratio, counts))
@@ -103,8 +103,8 @@ def _facts(statistics: Statistics, layer: int, rule: Rules, model_type: str) -> 
 
 
 def redundant_layers(statistics: Statistics) -> dict[str, Any]:
-    """How far each layer's routed output turns the residual stream, 1 - cos(x, x + r), mean over tokens, by domain; the layers whose largest
-    domain mean is below half of the median layer's, the least first."""
+    """How far each layer's routed output turns the residual stream: 1 - cos(x, x + r), mean over tokens, by domain. Redundant are the
+    layers whose largest domain mean is below half of the median layer's, smallest first."""
     turn = {
         layer: {
             name: float(sums["turn_sum"].item()) / max(1, int(sums["tokens"].item())) for name, sums in entry.domains.items()
@@ -118,9 +118,9 @@ def redundant_layers(statistics: Statistics) -> dict[str, Any]:
 
 
 def suggest_budget(statistics: Statistics, rules: Mapping[int, Rules], model_type: str) -> dict[str, Any]:
-    """The fewest experts of each layer, ranked by EASY-EP, that lose at most 5 % of output energy in every domain; uniform: the largest of these
-    numbers. `for_domain`: the same for each domain alone. It looks at shares before tokens are re-routed: a start for `plan` and
-    `evaluate`, no promise."""
+    """For each layer, the fewest experts (ranked by EASY-EP) that lose at most 5 % of output energy in every domain. `uniform`: the largest
+    of these numbers; `for_domain`: the same for each domain separately. The shares are from before tokens are re-routed, so this is a
+    starting point for `plan` and `evaluate`, not a guarantee."""
     found: dict[str, Any] = {"method": SUGGESTED_BY, "tolerance": TOLERANCE, **_fewest(statistics, rules, model_type)}
     if len(statistics.domains) > 1:
         found["for_domain"] = {name: _fewest(statistics.select([name]), rules, model_type) for name in statistics.domains}
@@ -144,7 +144,7 @@ def _fewest(statistics: Statistics, rules: Mapping[int, Rules], model_type: str)
 
 
 def check_plan(plan: Plan, reference: str, counts: Mapping[int, int], left: Mapping[int, int], output: str) -> None:
-    """The plan belongs to the reference (`counts` experts a layer) and to the output (`left` experts a layer).
+    """Check that the plan belongs to the reference (`counts` experts per layer) and to the output (`left` experts per layer).
 
     Raises:
         UserError: it does not.
@@ -163,11 +163,11 @@ def check_plan(plan: Plan, reference: str, counts: Mapping[int, int], left: Mapp
 
 
 def after_cut(plan: Plan, before: Statistics | None, after: Statistics | None) -> dict[str, Any]:
-    """What a plan took away, layer by layer, and how routing moved.
+    """What a plan removed, layer by layer, and how routing changed.
 
-    With the reference's statistics: shares of selections, routing mass and output energy that the dropped experts had, by domain (experts that
-    were merged count as dropped except the one whose place they took). With both: `moved`, the total variation distance between the use of the
-    kept experts before (of what stays, scaled to 1) and after, in [0, 1]; entropies of the load; 0 where the rest is used as before.
+    With the reference's statistics (`before`): the dropped experts' shares of selections, routing mass and output energy, by domain. Merged
+    experts count as dropped, except the one whose id they get. With both statistics: the total variation distance `moved`, in [0, 1],
+    between the use of the kept experts before (scaled to sum 1) and after, 0 if they are used as before; and routing entropies.
     """
     rows: list[dict[str, Any]] = []
     for entry in plan.layers:

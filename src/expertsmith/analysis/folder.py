@@ -1,4 +1,4 @@
-"""The output folder of `analyze`: `measures.json`, `report.html`, and the statistics it collected."""
+"""The output folder of `analyze`: `measures.json`, `report.html`, and the collected statistics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OWN = {MEASURES, PAGE, f"{MEASURES}.partial", f"{PAGE}.partial", "stats", "refer
 
 
 def prepare(folder: Path) -> None:
-    """Refuse a folder that holds something else; what an earlier run left is replaced when the new results are complete.
+    """Refuse a folder with other files; results of an earlier run are replaced when the new ones are complete.
 
     Raises:
         UserError: a file, or a folder with other files.
@@ -28,7 +28,7 @@ def prepare(folder: Path) -> None:
 
 
 def write(folder: Path, measures: Mapping[str, Any]) -> None:
-    """Both files, each complete or not at all."""
+    """Write both files, each completely or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MEASURES, measures)
     write_page(folder / PAGE, measures)

@@ -1,4 +1,4 @@
-"""The paper's three observations as tests on the given model (arXiv 2406.18219): statistic, chance level, the paper's numbers, verdict.
+"""The paper's three observations (arXiv 2406.18219) as tests on the given model: statistic, chance level, the paper's numbers, verdict.
 
 Verdicts: "supported", "partly", "not supported", or "not testable" with the reason. The rules are ours; the paper judges by eye.
 """
@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 
 Array = np.ndarray[Any, Any]
 LEAST_EXPERTS = 5  # with fewer, no permutation of labels can reach p < 0.01
-LEAST_LAYERS = 5  # four before the last: a line through them has two degrees of freedom left
+LEAST_LAYERS = 5  # a line through the four before the last one leaves two degrees of freedom
 ALPHA = 0.01
 RATIO, LIFT = 2.0, 1.5
 DRAWS = 2000
@@ -25,7 +25,7 @@ PAPER_R2 = [
 
 
 def observations(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All three, from the layers' measures."""
+    """All three observations, from the layers' measures."""
     return [neurons_like_experts(layers), router_likes_norms(layers), diversity_grows(layers)]
 
 
@@ -50,10 +50,11 @@ def _result(number: int, title: str, verdict: str, text: str, **more: Any) -> di
 
 
 def neurons_like_experts(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Observation 1: similarity between router rows follows the similarity of mean gate neurons, and only those.
+    """Observation 1: the similarity of router rows follows the similarity of mean gate neurons, and only of gate neurons.
 
-    Supported: R^2 of gate has p < 0.01 in more than half of the layers, r is positive on average, and the mean R^2 is at least twice that of
-    up and of down. Not supported: the mean over layers has p >= 0.05 or r is not positive, or gate is not above both others. Else partly.
+    Supported: R^2 of gate has p < 0.01 in more than half of the layers, mean r is positive, and mean R^2 is at least twice that of up and
+    of down. Not supported: the mean over layers has p >= 0.05, or mean r is not positive, or R^2 of gate is not above both others.
+    Else partly.
     """
     title = "Neurons act like fine-grained experts"
     rows = [(entry["layer"], entry["static"]["router_expert"]) for entry in layers if "static" in entry]
@@ -93,9 +94,9 @@ def neurons_like_experts(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def router_likes_norms(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Observation 2: the router usually selects experts with larger outputs.
 
-    rho: Spearman correlation of output norms and router scores over a token's experts (0 by chance); lift: how often the largest-norm expert is the
-    top-scored one, over 1/E. Supported: rho's interval is above 0 in more than half of the layers and the mean lift is above 1.5. Not supported:
-    mean rho <= 0, or the mean lift is at most 1. Else partly. Intervals resample whole sequences.
+    rho: Spearman correlation of output norms and router scores over a token's experts (0 by chance). lift: share of tokens whose
+    largest-norm expert is the top-scored one, divided by 1/E. Supported: rho's interval is above 0 in more than half of the layers and the
+    mean lift is above 1.5. Not supported: mean rho <= 0, or the mean lift is at most 1. Else partly. Intervals resample whole sequences.
     """
     title = "The router prefers experts with larger outputs"
     rows = [(entry["layer"], entry["num_experts"], entry["sample"]) for entry in layers if "sample" in entry]
@@ -130,11 +131,11 @@ def router_likes_norms(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def depth_trend(values: Array, seed: int = 0) -> dict[str, Any]:
-    """Trend of a similarity over layers and the place of the last one.
+    """The trend of a similarity over layers, and the position of the last layer.
 
-    rho: Spearman correlation of depth and value over all layers but the last; p: share of orders of these layers with a rho as low (2000
-    draws); z: the last value's distance to the line through the others in units of that prediction's standard error;
-    `last_above`: above the mean of the quarter of layers before it.
+    rho: Spearman correlation of depth and value over all layers but the last. p: share of random orders of these layers with a rho as low
+    (2000 draws). z: distance of the last value from the line through the others, in standard errors of that prediction.
+    `last_above`: whether the last value is above the mean of the quarter of layers before it.
     """
     before, last = values[:-1], float(values[-1])
     depth = np.arange(len(before))
@@ -159,9 +160,9 @@ def depth_trend(values: Array, seed: int = 0) -> dict[str, Any]:
 def diversity_grows(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Observation 3: experts differ more with depth, and the last layer is an outlier (alike again).
 
-    Judged on the similarity of outputs where these were measured, else of mean gate neurons (up where there is no gate); the trends of the
-    others stand beside. Supported: rho < 0 with p < 0.05 and the last layer lies above the layers before it. Not supported: rho >= 0 (or p
-    >= 0.5) and the last layer does not. Else partly.
+    Judged by the similarity of outputs if they were measured, else of mean gate neurons (up without a gate); the trends of the others are
+    reported too. Supported: rho < 0 with p < 0.05, and the last layer is above the layers before it. Not supported: rho >= 0 (or p >= 0.5),
+    and the last layer is not above. Else partly.
     """
     title = "Diversity grows with depth, and the last layer is an outlier"
     if len(layers) < LEAST_LAYERS:

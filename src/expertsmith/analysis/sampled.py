@@ -1,5 +1,5 @@
-"""Dynamic measures from the pass that runs every expert: output norms against router scores, similarity of outputs, and tokens that experts
-are used for."""
+"""Dynamic measures from the pass that runs every expert: output norms against router scores, similarity of outputs, and the tokens that
+each expert is used for."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from expertsmith.calibration.all_experts import LayerSample
 
 Array = np.ndarray[Any, Any]
 RESAMPLES = 1000
-MOST_RANKS = 64  # ranks are put into so many bins at most
+MOST_RANKS = 64  # with more experts, ranks are binned
 FEW_TOKENS, TOKENS_SHOWN, PRIOR = 5, 8, 5.0
-POINTS = 400  # (norm, score) points a layer that are kept for plotting
+POINTS = 400  # (norm, score) points per layer for plotting
 
 
 def bootstrap(values: Array, groups: Array, seed: int = 0) -> dict[str, float | None]:
-    """Mean of `values` with a 95 % interval from resampling whole groups (tokens of one text are dependent); no interval for one group."""
+    """The mean of `values` with a 95 % interval from resampling whole groups (tokens of one text are dependent); none for one group."""
     use = np.isfinite(values)
     if not use.any():
         return {"mean": None, "low": None, "high": None}
@@ -36,7 +36,7 @@ def bootstrap(values: Array, groups: Array, seed: int = 0) -> dict[str, float | 
 
 
 def spearman(a: Array, b: Array) -> Array:
-    """[T] rank correlation of every row of a with the same row of b, ties at their average rank; NaN where a row does not vary."""
+    """The rank correlations [T] of every row of a with the same row of b; ties get their average rank. NaN if a row does not vary."""
     ranks = [rankdata(value, axis=1) for value in (a, b)]
     x, y = (value - value.mean(1, keepdims=True) for value in ranks)
     scale = np.sqrt((x * x).sum(1) * (y * y).sum(1))
@@ -45,10 +45,10 @@ def spearman(a: Array, b: Array) -> Array:
 
 
 def rank_counts(scores: Array, norms: Array) -> Array:
-    """[B, B] how often the expert of score rank i (rows) has norm rank j (columns), both ascending, summed over tokens (section D2).
+    """Counts [B, B] over tokens: how often the expert of score rank i (rows) has norm rank j (columns), both ascending (section D2).
 
-    Ties go to the lower id first, in both, so that every row and column sums to the number of tokens. Above 64 experts ranks are put into 16
-    bins of nearly equal size.
+    In both, the lower id is first on a tie, so every row and column sums to the number of tokens. With more than 64 experts, ranks are put
+    into 16 bins of nearly equal size.
     """
     n = scores.shape[1]
     ranks = [np.argsort(np.argsort(value, axis=1, kind="stable"), axis=1, kind="stable") for value in (scores, norms)]
@@ -90,7 +90,7 @@ def measure_sample(sample: LayerSample, decode: Callable[[int], str] | None = No
 
 
 def _points(norms: Array, scores: Array, selected: Array, seed: int) -> dict[str, Any]:
-    """A seeded sample of (token, expert) pairs for plotting; norms relative to the token's mean norm."""
+    """A seeded sample of (token, expert) pairs for plotting; norms are relative to the token's mean norm."""
     tokens, n = norms.shape
     flat = np.sort(np.random.default_rng(seed).permutation(tokens * n)[:POINTS])
     token, expert = np.divmod(flat, n)
@@ -107,8 +107,8 @@ def _points(norms: Array, scores: Array, selected: Array, seed: int) -> dict[str
 def loved_tokens(sample: LayerSample, decode: Callable[[int], str] | None) -> list[list[dict[str, Any]]]:
     """For every expert, the token ids routed to it most often relative to its usual rate, among those seen at least 5 times.
 
-    With c occurrences of which r went to expert e, and p = the expert's rate over all tokens: lift = ((r + 5 p) / (c + 5)) / p, so that
-    rare tokens need more.
+    For a token id with c occurrences, r of them routed to expert e, and the expert's rate p over all tokens:
+    lift = ((r + 5 p) / (c + 5)) / p. So rare tokens need a larger share.
     """
     often = sample.token_counts >= FEW_TOKENS
     ids, counts, routed = sample.token_ids[often], sample.token_counts[often], sample.routed_counts[often]

@@ -1,7 +1,7 @@
 """Similarity of experts: the mathematics of "A Closer Look into Mixture-of-Experts" (arXiv 2406.18219), numbers in, numbers out.
 
-Callers accumulate Gram matrices, and cosines are computed from these, so two experts need not be in memory at once. A zero vector has no direction:
-its cosines are NaN, also with itself.
+Callers accumulate Gram matrices, and cosines are computed from these, so two experts need not be in memory at once. A zero vector has no
+direction: its cosines are NaN, also with itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SAME = 1e-6  # two experts whose cosine is this close to 1 are copies of each ot
 
 
 def cosine(gram: Array) -> Array:
-    """[n, n] cosines from the Gram matrix of n vectors; the diagonal is exactly 1, and rounding never leaves [-1, 1]."""
+    """The cosines [n, n] from the Gram matrix of n vectors. The diagonal is exactly 1, and values are clipped to [-1, 1]."""
     square = np.diagonal(gram).astype(np.float64)
     norms = np.sqrt(np.where(square > 0, square, np.nan))
     found: Array = np.clip(gram / np.outer(norms, norms), -1, 1)
@@ -35,14 +35,14 @@ def angular(cosines: Array) -> Array:
 
 
 def pairs_of(matrix: Array) -> Array:
-    """The strict lower triangle of [n, n], row by row: one entry a pair."""
+    """The strict lower triangle of [n, n], row by row: one entry per pair."""
     found: Array = matrix[np.tril_indices(len(matrix), -1)]
     return found
 
 
 def mean_of_pairs(matrix: Array, copies: Array | None = None) -> float | None:
-    """Mean over pairs of different experts, without pairs that have no value and without `copies` (True where two experts are the same);
-    None where no pair is left."""
+    """Mean over pairs of different experts, without pairs that have no value and without `copies` (True if two experts are the same).
+    None if no pair is left."""
     values = pairs_of(matrix)
     use = np.isfinite(values) if copies is None else np.isfinite(values) & ~pairs_of(copies)
     return float(values[use].mean()) if use.any() else None
@@ -52,8 +52,8 @@ def mean_of_pairs(matrix: Array, copies: Array | None = None) -> float | None:
 class Matching:
     """Neurons of one expert matched with those of another.
 
-    partner [m]: to which neuron of the other each goes; `matched` and `unmatched`: cosine of the flattened neurons with and without the
-    re-ordering; `mean`: mean cosine of partners; `tau`: Kendall's tau between the order of partners and the original order (1: already
+    `partner` [m]: the matched neuron of the other expert. `matched` and `unmatched`: cosine of the flattened neurons with and without
+    re-ordering. `mean`: mean cosine of partners. `tau`: Kendall's tau between the order of partners and the original order (1: already
     aligned, near 0: the order carries no information).
     """
 
@@ -65,11 +65,11 @@ class Matching:
 
 
 def match(products: Array, norms_a: Array, norms_b: Array, places: Array) -> Matching:
-    """Best one-to-one partners for m neurons of expert a among the f neurons of expert b (section S3 of the paper's code).
+    """Find the best one-to-one partners for m neurons of expert a among the f neurons of expert b (section S3 of the paper's code).
 
-    products [m, f]: inner products of the neurons; `places` [m]: which neurons of a these are, ascending. The assignment maximises the sum of
-    cosines. With m = f this is the authors' measure; with fewer, partners have less competition, so that values are to be compared with a null
-    of the same m only. Deviation: the authors' up and gate branch does not run (cosine along an axis that is not there).
+    products [m, f]: inner products of the neurons; `places` [m]: indices of these neurons in a, ascending. The assignment maximises the sum
+    of cosines. With m = f this is the authors' measure. With fewer neurons, partners have less competition, so compare values only with a
+    null of the same m. Deviation: the authors' up and gate branch does not run (cosine along an axis that does not exist).
     """
     scale = np.outer(norms_a, norms_b)
     cosines = np.divide(products, scale, out=np.zeros_like(scale), where=scale > 0)
@@ -85,7 +85,7 @@ def match(products: Array, norms_a: Array, norms_b: Array, places: Array) -> Mat
 
 
 def sample_pairs(count: int, limit: int, seed: int) -> list[tuple[int, int]]:
-    """All pairs (a, b), a < b, of `count` experts, or a seeded sample of `limit` of them; ascending by b, so that b is prepared once."""
+    """All pairs (a, b), a < b, of `count` experts, or a seeded sample of `limit` pairs; sorted by b, so that each b is prepared once."""
     first, second = np.triu_indices(count, 1)
     chosen = np.arange(len(first))
     if len(chosen) > limit:
@@ -95,8 +95,8 @@ def sample_pairs(count: int, limit: int, seed: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Pearson's r between the pair entries of two similarity matrices; `p`: share of label permutations with an r^2 at least as large (the
-    identity counted in); `null`: mean r^2 of the permutations; `null_values`: all of them."""
+    """Pearson's r between the pair entries of two similarity matrices. `p`: share of label permutations with an r^2 at least as large (the
+    identity included); `null`: mean r^2 of the permutations; `null_values`: r^2 of each permutation."""
 
     r: float
     p: float
@@ -110,10 +110,10 @@ class Correlation:
 
 
 def correlate(x: Array, ys: list[Array], seed: int = 0, permutations: int = PERMUTATIONS) -> list[Correlation | None]:
-    """Correlation over expert pairs of `x` [n, n] with each of `ys`, and its permutation null: the experts' labels of x are shuffled.
+    """Correlate `x` [n, n] with each of `ys` over expert pairs. For the permutation null, the expert labels of x are shuffled.
 
-    Pairs without a value in x or y are left out of the observed r (and filled with the mean for the permutations). None where fewer than
-    three pairs have values, or one side does not vary.
+    Pairs without a value in x or y are left out of the observed r (and filled with the mean for the permutations). The result is None if
+    fewer than three pairs have values, or one side does not vary.
     """
     n = len(x)
     first, second = np.tril_indices(n, -1)
@@ -154,7 +154,7 @@ def correlate(x: Array, ys: list[Array], seed: int = 0, permutations: int = PERM
 
 
 def effective_rank(gram: Array) -> float:
-    """exp(-sum p ln p), p = singular values / their sum (Roy and Vetterli, 2007), from the Gram matrix of a matrix's rows; NaN for zeros."""
+    """exp(-sum p ln p), p = singular values / their sum (Roy and Vetterli, 2007), from the Gram matrix of the rows; NaN for zeros."""
     values = np.sqrt(np.maximum(np.linalg.eigvalsh(gram.astype(np.float64)), 0))
     total = values.sum()
     if total <= 0:
@@ -164,9 +164,9 @@ def effective_rank(gram: Array) -> float:
 
 
 def principal(gram: Array, components: int = 2) -> tuple[Array, list[float]]:
-    """(coordinates [n, components], share of the variance of each) from the Gram matrix of n centred vectors.
+    """(coordinates [n, components], each component's share of the variance) from the Gram matrix of n centred vectors.
 
-    The same as a full SVD of the vectors up to sign; the entry of largest size in each component is made positive.
+    The same as a full SVD of the vectors, up to sign; the entry of largest magnitude in each component is made positive.
     """
     values, vectors = np.linalg.eigh(gram.astype(np.float64))
     order = np.argsort(values)[::-1][:components]

@@ -1,4 +1,4 @@
-"""The inputs of the static measures for one layer: the experts' matrices, the router's rows, the shared experts and a dense model's FFN.
+"""The inputs of the static measures for one layer: matrices of the experts, router rows, shared experts, and a dense model's FFN.
 
 Every matrix has one row per neuron: gate and up are [neurons, inputs] as stored, down is transposed.
 """
@@ -36,7 +36,7 @@ class LayerWeights:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Of "gate", "up" and "down" those that the experts have."""
+        """The roles among "gate", "up" and "down" that the experts have."""
         return Projections(self.inventory, self.layer).roles
 
     @property
@@ -46,7 +46,7 @@ class LayerWeights:
         return torch.bfloat16 if stored == {"BF16"} else torch.float16 if stored == {"F16"} else torch.float32
 
     def experts(self, role: str) -> Iterator[torch.Tensor]:
-        """The routed experts' matrices [neurons, width] in ascending order, float32.
+        """Yield the routed experts' matrices [neurons, width] in ascending order, float32.
 
         Raises:
             UserError: NaN or inf.
@@ -56,7 +56,7 @@ class LayerWeights:
             yield value.T if role == "down" else value
 
     def router(self) -> torch.Tensor:
-        """The routed experts' rows of the router [experts, hidden], float32; a router of several layers shows its last one.
+        """The router rows [experts, hidden] of the routed experts, float32. A router with several layers is represented by its last one.
 
         Raises:
             UserError: NaN or inf, or no such matrix.
@@ -68,7 +68,7 @@ class LayerWeights:
         raise UserError(f"decoder layer {self.layer} has no router matrix")
 
     def shared(self) -> dict[str, torch.Tensor]:
-        """The shared experts' matrices by role, several of them one after the other; empty where the family has none."""
+        """The shared experts' matrices by role; several experts are concatenated. Empty if the family has none."""
         names = {}
         for claim in self.inventory.floats.by_layer[self.layer]:
             found = SHARED.search(claim.rest) if claim.kind == "other" else None
@@ -77,13 +77,13 @@ class LayerWeights:
         return _by_role(self.inventory.floats.checkpoint, names)
 
     def dense_ffn(self) -> dict[str, torch.Tensor]:
-        """The matrices of the dense model's FFN at the same depth by role; empty without a dense model or where it has no such layer."""
+        """The matrices of the dense model's FFN at the same depth, by role; empty without a dense model or such a layer."""
         return self.dense.ffn(self.layer) if self.dense else {}
 
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A dense checkpoint whose FFNs the experts are compared with."""
+    """A dense checkpoint for comparing the experts with its FFNs."""
 
     checkpoint: Checkpoint
 
@@ -102,10 +102,10 @@ class DenseModel:
 
 
 def dense_model(checkpoint: Checkpoint, hidden: int) -> DenseModel:
-    """A dense model to compare with.
+    """Open a dense model for comparison.
 
     Raises:
-        UserError: no FFN in it that we know, or another hidden size.
+        UserError: no known FFN in it, or another hidden size.
     """
     made = DenseModel(floats(checkpoint))
     layers = made.layers()
@@ -128,7 +128,7 @@ def _by_role(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, torch.T
     for leaf, name in names.items():
         matrix = _finite(checkpoint, name)
         role = ROLES[leaf]
-        if matrix.dim() == 3:  # several shared experts, one after the other
+        if matrix.dim() == 3:  # several shared experts: concatenate them
             matrix = matrix.transpose(1, 2).reshape(-1, matrix.shape[1]).T if role == "down" else matrix.flatten(0, 1)
         if role == "gate_up":
             found.update(split("gate_up", matrix))

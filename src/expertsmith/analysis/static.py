@@ -1,7 +1,7 @@
-"""Static measures of one layer, from the weights alone. One read of the weights, one projection of one layer in memory at a time.
+"""Static measures of one layer, from the weights alone. Weights are read once, with one projection of one layer in memory at a time.
 
-Whole matrices are compared exactly. What would grow with neurons squared times pairs (matching neurons) or neurons cubed (ranks) is done on a
-seeded sample of neurons and pairs, and reported with its error.
+Whole matrices are compared exactly. Measures whose cost grows with neurons squared times pairs (matching neurons) or neurons cubed (ranks)
+use a seeded sample of neurons and pairs, and are reported with their error.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from expertsmith.analysis import similarity as sim
 from expertsmith.analysis.sources import LayerWeights
 
 Array = np.ndarray[Any, Any]
-STRIPE = 2**20  # elements of all experts together that are looked at at once: they stay in the cache
+STRIPE = 2**20  # elements of all experts together that are processed at once, so that they stay in the cache
 NULL_PAIRS = 4
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How much is sampled: neurons of an expert, and expert pairs for matching; with as many or fewer there are, everything is used."""
+    """Sample sizes: neurons per expert, and expert pairs for matching. If there are no more than that, all are used."""
 
     neurons: int = 128
     pairs: int = 32
@@ -33,7 +33,7 @@ class Sampling:
 
 
 class _Role:
-    """All experts' matrices of one projection, in the dtype in which they are stored."""
+    """All experts' matrices of one projection, in their stored dtype."""
 
     def __init__(self, weights: LayerWeights, role: str, advance: Callable[[float], object]) -> None:
         self.held: list[torch.Tensor] = []
@@ -50,7 +50,7 @@ class _Role:
 def measure_layer(
     weights: LayerWeights, sampling: Sampling | None = None, advance: Callable[[float], object] = lambda _: None
 ) -> dict[str, Any]:
-    """The static measures of a layer (names: `catalogue.STATIC`). `advance` is called with 1 for every expert matrix that was read.
+    """The static measures of a layer (names: `catalogue.STATIC`). `advance` is called with 1 for every expert matrix read.
 
     Raises:
         UserError: NaN or inf in a weight, or packed weights.
@@ -131,9 +131,9 @@ def _projection(held: _Role, shared: torch.Tensor | None, dense: torch.Tensor | 
 
 
 def _components(held: _Role, sampling: Sampling) -> dict[str, Any]:
-    """Principal components of the experts' standardised matrices, from the sampled neurons and scaled to all of them.
+    """Principal components of the experts' standardised matrices, from the sampled neurons and scaled to all neurons.
 
-    A squared distance of two experts is a sum over entries: of s sampled entries it is known to about a part in the root of s.
+    A squared distance of two experts is a sum over entries; s sampled entries give it with a relative error of about 1 / sqrt(s).
     """
     n, size = held.experts, min(sampling.neurons, held.neurons)
     if n < 2:
@@ -152,8 +152,8 @@ def _components(held: _Role, sampling: Sampling) -> dict[str, Any]:
 
 
 def _ranks(held: _Role, sampling: Sampling) -> dict[str, Any]:
-    """Effective rank of the sampled neurons of every expert; where not all are taken, the mean of two disjoint samples and half of their
-    difference as the error."""
+    """Effective rank of the sampled neurons of every expert. If not all neurons are used: the mean of two disjoint samples, and half of
+    their difference as the error."""
     size = min(sampling.neurons, held.neurons)
     random = np.random.default_rng(sampling.seed)
     draws = 1 if size == held.neurons else min(2, held.neurons // size)
@@ -168,8 +168,8 @@ def _ranks(held: _Role, sampling: Sampling) -> dict[str, Any]:
 
 
 def _matching(held: _Role, sampling: Sampling, joint: dict[tuple[int, int], Array]) -> dict[str, Any]:
-    """Matched neurons of the sampled pairs, and the same for `NULL_PAIRS` of them with the inputs of one side shuffled: what matching finds
-    where nothing is alike. The products of cosines are added to `joint`, for one order for all projections."""
+    """Match the neurons of the sampled pairs. For the null, match `NULL_PAIRS` of them with the inputs of one side shuffled: the values
+    without any similarity. The cosines are added to `joint`, for one common order over all projections."""
     pairs = sim.sample_pairs(held.experts, sampling.pairs, sampling.seed)
     if not pairs:
         return {"match": None}
@@ -219,7 +219,7 @@ def _joint_mean(products: Array) -> float:
 
 
 def _dense_match(held: _Role, dense: torch.Tensor | None, sampling: Sampling) -> dict[str, Any]:
-    """How near the sampled neurons of every expert have their nearest neuron of the dense FFN: 1 where experts were cut out of it."""
+    """For every expert, the mean cosine of its sampled neurons with their nearest neuron of the dense FFN; 1 if cut out of it."""
     if dense is None or dense.shape[1] != held.width:
         return {}
     size = min(sampling.neurons, held.neurons)
@@ -233,7 +233,7 @@ def _dense_match(held: _Role, dense: torch.Tensor | None, sampling: Sampling) ->
 
 
 def _router_expert(row_cosine: Array, neuron_cosines: dict[str, Array], seed: int) -> dict[str, Any]:
-    """r, R^2, p and the null of R^2 between router-row similarity and mean-neuron similarity, for every projection."""
+    """For every projection: r, R^2, p and the null of R^2 between router-row similarity and mean-neuron similarity."""
     made: dict[str, Any] = {}
     for role, found in zip(
         neuron_cosines, sim.correlate(row_cosine, list(neuron_cosines.values()), seed) if neuron_cosines else [], strict=True
@@ -251,6 +251,6 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _error(values: list[float]) -> float | None:
-    """Standard error of the mean over pairs."""
+    """Standard error of the mean over pairs; None for fewer than two values."""
     held = [value for value in values if np.isfinite(value)]
     return float(np.std(held, ddof=1) / np.sqrt(len(held))) if len(held) > 1 else None

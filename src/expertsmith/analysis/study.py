@@ -33,7 +33,7 @@ DIGITS = 6
 
 @dataclass
 class Material:
-    """What a study is made from; what is None is left out of it."""
+    """The inputs of a study; measures whose inputs are None are left out."""
 
     inventory: Inventory
     sampling: Sampling = field(default_factory=Sampling)
@@ -48,7 +48,7 @@ class Material:
 
 
 def refuse_single(inventory: Inventory) -> None:
-    """Raises UserError where no layer has two experts."""
+    """Raise a UserError if no layer has two experts."""
     if max(inventory.counts.values()) < 2:
         raise UserError(
             f"{inventory.checkpoint.source} has one routed expert per layer: there is nothing to compare",
@@ -57,7 +57,7 @@ def refuse_single(inventory: Inventory) -> None:
 
 
 def study(material: Material) -> dict[str, Any]:
-    """All measures as one nested mapping with numpy arrays in it (`plain` makes JSON of it)."""
+    """All measures as one nested mapping with numpy arrays (`plain` converts it for JSON)."""
     from expertsmith import __version__
 
     inventory, statistics = material.inventory, material.statistics
@@ -163,7 +163,7 @@ def _notes(material: Material, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """The same as JSON has it: arrays as lists, floats with six digits, NaN and inf as null, permutation nulls left out."""
+    """Convert a value for JSON: arrays to lists, floats to six significant digits, NaN and inf to null; without permutation nulls."""
     if isinstance(value, dict):
         return {str(key): plain(entry) for key, entry in value.items() if key != "null_values"}
     if isinstance(value, np.ndarray):
@@ -180,7 +180,7 @@ def plain(value: Any) -> Any:
 
 
 def _rounded(values: np.ndarray[Any, Any]) -> Any:
-    """Floats with six significant digits, None for what is not finite."""
+    """Floats with six significant digits; None for NaN and inf."""
     real = values.astype(np.float64)
     finite = np.isfinite(real)
     size = np.abs(np.where(finite & (real != 0), real, 1.0))

@@ -1,4 +1,4 @@
-"""Summary sentences of the measures."""
+"""Sentences that summarise the measures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HIGH, LOW = 0.9, 0.5
 
 
 def summarise(measures: dict[str, Any]) -> list[str]:
-    """Sentences for the top of the page: what the model is, how its router and experts do, and what a cut would cost."""
+    """The sentences at the top of the page: the model, its router and experts, and the cost of pruning."""
     parts: list[Callable[[dict[str, Any]], list[str]]] = [_model, _alike, _load, _domains, _cut, _after, _super]
     return [sentence for part in parts for sentence in part(measures)]
 

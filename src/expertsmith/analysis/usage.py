@@ -1,4 +1,4 @@
-"""Dynamic measures from calibration statistics: expert use by domain, load balance, and how few demonstrations are enough."""
+"""Dynamic measures from calibration statistics: expert use by domain, load balance, and how many demonstrations are enough."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Array = np.ndarray[Any, Any]
 PERMUTATIONS = 199
 SHARE_KEPT = 0.5  # experts that few-shot localisation chooses
 DRAWS = 20  # random sets of demonstrations for every size
-FLAT = 0.9999  # share of the maximum entropy above which router scores are all but equal: they tell an order and no more
+FLAT = 0.9999  # share of the maximum entropy; above this, router scores are nearly equal and give an order only
 SUPER_QUANTILE, SUPER_SHARE, SUPER_TIMES = 0.995, 0.1, 5.0
 
 
 def share(values: Array) -> Array:
-    """values / their sum; zeros where the sum is 0."""
+    """values / their sum; zeros if the sum is 0."""
     total = float(values.sum())
     return values / total if total else np.zeros(len(values))
 
@@ -30,7 +30,7 @@ def entropy(p: Array) -> float:
 
 
 def domain_usage(sums: Mapping[str, Array]) -> dict[str, Any]:
-    """Measures of one layer for one domain (or all together): names in `catalogue.USAGE`."""
+    """The measures of one layer for one domain or all together; names: `catalogue.USAGE`."""
     selections = sums["selections"].astype(np.float64)
     tokens, n = int(sums["tokens"].item()), len(selections)
     load = share(selections)
@@ -58,10 +58,11 @@ def domain_usage(sums: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def coselection_lift(coselections: Array) -> Array:
-    """[E, E] how much more often two experts are chosen for one token than by chance; NaN where chance is 0, and on the diagonal.
+    """The lift [E, E]: how much more often two experts are chosen for one token than by chance. NaN if chance is 0, and on the diagonal.
 
-    Chance: given that a token uses i, its other k - 1 slots go to the others by their share of use (k: slots a token, the same for all tokens);
-    the two directions are averaged: e_ij = (N_i m_i N_j / (S - N_i) + N_j m_j N_i / (S - N_j)) / 2, m_i = (sum over j of N_ij) / N_i, S = sum N.
+    Chance: given that a token uses i, its other k - 1 slots go to the others by their share of use (k: slots per token, equal for all
+    tokens). The two directions are averaged: e_ij = (N_i m_i N_j / (S - N_i) + N_j m_j N_i / (S - N_j)) / 2,
+    m_i = (sum over j of N_ij) / N_i, S = sum N.
     """
     counts = coselections.astype(np.float64)
     n = np.diagonal(counts).copy()
@@ -76,7 +77,8 @@ def coselection_lift(coselections: Array) -> Array:
 
 
 def information(counts: Array) -> float:
-    """Mutual information of expert and domain in nats from counts [D, E], every domain weighted alike: (1/D) sum_d KL(p(e|d) || p(e))."""
+    """Mutual information of expert and domain in nats from counts [D, E], with equal weight for every domain:
+    (1/D) sum_d KL(p(e|d) || p(e))."""
     rows = np.stack([share(row) for row in counts])
     mean = rows.mean(0)
     ratio = np.divide(rows, mean, out=np.ones_like(rows), where=(rows > 0) & (mean > 0))
@@ -84,12 +86,12 @@ def information(counts: Array) -> float:
 
 
 def specialisation(entry: LayerStatistics, seed: int = 0) -> dict[str, Any]:
-    """How experts and domains belong together, where there are two domains or more (else empty).
+    """The association of experts and domains; empty for fewer than two domains.
 
-    `expert_domain` [E, D]: share of each domain in an expert's use, domains weighted alike. Mutual information of usage in nats and as a
-    share of its maximum ln(min(D, E)); `information_bias`: what independent draws of that many would give on average, (E - 1)(D - 1) / (2 N)
-    (Miller-Madow). The same of EASY-EP saliency mass, which is there sequence by sequence, against a permutation of the sequences'
-    domains: sequences are dependent inside, so only this chance level is a fair one.
+    `expert_domain` [E, D]: share of each domain in an expert's use, with equal weight for every domain. `information`: mutual information
+    of usage in nats, also as a share of its maximum ln(min(D, E)). `information_bias`: its mean for N independent draws,
+    (E - 1)(D - 1) / (2 N) (Miller-Madow). `saliency_information`: the same for EASY-EP saliency mass by sequence. Its null permutes the
+    domains of the sequences: the tokens of a sequence are dependent, so only this chance level is fair.
     """
     names = list(entry.domains)
     if len(names) < 2:
@@ -120,11 +122,11 @@ def specialisation(entry: LayerStatistics, seed: int = 0) -> dict[str, Any]:
 
 
 def stability(by_sequence: Array, seed: int = 0) -> list[dict[str, float]]:
-    """How well n demonstrations find the experts that the others find (EASY-EP's few-shot localisation; arXiv 2504.06792).
+    """How well n demonstrations find the same experts as the other demonstrations (EASY-EP's few-shot localisation; arXiv 2504.06792).
 
-    For n = 1, 2, 4, … up to half of the sequences: the half of the experts with most saliency on n random sequences against the same of the
-    sequences that are not among them; `overlap`: |A and B| / K, mean of `DRAWS` draws, and `deviation` its standard deviation; `chance` K / E.
-    Deviation from the paper: it compares with all demonstrations, the n included, which makes the overlap 1 at the end.
+    n = 1, 2, 4, … up to half of the sequences. A: the half of the experts with most saliency on n random sequences; B: the same on the
+    other sequences. `overlap`: |A and B| / K, mean of `DRAWS` draws; `deviation`: its standard deviation; `chance`: K / E. Deviation from
+    the paper: it compares with all demonstrations, including the n, so its overlap ends at 1.
     """
     count, n = by_sequence.shape
     k = max(1, int(np.ceil(n * SHARE_KEPT)))
@@ -179,12 +181,12 @@ def measure_usage(entry: LayerStatistics, seed: int = 0) -> dict[str, Any]:
 def super_experts(layers: Sequence[LayerStatistics]) -> dict[str, Any] | None:
     """Experts with extreme outputs ("Unveiling Super Experts in Mixture-of-Experts Large Language Models", arXiv 2507.23279).
 
-    An expert is one where its largest output norm is above the 99.5th percentile over all experts of the model and above a tenth of the
-    largest of all. Deviations: the paper takes the largest single entry of a down projection's output, here it is the norm; and it has
-    to be five times the median expert's, because a percentile alone finds somebody in every model.
+    An expert is a super expert if its largest output norm is above the 99.5th percentile over all experts of the model and above a tenth of
+    the largest. Deviations: the paper uses the largest single entry of a down projection's output, not the norm; and here the norm must
+    also be five times the median expert's, because a percentile alone finds an expert in every model.
 
     Returns:
-        The median, the bar that an expert has to exceed, and the experts that do, largest first; None if no expert has any output.
+        The median, the bar that an expert must exceed, and the experts above it, largest first; None if no expert has any output.
     """
     rows = [(entry.layer, expert, float(value)) for entry in layers for expert, value in enumerate(entry.total("norm_max"))]
     values = np.array([row[2] for row in rows])

@@ -27,11 +27,11 @@ __all__ = [
 ]
 AS = "if transformers has it under another name, say which: --as MODEL_TYPE"
 ALIAS_UNEVEN = "its config class is code of its own, which knows one number for all layers"
-_treated: dict[str, Architecture] = {}  # what `treated_as` has in force, by model_type
+_treated: dict[str, Architecture] = {}  # records set by `treated_as`, by model_type
 
 
 def families() -> dict[str, Architecture]:
-    """Every record, by model_type, in alphabetical order; with what `treated_as` has in force."""
+    """Every record by model_type, in alphabetical order, and those that `treated_as` has set."""
     return _records() | _treated
 
 
@@ -47,8 +47,8 @@ def _records() -> dict[str, Architecture]:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config: multi-modal configs keep it under `text_config` (old ones of Nemotron under `llm_config`), omni ones
-    under `thinker_config.text_config`."""
+    """The language model's part of a config. Multi-modal configs keep it under `text_config` (old ones of Nemotron under `llm_config`),
+    omni configs under `thinker_config.text_config`."""
     thinker = config.get("thinker_config")
     whole = thinker if isinstance(thinker, Mapping) else config
     found = (whole.get(key) for key in ("text_config", "llm_config"))
@@ -56,7 +56,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def record_of(config: Mapping[str, Any]) -> Architecture | None:
-    """The record of a config.json, or None: that of the whole, or that of its language model."""
+    """The record for a config.json: of the whole model, else of its language model; None if there is neither."""
     found = families()
     return found.get(str(config.get("model_type"))) or found.get(str(text_config(config).get("model_type")))
 
@@ -65,10 +65,10 @@ def record_of(config: Mapping[str, Any]) -> Architecture | None:
 def treated_as(
     config: Mapping[str, Any], as_type: str, text_prefix: str = "", where: str = "config.json"
 ) -> Iterator[Architecture]:
-    """Treat the model_type of a config.json as another family, for all checkpoints of it that are opened meanwhile.
+    """Within the context, treat all checkpoints with this config's model_type as another family.
 
     Args:
-        text_prefix: what the language model's tensor names begin with in a composite.
+        text_prefix: prefix of the language model's tensor names in a composite.
 
     Raises:
         UserError: a family without record or class, or a config without model_type.
@@ -117,7 +117,7 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Architec
     """The record of a checkpoint's family.
 
     Raises:
-        UserError: the config names no family, a family that is refused (with the reason), one that needs remote code, or a
+        UserError: the config names no family, a refused family (with the reason), a family that needs remote code, or a
             dense model.
     """
     inner = text_config(config)

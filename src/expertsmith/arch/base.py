@@ -1,8 +1,8 @@
-"""What expertsmith has to know about a model family: one declarative record, no code paths.
+"""Everything that expertsmith needs to know about a model family: one declarative record, no code paths.
 
-A record says where the routed experts stand in config.json, in the checkpoint's tensor names and in the module tree, and how the
-block's output joins the residual stream. It knows nothing of files or forwards; `checkpoint` and `calibration` read it.
-Field names use the project's words ("router"); the values keep upstream's spelling ("gate").
+A record says where to find the routed experts in config.json, in the checkpoint's tensor names and in the module tree, and how the
+block's output is added to the residual stream. It has no code for files or forwards; `checkpoint` and `calibration` read it.
+Field names use the project's words ("router"); values keep upstream's spelling ("gate").
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ LAYER_PATTERN = re.compile(
     r"^(?:(?:model|language_model|thinker|backbone|transformer|decoder|llm)\.)*(?:layers|blocks)\.(?P<layer>\d+)\.(?P<rest>.+)$"
 )
 
-# decoder layers of a multi-token-prediction stack that is not numbered on after the last layer
+# decoder layers of a multi-token-prediction stack whose numbers do not continue after the last layer
 MTP_LAYER_PATTERN = re.compile(r"^(?:(?:model|language_model)\.)*mtp\.layers\.(?P<number>\d+)\.(?P<rest>.+)$")
-MTP_PATTERN = re.compile(r"(^|\.)mtp[._]")  # all that belongs to one
+MTP_PATTERN = re.compile(r"(^|\.)mtp[._]")  # everything in such a stack
 
 
-# how one expert's slice of a tensor holds its projections. gate, up: a row a neuron; down: a column a neuron; gate_up: gate rows, then up rows;
-# alternating: gate and up rows take turns; _t: the same transposed. A bias has the layout of its weight.
+# How one expert's slice of a tensor holds its projections. gate, up: one row per neuron; down: one column per neuron; gate_up: gate rows,
+# then up rows; alternating: gate and up rows alternate; _t: the same transposed. A bias has the layout of its weight.
 Layout = Literal["gate", "up", "down", "down_t", "gate_up", "gate_up_t", "alternating", "alternating_t"]
 LEAVES: dict[str, Layout] = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "gate_up"}
 
@@ -36,7 +36,7 @@ def roles_of(layout: Layout) -> tuple[str, ...]:
 def split(layout: Layout, tensor: Any) -> dict[str, Any]:
     """Views of one expert's matrix (or bias) by role: gate and up [neurons, inputs], down [outputs, neurons]; biases [neurons], [outputs].
 
-    Writing into a view writes into the tensor.
+    Writing to a view changes the tensor.
     """
     if layout.endswith("_t") and tensor.dim() == 2:
         tensor = tensor.T
@@ -50,12 +50,12 @@ def split(layout: Layout, tensor: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Stacked:
-    """A checkpoint tensor whose rows run over the routed experts.
+    """A checkpoint tensor with rows for all routed experts.
 
-    `name` is relative to the decoder layer. The first axis (after a leading axis of length 1, if there is one) has
-    `num_experts * rows_per_expert + extra` rows; rows_per_expert follows from the shape. `extra` rows after the experts' (shared
-    experts, zero experts, skip classes) always stay: an integer, or the config key that holds their number. `layout` is that of an
-    expert's slice where the name does not tell (`LEAVES`).
+    `name` is relative to the decoder layer. The first axis (after a leading axis of length 1, if any) has
+    `num_experts * rows_per_expert + extra` rows; rows_per_expert follows from the shape. The `extra` rows after the experts' (shared
+    experts, zero experts, skip classes) are always kept; `extra` is an integer, or the config key with their number. `layout`: of an
+    expert's slice, if it does not follow from the name (`LEAVES`).
     """
 
     name: str
@@ -64,7 +64,7 @@ class Stacked:
     layout: Layout | None = None
 
 
-# experts fused over all of a layer's: the layout in memory, and that of checkpoints that transformers saved
+# all experts of a layer fused: the layout in memory, and in checkpoints saved by transformers
 FUSED = (Stacked("mlp.experts.gate_up_proj"), Stacked("mlp.experts.down_proj"))
 
 
@@ -72,35 +72,33 @@ FUSED = (Stacked("mlp.experts.gate_up_proj"), Stacked("mlp.experts.down_proj"))
 class Architecture:
     """One model family (`model_type` of config.json).
 
-    Config keys are dotted paths below the text config; the first name is the one that original checkpoints use, the others are
-    spellings that are also found (transformers renames some on save).
+    Config keys are dotted paths below the text config. The first name is that of original checkpoints, the others are other spellings in
+    use (transformers renames some on save).
     """
 
     model_type: str
-    title: str  # as people say it, with an example checkpoint: "Qwen2-MoE (Qwen1.5-MoE-A2.7B)"
+    title: str  # for people, with an example checkpoint: "Qwen2-MoE (Qwen1.5-MoE-A2.7B)"
     status: Literal["full", "partial", "refused"] = "full"
-    notes: str = ""  # what is different here, or why it is refused; one or two plain sentences
+    notes: str = ""  # peculiarities, or why the family is refused; one or two plain sentences
 
     # config.json
     experts_key: tuple[str, ...] = ("num_experts",)
     top_k_key: tuple[str, ...] = ("num_experts_per_tok",)
     group_key: str | None = None  # number of expert_groups of a group-limited router
     group_alias: str | None = None  # another spelling of group_key
-    top_group_key: str | None = None  # expert_groups a token may use
-    group_minimum: int = 1  # experts that an expert_group needs for its score: 2 where the score is a top-2 sum
-    group_default: tuple[int, int] = (1, 1)  # what transformers takes where the config lacks the two keys
-    group_active: tuple[str, tuple[Any, ...]] | None = (
-        None  # (config key, values) with which the groups are in force; None: always
-    )
-    shared_key: str | None = None  # number of shared experts, where the config counts them
+    top_group_key: str | None = None  # number of expert_groups that a token may use
+    group_minimum: int = 1  # experts that an expert_group needs for its score: 2 if the score is a top-2 sum
+    group_default: tuple[int, int] = (1, 1)  # transformers' values if the config lacks the two keys
+    group_active: tuple[str, tuple[Any, ...]] | None = None  # (config key, values) with which groups are used; None: always
+    shared_key: str | None = None  # number of shared experts, if the config has it
     expert_width_key: tuple[str, ...] = ("moe_intermediate_size",)
     same_as: tuple[
         tuple[str, str], ...
-    ] = ()  # (key, another): what a key is where config.json lacks it and transformers guesses a number
-    extra_config_keys: tuple[str, ...] = ()  # further keys that repeat the number of experts and change with it
+    ] = ()  # (key, other): if config.json lacks `key`, use the value of `other`, not transformers' guess
+    extra_config_keys: tuple[str, ...] = ()  # other keys that repeat the number of experts
 
     # the checkpoint's tensor names, relative to a decoder layer
-    expert_prefix: tuple[str, ...] = ("mlp.experts.{expert}.",)  # every tensor below belongs to that expert
+    expert_prefix: tuple[str, ...] = ("mlp.experts.{expert}.",)  # prefix of all tensors of that expert
     projections: tuple[str | None, str, str] = (
         "gate_proj",
         "up_proj",
@@ -108,19 +106,17 @@ class Architecture:
     )  # per expert: gate (None: no gate), up, down
     stacked: tuple[Stacked, ...] = (Stacked("mlp.gate.weight", "router"), *FUSED)
 
-    ignored: tuple[str, ...] = ()  # regexes of tensor names that the model's class does without, and rightly
+    ignored: tuple[str, ...] = ()  # regexes of tensor names that the model's class does not need
 
     # which class of transformers runs it
-    runs_as: str | None = None  # the model_type whose classes do, where transformers has none of this name; None: its own
-    composite: str | None = (
-        None  # the model_type of the whole that this is the language model of, where transformers runs only that
-    )
-    text_prefix: str = ""  # what the names of the language model's tensors begin with, where those classes know them without
+    runs_as: str | None = None  # the model_type whose classes run it, if transformers has none of this name; None: its own
+    composite: str | None = None  # the model_type of the composite with this language model, if transformers runs only that
+    text_prefix: str = ""  # prefix of the language model's tensor names, if those classes expect them without it
     no_class: str | None = (
-        None  # why no class does: then nothing runs, and plan, data-free scores, apply and the bytes of verify remain
+        None  # why no class runs it; then only plan, data-free scores, apply and the byte comparison of verify work
     )
 
-    transposed_by_shape: bool = False  # layouts with _t hold only where a tensor's shape is not that of the class already
+    transposed_by_shape: bool = False  # layouts with _t apply only if a tensor does not have the class's shape already
 
     # the module tree
     layers: str = "model.layers"  # from the causal LM to its decoder layers
@@ -130,20 +126,18 @@ class Architecture:
     shared: str | None = None  # from the block: the shared expert(s)
     selection_bias: tuple[
         str, ...
-    ] = ()  # from the block: biases that act on the selection only; dropped entries are masked with -inf
-    logit_bias: tuple[
-        str, ...
-    ] = ()  # from the block: biases added to the logits, so that they count in the routing weights too
+    ] = ()  # from the block: biases that act only on the selection; dropped entries are masked with -inf
+    logit_bias: tuple[str, ...] = ()  # from the block: biases added to the logits, so they also change the routing weights
     router_output: Literal["logits", "probabilities", "scores_logits", "logits_only"] = (
-        "logits"  # what the router returns first
+        "logits"  # the router's first return value
     )
     score: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"  # from logits to full router scores
-    mask_value: float = float("-inf")  # what a dropped expert's logit becomes in the masked reference
-    # experts(x, selected, weights); the same but never with a single slot; or Llama-4's one scaled copy of x an expert
+    mask_value: float = float("-inf")  # a dropped expert's logit in the masked reference
+    # experts(x, selected, weights); the same, but never with a single slot; or Llama-4's: one scaled copy of x per expert
     call: Literal["routed", "pairs", "dense_inputs"] = "routed"
     unrouted_zero: bool = False  # a slot with routing weight exactly 0 is "no expert" (the router has a skip class)
 
-    # how the block's routed output r joins the residual stream x: x_scale * x + post_norm(r_scale * after_experts(r))
+    # how the block's routed output r is added to the residual stream x: x_scale * x + post_norm(r_scale * after_experts(r))
     residual: Literal["norm_input", "norm_output", "block_input"] = "norm_input"
     norm: str | None = "post_attention_layernorm"  # from the decoder layer: the norm between residual stream and block
     after_experts: str | None = None  # from the block: a module applied to the routed output
@@ -156,26 +150,26 @@ class Architecture:
     )
 
     uneven: str | None = None  # why decoder layers cannot hold different numbers of experts; None: they can
-    refusal: Callable[[Mapping[str, Any]], str | None] | None = None  # a config this family's record cannot handle: the reason
+    refusal: Callable[[Mapping[str, Any]], str | None] | None = None  # the reason if the record does not support a config
 
     @property
     def supported(self) -> bool:
-        """Whether checkpoints of this family are worked on at all."""
+        """Whether checkpoints of this family are supported at all."""
         return self.status != "refused"
 
     @property
     def one_group(self) -> dict[str, int]:
-        """Config keys and values with which the router does without expert_groups."""
+        """Config keys and values for a router without expert_groups."""
         return {key: 1 for key in (self.group_key, self.top_group_key) if key}
 
     def locate(self, name: str) -> tuple[int, str] | None:
-        """(decoder layer, name below it) of a checkpoint tensor, or None for tensors outside the decoder layers."""
+        """(decoder layer, name below it) of a checkpoint tensor; None for tensors outside the decoder layers."""
         match = LAYER_PATTERN.match(name)
         return (int(match["layer"]), match["rest"]) if match else None
 
     def locate_mtp(self, name: str, depth: int | None) -> tuple[int | None, str] | None:
-        """(layer, name below it) of a tensor of multi-token prediction, whose layers are numbered from `depth`, the number of decoder layers;
-        (None, "") for one outside of such a layer, None for a tensor of the model itself."""
+        """(layer, name below it) of a multi-token-prediction tensor; its layers are numbered from `depth`, the number of decoder layers.
+        (None, "") for such a tensor outside of a layer; None for a tensor of the model itself."""
         located, match = self.locate(name), MTP_LAYER_PATTERN.match(name)
         if located is not None:
             return located if depth is not None and located[0] >= depth else None
@@ -184,7 +178,7 @@ class Architecture:
         return (None, "") if MTP_PATTERN.search(name) else None
 
     def expert_of(self, rest: str) -> tuple[int, str] | None:
-        """(expert id, name below the expert) for a per-expert tensor name, or None."""
+        """(expert id, name below the expert) for the name of a single expert's tensor; None for other names."""
         for prefix in self.expert_prefix:
             head, tail = prefix.split("{expert}")
             if rest.startswith(head):
@@ -194,7 +188,7 @@ class Architecture:
         return None
 
     def layout_of(self, rest: str) -> Layout | None:
-        """How a routed expert's tensor (or its slice of a stacked one) holds the projections; None for scales, packed codes and unknown parts."""
+        """How a routed expert's tensor (or its slice of a stacked one) holds the projections; None for scales, packed codes and others."""
         owner, entry = self.expert_of(rest), self.stacked_of(rest)
         if owner is not None:
             leaf = owner[1].removesuffix(".weight").removesuffix(".bias")
@@ -205,12 +199,12 @@ class Architecture:
         return entry.layout or LEAVES.get(entry.name.removesuffix(".weight").removesuffix("_bias").rpartition(".")[2])
 
     def stacked_of(self, rest: str) -> Stacked | None:
-        """The `Stacked` entry that a tensor name stands for, or None."""
+        """The `Stacked` entry with this tensor name, or None."""
         return next((entry for entry in self.stacked if entry.name == rest), None)
 
 
 def config_get(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """Look a dotted key up in nested mappings."""
+    """Look up a dotted key in nested mappings."""
     for part in key.split("."):
         if not isinstance(config, Mapping) or part not in config:
             return default
@@ -219,7 +213,7 @@ def config_get(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
 
 
 def config_first(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any] | None:
-    """The first of `keys` that the config holds with a value, and that value."""
+    """(first of `keys` with a value in the config, that value); None if there is none."""
     for key in keys:
         value = config_get(config, key)
         if value is not None:
@@ -228,5 +222,5 @@ def config_first(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str,
 
 
 def config_present(config: Mapping[str, Any], keys: tuple[str, ...]) -> Iterator[str]:
-    """Those of `keys` that the config holds."""
+    """Those of `keys` that have a value in the config."""
     return (key for key in keys if config_get(config, key) is not None)

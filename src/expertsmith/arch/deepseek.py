@@ -1,4 +1,4 @@
-"""DeepSeek V2 to V4, and Moonshot's Kimi, which K2 and VL is DeepSeek V3 under other names."""
+"""DeepSeek V2 to V4, and Moonshot's Kimi; Kimi K2 and VL are DeepSeek V3 under other names."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,9 +9,9 @@ from expertsmith.arch.kinds import DEEPSEEK, GROUPED, OWN_CODE, SIGMOID
 
 
 def hash_layers(config: Mapping[str, Any]) -> str | None:
-    """DeepSeek V4's first MoE layers may look their experts up by token id."""
+    """DeepSeek V4's first MoE layers may select experts by token id."""
     kinds = config.get("mlp_layer_types")
-    count = config.get("num_hash_layers")  # transformers takes 3 where it is missing
+    count = config.get("num_hash_layers")  # transformers uses 3 if it is missing
     hashed = "hash_moe" in kinds if kinds is not None else count is None or count > 0
     return "hash routing layers choose experts by a token-id table that names the experts" if hashed else None
 

@@ -1,6 +1,6 @@
 """Dense families that `convert` turns into Mixtures of Experts, and the stock architectures that hold the result.
 
-A family's attention, norms and embeddings keep their tensor names in its targets, so that only the MLPs are written anew.
+A family's attention, norms and embeddings have the same tensor names in its targets, so only the MLPs are rewritten.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ Layout = Literal["mixtral", "granite", "qwen"]
 class Target:
     """A stock MoE architecture with bias-free experts.
 
-    The keys hold: number of experts, width of an expert, width of the always-on part (None: the family has none).
+    The keys are those of the number of experts, the width of an expert, and the width of the always-on part (None: the family has none).
     """
 
     model_type: str
     architecture: str
-    layout: Layout  # names of the tensors, see `conversion.export`
+    layout: Layout  # of tensor names, see `conversion.export`
     experts_key: str
     width_key: str
     shared_key: str | None = None
     shared_always: bool = False  # the always-on part cannot be left out
     shared_gate: bool = False  # it is multiplied by sigmoid(w x)
-    renormalise_key: str | None = None  # config flag of the renormalisation of routing weights; None: it always happens
-    selects_on: Literal["probabilities", "logits"] = "probabilities"  # what the router takes the top_k of
+    renormalise_key: str | None = None  # config flag for renormalised routing weights; None: always renormalised
+    selects_on: Literal["probabilities", "logits"] = "probabilities"  # input of the router's top_k
     head_key: str | None = "head_dim"  # None: heads are hidden_size / num_attention_heads wide
-    scale_key: str | None = None  # config key of the factor of attention logits, 1 / sqrt(head width) elsewhere
+    scale_key: str | None = None  # config key of the factor on attention logits, which is 1 / sqrt(head width) elsewhere
     constants: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(
         default_factory=dict
-    )  # where the source says nothing, and the target's own default is another
-    drops: tuple[str, ...] = ()  # keys of the source's config that mean nothing here
+    )  # values for keys that the source lacks, if the target's default differs
+    drops: tuple[str, ...] = ()  # keys of the source's config that have no meaning here
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """A dense family. `targets`: the first holds conversions without an always-on part, and with it if it can; else the second does."""
+    """A dense family. `targets`: the first is for conversions without an always-on part, and with it if possible; else the second."""
 
     model_type: str
     title: str
     targets: tuple[str, ...]
-    refusal: Callable[[Mapping[str, Any], str], str | None] = lambda config, target: None  # (config, target) → why not
+    refusal: Callable[[Mapping[str, Any], str], str | None] = lambda config, target: None  # (config, target) → why not, or None
 
 
 DROPS = ("_name_or_path", "auto_map", "pretraining_tp", "mlp_bias", "transformers_version")
@@ -152,7 +152,7 @@ DENSE = {
     )
 }
 
-BLOCKED = {  # dense families that people will try, and what stands in the way
+BLOCKED = {  # dense families that cannot be converted, and why
     "phi": "attention and MLP run in parallel on one LayerNorm with biases, and its two-matrix GELU MLP has biases of its own; no stock MoE "
     "architecture has such a block, and a checkpoint that only custom code loads is what `convert` is there to avoid",
     "phi3": "gate and up projections are one fused tensor and query, key and value another; no stock MoE architecture reads that layout",

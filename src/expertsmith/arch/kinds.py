@@ -1,4 +1,4 @@
-"""Routers and experts that many families share. A family's record starts from one of these (`dataclasses.replace`) and states what differs.
+"""Routers and experts that many families share. A family's record starts from one of these (`dataclasses.replace`) and changes the rest.
 
 `Architecture` itself is the plainest kind: a softmax router `mlp.gate` over `mlp.experts`, without expert groups or shared experts.
 """

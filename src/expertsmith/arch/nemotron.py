@@ -9,7 +9,7 @@ from expertsmith.arch.kinds import DEEPSEEK
 
 
 def dense(config: Mapping[str, Any]) -> str | None:
-    """The first Nemotron-H models are dense; the layer pattern tells (one letter a layer in original configs)."""
+    """The first Nemotron-H models are dense, as the layer pattern shows (one letter per layer in original configs)."""
     kinds = config.get("layers_block_type") or config.get("hybrid_override_pattern")
     routed = kinds is None or "moe" in kinds or "E" in kinds
     return None if routed else "the model has no routed experts (no moe layer)"

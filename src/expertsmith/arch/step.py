@@ -21,7 +21,7 @@ FAMILIES = (
             Stacked("moe.gate_proj.weight"),
             Stacked("moe.up_proj.weight"),
             Stacked("moe.down_proj.weight"),
-            *SIGMOID.stacked,  # as they are in memory
+            *SIGMOID.stacked,  # as in memory
         ),
         shared="shared_experts",
         block_scale="routed_scaling_factor",

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-OWN = "modeling_expertsmith"  # the module that `engine.uneven` writes: its entries are no foreign code
+OWN = "modeling_expertsmith"  # the module that `engine.uneven` writes: its entries are not foreign code
 NAME = re.compile(r"^(\w+)\.\w+$")  # module.Class; with "owner/repo--" before it the file is elsewhere
 RELATIVE = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import\b|from\s+\.\s+import\s+(\w+))", re.MULTILINE)
 
 
 def drop_auto_map(config: dict[str, Any]) -> bool:
-    """Take `auto_map` out of a config.json (and its text_config) of a family that transformers has built in, in place; whether there was any.
-    Otherwise it stays: then the model is loaded with the code that it names."""
+    """Remove `auto_map` from a config.json (and its text_config) in place if transformers has the family built in; return whether it was
+    removed. Otherwise it stays, and the model is loaded with the code that it names."""
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict) and _foreign(part)]
     if not parts or not _built_in(config.get("model_type")):
         return False
@@ -25,8 +25,8 @@ def drop_auto_map(config: dict[str, Any]) -> bool:
 
 
 def code_files(path: Path, config: Mapping[str, Any]) -> list[str]:
-    """Names of the .py files in a checkpoint's folder that a config.json and the tokenizer's and processors' configs next to it name in
-    `auto_map`, and of those that these import from the same folder."""
+    """Names of the .py files in a checkpoint's folder that `auto_map` names in the config, or in the tokenizer's and processors' configs
+    next to it, and of the files that these import from the same folder."""
     entries = list(_entries(config)) + list(_entries(config.get("text_config")))
     for file in sorted(path.glob("*config.json")) if path.is_dir() else ():
         if file.name != "config.json":
@@ -44,7 +44,7 @@ def code_files(path: Path, config: Mapping[str, Any]) -> list[str]:
 
 
 def code_notes(path: Path, source: Mapping[str, Any], written: Mapping[str, Any]) -> list[str]:
-    """What a reader should know of the code: whether `auto_map` went, and which files came along."""
+    """Notes for the user about the code: whether `auto_map` was removed, and which code files were copied."""
     notes, files = [], [name for name in code_files(path, written) if name != f"{OWN}.py"]
     if _foreign(source) and not _foreign(written):
         notes.append(f"auto_map was removed from config.json, because transformers has {source.get('model_type')} built in")
@@ -65,7 +65,7 @@ def _foreign(config: Mapping[str, Any]) -> bool:
 
 
 def _entries(config: Any) -> Iterable[str]:
-    """What the `auto_map` of a config names: one name an entry, or a list in which some may be null."""
+    """Yield the names in the `auto_map` of a config. An entry is one name, or a list that may hold nulls."""
     named = config.get("auto_map") if isinstance(config, Mapping) else None
     for value in named.values() if isinstance(named, Mapping) else ():
         for entry in value if isinstance(value, list) else [value]:
@@ -77,4 +77,4 @@ def _read(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None  # it is copied as it is
+        return None  # it is copied unchanged

@@ -24,31 +24,31 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG = "quantization_config"
-MODELOPT = "hf_quant_config.json"  # where NVIDIA's exporter writes what it did
+MODELOPT = "hf_quant_config.json"  # the quantisation settings of NVIDIA's exporter
 NARROW = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2")
 SIDE_FILES = (
     MODELOPT,
     "quantize_config.json",
     "quant_config.json",
     "quantization_config.json",
-)  # that repeat quantization_config
+)  # they repeat quantization_config
 AT_ONCE = 2**24  # elements decoded at a time
-# scales of activations and of the key-value cache: they say nothing of weights
+# scales of activations and of the key-value cache: they do not belong to weights
 ACTIVATIONS = re.compile(
     r"(^|[._])(input|output|activation|act|k|v|q|kv|prob)_(global_)?scale(_inv|_ub)?$|\.(k|v|q|kv)_zero_point$|\.(input|output)_zero_point$"
 )
-# leaves that only a quantised weight has
+# name endings that only quantised weights have
 COMPANION = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|SCB|bitmask|row_offsets|compressed|pre_quant_scale|weight_format"
     r"|weight_(packed|scale|scale_inv|scale_2|global_scale|zero_point|shape|g_idx)|weight\.(absmax|quant_map|nested_\w+|quant_state\.\w+))$"
     r"|(_proj|_weight|\.w[123])(_blocks|_scales|_scale|_scale_inv|_scale_2|_global_scale|_zero_point|_packed|_weight_scale|_weight_scale_2)$"
 )
-CODES = ("U8", "I8", "I32", "U32", "I16", "U16")  # dtypes that hold codes, where a weight has them
+CODES = ("U8", "I8", "I32", "U32", "I16", "U16")  # a weight of one of these dtypes holds codes
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What of a checkpoint is quantised, and how."""
+    """The quantised weights of a checkpoint, and their formats."""
 
     config: Mapping[str, Any]
     stored: Mapping[str, Stored]  # float weight → the tensors that hold it
@@ -67,12 +67,12 @@ class Floats(Checkpoint):
 
     raw: Checkpoint = field(kw_only=True)
     stored: Mapping[str, Stored] = field(kw_only=True)
-    dtype: str = field(kw_only=True)  # safetensors' word for the dtype of decoded weights
+    dtype: str = field(kw_only=True)  # of decoded weights, as safetensors names it
     zeros: frozenset[str] = field(default=frozenset(), kw_only=True)  # tensors that are in no file, see `filled`
 
     @cached_property
     def fingerprint(self) -> str:
-        """That of the checkpoint itself: the same model."""
+        """The fingerprint of the quantised checkpoint: it is the same model."""
         return self.raw.fingerprint
 
     @property
@@ -84,7 +84,7 @@ class Floats(Checkpoint):
         """One tensor, or rows of it. A quantised weight is decoded in float32, in parts, and rounded once to `dtype`.
 
         Raises:
-            UserError: as `Checkpoint.read`, and where a scale is NaN or inf.
+            UserError: as `Checkpoint.read`, and if a scale is NaN or inf.
         """
         import torch
 
@@ -109,7 +109,8 @@ class Floats(Checkpoint):
         return whole
 
     def encoded(self, name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Other values of a quantised weight (or of rows of it) in its own format: tensor on disk → codes and scales, of those that change.
+        """Encode new values of a quantised weight (or of rows of it) in its own format: tensor on disk → new content,
+        for the tensors that change.
 
         Raises:
             UserError: a format whose scales do not follow from the values alone.
@@ -140,7 +141,7 @@ class Floats(Checkpoint):
 
 
 def filled(checkpoint: Checkpoint, like: Mapping[str, str]) -> Checkpoint:
-    """A checkpoint with further tensors of zeros (name → a tensor of the same shape), for weights that a class has and never uses."""
+    """A checkpoint with added tensors of zeros (name → a tensor of the same shape), for weights that a class has but never uses."""
     if not like:
         return checkpoint
     if not isinstance(checkpoint, Floats):
@@ -151,7 +152,7 @@ def filled(checkpoint: Checkpoint, like: Mapping[str, str]) -> Checkpoint:
 
 
 def refuse_unencodable(found: Quantisation, names: Collection[str]) -> None:
-    """Refuse to quantise weights again whose format needs calibration for that.
+    """Refuse to requantise weights whose format needs calibration data for it.
 
     Raises:
         UserError: naming a weight and its format.
@@ -178,7 +179,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def source_of(checkpoint: Checkpoint, info: TensorInfo, start: int = 0, nbytes: int | None = None) -> Piece | Made:
-    """The bytes of a tensor, or `nbytes` of them from `start` on: a range of a file, or decoded when they are asked for (then whole rows)."""
+    """The bytes of a tensor, or `nbytes` of them from `start` on: a range of a file, or (whole rows only) decoded when they are read."""
     nbytes = info.nbytes if nbytes is None else nbytes
     if not isinstance(checkpoint, Floats) or info.name not in checkpoint.stored:
         return Piece(info.file, info.start + start, nbytes)
@@ -188,7 +189,7 @@ def source_of(checkpoint: Checkpoint, info: TensorInfo, start: int = 0, nbytes: 
 
 
 def floats(checkpoint: Checkpoint, dtype: str = "F32") -> Checkpoint:
-    """The float view of a checkpoint, its quantised weights as `dtype` ("F32", "BF16", "F16"); the checkpoint itself where it has none.
+    """The float view of a checkpoint, with quantised weights as `dtype` ("F32", "BF16", "F16"); the checkpoint itself if it has none.
 
     Raises:
         UserError: see `quantisation_of`.
@@ -218,10 +219,10 @@ def floats(checkpoint: Checkpoint, dtype: str = "F32") -> Checkpoint:
 
 
 def quantisation_of(checkpoint: Checkpoint) -> Quantisation | None:
-    """Which weights of a checkpoint are quantised, from its headers; None where none is. Found once a checkpoint.
+    """The quantised weights of a checkpoint, found from its headers; None if there are none. The result is cached in the checkpoint.
 
     Raises:
-        UserError: a quantised tensor that no format holds exactly, a scale that belongs to no weight, a quant_method that is not known,
+        UserError: a quantised tensor that no format holds exactly, a scale that belongs to no weight, an unknown quant_method,
             tensors that contradict config.json, two quantisation configs.
     """
     if "_quantisation" not in checkpoint.__dict__:
@@ -263,7 +264,7 @@ def _find(checkpoint: Checkpoint) -> Quantisation | None:
 
 
 def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:
-    """Refuse a quantisation that no decoder knows, or that does more than store weights."""
+    """Refuse a quantisation without a decoder, or one that does more than store weights."""
     method = str(config.get("quant_method") or "")
     known = sorted({name for entry in formats().values() for name in entry.methods if name})
     if config and method not in known:
@@ -288,7 +289,7 @@ def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:
 
 
 def _refuse_left(info: TensorInfo, quantised: bool) -> None:
-    """Refuse a tensor that looks like a part of a quantised weight and is none."""
+    """Refuse a tensor that looks like a part of a quantised weight but belongs to none."""
     weight = re.search(r"(\.weight|_proj|_weight|\.w[123])$", info.name) is not None and len(info.shape) > 1
     if info.dtype in NARROW or (info.dtype in CODES and weight):
         raise UserError(
@@ -306,7 +307,7 @@ def quantisation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The quantisation settings from config.json, or else from a file next to it; empty if there are none.
 
     Raises:
-        UserError: config.json says it twice.
+        UserError: config.json has two different ones.
     """
     if isinstance(checkpoint, Floats):
         return {}
@@ -328,7 +329,7 @@ def quantisation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def _beside(path: Path) -> Mapping[str, Any]:
-    """The quantisation settings from a file next to config.json, if config.json has none: modelopt's, or that of early GPTQ and AWQ tools."""
+    """The quantisation settings from a file next to config.json, written by modelopt or by early GPTQ and AWQ tools; empty without one."""
     for name in SIDE_FILES:
         if not (path / name).is_file():
             continue

@@ -1,6 +1,6 @@
-"""Checkpoints on the Hugging Face hub: which files of a repository to download, which are already in the cache, and how a result is uploaded.
+"""Checkpoints on the Hugging Face hub: which files of a repository to download, which are already in the cache, and how to upload a result.
 
-A repository is named `owner/name`, or `owner/name@REVISION` (branch, tag or commit), or by the address of its page.
+A repository is named `owner/name`, `owner/name@REVISION` (branch, tag or commit), or by the address of its page.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from expertsmith.errors import UserError
 T = TypeVar("T")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DEMO = "demo"  # the name of the model that comes with the package
-OWN_LAYOUT = "consolidated"  # Mistral's and Meta's own weight files begin so; they repeat what stands beside them
+DEMO = "demo"  # the name of the packaged model
+OWN_LAYOUT = "consolidated"  # prefix of Mistral's and Meta's own weight files; they repeat the weights beside them
 # everything but weights, from the top of the repository: config, tokenizer, processor, chat template, licence, code (which is not run)
 TEXTS = [
     "*.json",
@@ -40,7 +40,7 @@ BELOW = "*/*"  # original/, metal/, onnx/ and other forms of the same weights
 
 
 def named(source: Any) -> Any:
-    """The name that an address of the hub stands for: https://huggingface.co/owner/name/tree/v1 is owner/name@v1. Anything else as it is."""
+    """The repository name for an address of the hub: https://huggingface.co/owner/name/tree/v1 is owner/name@v1. Others are unchanged."""
     found = PAGE.fullmatch(source) if isinstance(source, str) else None
     if found is None:
         return source
@@ -48,10 +48,10 @@ def named(source: Any) -> Any:
 
 
 def pinned(model: Any, revision: str | None) -> Any:
-    """A model's name with the revision that is asked for; the model itself where none is.
+    """A model's name with the requested revision; the model unchanged if `revision` is None.
 
     Raises:
-        UserError: a directory or the packaged model, which have no revisions, or a name that has one already.
+        UserError: a directory or the packaged model, which have no revisions, or a name that already has one.
     """
     model = named(model)
     if revision is None:
@@ -67,17 +67,17 @@ def pinned(model: Any, revision: str | None) -> Any:
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether a name that is no directory here can be one of the hub."""
+    """Whether a name that is not a local directory can be the name of a hub repository."""
     name = source.partition("@")[0]
     return name.count("/") == 1 and not Path(source).is_absolute() and not source.startswith(".") and all(name.split("/"))
 
 
 def download(source: str) -> Path:
-    """The folder of a repository in the cache, with all files that a checkpoint needs and no second form of its weights. What is there
-    already is not fetched again; without a network what is there is taken.
+    """Download a repository; returns its folder in the cache. All files that a checkpoint needs are there, and no second form of its
+    weights. Files in the cache are not downloaded again; without a network, the cached files are used.
 
     Raises:
-        UserError: it cannot be reached and is not in the cache.
+        UserError: the repository cannot be reached and is not in the cache.
     """
     from huggingface_hub import snapshot_download
 
@@ -89,7 +89,7 @@ def download(source: str) -> Path:
             try:
                 weights = sorted({str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-                return folder  # the reader says what is wrong with it
+                return folder  # the reader reports what is wrong with it
             unwanted = []
         else:
             weights = [SINGLE]
@@ -103,10 +103,10 @@ def download(source: str) -> Path:
 
 
 def check_push(name: str, overwrite: bool) -> None:
-    """Look whether a result can be uploaded as `name`, before any work.
+    """Check before any work that a result can be uploaded as `name`.
 
     Raises:
-        UserError: no name of a repository, nobody logged in, no network, or a repository that is there already (unless it is to be replaced).
+        UserError: not a repository name, not logged in, no network, or a repository that exists already (without `overwrite`).
     """
     import huggingface_hub as hub
 
@@ -122,10 +122,10 @@ def check_push(name: str, overwrite: bool) -> None:
 
 
 def push(folder: Path, name: str) -> str:
-    """Upload a folder as one commit of a private repository, which is made if it is not there; returns the address of its page.
+    """Upload a folder as one commit to a private repository, which is created if necessary; returns the address of its page.
 
     Raises:
-        UserError: what the hub answered. The folder is complete, and the command that uploads it again is named.
+        UserError: with the hub's answer, that the folder is complete, and the command that uploads it.
     """
     import huggingface_hub as hub
 
@@ -145,11 +145,11 @@ def _first_line(error: Exception) -> str:
 
 
 def headers(source: str) -> tuple[Path, dict[str, Any] | None]:
-    """(folder in the cache with the repository's configs, file → safetensors metadata), without its weights; None for the metadata where
-    the weights are to be read from the folder, because there is no network.
+    """(folder in the cache with the repository's configs, file → safetensors metadata), without downloading weights. The metadata is None
+    if the repository cannot be reached: then the weights must be read from the folder.
 
     Raises:
-        UserError: it cannot be reached and is not in the cache.
+        UserError: the repository cannot be reached and is not in the cache.
     """
     import huggingface_hub as hub
 
@@ -188,7 +188,7 @@ def _or_cached(source: str, fetch: Callable[[str, str | None], T]) -> T | Path:
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
-    """The snapshot of a repository in the hub's cache (HF_HUB_CACHE), as far as it was fetched."""
+    """The snapshot of a repository in the hub's cache (HF_HUB_CACHE), possibly incomplete; None if there is none."""
     from huggingface_hub import try_to_load_from_cache
 
     with contextlib.suppress(ValueError):  # a name that the hub client refuses

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from, and what its model card says of it that stays true of what is made of it: the licence, the languages, the task."""
+"""Where a checkpoint comes from, and the parts of its model card that also hold for models made from it: licence, languages, task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESULTS = re.compile(r"^model-index:\n(?:(?:- | ).*\n)*", re.MULTILINE)
 
 
 def repository(checkpoint: Checkpoint) -> str | None:
-    """owner/name of the hub's repository that a checkpoint is of, or None where nothing tells."""
+    """owner/name of the checkpoint's hub repository; None if unknown."""
     if not Path(checkpoint.source).exists() and is_hub_name(checkpoint.source):
         return checkpoint.source.partition("@")[0]
     found = _snapshot(checkpoint.path)
@@ -24,19 +24,19 @@ def repository(checkpoint: Checkpoint) -> str | None:
 
 
 def name_of(checkpoint: Checkpoint) -> str:
-    """What a model is called: the name of its repository, or of its folder."""
+    """The name of a model: that of its repository, or of its folder."""
     found = repository(checkpoint)
     return _text((found or checkpoint.path.resolve().name).rpartition("/")[2])
 
 
 def source_of(checkpoint: Checkpoint) -> str:
-    """What a model card says that a model was made from: owner/name@commit for a folder of the hub's cache, else what the user typed."""
+    """The source that a model card names: owner/name@commit for a folder of the hub's cache, else what the user typed."""
     found = _snapshot(checkpoint.path)
     return "@".join(found) if found and Path(checkpoint.source).exists() else _text(checkpoint.source)
 
 
 def _text(name: str) -> str:
-    """A name of a file, with the bytes that are no text as escapes."""
+    """A file name, with bytes that are not text as escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -46,7 +46,7 @@ def _snapshot(path: Path) -> tuple[str, str] | None:
 
 
 def card_metadata(path: Path) -> dict[str, Any]:
-    """What the README.md of a folder says before its text; nothing where it cannot be read."""
+    """The metadata at the start of a folder's README.md; empty if it cannot be read."""
     import yaml
 
     try:
@@ -61,9 +61,9 @@ def card_metadata(path: Path) -> dict[str, Any]:
 def front_matter(
     checkpoint: Checkpoint, tags: Sequence[str], quality: Mapping[str, Any] | None = None, title: str = ""
 ) -> list[str]:
-    """The metadata of a model card of what was made of a checkpoint, as lines: base model, licence, library, task, and measured perplexities.
+    """Model card metadata, as lines, for a model made from a checkpoint: base model, licence, library, task, and measured perplexities.
 
-    The base model is the hub's repository; of a folder that is none, what its own card names as base.
+    The base model is the checkpoint's hub repository; if unknown, the base model that the checkpoint's own card names.
 
     Args:
         quality: `Quality.to_json` with `held_out`, under the name `title`.

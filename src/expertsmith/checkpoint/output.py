@@ -1,4 +1,4 @@
-"""Whether an output can be written: found out before any work."""
+"""Check before any work that an output can be written."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Writes = Literal["file", "folder", "into"]
 
 
 def check_output(out: Path, writes: Writes, overwrite: bool = False) -> None:
-    """Refuse an output that cannot be written. Permissions tell too little (of /proc, of a superuser, of a read-only mount), so an empty
-    folder with a name like the output's is made where the output will be, and removed.
+    """Refuse an output that cannot be written. Permissions are not enough (/proc, a superuser, a read-only mount), so the check creates and
+    removes an empty folder with a name like the output's, in the place of the output.
 
     Args:
-        writes: a "file"; a "folder" that is made beside its name and replaces what has it; or files "into" a folder, which may exist.
-        overwrite: a file that exists may be replaced. Whether a folder may be is said by its verb, which knows what it can go on from.
+        writes: a "file"; a "folder" that is built beside the output and then replaces it; or files "into" a folder, which may exist.
+        overwrite: an existing file may be replaced. For folders the verb decides, since it knows what it can resume.
 
     Raises:
-        UserError: the path, what stands in the way, and what to do.
+        UserError: with the path, the obstacle, and what to do.
     """
     target = out.absolute()
     if writes == "file":
@@ -37,7 +37,7 @@ def check_output(out: Path, writes: Writes, overwrite: bool = False) -> None:
     if not os.path.isdir(place):
         raise UserError(f"{out} cannot be written: {place} is no folder", "choose another output")
     if os.environ.get("RANK", "0") != "0":
-        return  # processes of one run do not try side by side: one would take the other's trial for somebody's file
+        return  # only one process of a run tries: another could mistake its trial folder for a user's file
     try:
         os.rmdir(tempfile.mkdtemp(prefix=f".{max(names, key=lambda name: len(os.fsencode(name)))}.", dir=place))
     except OSError as error:
@@ -48,10 +48,10 @@ def check_output(out: Path, writes: Writes, overwrite: bool = False) -> None:
 
 
 def refuse_other_model(result: Path, what: str, fingerprint: str, overwrite: bool) -> None:
-    """Refuse a folder whose JSON `result` is of another model, unless it is to be replaced. A result that cannot be read holds nothing to lose.
+    """Refuse a folder whose JSON `result` is from another model, unless `overwrite`. A result that cannot be read may be replaced.
 
     Raises:
-        UserError: with the model that it is of.
+        UserError: with the model that the result is from.
     """
     try:
         held = json.loads(result.read_text(encoding="utf-8"))["model"]

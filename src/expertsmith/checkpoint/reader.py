@@ -1,7 +1,7 @@
-"""Open a checkpoint directory: config, tensor headers, single tensors. Nothing is executed and nothing outside is followed.
+"""Open a checkpoint directory: config, tensor headers, single tensors. Nothing is executed; an index may not name files outside.
 
-Tensors are read with plain positioned reads into fresh buffers, not through a memory map: a process holds only what it requested,
-which is what a memory limit counts.
+Tensors are read with plain positioned reads into new buffers, not through a memory map: a process holds only what it requested,
+and a memory limit counts exactly that.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -86,14 +86,14 @@ class Checkpoint:
 
     @property
     def numel(self) -> int:
-        """Elements of all tensors."""
+        """Number of elements of all tensors."""
         return sum(info.numel for info in self.tensors.values())
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the config, every header entry and 64 bytes from the start, middle and end of every tensor.
 
-        Headers alone would not tell a fine-tuned model from its base; hashing every byte would cost a read of the weights.
+        Headers alone do not distinguish a fine-tuned model from its base; hashing every byte would require reading all weights.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file, infos in self._by_file():
@@ -147,8 +147,8 @@ class Checkpoint:
 
 
 def _fresh(nbytes: int) -> bytearray | mmap.mmap:
-    """Memory for one tensor. Pages of its own go back to the system when the tensor is freed, where a heap of them, read by the hundred and
-    freed between longer-lived blocks, would keep its largest extent; and they are aligned, so nothing has to copy the tensor for that."""
+    """Memory for one tensor; a large one gets its own pages. These return to the system when the tensor is freed, while a heap with
+    longer-lived blocks in between would keep its largest size. They are also aligned, so no copy is needed for alignment."""
     if nbytes < OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return bytearray(nbytes)
     return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -157,7 +157,7 @@ def _fresh(nbytes: int) -> bytearray | mmap.mmap:
 def open_checkpoint(
     source: str | Path, *, headers_only: bool = False, allow_pickle: bool = False, revision: str | None = None
 ) -> Checkpoint:
-    """Open a local directory or a hub id, or "demo", the model that comes with the package.
+    """Open a local directory, a hub id, or "demo", the packaged model.
 
     Args:
         source: directory, "demo", or `owner/name` or `owner/name@REVISION` on the hub (then downloaded to the Hugging Face cache; with
@@ -166,7 +166,7 @@ def open_checkpoint(
         allow_pickle: convert a pickle-only checkpoint through `torch.load(weights_only=True)`; otherwise it is refused.
 
     Raises:
-        UserError: whatever is wrong with the directory, naming the file and the rule.
+        UserError: anything wrong with the directory, with the file and the rule.
     """
     source = hub.pinned(source, revision)
     path = Path(source)
@@ -199,7 +199,8 @@ def open_checkpoint(
 
 
 def _refuse_endless(config: Any, tensors: Mapping[str, TensorInfo], where: str, above: str = "") -> None:
-    """Refuse numbers with which building the model would take hours or all memory: every layer has a tensor, and every width is one of a tensor."""
+    """Refuse numbers that would make building the model take hours or all memory. A model has at most as many layers as tensors, and no
+    width is larger than the largest tensor."""
     for key, value in config.items() if isinstance(config, Mapping) else ():
         _refuse_endless(value, tensors, where, f"{above}{key}.")
         if not isinstance(value, (int, float)):
@@ -228,7 +229,7 @@ def _pickles(path: Path, allowed: bool) -> list[Path]:
 
 
 def _tensors_of(files: Mapping[Path, Collection[str]]) -> dict[str, TensorInfo]:
-    """The tensors of all files; of a file with expected names (those of the index) only these, since transformers loads no others either."""
+    """The tensors of all files. If the index lists names for a file, only these: transformers does not load others either."""
     tensors: dict[str, TensorInfo] = {}
     for file, expected in files.items():
         found = read_header(file)
@@ -248,7 +249,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """The header of one .safetensors file, checked against the file's size.
 
     Raises:
-        UserError: file missing or truncated, header not JSON, offsets that overlap, leave gaps, leave the file or contradict
+        UserError: file missing or truncated, header not JSON, offsets that overlap, leave gaps, exceed the file or contradict
             shape and dtype.
     """
     try:
@@ -269,7 +270,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def parse_header(header: Any, base: int, size: int, file: Path) -> dict[str, TensorInfo]:  # noqa: C901  (a check a rule of the format)
-    """Tensors of a decoded header whose data begins at byte `base` of a file of `size` bytes."""
+    """The tensors of a decoded header; their data begins at byte `base` of a file of `size` bytes."""
     if not isinstance(header, dict):
         raise UserError(f"{file.name}: the header is not a table of tensors", "the shard is damaged or not safetensors")
     tensors: list[TensorInfo] = []
@@ -317,7 +318,7 @@ def parse_header(header: Any, base: int, size: int, file: Path) -> dict[str, Ten
 
 
 def _weight_files(path: Path) -> dict[Path, set[str]]:
-    """Shard → tensor names the index expects in it (empty: no index, everything counts)."""
+    """Shard → tensor names that the index lists for it (empty without an index: all tensors count)."""
     index = path / INDEX
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")

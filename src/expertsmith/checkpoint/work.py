@@ -1,4 +1,4 @@
-"""Where unfinished work lies: `OUT.work`, a folder beside the output that says what it is and goes when the job is done."""
+"""The work folder `OUT.work` beside the output, for unfinished work. It has a README, and is removed when the job is done."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def work_of(out: Path) -> Path:
 def work_beside(
     out: Path, part: str, note: Callable[[str], None] | None = None, *, keep: bool = False, scratch: bool = False
 ) -> Iterator[Path]:
-    """`OUT.work/PART`, for as long as the job runs. A job that fails leaves what it finished there, for the next run to go on from. A part that is
-    a checkpoint has a work folder of its own beside it while it is written.
+    """Yield `OUT.work/PART` and remove it when the job is done. If the job fails, its finished work stays there for the next run to resume.
+    A part that is a checkpoint has its own work folder beside it while it is written.
 
     Args:
-        note: told of the work of an earlier version, which is not used where it lies.
-        keep: leave it when the job is done, too.
-        scratch: no run can go on from it, so it goes when the job fails, too.
+        note: called if there is unfinished work of an earlier version, which is not used in its old place.
+        keep: do not remove the part when the job is done.
+        scratch: the part cannot be resumed, so remove it also if the job fails.
 
     Raises:
-        UserError: `OUT.work` is somebody else's.
+        UserError: `OUT.work` has other files in it.
     """
     folder = work_of(out)
     if folder.exists() and (
@@ -52,7 +52,7 @@ def work_beside(
         )
     above = [parent for parent in folder.parents if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    if scratch:  # of a run that was killed
+    if scratch:  # left by a killed run
         shutil.rmtree(folder / part, ignore_errors=True)
     (folder / MARK).write_text(ABOUT.format(out=out.name), encoding="utf-8")
     try:
@@ -61,7 +61,7 @@ def work_beside(
         if scratch:
             shutil.rmtree(folder / part, ignore_errors=True)
         _tidy(folder)
-        with suppress(OSError):  # there is something in them now
+        with suppress(OSError):  # they are not empty any more
             for parent in above:
                 parent.rmdir()
         raise
@@ -71,6 +71,6 @@ def work_beside(
 
 
 def _tidy(folder: Path) -> None:
-    """Remove a work folder in which nothing is left."""
+    """Remove a work folder without files other than its README."""
     if not any(path.is_file() and path != folder / MARK for path in folder.rglob("*")):
         shutil.rmtree(folder, ignore_errors=True)

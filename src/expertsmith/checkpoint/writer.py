@@ -1,4 +1,4 @@
-"""Write a checkpoint as bounded shards from byte ranges of other files, which are never decoded, and from bytes that are computed.
+"""Write a checkpoint as shards of limited size, from byte ranges of other files, which are never decoded, and from computed bytes.
 
 Everything is written in `OUT.work`, next to the target, and renamed when complete; config.json is written last, so the output of an
 interrupted run does not load.
@@ -26,22 +26,22 @@ from expertsmith.checkpoint.reader import Checkpoint
 from expertsmith.checkpoint.work import work_beside
 from expertsmith.errors import UserError
 
-CHUNK = 2**20  # what is read, looked at and written in turn stays in a core's cache
-PLACED = hasattr(os, "pwrite")  # on Windows a file has one place to write at, so one thread writes there
-THREADS = 4 if PLACED else 1  # that copy; more only wait for memory
-MAX_SHARD = 5 * 10**9  # the size at which transformers splits too
-LEFT_BEHIND = (  # names, in small letters, of what describes the source and not what is made of it
-    # weights of any form, and what leads to them
+CHUNK = 2**20  # small enough to stay in a core's cache while it is read, checked and written
+PLACED = hasattr(os, "pwrite")  # Windows has no positioned writes, so one thread writes there
+THREADS = 4 if PLACED else 1  # for copying; more would only wait for memory
+MAX_SHARD = 5 * 10**9  # as in transformers
+LEFT_BEHIND = (  # lower-case name patterns of files that describe the source but not the result
+    # weights of any form, and their indices
     *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.msgpack", "*.h5"),
     *("*.npz", "*.pkl", "*.pickle", "*.tflite", "*.mlmodel", "*.nemo", "*.zip", "*.tar", "*.gz", "consolidated*", "params.json", "adapter_*"),
-    # what was measured, and how it was trained or quantised
+    # measurements, and settings of training or quantisation
     *("*result*", "*benchmark*", "*eval*.json", "*eval*.yaml", "*.csv", "*.tsv", "*.jsonl", "*.parquet", "*.log", "*.tfevents*", "trainer_*"),
     *("training_*", "recipe.yaml", "recipe.yml", "*imatrix*", "*.dat", "checksum*", "*.sha256", "*.md5"),
-    # texts, pictures and programs about it
+    # text, pictures and programs about it
     *("readme*", "*.md", "*.rst", "*.pdf", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.mp4", "*.html", "*.py", "*.ipynb", "*.sh"),
 )  # fmt: skip
-LICENCES = ("licen[cs]e*", "notice*", "copying*", "use_policy*", "acceptable_use*", "third_party*")  # always come along
-TEMPLATES = "additional_chat_templates"  # the only folder that does
+LICENCES = ("licen[cs]e*", "notice*", "copying*", "use_policy*", "acceptable_use*", "third_party*")  # always copied
+TEMPLATES = "additional_chat_templates"  # the only folder that is copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Bytes that are not in a file: `make` computes them, `nbytes` of them, whenever they are written or compared."""
+    """Bytes that are not in a file: `make` computes all `nbytes` of them each time they are written or compared."""
 
     nbytes: int
     make: Callable[[], bytes | memoryview]
@@ -63,7 +63,7 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor to be written: the concatenation of `pieces`."""
+    """A tensor to write: the concatenation of `pieces`."""
 
     name: str
     dtype: str
@@ -77,7 +77,7 @@ class OutputTensor:
 
 
 def prepare_target(out: Path, source: Path | None, overwrite: bool) -> None:
-    """Refuse a target that exists (unless `overwrite`), or that is, holds or lies in the source."""
+    """Refuse a target that exists (unless `overwrite`), and one that is the source, contains it or lies in it."""
     if source is not None and source.exists():
         resolved, origin = out.resolve(), source.resolve()
         if resolved == origin or resolved in origin.parents or origin in resolved.parents:
@@ -106,14 +106,14 @@ def write_checkpoint(
     (relative path → content).
 
     Args:
-        shard_of: tensor → name of the file it goes to; otherwise files are filled up to `max_shard` bytes.
-        without: files of the source that do not come along.
-        on_tensor: called with every chunk of bytes before it is written; may raise to stop. Chunks that come from files are copied by
-            several threads, so it is called by several at once.
+        shard_of: tensor → name of its file; if None, files are filled up to `max_shard` bytes.
+        without: files of the source that are not copied.
+        on_tensor: called with every chunk of bytes before it is written; may raise to stop. Several threads copy chunks from files, so
+            calls may overlap.
         progress: called with the number of bytes just written, by one thread at a time.
 
     Raises:
-        UserError: the target exists or overlaps the source, or the disk is full; nothing is left behind then.
+        UserError: the target exists or overlaps the source, or the disk is full; then nothing is left behind.
     """
     prepare_target(out, source.path, overwrite)
     above = [folder for folder in out.parents if not folder.exists()]
@@ -147,20 +147,21 @@ def write_checkpoint(
         raise
     finally:
         if not out.exists():
-            with suppress(OSError):  # another process has put something there
+            with suppress(OSError):  # another process has written something there
                 for folder in above:
                     folder.rmdir()
 
 
 def companions(path: Path) -> list[Path]:
-    """Files that travel with a checkpoint unchanged: tokenizer, processors, generation config, chat templates, licences. No weights, no code,
-    and nothing that describes the source only (`LEFT_BEHIND`); no hidden files and no folders but that of further chat templates."""
+    """The files that are copied with a checkpoint unchanged: tokenizer, processors, generation config, chat templates, licences. Not copied
+    are weights, code, files that describe the source only (`LEFT_BEHIND`), hidden files, and folders except that of further chat
+    templates."""
     here = [file for file in _visible(path) if _travels(file.name)]
     return here + sorted((path / TEMPLATES).glob("*.jinja"))
 
 
 def left_behind(source: Checkpoint) -> list[str]:
-    """What a reader should know of the files that do not travel: a note, or nothing. Weights and code files are told elsewhere."""
+    """A note for the user on the files that are not copied, if there are any. Other notes cover weights and code files."""
     own = {info.file.name for info in source.tensors.values()}
     names = [file.name for file in _visible(source.path) if not _travels(file.name) and file.name not in own]
     told = [name for name in names if name not in ("config.json", "README.md", INDEX) and not name.endswith(".py")]
@@ -235,7 +236,7 @@ def _write_shards(
 
 
 def _fill(pool: ThreadPoolExecutor, sink: int, shard: Sequence[OutputTensor], put: Callable[..., None]) -> None:
-    """Write a shard: pieces of files by the pool, computed ones in order, because what makes them may add up as it goes, and takes memory."""
+    """Write a shard. The pool copies pieces of files; computed pieces are made in order: `make` may accumulate values and needs memory."""
     position = write_all(sink, _header(shard), 0)
     waiting: deque[Future[None]] = deque()
     try:
@@ -249,7 +250,7 @@ def _fill(pool: ThreadPoolExecutor, sink: int, shard: Sequence[OutputTensor], pu
                 waiting.popleft().result()
         while waiting:
             waiting.popleft().result()
-    finally:  # no thread may still write to a file that is closed
+    finally:  # no thread may write to a closed file
         for future in waiting:
             future.cancel()
         wait(waiting)
@@ -271,7 +272,7 @@ def _header(tensors: Iterable[OutputTensor]) -> bytes:
 
 
 def write_all(sink: int, data: bytes | memoryview, position: int) -> int:
-    """Write all of it at a place of a file (a write may be short: a disk that is filling up); returns the place behind it."""
+    """Write all of `data` at a position of a file and return the position after it. A single write may be short (disk nearly full)."""
     view = memoryview(data)
     while view:
         if PLACED:
@@ -284,11 +285,11 @@ def write_all(sink: int, data: bytes | memoryview, position: int) -> int:
 
 
 def chunks(piece: Piece | Made, buffer: memoryview) -> Iterator[memoryview]:
-    """The bytes of a piece, at most `len(buffer)` at a time. A view is good until the next one is asked for.
+    """Yield the bytes of a piece, at most `len(buffer)` at a time. A view is valid until the next one is requested.
 
     Raises:
         UserError: the file is shorter than the piece.
-        RuntimeError: a computed piece that has not the size it promised (a defect of its maker).
+        RuntimeError: a computed piece does not have its declared size (a bug in its `make`).
     """
     if isinstance(piece, Made):
         made = memoryview(piece.make()).cast("B")
@@ -309,7 +310,7 @@ def chunks(piece: Piece | Made, buffer: memoryview) -> Iterator[memoryview]:
 
 
 def read_into(stream: Any, view: memoryview) -> int:
-    """Fill a view from an unbuffered stream, whose reads may be short; returns how many bytes there were."""
+    """Fill a view from an unbuffered stream, whose reads may be short; returns the number of bytes read."""
     done = 0
     while done < len(view) and (count := stream.readinto(view[done:])):
         done += count
@@ -317,12 +318,12 @@ def read_into(stream: Any, view: memoryview) -> int:
 
 
 def swap(partial: Path, out: Path) -> None:
-    """Give a finished folder of `OUT.work` its name; what had it before goes."""
+    """Rename a finished folder in `OUT.work` to its final name; a folder of that name is replaced."""
     if not out.exists():
         partial.rename(out)
         return
     old = partial.with_name("replaced")
-    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(old, ignore_errors=True)  # left by a killed run
     out.rename(old)
     partial.rename(out)
     shutil.rmtree(old)

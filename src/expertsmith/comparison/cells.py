@@ -1,4 +1,4 @@
-"""The cells of a comparison: which methods, ratios, budgets and healing methods are combined, and where a finished cell is stored. Needs no torch."""
+"""The cells of a comparison: the combined methods, ratios, budgets and healing methods, and the files of finished cells. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CELLS, WORK = "cells", "work"  # folders of a comparison
 BASELINE, SEEDS = "random", (0, 1, 2)
 ALL = "all"
 FORMAT = "expertsmith.comparison.cell"
-VERSION = 2  # 2: with the rise of every sequence
+VERSION = 2  # 2: includes the rise of every sequence
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A method with its options, under the name that it was asked for by."""
+    """A method with its options; `label` is as the user wrote it."""
 
     label: str
     method: Method
@@ -33,7 +33,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of the table. `heal` is None, or a way of healing as it was asked for."""
+    """One entry of the table. `heal`: a healing method as the user wrote it, or None."""
 
     contender: Contender
     keep: float | int | None
@@ -42,13 +42,13 @@ class Cell:
 
     @property
     def plan_name(self) -> str:
-        """Name of its plan file, without `.json`: every healing of the same plan shares it."""
+        """The name of its plan file, without `.json`; all healings of the same plan share it."""
         share = "" if self.keep is None else f"-{self.keep:g}" if isinstance(self.keep, float) else f"-{self.keep}"
         return _file_name(f"{self.contender.label}{share}" + ("" if self.budget == "uniform" else f"-{self.budget}"))
 
     @property
     def name(self) -> str:
-        """Name of its result file, without `.json`."""
+        """The name of its result file, without `.json`."""
         return self.plan_name if self.heal is None else _file_name(f"{self.plan_name}-{self.heal}")
 
 
@@ -73,10 +73,10 @@ def split_options(text: str) -> tuple[str, dict[str, str]]:
 
 
 def contenders(asked: Sequence[str]) -> list[Contender]:
-    """The methods of a comparison, `NAME[:KEY=VALUE,…]` each or "all", in the order given; the random draws come last.
+    """The methods of a comparison, each given as `NAME[:KEY=VALUE,…]` or "all", in the given order; the random draws come last.
 
     Raises:
-        UserError: no method, an unknown one, or an option that it does not have.
+        UserError: no method, an unknown one, or an unknown option.
     """
     if not asked:
         raise UserError("no method given", "pass --method NAME (repeatable), or --method all")
@@ -90,7 +90,7 @@ def contenders(asked: Sequence[str]) -> list[Contender]:
 
 
 def short_names(labels: Iterable[str]) -> dict[str, str]:
-    """Label → name for a table: options that all labels of a method have in common are left out."""
+    """Label → name for a table, without the options that all labels of a method have in common."""
     held = [(label, *split_options(label)) for label in dict.fromkeys(labels)]
     made = {}
     for label, name, options in held:
@@ -101,10 +101,10 @@ def short_names(labels: Iterable[str]) -> dict[str, str]:
 
 
 def parse_heal(text: str) -> tuple[str, dict[str, Any]]:
-    """`NAME[:KEY=VALUE,…]` → a way of healing and all of its options.
+    """`NAME[:KEY=VALUE,…]` → a healing method and all of its options.
 
     Raises:
-        UserError: no such way, or an option that it does not have.
+        UserError: an unknown healing method or option.
     """
     name, options = split_options(text)
     return name, as_options(parse_healer(name, options))
@@ -113,10 +113,10 @@ def parse_heal(text: str) -> tuple[str, dict[str, Any]]:
 def cells_of(
     asked: Sequence[str], keeps: Sequence[float | int | str], budgets: Sequence[str], heals: Sequence[str]
 ) -> tuple[list[Cell], list[str]]:
-    """(cells, notes on combinations that there are not). Every plan is judged as it is, and once more for each way of healing.
+    """(cells, notes on unsupported combinations). Every plan is judged unhealed, and once more with each healing method.
 
     Raises:
-        UserError: what `contenders`, `parse_keep` and `parse_heal` refuse, an unknown budget, or nothing but the random draws.
+        UserError: as `contenders`, `parse_keep` and `parse_heal`; an unknown budget; no method besides the random draws.
     """
     allowed = ("uniform", "global", "threshold")
     for budget in budgets:
@@ -150,7 +150,7 @@ def cells_of(
 
 
 def load(path: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A finished result that was made with the same model, data, method and options, or None."""
+    """The finished result in `path` if it has the same `made_with` (model, data, method, options, …), else None."""
     try:
         held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
@@ -164,7 +164,7 @@ def load(path: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def save(path: Path, made_with: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a result under a temporary name, then rename; returns what `load` would."""
+    """Write a result under a temporary name, then rename; returns the same as `load`."""
     held = {"format": FORMAT, "version": VERSION, "made_with": made_with, **found}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

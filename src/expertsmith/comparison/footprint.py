@@ -7,15 +7,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PERIOD = 0.005  # seconds between two looks at the resident set
+PERIOD = 0.005  # seconds between two measurements of the resident set
 
 
 @contextmanager
 def footprint() -> Iterator[dict[str, float]]:
-    """A dict that has, after the context: `seconds`; `memory`: bytes by which the resident set rose above its size at the start, at its
-    highest (looked at every 5 ms); with a GPU `cuda_memory`: the same of the memory that torch allocated there.
+    """Yield a dict that after the context has `seconds`; `memory`: peak bytes of the resident set above its size at the start (measured
+    every 5 ms); with a GPU also `cuda_memory`: the same for memory that torch allocated there.
 
-    Memory that was freed before goes back to the system first, so that what an earlier stretch left cannot be taken over unseen.
+    First, freed memory is returned to the system: otherwise its reuse would not be counted.
     """
     import psutil
     import torch

@@ -1,4 +1,4 @@
-"""Evaluation inputs other than text for a model and its original: lm-eval tasks and prompts to continue, checked before a model is loaded."""
+"""Evaluation inputs other than text, for a model and its original: lm-eval tasks and prompts to continue, checked before loading."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def asking(
     where: Mapping[str, str],
     keeping: Mapping[str, Any],
 ) -> Callable[[], dict[str, Any]]:
-    """Check and prepare what a model and its reference are to be asked, before a model is loaded; calling the result asks it."""
+    """Check and prepare the questions for a model and its reference, before a model is loaded. Calling the result asks them."""
     names, folders, limit = tasks
     data, new_tokens, formats, drawing = prompts
     if not names and not new_tokens:
@@ -73,7 +73,7 @@ def asking(
 
 
 def refuse_stream(memory: str) -> None:
-    """Tasks and generation cannot run one layer at a time.
+    """Refuse `memory` "stream": tasks and generation cannot run one layer at a time.
 
     Raises:
         UserError: `memory` is "stream".
@@ -88,7 +88,7 @@ def tasks_for(
     """lm-eval tasks for a model with this tokenizer.
 
     Raises:
-        UserError: no tokenizer, and what `evaluation.tasks.find` refuses.
+        UserError: no tokenizer; as `evaluation.tasks.find`.
     """
     from expertsmith.evaluation.tasks import find
 
@@ -101,7 +101,7 @@ def tasks_for(
 
 
 def _tokenizer_of(opened: Sequence[Checkpoint]) -> tuple[Any | None, str]:
-    """The one tokenizer of a model and its reference, with a fingerprint of its vocabulary; None where neither has one.
+    """(common tokenizer of a model and its reference, fingerprint of its vocabulary and special tokens); None if neither has one.
 
     Raises:
         UserError: the two have different vocabularies.
@@ -123,7 +123,7 @@ def _tokenizer_of(opened: Sequence[Checkpoint]) -> tuple[Any | None, str]:
 
 @contextmanager
 def resident(entry: Checkpoint, *, device: str, dtype: str, memory: str) -> Iterator[LoadedModel]:
-    """A whole model in memory, its weights checked, with its skip thresholds in force."""
+    """Yield a whole model in memory, with its weights checked and its skip thresholds applied."""
     from expertsmith.arch import record_of
     from expertsmith.engine.devices import choose_device, choose_memory
     from expertsmith.engine.loading import load_model

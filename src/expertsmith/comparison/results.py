@@ -1,4 +1,4 @@
-"""Combine finished cells: sorted rows, which are worse than chance, and the random draws as one row."""
+"""Combine finished cells: sort rows, mark those worse than chance, and show the random draws as one row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def together(job: Comparison, held: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The content of comparison.json: `groups` of rows that keep the same share with the same budget, each sorted by the mean rise."""
+    """The content of comparison.json: `groups` of rows with the same keep ratio and budget, each sorted by the mean rise."""
     from expertsmith import __version__
 
     groups: dict[tuple[Any, str], list[Row]] = {}
@@ -78,10 +78,10 @@ def _row(cell: Cell, names: Mapping[str, str], held: Mapping[str, Any]) -> Row:
 
 
 def _group(share: float | int | None, budget: str, rows: Iterable[Row]) -> dict[str, Any]:
-    """Rows sorted by the mean rise. `to_best`: [mean rise above that of the best method, its standard error over the sequences, paired], and
-    `tied`: that difference is within CLEAR standard errors. `random`: for each way of healing the draws' mean, least and largest rise. A row is
-    `worse_than_random` if its rise is above the mean of the draws with the same healing (None where there are no draws, as with methods' own
-    thresholds)."""
+    """A group with rows sorted by the mean rise. `to_best`: [mean rise minus that of the best method, its paired standard error over the
+    sequences]; `tied`: that difference is within CLEAR standard errors. `random`: for each healing method, the draws' mean, least and
+    largest rise. A row is `worse_than_random` if its rise is above the mean of the draws with the same healing (None without draws, as for
+    methods' own thresholds)."""
     rows = sorted(map(dict, rows), key=lambda row: row["rise"]["mean"][0])
     drawn: dict[Any, list[float]] = {}
     for row in rows:
@@ -104,7 +104,7 @@ def _group(share: float | int | None, budget: str, rows: Iterable[Row]) -> dict[
 
 
 def _paired(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[float]:
-    """Mean over domains of the difference of two rises on the same sequences, and its standard error."""
+    """[mean over domains of the difference of two rises on the same sequences, its standard error]."""
     each = [ratio([(n, a - b) for (n, a), (_, b) in zip(mine[name], theirs[name], strict=True)]) for name in mine]
     return [math.fsum(mean for mean, _ in each) / len(each), math.hypot(*(error for _, error in each)) / len(each)]
 
@@ -114,13 +114,13 @@ def _random(row: Row) -> bool:
 
 
 def displayed(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of comparison.json as views show it: `rows` of each group are those of `shown`."""
+    """The content of comparison.json for views: the `rows` of each group come from `shown`."""
     return {**found, "groups": [{**group, "rows": shown(group)} for group in found["groups"]]}
 
 
 def shown(group: Mapping[str, Any]) -> list[Row]:
-    """The rows of a table: the draws of `random` as one row with the mean of each number (perplexity: exp of the mean loss). `draws`: the rows
-    that it is the mean of."""
+    """The rows of a table. The draws of `random` are one row with the mean of each number (perplexity: exp of the mean loss); its `draws`
+    are the single rows."""
     rows = [{**row, "draws": []} for row in group["rows"] if not _random(row)]
     for chance in group["random"]:
         drawn = [row for row in group["rows"] if _random(row) and row["heal"] == chance["heal"]]
@@ -162,11 +162,11 @@ def _mean_row(drawn: Sequence[Row], chance: Mapping[str, Any]) -> Row:
 
 
 def original_file(job: Comparison) -> Path:
-    """Where the original's own task results lie."""
+    """The file of the original's own task results."""
     return job.folder / CELLS / "original.json"
 
 
 def statistics_folder(job: Comparison) -> Path:
-    """The folder of the statistics; the time and memory of calibration are in a .json file of the same name next to it."""
+    """The folder of the statistics. A .json file with the same name beside it has the time and memory of calibration."""
     everything = any(cell.contender.method.all_outputs for cell in job.cells)
     return job.folder / WORK / ("statistics-all-outputs" if everything else "statistics")

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from expertsmith.engine import LoadedModel
     from expertsmith.evaluation.quality import Quality
 
-JUDGED_TOKENS = 4096  # that run at once where logits over the vocabulary are held
+JUDGED_TOKENS = 4096  # tokens that run at once when logits over the vocabulary are in memory
 PLANS = "plans"
 RESULTS = ("comparison.json", "comparison.html", "comparison.svg", "comparison.md")
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """lm-eval tasks for every cell: what the answers depend on apart from the model, and scores by name of a loaded model."""
+    """lm-eval tasks for every cell. `identity`: of everything but the model that answers depend on; `scores`: loaded model → scores."""
 
     identity: str
     scores: Callable[[LoadedModel], Mapping[str, float]]
@@ -56,7 +56,7 @@ class Stages:
 
 @dataclass
 class Comparison:
-    """What is compared, on what, and where it goes. `shape` are the options of `calibrate` that say how text becomes sequences."""
+    """The cells, the data and the output folder of a comparison. `shape`: the options of `calibrate` for turning text into sequences."""
 
     stages: Stages
 
@@ -74,7 +74,7 @@ class Comparison:
 
     @cached_property
     def calibration(self) -> TokenData | None:
-        """The text that experts are chosen on, if any method needs one."""
+        """The calibration text for choosing experts; None without data."""
         if not self.data:
             return None
         source = self.inventory.checkpoint
@@ -82,23 +82,23 @@ class Comparison:
 
     @cached_property
     def heldout(self) -> TokenData:
-        """The text that cells are judged on, in windows that overlap by one token."""
+        """The held-out text for judging cells, in windows that overlap by one token."""
         source, shape = self.inventory.checkpoint, {key: self.shape[key] for key in ("samples", "seq_len", "seed", "columns")}
         options = {"pack": True, "overlong": "truncate", "overlap": 1, **shape}
         return token_data(source.path, source.config, self.eval_data, self.progress, **options)
 
     @property
     def text(self) -> str | None:
-        """Fingerprint of `calibration`."""
+        """The fingerprint of `calibration`."""
         return self.calibration.fingerprint if self.calibration else None
 
     @property
     def original_with(self) -> dict[str, Any]:
-        """All that the original's own task results depend on."""
+        """Everything that the original's own task results depend on."""
         return {"model": self.inventory.checkpoint.fingerprint, "asked": self.tasks.identity if self.tasks else None}
 
     def planned_with(self, cell: Cell) -> dict[str, Any]:
-        """All that a plan depends on."""
+        """Everything that a plan depends on."""
         return {
             "model": self.inventory.checkpoint.fingerprint,
             "data": None if cell.contender.method.data_free else self.text,
@@ -110,7 +110,7 @@ class Comparison:
         }
 
     def made_with(self, cell: Cell) -> dict[str, Any]:
-        """All that a cell depends on."""
+        """Everything that a cell depends on."""
         made = {**self.planned_with(cell), "heldout": self.heldout.fingerprint}
         if cell.heal is not None:
             name, options = parse_heal(cell.heal)
@@ -217,7 +217,7 @@ def _tasks(
 
 
 def _check(inventory: Inventory, cells: Sequence[Cell]) -> None:
-    """Refuse inputs that make cells impossible, before anything is computed."""
+    """Refuse impossible cells before anything is computed."""
     from expertsmith.experts.rules import refuse_groups
     from expertsmith.surgery.uneven import check_uneven, refuse_padded
 
@@ -253,7 +253,7 @@ def _plan_file(job: Comparison, cell: Cell) -> Path:
 
 
 def _plans(job: Comparison, missing: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-    """Plan name → what planning took, for every plan that a missing cell needs; plans that a method refuses are noted and left out."""
+    """Plan name → time and memory of planning, for every plan that a missing cell needs. Refused plans are noted and left out."""
     from expertsmith.comparison.footprint import footprint
     from expertsmith.surgery.apply import check_plan
 
@@ -288,7 +288,7 @@ def _plans(job: Comparison, missing: Sequence[Cell]) -> dict[str, dict[str, Any]
                     **options,
                 )
             if method.reads == "model":
-                gc.collect()  # the model that it opened must not be held any longer, nor count as memory that the next one starts with
+                gc.collect()  # free the model that it opened, so that it does not count as the next one's memory
             check_plan(made, job.inventory)
         except UserError as error:
             target.unlink(missing_ok=True)
@@ -307,13 +307,13 @@ def _statistics(job: Comparison) -> Any:
     with footprint() as took:
         made = job.stages.calibrate(job.inventory.checkpoint.source, job.data, target, **options)
     mark, made_with = target.with_suffix(".json"), {"model": job.inventory.checkpoint.fingerprint, "data": job.text}
-    if load(mark, made_with) is None:  # else a finished pass was only read
+    if load(mark, made_with) is None:  # else a finished pass was only read, so keep its footprint
         save(mark, made_with, {"calibration": took})
     return made
 
 
 def _judge(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any], held: dict[str, Any]) -> None:
-    """Cells without healing: the plan on the loaded model, which is what `verify` compares a written checkpoint with."""
+    """Judge cells without healing: apply the plan to the loaded model, which is also `verify`'s reference for a written checkpoint."""
     from expertsmith.surgery.mask import in_force, masked
     from expertsmith.surgery.merge import merged
 
@@ -332,7 +332,7 @@ def _judge(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any],
 
 
 def _heal(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any], held: dict[str, Any]) -> None:
-    """Cells with healing: one checkpoint at a time is written, healed, judged and removed."""
+    """Judge cells with healing: write, heal, judge and remove one checkpoint at a time."""
     from expertsmith.comparison.footprint import footprint
 
     source = job.inventory.checkpoint.source
@@ -360,7 +360,7 @@ def _heal(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any], 
 
 
 def _open(job: Comparison, inventory: Inventory) -> LoadedModel:
-    """One of two models that are in memory together."""
+    """Open one of two models that are in memory together."""
     from expertsmith.engine.devices import choose_device, choose_memory
 
     where, both = job.where, [inventory.checkpoint, job.inventory.checkpoint]
@@ -371,7 +371,7 @@ def _open(job: Comparison, inventory: Inventory) -> LoadedModel:
 
 
 def _judged(job: Comparison, model: LoadedModel, reference: LoadedModel) -> dict[str, Any]:
-    """Quality against the original; skip thresholds of the original's own config.json are in force in it."""
+    """Quality against the original, with skip thresholds of the original's own config.json applied to the original."""
     from expertsmith.evaluation.quality import measure
     from expertsmith.surgery.mask import in_force
 
@@ -385,8 +385,8 @@ def _judged(job: Comparison, model: LoadedModel, reference: LoadedModel) -> dict
 
 
 def _rise(quality: Quality) -> dict[str, Any]:
-    """Nats a token above the original, [mean, paired standard error over sequences], by domain and for the mean of the domains. `sequences`:
-    [tokens, summed rise] of each, from which two results are compared."""
+    """The rise above the original in nats per token, [mean, paired standard error over sequences], by domain and for the mean of the
+    domains. `sequences`: [tokens, summed rise] of each sequence, for comparing two results."""
     domains = {name: [entry.rise, entry.rise_se] for name, entry in quality.domains.items()}
     count = len(domains)
     mean = [sum(rise for rise, _ in domains.values()) / count, math.hypot(*(error for _, error in domains.values())) / count]
@@ -406,7 +406,7 @@ def _finish(
 
 
 def write(folder: Path, found: Mapping[str, Any]) -> None:
-    """All four results, each complete or not at all."""
+    """Write all four result files, each completely or not at all."""
     from expertsmith.comparison.results import displayed
     from expertsmith.views.pages.comparison import page
     from expertsmith.views.pictures import svg

@@ -1,14 +1,14 @@
 """ToMoE's attention: one static mask over query-key dimensions per layer, and one mask over value-output dimensions per token.
 
     r = mean over experts of the hypernetwork's s for the attention module                                      [128]
-    q_k = last h/2 rows of C GELU(LayerNorm(r)); mask m_k, repeated to [m_k, m_k]: a rotary pair (i, i + h/2) stays or goes together
+    q_k = last h/2 rows of C GELU(LayerNorm(r)); mask m_k, repeated to [m_k, m_k]: a rotary pair (i, i + h/2) is kept or dropped together
     q_v = first h rows of C GELU(LayerNorm(x R^T + r)); mask m_v of a token, the same in all heads
 
-Queries and keys are masked after the projection (and its bias), before norms and rotary embeddings; values by their own token's mask and the
-attention's output by the query token's. Deviation from the authors' code: the output is masked in training too, as it is after conversion.
+Queries and keys are masked after the projection (and its bias), before norms and rotary embeddings. Values are masked by their own token's
+mask, the attention's output by the query token's. Deviation from the authors' code: the output is masked in training as after conversion.
 
-"static" prunes queries and keys only, which shrinks their matrices; "dynamic" also masks values, which the paper counts as fewer active parameters,
-but which saves no arithmetic: value and output projections are computed in full.
+"static" prunes only queries and keys, which shrinks their matrices. "dynamic" also masks values. The paper counts this as fewer active
+parameters, but it saves no arithmetic: value and output projections are computed in full.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from torch.nn import functional as F  # noqa: N812
 from expertsmith.conversion.sampling import EMBEDDING, gumbel, sample_mask, seeded
 
 Mode = Literal["none", "static", "dynamic"]
-Mask = Callable[[torch.Tensor], torch.Tensor | None]  # from an attention's input to the mask of its value dimensions
+Mask = Callable[[torch.Tensor], torch.Tensor | None]  # an attention's input → the mask of its value dimensions
 
 
 @dataclass
 class Heads:
-    """What stays of one attention."""
+    """The kept dimensions of one attention."""
 
     kept: torch.Tensor  # query-key dimensions of a head, [first halves of the pairs, second halves], int64
     value_width: int | None = None  # value dimensions a token keeps; None: all
     parts: dict[str, torch.Tensor] | None = None  # with value_width: tensors by their names below the attention
 
     def query_key(self, width: int) -> torch.Tensor:
-        """[width] 0 or 1."""
+        """The query-key mask [width], 0 or 1."""
         return torch.zeros(width).index_fill_(0, self.kept, 1)
 
     def value_mask(self, x: torch.Tensor) -> torch.Tensor | None:
-        """[..., width] 0 or 1: the `value_width` dimensions with the highest scores."""
+        """The value mask [..., width], 0 or 1: the `value_width` dimensions with the highest scores. None if all are kept."""
         if self.value_width is None or self.parts is None:
             return None
         part = {name: tensor.to(x.device) for name, tensor in self.parts.items()}
@@ -80,7 +80,7 @@ class AttentionNet(nn.Module):
 
     @torch.no_grad()
     def heads(self, r: torch.Tensor, pairs: Sequence[int], value_widths: Sequence[int]) -> list[Heads]:
-        """What the trained masks decide: the `pairs` rotary pairs with the highest logits in every layer, and `value_widths`."""
+        """The dimensions kept by the trained masks: the `pairs` rotary pairs with the highest logits in every layer, and `value_widths`."""
         made = []
         for layer, logits in enumerate(self.query_key_logits(r)):
             first = logits.cpu().argsort(descending=True, stable=True)[: pairs[layer]].sort().values
@@ -137,14 +137,14 @@ def masked_heads(layers: Sequence[nn.Module], query_key: Sequence[torch.Tensor],
 
 
 def _times(states: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
-    """[..., heads * width] times [..., width] in every head."""
+    """Multiply every head of [..., heads * width] by [..., width]."""
     made: torch.Tensor = states.reshape(*states.shape[:-1], -1, width) * mask[..., None, :]
     return made.flatten(-2)
 
 
 @contextmanager
 def pruned_heads(layers: Sequence[nn.Module], heads: Sequence[Heads]) -> Iterator[None]:
-    """Run attentions with what was decided: the reference of a written checkpoint. No heads: nothing changes."""
+    """Run attentions pruned as in `heads`: the reference for a written checkpoint. Without heads nothing changes."""
     if not heads:
         yield
         return
@@ -156,14 +156,14 @@ def pruned_heads(layers: Sequence[nn.Module], heads: Sequence[Heads]) -> Iterato
 
 @dataclass
 class Sampled:
-    """One step's attention masks, and their widths as the budget counts them."""
+    """The attention masks of one step, and their widths for the budget."""
 
     query_key: list[torch.Tensor]  # [h] each, straight-through
     values: list[Mask]
     widths: list[torch.Tensor]  # value width of every layer that has run: mean over tokens
 
     def counted(self, width: int) -> torch.Tensor:
-        """Share of the attention's matrices that is active: (w_qk + w_vo) / 2h, mean over layers."""
+        """The active share of the attention's matrices: (w_qk + w_vo) / 2h, mean over layers."""
         static = torch.stack([mask.mean() for mask in self.query_key]).mean()
         dynamic = torch.stack(self.widths).mean() / width if self.widths else torch.ones_like(static)
         return (static + dynamic) / 2
@@ -172,7 +172,7 @@ class Sampled:
 def sampled(
     net: AttentionNet, r: torch.Tensor, eta: float, shared: torch.Generator, own: torch.Generator, counts: torch.Tensor
 ) -> Sampled:
-    """Masks with noise: of queries and keys from `shared` (the same on every rank), of values from `own`."""
+    """Sample masks. Noise for queries and keys is drawn from `shared` (the same on every rank), for values from `own`."""
     logits = net.query_key_logits(r)
     halves = [sample_mask(q, gumbel(q.shape, shared, q.device) if eta else torch.zeros_like(q), eta) for q in logits]
     widths: list[torch.Tensor] = []

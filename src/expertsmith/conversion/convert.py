@@ -29,17 +29,17 @@ from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import measure as measure_quality
 from expertsmith.views.progress import Progress, timed
 
-FREE_SAMPLES = 32  # sequences a domain that training-free methods look at
-SEQUENCE = 512  # tokens, where the model's window is not shorter
-WATCHED = 4  # sequences that ToMoE's training is watched on
+FREE_SAMPLES = 32  # sequences per domain for training-free methods
+SEQUENCE = 512  # tokens, unless the model's window is shorter
+WATCHED = 4  # sequences on which ToMoE's training is measured
 WITHOUT_DATA = 2048  # random tokens, for the spread of random routers' logits
 
 
 def run(request: Request, progress: Progress) -> dict[str, Any]:
-    """Convert; returns what `expertsmith/conversion.json` holds, with `out`, `quality`, `speed`, `export` and `seconds`.
+    """Convert a dense model; returns the content of `expertsmith/conversion.json`, with `out`, `quality`, `speed`, `export` and `seconds`.
 
     Raises:
-        UserError: see `settings.ask`, `export.check_source`, `flow.check_growth`, `training.train`; no data where the method needs it.
+        UserError: see `settings.ask`, `export.check_source`, `flow.check_growth`, `training.train`; no data for a method that needs it.
     """
     seconds: dict[str, float] = {}
     prepare_target(request.out, None, request.overwrite)
@@ -110,7 +110,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
 
 
 def _check_before(request: Request, asked: Asked, source: Checkpoint) -> None:
-    """What can be known of the size before hours of training."""
+    """Refuse wrong training options, and an output that would be too large, before hours of training."""
     if not asked.way.learned:
         return
     if request.steps < 0 or request.batch < 1:
@@ -151,7 +151,7 @@ def _tokens(request: Request, source: Checkpoint, progress: Progress) -> TokenDa
 def _decide(
     request: Request, asked: Asked, source: Checkpoint, model: LoadedModel, tokens: TokenData | None, progress: Progress
 ) -> tuple[flow.Converted, dict[str, Any]]:
-    """The splits of every layer with their measures, and the method's options as they go into the report."""
+    """(splits of every layer with their measures, the method's options for the report)."""
     options: dict[str, Any] = {"experts": asked.experts, "top_k": asked.top_k, "active": asked.active, "seed": request.seed}
     if not asked.way.learned:
         batches = tokens.batches(_length(request, source)) if tokens else _random_batches(model)
@@ -186,7 +186,7 @@ def _decide(
 
     accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="no")
     identity = hashlib.sha256(f"{source.fingerprint} {tokens.fingerprint} {request.start} {model.dtype}".encode()).hexdigest()
-    with work_beside(request.out, "training", progress.note, keep=True) as folder:  # another --export can go on from it
+    with work_beside(request.out, "training", progress.note, keep=True) as folder:  # another --export can resume it
         splits, heads = flow.learned(
             model, asked, recipe, rest, watch, folder, grouped, identity, accelerator, progress, request.resume
         )
@@ -203,7 +203,7 @@ def _decide(
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the training log that have a measurement of the noise-free model."""
+    """The rows of the training log with a measurement of the noise-free model."""
     rows = [json.loads(line) for line in (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if "kl_written" in row]
 
@@ -225,7 +225,7 @@ def _brief(tokens: TokenData | None, model: LoadedModel) -> list[Batch]:
 
 
 def _size_line(source: Checkpoint, converted: flow.Converted, asked: Asked, numbers: dict[str, Any]) -> str:
-    """Both ways to write overlapping experts, side by side."""
+    """The size of the output; for overlapping experts, of both ways to write them."""
 
     def one(name: str, sizes: dict[str, Any]) -> str:
         return (

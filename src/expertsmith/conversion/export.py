@@ -1,15 +1,15 @@
-"""Write splits as a stock Mixture-of-Experts checkpoint: MLP tensors are computed from the dense ones, all others are copied byte for byte.
+"""Write splits as a stock Mixture-of-Experts checkpoint. MLP tensors are computed from the dense ones, all others are copied byte for byte.
 
-Every selected expert must have weight 1, for every way in which the architecture uses the router's logits (card MoEfication, "gate-weight recipes"):
+Every selected expert must have weight 1, however the architecture uses the router's logits (card MoEfication, "gate-weight recipes"):
 
     top_k = E                     router 0, down_proj * E: every routing weight is exactly 1/E (or 1/k of k, the same)
-    top_k = 1, renormalised       nothing: the weight is exactly 1 (qwen2_moe: router * a large power of two, so that the softmax itself is 1 but for ties:
-                                  its llama.cpp graph never renormalises)
+    top_k = 1, renormalised       nothing: the weight is exactly 1 (qwen2_moe: router * a large power of two, so that the softmax itself is
+                                  1 except for ties: its llama.cpp graph never renormalises)
     top_k > 1, renormalised       flatten: router * epsilon, down_proj * k; weights 1/k up to epsilon * (spread of the logits)
     top_k > 1, qwen2_moe          flatten, down_proj * E, renormalisation off, as in llama.cpp
 
-Qwen2-MoE multiplies its always-on part by sigmoid(w x): w is tiny instead of zero (llama.cpp divides by w x), and the part's down_proj doubled.
-An architecture without an always-on part gets it copied into every expert, with down_proj divided by k.
+Qwen2-MoE multiplies its always-on part by sigmoid(w x). So w is tiny instead of zero (llama.cpp divides by w x), and the part's down_proj
+is doubled. If the architecture has no always-on part, that part is copied into every expert, with down_proj divided by k.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from expertsmith.conversion.split import Split
 from expertsmith.engine.heads import KEY
 from expertsmith.errors import UserError
 
-# epsilon times the standard deviation of the logits. Weights differ from 1/k by about that much. Where the top_k is taken of probabilities, those near
-# 1/E are 2^-24 apart in float32, and the smaller epsilon is, the more choices become ties (8 experts, top 4: 7 in 100 000 at 2^-10, 3 in 10 000 at
-# 2^-12). A top_k of logits has no ties in transformers, but vLLM and llama.cpp take it of probabilities there too.
+# Epsilon times the standard deviation of the logits. Weights differ from 1/k by about that much. A top_k of probabilities can have ties:
+# near 1/E they are 2^-24 apart in float32, so a smaller epsilon makes more ties (8 experts, top 4: 7 in 100 000 choices at 2^-10, 3 in
+# 10 000 at 2^-12). A top_k of logits has no ties in transformers, but vLLM and llama.cpp use probabilities there too.
 FLAT = {"probabilities": 2.0**-10, "logits": 2.0**-12}
-CERTAIN = 2.0**14  # spread of logits at which a softmax is 0 or 1, ties aside
+CERTAIN = 2.0**14  # spread of logits at which a softmax is 0 or 1, except for ties
 TINY = 2.0**-24  # entries of the gate of an always-on part
-ALIGN = 64  # widths: grouped matrix products refuse rows that are no multiple of 16 bytes, and GPU kernels like whole tiles
-LEAST_ALIGN = 8  # where a width is below ALIGN
+ALIGN = 64  # of widths: grouped matrix products need rows of a multiple of 16 bytes, and GPU kernels prefer whole tiles
+LEAST_ALIGN = 8  # for widths below ALIGN
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What all layers of the output share."""
+    """The sizes that all layers of the output have in common."""
 
     experts: int
     top_k: int
@@ -60,12 +60,12 @@ def align_up(width: int) -> int:
 
 
 def shape_of(splits: Sequence[Split], target: Target) -> Shape:
-    """The widths of the output: the largest of all layers, since a stock config holds one number, on whole steps of 64 (or 8)."""
+    """The widths of the output: the largest over all layers, since a stock config holds one number; rounded up to 64s (or 8s)."""
     shared = max(len(split.shared) for split in splits)
     folded = bool(shared) and target.shared_key is None
     width = max(split.width + (len(split.shared) if folded else 0) for split in splits)
     least = LEAST_ALIGN if target.shared_always else 0
-    equal = all(len(ids) % LEAST_ALIGN == 0 for split in splits for ids in split.experts)  # groups of one width need no padding
+    equal = all(len(ids) % LEAST_ALIGN == 0 for split in splits for ids in split.experts)  # equal widths need no padding
     padded = width if equal and not folded and all(split.width == width for split in splits) else align_up(width)
     return Shape(len(splits[0].experts), splits[0].top_k, padded, 0 if folded else max(least, _align_shared(shared)), folded)
 
@@ -76,7 +76,7 @@ def _align_shared(width: int) -> int:
 
 @dataclass(frozen=True)
 class Scales:
-    """Factors that make every chosen expert count once."""
+    """Factors that give every chosen expert weight 1."""
 
     router: float  # 0: the rows are zeroed
     down: float
@@ -85,7 +85,7 @@ class Scales:
 
 
 def scales_of(target: Target, shape: Shape, logit_std: float) -> Scales:
-    """See the module's docstring. `logit_std`: of the layer's router logits on calibration text."""
+    """The factors by the table above. `logit_std`: standard deviation of the layer's router logits on calibration text."""
     shared = 2.0 if target.shared_gate else 1.0
     optional = target.renormalise_key is not None
     if shape.top_k == shape.experts and shape.experts > 1:
@@ -100,7 +100,7 @@ def scales_of(target: Target, shape: Shape, logit_std: float) -> Scales:
 
 
 def output_config(source: Mapping[str, Any], target: Target, shape: Shape, renormalise: bool) -> dict[str, Any]:
-    """config.json of the output: the source's keys that the target knows too, and the target's own."""
+    """config.json of the output: the source's keys that the target also has, and the target's own keys."""
     config = {key: value for key, value in source.items() if key not in (*DROPS, *target.drops)}
     config |= {"model_type": target.model_type, "architectures": [target.architecture], **target.constants}
     config |= {target.experts_key: shape.experts, "num_experts_per_tok": shape.top_k, target.width_key: shape.width}
@@ -143,7 +143,7 @@ class Writer:
         self.scales = [scales_of(target, shape, std) for std in logit_std]
 
     def tensors(self) -> list[OutputTensor]:
-        """Every tensor of the output, in the source's order; a layer's new tensors are at the place of its first MLP tensor."""
+        """Every tensor of the output, in the source's order; a layer's new tensors are in the place of its first MLP tensor."""
         made: list[OutputTensor] = []
         done: set[int] = set()
         for name, info in self.source.tensors.items():
@@ -168,7 +168,7 @@ class Writer:
         return made
 
     def _fewer_rows(self, name: str) -> OutputTensor:
-        """A query or key tensor (weight, bias, norm) with the rows of the dimensions that stay, head by head."""
+        """A query or key tensor (weight, bias, norm) with only the rows of the kept dimensions, head by head."""
         info, layer = self.source.tensors[name], _query_key(name)
         assert layer is not None
         if info.dtype not in TORCH:
@@ -236,7 +236,7 @@ class Writer:
         return split.router.float() * scales.router
 
     def _projection(self, layer: int, role: str, expert: int | None) -> torch.Tensor:
-        """Rows of gate or up, columns of down, of one expert or (None) of the always-on part, with zeros up to the common width."""
+        """Rows of gate or up, or columns of down, of one expert or (None) the always-on part, padded with zeros to the common width."""
         split, shape, scales = self.splits[layer], self.shape, self.scales[layer]
         dense = self.source.read(_name(layer, role))
         if role == "down":
@@ -267,7 +267,7 @@ def _name(layer: int, role: str) -> str:
 
 
 def _query_key(name: str) -> int | None:
-    """The layer of a tensor that has a row for every query or key dimension."""
+    """The layer of a tensor with one row per query or key dimension; None for other tensors."""
     parts = name.split(".")
     if (
         len(parts) == 6
@@ -280,7 +280,7 @@ def _query_key(name: str) -> int | None:
 
 
 def head_width(config: Mapping[str, Any]) -> int:
-    """Width of an attention head."""
+    """The width of an attention head."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
@@ -312,10 +312,10 @@ def _encoded(tensor: torch.Tensor, kind: str) -> memoryview:
 
 
 def check_source(source: Checkpoint, layers: int) -> None:
-    """Refuse tensors that no target can take.
+    """Refuse MLP tensors that no target supports.
 
     Raises:
-        UserError: quantised MLPs, or MLPs that are not gate, up and down matrices; a missing one.
+        UserError: a quantised MLP, an MLP without gate, up and down matrices, or a missing matrix.
     """
     for layer in range(layers):
         for role in ("gate", "up", "down"):
@@ -330,8 +330,8 @@ def check_source(source: Checkpoint, layers: int) -> None:
 
 
 def attention_sizes(source: Checkpoint, heads: Sequence[Heads], layers: int) -> dict[str, Any]:
-    """What pruning attention saves, and what it does not: parameters written, those that are counted as active in the paper's way (a value mask
-    counts with its width), and the share of the multiplications that is really left out."""
+    """What pruning attention saves and what it does not: written parameters, parameters that the paper counts as active (a value mask
+    counts by its width), and a note on the arithmetic that is really saved."""
     width = head_width(source.config)
     before = sum(info.numel for name, info in source.tensors.items() if ".self_attn." in name)
     if not heads:
@@ -362,10 +362,11 @@ def attention_sizes(source: Checkpoint, heads: Sequence[Heads], layers: int) -> 
 
 
 def sizes(source: Checkpoint, splits: Sequence[Split], target: Target, heads: Sequence[Heads] = ()) -> dict[str, Any]:
-    """Parameters of what would be written, exactly: by part, per token and in all.
+    """The exact parameter counts of the output: by part, per token and in total.
 
-    active: what a token's forward reads, padding included; padding: zeros among it; `mlp_ratio` and `block_ratio` (attention and MLP) are of the
-    dense model's, routers and padding counted; `*_useful` count neurons, and value dimensions that a token keeps, only.
+    active: parameters read in a token's forward, with padding; padding: the zeros among them; `mlp_ratio` and `block_ratio` (attention and
+    MLP): shares of the dense model's parameters, with routers and padding; `*_useful` count only neurons, and value dimensions that a token
+    keeps.
     """
     shape = shape_of(splits, target)
     neurons, hidden = source.tensors[_name(0, "gate")].shape
@@ -376,7 +377,7 @@ def sizes(source: Checkpoint, splits: Sequence[Split], target: Target, heads: Se
     router = (shape.experts + (1 if target.shared_gate else 0)) * hidden * layers
     routed, shared = 3 * hidden * shape.width * layers, 3 * hidden * shape.shared * layers
     useful = [shape.top_k * max(len(ids) for ids in split.experts) + len(split.shared) for split in splits]
-    copies = (shape.top_k - 1) if shape.folded else 0  # of the always-on part, one in each chosen expert
+    copies = (shape.top_k - 1) if shape.folded else 0  # of the always-on part, one per chosen expert
     read = [count + copies * len(split.shared) for count, split in zip(useful, splits, strict=True)]
     active_mlp = shape.top_k * routed + shared
     rest, block = other + attention["written"], attention["before"] + dense_mlp
@@ -418,7 +419,7 @@ def write(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write the checkpoint; returns its config. With `heads` it also carries the module that plain transformers needs for pruned attention."""
+    """Write the checkpoint; returns its config. With `heads`, also write the module that plain transformers needs for pruned attention."""
     shape = shape_of(splits, target)
     writer = Writer(source, target, splits, logit_std, shape, heads)
     config = output_config(source.config, target, shape, all(scales.renormalise for scales in writer.scales))
@@ -438,7 +439,7 @@ def write(
 
 
 def record_of(splits: Sequence[Split]) -> str:
-    """The neuron ids of every layer as JSON: what a reader needs to see which neuron went where."""
+    """The neuron ids of every layer as JSON: which neuron went to which expert."""
     rows = [
         {"layer": i, "shared": s.shared.tolist(), "experts": [ids.tolist() for ids in s.experts]} for i, s in enumerate(splits)
     ]

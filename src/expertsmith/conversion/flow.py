@@ -31,14 +31,14 @@ from expertsmith.errors import UserError, install_line
 from expertsmith.surgery.card import quality_line
 from expertsmith.views.progress import Progress
 
-MEASURED = 8  # every 8th calibration sequence is kept out of the fits and measured on
-START_TOKENS = 12_288  # that ToMoE's start is made from
+MEASURED = 8  # every 8th calibration sequence is held out of the fits and used to measure
+START_TOKENS = 12_288  # for ToMoE's start
 BRIEF = 1024  # tokens on which the written checkpoint is compared with the masked dense model
 
 
 @dataclass
 class Converted:
-    """What a conversion decided and measured, layer by layer. `heads`: what stays of attention, where it was pruned."""
+    """The decisions and measures of a conversion, layer by layer. `heads`: the kept dimensions of attention, if it was pruned."""
 
     splits: list[Split]
     logit_std: list[float]
@@ -49,7 +49,7 @@ class Converted:
 def training_free(
     model: LoadedModel, asked: Asked, batches: Sequence[Batch], seed: int, markers: int | None, progress: Progress
 ) -> Converted:
-    """Groups and routers of every layer, each on the outputs of the layers converted before it."""
+    """Groups and routers of every layer, each from the outputs of the converted layers before it."""
     made = Converted([], [])
 
     def decide(layer: int, mlp: Any, x: torch.Tensor, sequences: torch.Tensor) -> Split:
@@ -125,14 +125,14 @@ def start_of(
 
 
 def as_batches(sequences: Sequence[Sequence[int]]) -> list[Batch]:
-    """One batch a sequence."""
+    """One batch per sequence."""
     return [Batch(*padded([row]), "default", [i]) for i, row in enumerate(sequences)]
 
 
 def measured(
     model: LoadedModel, splits: Sequence[Split], heads: Sequence[Heads], batches: Sequence[Batch], seed: int, progress: Progress
 ) -> Converted:
-    """Captured energy, shares and spread of logits of splits that already exist, on the outputs of the converted layers before each."""
+    """Measure existing splits (captured energy, shares, spread of logits), each on the outputs of the converted layers before it."""
     made = Converted(list(splits), [], heads=list(heads))
 
     def decide(layer: int, mlp: Any, x: torch.Tensor, _: torch.Tensor) -> Split:
@@ -147,7 +147,7 @@ def measured(
 
 
 def overlaps(converted: Converted, neurons: int) -> None:
-    """Adds to every layer's row: mean overlap of its experts (Jaccard), the share of neurons that some expert or the shared part has, widths."""
+    """Add to every layer's row: mean overlap of its experts (Jaccard), share of neurons in some expert or the shared part, widths."""
     for row, split in zip(converted.layers, converted.splits, strict=True):
         members = split.members(neurons).any(0)
         members[split.shared] = True
@@ -158,7 +158,7 @@ def overlaps(converted: Converted, neurons: int) -> None:
 
 
 def warnings_of(converted: Converted, asked: Asked) -> list[str]:
-    """What a user should know of the result."""
+    """Notes for the user about the result."""
     notes, even = [], 1 / asked.experts
     if asked.experts > 1 and asked.way.learned:
         overlap = sum(row["overlap"] for row in converted.layers) / len(converted.layers)
@@ -196,10 +196,11 @@ def check_growth(numbers: Mapping[str, Any], max_growth: float, remedy: str) -> 
 def export_difference(
     model: LoadedModel, splits: Sequence[Split], heads: Sequence[Heads], out: Path, batches: Sequence[Batch]
 ) -> dict[str, float]:
-    """The written checkpoint, loaded by transformers without running code of the checkpoint, against the dense model with the same neurons masked, in float32.
+    """Compare the written checkpoint with the dense model with the same neurons masked, in float32. transformers loads the checkpoint
+    without running its code.
 
-    The reference runs the experts that the written model chose, so the difference is that of the arithmetic; `same_choice` is the share of
-    (token, layer) at which the split's own router chooses the same experts on the same inputs.
+    The reference runs the experts that the written model chose, so the difference is due to arithmetic alone; `same_choice` is the share of
+    (token, layer) pairs for which the split's own router chooses the same experts on the same inputs.
     """
     written = open_checkpoint(out)
     record = families()[written.config["model_type"]]
@@ -252,7 +253,7 @@ def export_difference(
 
 @torch.no_grad()
 def forward_times(dense: LoadedModel, out: Path, tokens: int, rounds: int = 3) -> dict[str, Any]:
-    """Seconds of one forward of the same sequence, dense and written, in turns; medians and their ratio."""
+    """Time one forward of the same sequence, dense and written in turns: median seconds and their ratio."""
     from statistics import median
 
     from expertsmith.evaluation.speed import in_turns
@@ -333,16 +334,16 @@ def card_of(result: Mapping[str, Any], source: Checkpoint, quality: Mapping[str,
 
 
 def interleaved(sequences: Mapping[str, Sequence[Sequence[int]]]) -> list[Sequence[int]]:
-    """Sequences of all domains in turns, so that every stretch holds all of them."""
+    """The sequences of all domains, one of each in turn, so that every section has all domains."""
     longest = max(map(len, sequences.values()))
     return [rows[i] for i in range(longest) for rows in sequences.values() if i < len(rows)]
 
 
 def from_gguf(source: str | Path, file: str, target: Path, progress: Progress) -> Path:
-    """A GGUF file as a dequantised float32 directory in Hugging Face layout, made once.
+    """Dequantise a GGUF file, once, into a float32 directory in Hugging Face layout; returns the directory.
 
     Raises:
-        UserError: no such file, the gguf package is missing, or a file that transformers cannot make a model of.
+        UserError: no such file, the gguf package is missing, or transformers cannot load a model from the file.
     """
     folder = Path(source)
     if not (folder / file).is_file():

@@ -1,6 +1,6 @@
 """Neurons → equal disjoint groups without training: at random, by their weights, or by their activations on calibration text.
 
-D neurons, E routed experts of width m each; the remaining D - E m neurons always run (the shared part), so no neuron is lost.
+There are D neurons and E routed experts of width m. The other D - E m neurons always run (the shared part), so no neuron is lost.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ ITERATIONS = 20
 
 
 def balanced(cost: Array) -> Array:
-    """The cheapest assignment of rows to columns with the same number of rows in each: labels [rows].
+    """Labels [rows] of the cheapest assignment of rows to columns with the same number of rows in each column.
 
-    Exact: starts greedily by regret (the gap between a row's best and second best column) and cancels negative cycles of moves between
-    columns until there are none, which is when a transportation plan is optimal.
+    Exact. Starts greedily by regret (the gap between a row's best and second best column), then cancels negative cycles of moves between
+    columns until there are none; then a transportation plan is optimal.
 
     Args:
-        cost: [rows, columns]; rows divide by columns.
+        cost: [rows, columns]; the number of rows is a multiple of the number of columns.
     """
     rows, columns = cost.shape
     size = rows // columns
@@ -45,7 +45,7 @@ def balanced(cost: Array) -> Array:
 
 
 def greedy(cost: Array) -> Array:
-    """Rows in descending order of regret, each to the cheapest column with room."""
+    """Labels [rows]: assign rows in descending order of regret, each to the cheapest column with room."""
     rows, columns = cost.shape
     ordered = np.sort(cost, axis=1)
     regret = ordered[:, 1] - ordered[:, 0] if columns > 1 else np.zeros(rows)
@@ -58,7 +58,7 @@ def greedy(cost: Array) -> Array:
 
 
 def _cheapest_moves(cost: Array, labels: Array, columns: int) -> tuple[Array, Array]:
-    """For every two columns the smallest change of cost by moving one row from the first to the second, and that row."""
+    """For every pair of columns, the smallest change of cost by moving one row from the first to the second, and that row."""
     change = cost - cost[np.arange(len(cost)), labels][:, None]
     weight = np.empty((columns, columns))
     mover = np.empty((columns, columns), dtype=np.int64)
@@ -84,7 +84,7 @@ def _negative_cycle(weight: Array, mover: Array, slack: float) -> list[tuple[int
         parent[better] = best[better]
         distance = np.where(better, through[best, np.arange(count)], distance)
         last = int(np.flatnonzero(better)[0])
-    for _ in range(count):  # surely on the cycle now
+    for _ in range(count):  # after this, `last` is on the cycle
         last = int(parent[last])
     nodes = [last]
     while int(parent[nodes[-1]]) != last:
@@ -93,7 +93,7 @@ def _negative_cycle(weight: Array, mover: Array, slack: float) -> list[tuple[int
 
 
 def balanced_kmeans(features: Array, clusters: int, seed: int, iterations: int = ITERATIONS) -> Array:
-    """Labels [rows] of k-means with equal cluster sizes: k-means++ start, then optimal balanced assignment and centroids in turns."""
+    """Labels [rows] of k-means with equal cluster sizes: k-means++ start, then in turns optimal balanced assignment and new centroids."""
     features = np.asarray(features, dtype=np.float64)
     centroids = features[_plus_plus(features, clusters, np.random.default_rng(seed))]
     labels = np.full(len(features), -1)
@@ -123,7 +123,7 @@ def _plus_plus(features: Array, clusters: int, draw: np.random.Generator) -> lis
 
 
 def normalised(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of length 1 (zero rows stay zero), float32."""
+    """Rows scaled to length 1 (zero rows stay zero), float32."""
     made: torch.Tensor = rows.float() / rows.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return made
 
@@ -134,7 +134,7 @@ def grouped(labels: Array, ids: Array, experts: int) -> list[torch.Tensor]:
 
 
 def random_groups(neurons: int, experts: int, width: int, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """(experts, shared): a seeded shuffle cut into pieces. The control."""
+    """(experts, shared): a seeded shuffle cut into pieces, the baseline."""
     order = torch.randperm(neurons, generator=torch.Generator().manual_seed(seed))
     parts = order[: experts * width].reshape(experts, width).sort(-1).values
     return list(parts), order[experts * width :].sort().values
@@ -146,8 +146,8 @@ def weight_groups(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """MoEfication's parameter clustering (Zhang et al., arXiv 2110.01786): balanced k-means on the normalised gate rows.
 
-    Where a shared part is wanted, the neurons whose gate rows are farthest from all centroids would be arbitrary; it gets those with the
-    largest ||down column||. Deviation: MoEfication has none.
+    A shared part gets the neurons with the largest ||down column||; to take those with gate rows farthest from all centroids would be
+    arbitrary. Deviation: MoEfication has no shared part.
     """
     neurons = len(gate)
     order = norms.argsort(descending=True, stable=True)
@@ -159,8 +159,8 @@ def weight_groups(
 
 @torch.no_grad()
 def markers(mlp: Any, x: torch.Tensor, top: int, rows: int = 2048) -> torch.Tensor:
-    """CMoE's B [tokens, neurons], uint8: whether |h_i| is among the `top` largest of the token, h = silu(g^ x^) * (u^ x^), all rows and x
-    normalised. Every row sums to `top` exactly."""
+    """CMoE's B [tokens, neurons], uint8: whether |h_i| is among the `top` largest of the token, with h = silu(g^ x^) * (u^ x^); all rows
+    and x are normalised. Every row sums to exactly `top`."""
     gate, up = normalised(mlp.gate_proj.weight), normalised(mlp.up_proj.weight)
     made = torch.zeros(len(x), len(gate), dtype=torch.uint8)
     for start in range(0, len(x), rows):
@@ -176,9 +176,9 @@ def activation_groups(
 ) -> tuple[list[torch.Tensor], torch.Tensor, list[int]]:
     """CMoE (Pei et al., arXiv 2502.04416): (experts, shared, representative neuron of every expert).
 
-    The D - E m neurons that are marked most often are shared; the others are grouped by their marker columns, L1 distances, from the columns
-    of the E most often marked ones, by optimal balanced assignment, once (`iterations`). Ties: the lower id.
-    Deviation: the authors lose D mod N neurons; here they are shared.
+    The D - E m most often marked neurons are shared. The others are grouped by their marker columns: centroids start at the columns of the
+    E most often marked ones of them, and optimal balanced assignment by L1 distance runs `iterations` times (once by default). Ties: the
+    lower id. Deviation: the authors lose D mod N neurons; here they are shared.
     """
     neurons = marked.shape[1]
     rate = marked.sum(0, dtype=torch.int64)
@@ -208,13 +208,13 @@ def _l1(columns: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 def profile_groups(
     mlp: Any, x: torch.Tensor, sequences: torch.Tensor, experts: int, width: int, seed: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """ExpertWeaver (arXiv 2602.15521): shared: the neurons of highest mean |act(gate x)|; the others by balanced k-means on their profile
-    of mean |act(gate x)| over calibration sequences, normalised.
+    """ExpertWeaver (arXiv 2602.15521). The neurons with the highest mean |act(gate x)| are shared. The others are grouped by balanced
+    k-means on their normalised profiles: mean |act(gate x)| by calibration sequence.
 
     Args:
-        sequences: [tokens], which sequence a token is from.
+        sequences: [tokens], the sequence of each token.
 
-    Deviation: its authors choose a layer's shared share by the coefficient of variation; a stock config holds one width for all layers.
+    Deviation: the authors choose a layer's shared width by the coefficient of variation; a stock config has one width for all layers.
     """
     gate = mlp.act_fn(mlp.gate_proj(x)).abs().float()
     place = torch.unique(sequences, return_inverse=True)[1]  # type: ignore[no-untyped-call]
@@ -230,7 +230,7 @@ def profile_groups(
 
 @torch.no_grad()
 def importance(mlp: Any, x: torch.Tensor) -> torch.Tensor:
-    """u [tokens, neurons] = |a_i| ||column i of W_down||: the length of what a neuron adds to the residual stream. float32."""
+    """u [tokens, neurons] = |a_i| ||column i of W_down||: the length of a neuron's contribution to the residual stream. float32."""
     made: torch.Tensor = activations(mlp, x).abs().float() * mlp.down_proj.weight.float().norm(dim=0)
     return made
 

@@ -20,10 +20,11 @@ Decide = Callable[[int, Any, torch.Tensor, torch.Tensor], Split | None]
 def decide_layers(
     model: LoadedModel, batches: Sequence[Batch], decide: Decide, progress: Progress, label: str = "convert"
 ) -> list[Split | None]:
-    """`decide(layer, mlp, x, sequences)` for one layer after another, and each one's answer.
+    """Call `decide(layer, mlp, x, sequences)` for one layer after another; returns the answers.
 
-    mlp, x and sequences are handed over on the CPU, where all decisions are made, whatever the model runs on; x [tokens, hidden] are the inputs of the layer's MLP for all tokens that count, sequences [tokens] says which sequence each is from. The
-    split that is returned is in force for the layers that follow; None leaves the MLP dense.
+    mlp, x and sequences are on the CPU, where all decisions are made, on whatever device the model runs. x [tokens, hidden]: the inputs of
+    the layer's MLP for all tokens that count; sequences [tokens]: the sequence of each token. The returned split is used for the following
+    layers; None leaves the MLP dense.
     """
     mlps = mlps_of(model.layers)
     waiting: dict[int, torch.Tensor] = {}
@@ -40,7 +41,7 @@ def decide_layers(
         waiting[number] = x[masks[number]]
 
     def instead(index: int, forward: Any, x: torch.Tensor) -> torch.Tensor:
-        if len(made) == index:  # all batches stand at this door, and none has passed it
+        if len(made) == index:  # all batches have arrived at this MLP, and none has passed it
             inputs = torch.cat([waiting[number] for number in range(len(batches))])
             made.append(decide(index, _on_cpu(mlps[index]), inputs.cpu(), sequences.cpu()))
         split = made[index]
@@ -58,7 +59,7 @@ def decide_layers(
 
 
 def _on_cpu(mlp: Any) -> Any:
-    """The MLP, or a copy of its matrices where it is elsewhere."""
+    """The MLP, or a copy of its matrices if it is on another device."""
     if mlp.gate_proj.weight.device.type == "cpu":
         return mlp
     parts = {name: deepcopy(getattr(mlp, name)).cpu() for name in ("gate_proj", "up_proj", "down_proj")}

@@ -1,7 +1,7 @@
-"""A linear router, and how much of a layer's output energy a choice of experts captures.
+"""A linear router, and the share of a layer's output energy that a choice of experts captures.
 
-u_ti = |a_i| ||column i of W_down|| (`groups.importance`); the energy of expert e for token t is the sum of u over its neurons. Captured
-energy: over the tokens, the sum of u over the neurons that ran (shared and chosen), divided by the sum over all neurons.
+With u_ti = |a_i| ||column i of W_down|| (`groups.importance`), the energy of expert e for token t is the sum of u over its neurons.
+Captured energy: the sum of u over all tokens and the neurons that ran (shared and chosen), divided by the sum over all neurons.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from expertsmith.conversion.groups import importance, normalised
 from expertsmith.conversion.split import Split, chosen
 
 RIDGE = 1e-2  # times the mean square of the inputs
-DELTA = 1e-6  # below the logarithm, times the mean energy
+DELTA = 1e-6  # added inside the logarithm, times the mean energy
 
 
 @torch.no_grad()
 def expert_energy(u: torch.Tensor, experts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[tokens, E]: the energy of every expert."""
+    """The energy [tokens, E] of every expert."""
     return torch.stack([u[:, ids].sum(-1) for ids in experts], -1)
 
 
 @torch.no_grad()
 def fit_linear(x: torch.Tensor, targets: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
-    """[E, hidden]: the ridge solution R^T = (X^T X + lambda I)^-1 X^T T, lambda = ridge * mean diagonal of X^T X; float64 inside."""
+    """The ridge solution [E, hidden]: R^T = (X^T X + lambda I)^-1 X^T T, lambda = ridge * mean diagonal of X^T X; computed in float64."""
     x64 = x.double()
     gram = x64.T @ x64
     gram.diagonal().add_(ridge * gram.diagonal().mean())
@@ -38,10 +38,10 @@ def fit_linear(x: torch.Tensor, targets: torch.Tensor, ridge: float = RIDGE) -> 
 def make_router(kind: str, mlp: Any, x: torch.Tensor, experts: Sequence[torch.Tensor], seed: int = 0) -> torch.Tensor:
     """Router rows [E, hidden] for disjoint experts.
 
-    ridge: least squares to log(energy + delta), standardised over the tokens and without the tokens' own mean over experts, which cannot
-    change an order. centroid: mean of the normalised gate rows (MoEfication's similarity router). gate_mean: mean of the gate rows
-    (ExpertWeaver). random: seeded rows, the control. MoEfication's tanh MLP and CMoE's |up silu(gate)| of a representative neuron are not linear: stock architectures cannot
-    hold them.
+    ridge: least squares to log(energy + delta), standardised over the tokens, minus each token's mean over experts, which does not change
+    the order. centroid: mean of the normalised gate rows (MoEfication's similarity router). gate_mean: mean of the gate rows
+    (ExpertWeaver). random: seeded rows, the baseline. MoEfication's tanh MLP and CMoE's |up silu(gate)| of a representative neuron are not
+    linear, so stock architectures cannot hold them.
     """
     gate = mlp.gate_proj.weight.float()
     if kind == "centroid":
@@ -65,8 +65,8 @@ def representative_scores(mlp: Any, x: torch.Tensor, representatives: Sequence[i
 
 @torch.no_grad()
 def measure(mlp: Any, x: torch.Tensor, split: Split, seed: int, representatives: Sequence[int] = ()) -> dict[str, Any]:
-    """Captured energy of a layer by router (oracle: the best choice for every token, which no router knows; random: a seeded draw), the
-    share of tokens of every expert, and the standard deviation of the router's logits."""
+    """Captured energy of a layer by router (oracle: the best choice for every token, unknown to any router; random: a seeded draw), every
+    expert's share of the tokens, and the standard deviation of the router's logits."""
     energy_all, captured = (
         0.0,
         dict.fromkeys(("oracle", "router", "centroid", "random", *(["representative"] if representatives else [])), 0.0),

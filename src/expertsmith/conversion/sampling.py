@@ -21,23 +21,23 @@ def gumbel(shape: Sequence[int], generator: torch.Generator, device: torch.devic
 
 
 def straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
-    """`hard` forward, the gradient of `soft` backward."""
+    """`hard` in the forward pass, the gradient of `soft` in the backward pass."""
     return hard + soft - soft.detach()
 
 
 def sample_mask(q: torch.Tensor, noise: torch.Tensor, eta: float) -> torch.Tensor:
-    """m = round(sigmoid((q + eta G + b) / tau)), straight-through. `noise`: G, in the shape of q."""
+    """m = round(sigmoid((q + eta G + b) / tau)), straight-through. `noise`: G, with the shape of q."""
     soft = torch.sigmoid((q + eta * noise + BIAS) / TAU)
     return straight_through((soft > 0.5).to(soft.dtype), soft)
 
 
 def keep_probability(q: torch.Tensor) -> torch.Tensor:
-    """P(m = 1) under the full noise: 1 - exp(-exp(q + b)); at q = 0 1 - 2e-9, so training without a start begins dense."""
+    """P(m = 1) with full noise: 1 - exp(-exp(q + b)). At q = 0 it is 1 - 2e-9, so training without a start begins dense."""
     return -torch.expm1(-torch.exp(q + BIAS))
 
 
 def seeded(module: nn.Module, generator: torch.Generator) -> None:
-    """torch's usual initialisation, drawn from `generator`: the same on every rank, whatever was drawn before."""
+    """Apply torch's default initialisation, drawn from `generator`: the same on every rank, whatever was drawn before."""
     with torch.no_grad():
         for part in module.modules():
             if isinstance(part, nn.GRU):

@@ -13,7 +13,7 @@ from expertsmith.errors import UserError
 from expertsmith.registry import unknown
 
 LEARNED = "learned"  # the router of a method that trains it
-STEP = 64  # neurons; narrower experts come in steps of 8
+STEP = 64  # neurons; narrower experts have steps of 8
 LEAST_STEP = 8
 
 
@@ -25,8 +25,8 @@ class Way:
     title: str
     paper: str
     doc: str
-    router: str  # its usual router
-    experts: int  # its usual number
+    router: str  # its default router
+    experts: int  # its default number of experts
     needs_data: bool = True
 
     @property
@@ -86,7 +86,7 @@ ROUTERS = ("ridge", "centroid", "gate_mean", "random")
 
 @dataclass(frozen=True)
 class Asked:
-    """A conversion that fits the model: numbers of neurons are those of every layer."""
+    """A conversion checked against the model; numbers of neurons are per layer."""
 
     way: Way
     family: Dense
@@ -101,7 +101,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """All options of `expertsmith convert`, under the names that the command line gives them."""
+    """All options of `expertsmith convert`, with their names on the command line."""
 
     dense: str
     out: Path
@@ -138,10 +138,10 @@ class Request:
 
 
 def dense_family(config: Mapping[str, Any], where: str) -> Dense:
-    """The record of a dense model.
+    """The record of a dense model's family.
 
     Raises:
-        UserError: a Mixture of Experts already, a family with something that no target has (with the reason), an unknown one.
+        UserError: the model is already a Mixture of Experts, its family has a feature that no target has (with the reason), or is unknown.
     """
     model_type = str(config_get(config, "model_type") or "")
     if model_type in families():
@@ -171,16 +171,16 @@ def ask(
     attention: str = "none",
     core: bool = False,
 ) -> Asked:
-    """Everything that was asked for, checked.
+    """Check the requested conversion.
 
     Args:
-        experts: routed experts; None: the method's usual.
-        shared: always-on experts, of the routed experts' width (training-free methods).
+        experts: number of routed experts; None: the method's default.
+        shared: number of always-on experts, of the routed experts' width (training-free methods).
         core: ToMoE's experts share an always-on part.
-        active: wanted share of the parameters a token uses, of the MLPs or (`active_of` "block") of attention and MLPs together.
+        active: wanted share of the parameters that a token uses, of the MLPs or (`active_of` "block") of attention and MLPs together.
 
     Raises:
-        UserError: whatever does not go together, with the numbers and what would.
+        UserError: options that do not fit together, with the numbers and a remedy.
     """
     if method not in WAYS:
         raise unknown("conversion method", method, WAYS)
@@ -204,7 +204,7 @@ def ask(
             raise UserError(
                 f"with --attention {attention} the budget covers attention and MLPs together", "pass --active-of block"
             )
-        active_of = "mlp"  # the training divides it between the two: an MLP starts with the same share as the whole
+        active_of = "mlp"  # training divides it between the two; MLPs start with the same share as the whole
     ratio = _mlp_ratio(config, active, active_of)
     kind = router or way.router
     if way.learned:
@@ -222,8 +222,8 @@ def ask(
 def _target(
     family: Dense, config: Mapping[str, Any], where: str, name: str | None, *, always: bool = False, several: bool = False
 ) -> Target:
-    """The architecture of the result: with an `always`-on part one that has it, if there is one; for `several` experts a token one that takes the
-    top_k of logits, whose weights can be made equal without ties (`export`); else the first."""
+    """The architecture of the result. For an `always`-on part, one that has it, if any. For `several` experts per token, one that takes the
+    top_k of logits, since those weights can be made equal without ties (`export`). Else the first."""
     if name is not None and name not in family.targets:
         raise UserError(f"a {family.model_type} model cannot become a {name}", f"choose {' or '.join(family.targets)}")
     known = [TARGETS[entry] for entry in family.targets]
@@ -259,7 +259,7 @@ def _mlp_ratio(config: Mapping[str, Any], active: float | None, active_of: str) 
 
 
 def block_parameters(config: Mapping[str, Any]) -> tuple[int, int]:
-    """(attention, MLP) weights of one layer, biases and norms left out."""
+    """(attention, MLP) weight counts of one layer, without biases and norms."""
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     head = int(config.get("head_dim") or hidden // heads)
     kv = int(config.get("num_key_value_heads") or heads)
@@ -331,11 +331,11 @@ def _tomoe(
 
 
 def tomoe_width(ratio: float, neurons: int) -> int:
-    """Neurons of an expert at a share of all neurons, in steps of 64 (8 where that is too coarse)."""
+    """The width of an expert for a share `ratio` of all neurons, in steps of 64 (8 if that is too coarse)."""
     step = step_of(ratio, neurons)
     return min(neurons, max(step, round(ratio * neurons / step) * step))
 
 
 def step_of(ratio: float, neurons: int) -> int:
-    """64 where that is at most an eighth of the wanted width; else 8, which grouped matrix products need in bfloat16."""
+    """64 if that is at most an eighth of the wanted width; else 8, which grouped matrix products need in bfloat16."""
     return STEP if ratio * neurons >= 8 * STEP else LEAST_STEP

@@ -1,7 +1,7 @@
-"""The result of any conversion method for one MLP: the neurons of every expert, those that always run, and a linear router.
+"""The result of any conversion method for one MLP: the neurons of every expert, the neurons that always run, and a linear router.
 
-A dense MLP is a sum over its neurons, so any set of them can be left out: with `a` the activated neurons (act(gate x) * up x), a token that
-is sent to experts S gets down(a * [neuron in shared or in an expert of S]). `sparse` applies exactly this to the dense model. It is
+A dense MLP is a sum over its neurons, so any set of them can be left out. With the activations a = act(gate x) * up x, a token that is
+routed to experts S gets down(a * [neuron in shared or in an expert of S]). `sparse` applies exactly this to the dense model. It is
 the reference for the written checkpoint.
 """
 
@@ -21,7 +21,7 @@ from torch import nn
 class Split:
     """One layer. Neuron ids are those of the dense MLP, ascending; experts may overlap (ToMoE) or partition the neurons (all others).
 
-    A neuron of several chosen experts runs once: in a written checkpoint with top_k > 1 experts must be disjoint.
+    A neuron of several chosen experts runs once, so in a written checkpoint with top_k > 1 experts must be disjoint.
     """
 
     experts: list[torch.Tensor]  # E of [width_e], int64
@@ -31,18 +31,18 @@ class Split:
 
     @property
     def width(self) -> int:
-        """The widest expert."""
+        """The width of the widest expert."""
         return max(int(ids.numel()) for ids in self.experts)
 
     def members(self, width: int) -> torch.Tensor:
-        """[E, width] bool: which neurons an expert has, shared ones left out."""
+        """[E, width] bool: which neurons each expert has, without shared ones."""
         member = torch.zeros(len(self.experts), width, dtype=torch.bool)
         for row, ids in zip(member, self.experts, strict=True):
             row[ids] = True
         return member
 
     def core(self) -> Split:
-        """The same function with the neurons that every expert has moved to the shared part (card ToMoE, "shared-core export")."""
+        """The same function, with neurons of all experts moved to the shared part (card ToMoE, "shared-core export")."""
         total = 1 + max(int(ids.max()) for ids in (*self.experts, self.shared) if ids.numel())
         everywhere = self.members(total).all(0)
         experts = [ids[~everywhere[ids]] for ids in self.experts]
@@ -50,7 +50,7 @@ class Split:
         return Split(experts, shared, self.router, self.top_k)
 
     def whole(self) -> Split:
-        """The same function with the shared part in every expert, which needs top_k = 1."""
+        """The same function, with the shared part copied into every expert; needs top_k = 1."""
         experts = [torch.cat([self.shared, ids]).sort().values for ids in self.experts]
         return Split(experts, self.shared[:0], self.router, self.top_k)
 
@@ -67,13 +67,13 @@ def activations(mlp: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def chosen(router: torch.Tensor, x: torch.Tensor, top_k: int) -> torch.Tensor:
-    """[..., E] bool: the experts with the highest router logits, which are computed in float32."""
+    """[..., E] bool: the experts with the highest router logits, computed in float32."""
     logits = nn.functional.linear(x.float(), router.float())
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, logits.topk(top_k, -1).indices, True)
 
 
 def token_mask(split: Split, x: torch.Tensor, neurons: int, picked: torch.Tensor | None = None) -> torch.Tensor:
-    """[..., neurons] in x's dtype: 1 for the neurons that a token runs. `picked` [..., E] bool: its experts, if not the router's choice."""
+    """[..., neurons] in x's dtype: 1 for the neurons that a token runs. `picked` [..., E] bool: its experts, else the router's choice."""
     member = split.members(neurons).to(x)
     if picked is None:
         picked = chosen(split.router.to(x.device), x, split.top_k)
@@ -84,7 +84,7 @@ def token_mask(split: Split, x: torch.Tensor, neurons: int, picked: torch.Tensor
 
 @contextmanager
 def sparse(layers: Sequence[nn.Module], splits: Mapping[int, Split]) -> Iterator[None]:
-    """Run the dense model with the MLPs of `splits` (decoder layer → split) restricted to the neurons that each token's experts have."""
+    """Run the dense model with the MLPs of `splits` (decoder layer → split) restricted to the neurons of each token's experts."""
     mlps = mlps_of(layers)
     try:
         for index, split in splits.items():
@@ -96,7 +96,7 @@ def sparse(layers: Sequence[nn.Module], splits: Mapping[int, Split]) -> Iterator
 
 
 def sparse_forward(mlp: Any, split: Split, x: torch.Tensor, picked: torch.Tensor | None = None) -> torch.Tensor:
-    """The MLP with only the neurons that each token's experts have (`token_mask`)."""
+    """The MLP's output with only the neurons of each token's experts (`token_mask`)."""
     a = activations(mlp, x)
     made: torch.Tensor = mlp.down_proj(a * token_mask(split, x, a.shape[-1], picked))
     return made

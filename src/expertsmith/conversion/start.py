@@ -1,11 +1,12 @@
-"""A training-free start for ToMoE's masks: co-clustered tokens and neurons from one forward pass over calibration text.
+"""A training-free start for ToMoE's masks: co-cluster tokens and neurons from one forward pass over calibration text.
 
-Per layer, with the importance u_ti = |a_ti| ||column i of W_down|| of neuron i for token t:
+In each layer, u_ti = |a_ti| ||column i of W_down|| is the importance of neuron i for token t. From a balanced first split of the tokens,
+repeat in turns:
 
-    expert e takes the w neurons with the largest sum of u^2 over its tokens; every token goes to the expert that holds most of its u^2;
+    expert e takes the w neurons with the largest sum of u^2 over its tokens; every token goes to the expert that holds most of its u^2.
 
-in turns, from a balanced split of the tokens along their main directions, then the assignment is fitted by a linear router (ridge), and the
-experts are taken once more from the tokens that this router sends them. Ours; the published start is a dense model.
+Then fit a linear router (ridge) to the assignment, and choose the experts once more from the tokens that this router sends them. This is
+ours; the published start is a dense model.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from expertsmith.conversion.routers import fit_linear
 from expertsmith.conversion.sampling import EVEN
 
 ROUNDS = 8
-SPREAD = 1.0  # standard deviation of the mask logits that the start gives
-LOGIT_STD = 4.0  # of the router's logits: well above the router's Gumbel noise (1.28), far below certainty
+SPREAD = 1.0  # standard deviation of the start's mask logits
+LOGIT_STD = 4.0  # of the router's logits: well above the router's Gumbel noise (1.28), far below certain choices
 
 
 @dataclass
@@ -37,7 +38,7 @@ def start_layer(mlp: Any, x: torch.Tensor, experts: int, width: int, seed: int) 
     """Masks and router of one layer from its MLP's inputs x [tokens, hidden]."""
     energy = importance(mlp, x).square_()
     tokens, neurons = energy.shape
-    energy /= energy.sum(-1, keepdim=True).clamp_min(1e-30)  # every token has the same say
+    energy /= energy.sum(-1, keepdim=True).clamp_min(1e-30)  # every token has the same weight
     router = torch.zeros(1, x.shape[-1])
     if experts > 1:
         owner = _first_owners(x, experts, seed)
@@ -53,9 +54,9 @@ def start_layer(mlp: Any, x: torch.Tensor, experts: int, width: int, seed: int) 
     else:
         owner = torch.zeros(tokens, dtype=torch.long)
     sums = _sums(energy, owner, experts)
-    sums += 0.02 * sums.sum(0, keepdim=True) + 1e-12  # a few tokens' worth of what all tokens use, for experts with few
+    sums += 0.02 * sums.sum(0, keepdim=True) + 1e-12  # add a little of what all tokens use, for experts with few tokens
     level = sums.log()
-    edge = level.topk(min(width + 1, neurons), -1).values[:, -2:].mean(-1, keepdim=True)  # half the experts' neurons above it
+    edge = level.topk(min(width + 1, neurons), -1).values[:, -2:].mean(-1, keepdim=True)  # `width` neurons are above it
     spread = level.std(-1, keepdim=True).clamp_min(1e-6)
     return Start(EVEN + SPREAD * ((level - edge) / spread).clamp(-3, 3), router)
 
@@ -69,7 +70,7 @@ def _top(sums: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _first_owners(x: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
-    """A balanced split of the tokens: random directions in whitened input space decide, every expert gets its share."""
+    """A balanced first split of the tokens by random directions in standardised input space; all experts get an equal share."""
     generator = torch.Generator().manual_seed(seed)
     centred = x.float() - x.float().mean(0)
     centred /= centred.std(0).clamp_min(1e-12)
@@ -84,7 +85,7 @@ def _first_owners(x: torch.Tensor, experts: int, seed: int) -> torch.Tensor:
 
 
 def _refill(owner: torch.Tensor, scores: torch.Tensor, experts: int) -> None:
-    """An expert with less than a quarter of an even share takes the tokens that lose least by going to it."""
+    """Fill experts with less than a quarter of an even share, in place, with the tokens that lose least by the change."""
     least = max(1, len(owner) // (4 * experts))
     counts = torch.bincount(owner, minlength=experts)
     for expert in (counts < least).nonzero().flatten().tolist():

@@ -1,16 +1,17 @@
-"""ToMoE: a dense LLM as a top-1 MoE by learned neuron masks (Gao et al., arXiv 2501.15316). The mathematics; `training` has the loop.
+"""The mathematics of ToMoE: a dense LLM as a top-1 MoE by learned neuron masks (Gao et al., arXiv 2501.15316). `training` has the loop.
 
 All weights of the LLM stay frozen. A hypernetwork makes E masks over the neurons of every MLP:
 
     s = BiGRU(z), z [M, E, 32] fixed noise, the sequence runs over the modules in forward order, the batch over experts; s [M, E, 128]
-    q = C GELU(LayerNorm(s))                                          mask logits [E, neurons], a decoder C of its own in every layer
+    q = C GELU(LayerNorm(s))                                          mask logits [E, neurons], a separate decoder C in every layer
     m = round(sigmoid((q + eta G + b) / tau)), straight-through       G = -log Exp(1): P(m = 1) = 1 - exp(-exp(q + b)) at eta = 1
     y = onehot argmax(R x + eta g), straight-through softmax(./tau)   router R [E, hidden], g Gumbel
     MLP(x) = down(act(gate x) * up x * (y m))
 
-Deviations from the authors' code, each where it changes numbers: one draw of the masks an expert and step, which the loss of quality and
-the budget both see (theirs: one a token); the mask multiplies once (theirs: both factors of the product, so that a dropped neuron gets
-no gradient); the noise factor eta is annealed to 0; conversion by ranking instead of one noisy draw; argmax without noise at inference.
+Deviations from the authors' code, all of which change numbers: the masks are drawn once per expert and step, and both the quality loss and
+the budget use this draw (theirs: once per token); the mask multiplies once (theirs: both factors of the product, so that a dropped neuron
+gets no gradient); the noise factor eta is annealed to 0; conversion by ranking instead of one noisy draw; argmax without noise
+at inference.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class MaskNet(nn.Module):
     """The hypernetwork, and the router, norm and decoder of every MLP. float32.
 
     Args:
-        layers: MLPs of the model.
+        layers: number of MLPs of the model.
         experts: E; with 1 there is no router, and the mask is static.
-        hidden, neurons: width of the residual stream, of the MLPs.
-        attention: where attention is pruned too, its modules stand before the MLPs' in the GRU's sequence.
-        head: width of a head.
+        hidden, neurons: width of the residual stream and of the MLPs.
+        attention: if attention is pruned too, each layer's attention comes before its MLP in the GRU's sequence.
+        head: width of an attention head.
     """
 
     def __init__(
@@ -67,10 +68,10 @@ class MaskNet(nn.Module):
             self.attention = AttentionNet(layers, hidden, head, attention == "dynamic", generator)
             self.register_buffer(
                 "value_widths", torch.full((layers,), float(head))
-            )  # running mean over steps of the tokens' mean
+            )  # running mean over steps of the mean over tokens
 
     def embeddings(self) -> torch.Tensor:
-        """s [M, E, 128]."""
+        """The embeddings s [M, E, 128]."""
         made: torch.Tensor = self.gru(self.z)[0]
         return made
 
@@ -80,7 +81,7 @@ class MaskNet(nn.Module):
         return [F.gelu(norm(row)) for norm, row in zip(self.norms, rows, strict=True)]
 
     def logits(self, s: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """q of every MLP, [E, neurons]."""
+        """The mask logits q of every MLP, [E, neurons]."""
         return [decoder(row) for decoder, row in zip(self.decoders, self.features(s), strict=True)]
 
     def summaries(self, s: torch.Tensor | None = None) -> torch.Tensor:
@@ -90,7 +91,7 @@ class MaskNet(nn.Module):
 
     @torch.no_grad()
     def start_from(self, targets: Sequence[torch.Tensor], routers: Sequence[torch.Tensor]) -> None:
-        """Set the decoders so that `logits` gives `targets` ([E, neurons] each), by the solution of least norm, and the routers' rows."""
+        """Set the routers' rows, and the decoders such that `logits` returns `targets` ([E, neurons] each; least-norm solution)."""
         for decoder, row, target in zip(self.decoders, self.features(), targets, strict=True):
             solved = torch.linalg.lstsq(row.double(), target.double(), driver="gelsd").solution  # [128, neurons]
             decoder.weight.copy_(solved.T)  # type: ignore[operator]
@@ -103,11 +104,11 @@ class Losses:
     """Weights of the losses (card ToMoE, section 4 and recipe D).
 
     kd      2      mean over positions of KL(teacher || student), in nats: the authors' cross-entropy less the teacher's entropy, a constant
-    budget  16     |log((r + .001) / (p + .001))|, r the counted share of neurons, p the wanted one
-    union   1.5    mean over MLPs of -log((c + .001) / 1.001), c the share of neurons that some expert has. The authors' 3 is a mean over MLPs
-                   and attention modules alike, of which half contribute nothing
+    budget  16     |log((r + .001) / (p + .001))|, r the counted share of neurons, p the wanted share
+    union   1.5    mean over MLPs of -log((c + .001) / 1.001), c the share of neurons in some expert. The authors' 3 is for a mean over MLPs
+                   and attention modules, half of which contribute nothing
     balance 0.05   mean over MLPs of E sum_e f_e P_e, f the share of tokens, P the mean router probability: 1 when balanced. The authors' 1
-                   multiplies sum_e f_e P_e
+                   is for sum_e f_e P_e, without E
     """
 
     kd: float = 2.0
@@ -117,7 +118,7 @@ class Losses:
 
 
 def budget_loss(counted: torch.Tensor, wanted: float) -> torch.Tensor:
-    """Mean of |log((r + .001) / (p + .001))|: one r for the whole model, or one a layer where all layers have the same width."""
+    """Mean of |log((r + .001) / (p + .001))|: one r for the whole model, or one per layer if all layers have the same width."""
     return torch.log((counted + FLOOR) / (wanted + FLOOR)).abs().mean()
 
 
@@ -134,15 +135,15 @@ def balance_loss(hard: torch.Tensor, probabilities: torch.Tensor) -> torch.Tenso
 
 
 class ChunkedKL(torch.autograd.Function):
-    """sum over positions of KL(p || q), p from the teacher's last hidden states, q from the student's, through one output matrix.
+    """The sum over positions of KL(p || q): p from the teacher's last hidden states, q from the student's, with the same output matrix.
 
-    A chunk of positions at a time: logits of all positions are never held, and the gradient is made in the same pass:
-    dKL/dlogits = q - p.
+    Works on one chunk of positions at a time, so that logits of all positions are never in memory. The gradient is computed in the same
+    pass: dKL/dlogits = q - p.
     """
 
     @staticmethod
     def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
-        """Hidden states [N, hidden] of both, the output matrix [vocabulary, hidden], positions a chunk."""
+        """Inputs: hidden states [N, hidden] of student and teacher, the output matrix [vocabulary, hidden], positions per chunk."""
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         gradient = torch.empty_like(student)
         for start in range(0, len(student), rows):
@@ -157,7 +158,7 @@ class ChunkedKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """The stored gradient, times the one that comes in."""
+        """The stored gradient times the incoming one."""
         (gradient,) = ctx.saved_tensors
         return (grads[0] * gradient).to(gradient.dtype), None, None, None
 
@@ -165,12 +166,12 @@ class ChunkedKL(torch.autograd.Function):
 def layer_widths(
     expected: Sequence[float], neurons: int, ratio: float, equal: bool, align: int, bounds: tuple[float, float] = (0.5, 1.5)
 ) -> list[int]:
-    """Neurons an expert of every layer gets, multiples of `align`, that together are `ratio` of all neurons, as closely as `align` allows.
+    """The width of an expert in every layer: multiples of `align` whose sum is `ratio` of all neurons, as closely as `align` allows.
 
     Args:
-        expected: mean over experts of the expected width, a layer; only its proportions count.
-        equal: every layer the same width: then a checkpoint needs no padding.
-        bounds: of a layer's width, in units of the mean.
+        expected: expected width per layer, mean over experts; only its proportions count.
+        equal: the same width in every layer, so that a checkpoint needs no padding.
+        bounds: limits of a layer's width, in units of the mean.
     """
     layers = len(expected)
     if equal:
@@ -182,7 +183,7 @@ def layer_widths(
         return [min(high, max(low, scale * value)) for value in expected]
 
     left, right = 0.0, neurons / max(1e-9, min(expected))
-    for _ in range(60):  # the sum rises with the scale
+    for _ in range(60):  # bisection: the sum increases with the scale
         middle = (left + right) / 2
         left, right = (middle, right) if sum(widths(middle)) < mean * layers else (left, middle)
     wanted = widths(right)
@@ -196,7 +197,7 @@ def layer_widths(
 
 @torch.no_grad()
 def rank_masks(logits: Sequence[torch.Tensor], widths: Sequence[int]) -> list[list[torch.Tensor]]:
-    """Every expert's `width` neurons with the highest mask logits, ids ascending; equal logits: the lower id first. Deterministic."""
+    """Every expert's `width` neurons with the highest mask logits, ids ascending; the lower id first on a tie. Deterministic."""
     return [
         [row.argsort(descending=True, stable=True)[:width].sort().values for row in q]
         for q, width in zip(logits, widths, strict=True)
@@ -205,7 +206,7 @@ def rank_masks(logits: Sequence[torch.Tensor], widths: Sequence[int]) -> list[li
 
 @torch.no_grad()
 def splits_of(net: MaskNet, widths: Sequence[int]) -> list[Split]:
-    """What the trained masks decide: noise-free, by ranking (`rank_masks`)."""
+    """The splits from the trained masks, without noise, by ranking (`rank_masks`)."""
     none = torch.zeros(0, dtype=torch.long)
     made = []
     for layer, experts in enumerate(rank_masks([q.cpu() for q in net.logits()], widths)):
@@ -219,7 +220,7 @@ def splits_of(net: MaskNet, widths: Sequence[int]) -> list[Split]:
 
 
 def mean_jaccard(experts: Sequence[torch.Tensor]) -> float:
-    """Mean over pairs of experts of |A and B| / |A or B|: 1 for one static mask."""
+    """Mean over pairs of experts of |A and B| / |A or B|; 1 for one static mask."""
     sets = [set(ids.tolist()) for ids in experts]
     pairs = [(a, b) for i, a in enumerate(sets) for b in sets[i + 1 :]]
     return sum(len(a & b) / max(1, len(a | b)) for a, b in pairs) / len(pairs) if pairs else 1.0

@@ -26,37 +26,37 @@ from expertsmith.conversion.tomoe import Losses, MaskNet
 from expertsmith.errors import UserError
 from expertsmith.views.progress import Progress
 
-ROWS = 256  # positions whose logits over the vocabulary are held at a time
+ROWS = 256  # positions whose logits over the vocabulary are in memory at a time
 STATE = "state.pt"
 LOG = "training.jsonl"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the masks are trained. Learning rates fall by a cosine to 10 % after a linear warm-up; the noise factor eta is 1 up to 60 % of the
-    steps, falls linearly to 0 at 90 %, and stays 0; the budget falls linearly from `first_ratio` to `ratio` over the first 30 %."""
+    """Settings of the mask training. Learning rates have a linear warm-up and cosine decay to 10 %. The noise factor eta is 1 up to 60 % of
+    the steps, falls linearly to 0 at 90 %, and stays 0. The budget falls linearly from `first_ratio` to `ratio` over the first 30 %."""
 
     ratio: float  # wanted share of the MLPs' neurons that a token runs; with attention, of the parameters of attention and MLPs
     steps: int = 300
     experts: int = 8
-    batch: int = 1  # sequences a step, over all processes
+    batch: int = 1  # sequences per step, over all processes
     seed: int = 42
     lr: float = 2e-3  # decoders and hypernetwork
     router_lr: float = 1e-3
     weight_decay: float = 0.0
     warmup: int = 20
     clip: float = 1.0
-    equal: bool = True  # every layer the same width
-    first_ratio: float = 1.0  # 1: from the dense model; `ratio`: from a start that has it
+    equal: bool = True  # the same width in every layer
+    first_ratio: float = 1.0  # 1: start from the dense model; `ratio`: from a start with that budget
     noise: float = 1.0  # eta of the first steps
     attention: Mode = "none"
-    attention_share: float = 0.0  # of the parameters of attention and MLPs, where attention is pruned
+    attention_share: float = 0.0  # of the parameters of attention and MLPs, if attention is pruned
     losses: Losses = field(default_factory=Losses)
     save_every: int = 20
     watch_every: int = 25
 
     def at(self, step: int) -> tuple[float, float, float]:
-        """(factor of the learning rates, eta, budget) of a step."""
+        """(factor on the learning rates, eta, budget) of a step."""
         done = step / max(1, self.steps)
         rate = min(1.0, (step + 1) / max(1, self.warmup)) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
         eta = self.noise * min(1.0, max(0.0, (0.9 - done) / 0.3))
@@ -64,20 +64,20 @@ class Recipe:
 
 
 class Student(nn.Module):
-    """The frozen LLM with masks in its MLPs. One module, so that data-parallel training synchronises routers and masks alike."""
+    """The frozen LLM with masks in its MLPs. It is one module, so that data-parallel training synchronises both routers and masks."""
 
     def __init__(self, llm: Any, layers: Sequence[nn.Module], net: MaskNet) -> None:
         super().__init__()
         self.net = net
         self._llm = [
             llm
-        ]  # in a list, as the layers: no submodules, so their frozen weights are neither trained, saved nor broadcast
+        ]  # in a list, like the layers, so it is no submodule: its frozen weights are not trained, saved or broadcast
         self._layers, self._mlps = list(layers), mlps_of(layers)
 
     def forward(
         self, ids: torch.Tensor, mask: torch.Tensor, recipe: Recipe, step: int, rank: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(total loss, its parts) of sequences [rows, length] with `mask` where a token counts."""
+        """(total loss, its parts) of sequences [rows, length]; `mask` marks the tokens that count."""
         _, eta, wanted = recipe.at(step)
         llm = self._llm[0]
         with torch.no_grad():
@@ -156,7 +156,7 @@ def measured_kl(
     heads: Sequence[Heads],
     batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
 ) -> float:
-    """Mean KL to the dense model, in nats a position, of the noise-free model that would be written."""
+    """Mean KL to the dense model, in nats per position, of the noise-free model that would be written."""
     total, count = 0.0, 0
     weight = llm.get_output_embeddings().weight
     for ids, mask in batches:
@@ -171,7 +171,7 @@ def measured_kl(
 
 @torch.no_grad()
 def outcome(net: MaskNet, recipe: Recipe, align: int) -> tuple[list[Split], list[Heads]]:
-    """What the masks decide as they are now: deterministic, by ranking, with widths that meet the budget as closely as `align` allows."""
+    """Splits and heads from the current masks: deterministic, by ranking, with widths that meet the budget as closely as `align` allows."""
     noisy = recipe.at(recipe.steps)[1] > 0
 
     def expected(q: torch.Tensor) -> float:
@@ -181,7 +181,7 @@ def outcome(net: MaskNet, recipe: Recipe, align: int) -> tuple[list[Split], list
     ratio, heads = recipe.ratio, []
     if net.attention is not None:
         width, r = net.attention.width, net.summaries()
-        step = max(1, width // 16)  # of pairs: rows stay multiples of 16 bytes
+        step = max(1, width // 16)  # of pairs, so that rows stay multiples of 16 bytes
         pairs = [min(width // 2, max(step, round(expected(q) / step) * step)) for q in net.attention.query_key_logits(r)]
         values = [min(width, max(1, round(float(value)))) for value in net.value_widths]  # type: ignore[union-attr]
         heads = net.attention.heads(r, pairs, values)
@@ -208,14 +208,14 @@ def train(
     progress: Progress,
     resume: bool = True,
 ) -> None:
-    """Train `net` on token sequences; state and log are in `folder`. `outcome` says what it has learned.
+    """Train `net` on token sequences; state and log are in `folder`. `outcome` returns the learned splits.
 
     Args:
-        watch: held-back (ids, mask) on which the noise-free model is measured every `watch_every` steps.
-        fingerprint: of model, data and whatever else the result depends on; a state of another one is refused.
+        watch: held-out (ids, mask) on which the noise-free model is measured every `watch_every` steps.
+        fingerprint: of model, data and everything else that the result depends on; a state with another one is refused.
 
     Raises:
-        UserError: fewer sequences a step than processes, the folder holds the state of another training, the loss is no longer finite.
+        UserError: fewer sequences per step than processes, the state of another training in the folder, or a loss that is not finite.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     if recipe.batch < world:
@@ -267,7 +267,7 @@ def train(
 def batch_of(
     sequences: Sequence[Sequence[int]], recipe: Recipe, step: int, rank: int = 0, world: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask) of a step's share of one rank: all sequences once an epoch, in an order drawn from the seed and the epoch."""
+    """(ids, mask) of one rank's share of a step. Every epoch has each sequence once, in an order drawn from the seed and the epoch."""
     rows = []
     for i in range(step * recipe.batch + rank, (step + 1) * recipe.batch, world):
         epoch, place = divmod(i, len(sequences))
@@ -277,7 +277,7 @@ def batch_of(
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask) of sequences, padded on the right by length, never by token id."""
+    """(ids, mask) of sequences, padded on the right. The mask follows from lengths, never from token ids."""
     length = max(map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -310,7 +310,7 @@ def _sentence(row: dict[str, Any], recipe: Recipe) -> str:
 def _save(folder: Path, identity: dict[str, Any], net: MaskNet, optimizer: Any, step: int) -> None:
     part = folder / f"{STATE}.part"
     state = {"identity": json.dumps(identity), "step": step, "net": net.state_dict(), "optimizer": optimizer.state_dict()}
-    with open(part, "wb") as stream:  # torch's own would not say that the disk is full
+    with open(part, "wb") as stream:  # torch's own writer does not report a full disk
         torch.save(state, stream)
     os.replace(part, folder / STATE)
 
@@ -321,7 +321,7 @@ def _restore(folder: Path, identity: dict[str, Any], net: MaskNet, optimizer: An
         return 0
     try:
         state = torch.load(file, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many types for a damaged file
+    except Exception as error:  # torch raises many types of errors for a damaged file
         raise UserError(f"{file} cannot be read ({type(error).__name__})", "pass --fresh to start again") from None
     theirs = json.loads(state["identity"])
     if theirs != identity:

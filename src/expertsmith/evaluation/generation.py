@@ -20,15 +20,15 @@ TIMES = 3
 
 
 def repetition(tokens: Sequence[int], n: int = NGRAM) -> float:
-    """The share of repeated n-grams, 1 - distinct / all; 0 where there are fewer than n tokens (seq-rep-n of arXiv 1908.04319, section 6.1)."""
+    """The share of repeated n-grams, 1 - distinct / all; 0 for fewer than n tokens (seq-rep-n of arXiv 1908.04319, section 6.1)."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def loop(tokens: Sequence[int], times: int = TIMES) -> tuple[int, int] | None:
-    """(period, repeats) where the tokens end in one block repeated at least `times` times, else None; the shortest such block.
+    """(period, repeats) of the shortest block that is repeated at least `times` times at the end of the tokens; None without such a block.
 
-    A run that was cut in the middle of a block ends in whole blocks too, of the same tokens in turned order.
+    A run that was cut in the middle of a block also ends in whole blocks, with the tokens rotated.
     """
     for period in range(1, len(tokens) // times + 1):
         length = period
@@ -41,7 +41,7 @@ def loop(tokens: Sequence[int], times: int = TIMES) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Run:
-    """New tokens after a prompt, without the end of text, and whether it was reached."""
+    """The new tokens after a prompt, without the end of text, and whether the end of text was reached."""
 
     tokens: list[int]
     ended: bool
@@ -50,8 +50,8 @@ class Run:
 def generate(
     model: LoadedModel, prompts: Sequence[Sequence[int]], new_tokens: int, batch_tokens: int, progress: Progress, label: str
 ) -> list[Run]:
-    """Greedy runs of at most `new_tokens`, in the order of the prompts. What a generation config asks for beyond greedy search (sampling,
-    penalties on repetition) is left out: it would hide what is measured. Prompts of a batch are padded on the left."""
+    """Greedy runs of at most `new_tokens`, in the order of the prompts. Sampling and repetition penalties of a generation config are not
+    used: they would hide what is measured. Prompts of a batch are padded on the left."""
     module: Any = model.module
     config = module.generation_config
     ends = config.eos_token_id if config.eos_token_id is not None else model.config.get_text_config().eos_token_id
@@ -94,10 +94,10 @@ def _until_end(tokens: list[int], ends: Sequence[int]) -> Run:
 def of_domain(
     mine: Sequence[Run], theirs: Sequence[Run] | None = None, matches: Sequence[Sequence[bool]] | None = None
 ) -> dict[str, Any]:
-    """The measures of the runs of one domain, each with standard error and, against the reference's runs, difference (`paired.estimate`):
+    """The measures of the runs of one domain. Each has a standard error and, with a reference, the difference (`paired.estimate`).
 
-    repetition (mean of `repetition`), loops (share of runs that end in a loop), ended (share that reached the end of text), length (mean new
-    tokens), and with `matches` format (share of runs that hold the answer format). `periods` has the median period of the loops, None without any.
+    repetition: mean of `repetition`; loops: share of runs that end in a loop; ended: share that reached the end of text; length: mean new
+    tokens; with `matches` also format: share of runs with the answer format. `periods`: median period of the loops, None without loops.
     """
     sides = [mine] if theirs is None else [mine, theirs]
     found = [[loop(run.tokens) for run in runs] for runs in sides]
@@ -118,8 +118,8 @@ def of_domain(
 
 
 def formats_of(formats: Sequence[str], domains: Sequence[str]) -> dict[str, re.Pattern[str]]:
-    """`[DOMAIN=]REGEX` → the pattern of each domain that has one; that of the domain itself goes before one for all. What stands before the = is
-    a domain only if the data has it, else it belongs to the regex.
+    """`[DOMAIN=]REGEX` → the pattern of each domain that has one; a domain's own pattern overrides one for all. The text before = is a
+    domain only if the data has that domain; otherwise it belongs to the regex.
 
     Raises:
         UserError: not a regular expression.

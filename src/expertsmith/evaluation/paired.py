@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 
-RESAMPLES = 200  # of the bootstrap: a standard error that is right to about 5 %
-CLEAR = 2.0  # standard errors beyond which a difference is marked
+RESAMPLES = 200  # of the bootstrap: the standard error is accurate to about 5 %
+CLEAR = 2.0  # standard errors; a larger difference is marked
 
 
 def ratio(sums: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Mean of a quantity a token and its standard error over sequences, from (tokens n_s, sum d_s) of each: r = sum d / sum n, and
-    sqrt(S / (S - 1) sum_s (d_s - r n_s)^2) / sum n (the ratio estimator's; for equal lengths that of a mean). The error is 0 for one sequence."""
+    """(mean per token, its standard error over sequences) of a quantity, from (tokens n_s, sum d_s) of each sequence s = 1 … S.
+
+    The mean is r = sum d / sum n. The error is sqrt(S / (S - 1) sum_s (d_s - r n_s)^2) / sum n, of the ratio estimator; for equal lengths
+    it is that of a mean, and for one sequence 0.
+    """
     tokens, count = sum(n for n, _ in sums), len(sums)
     mean = math.fsum(d for _, d in sums) / max(1, tokens)
     if count < 2:
@@ -32,13 +35,13 @@ def estimate(
 ) -> dict[str, Any]:
     """The score of a model over documents, and of a reference over the same documents in the same order.
 
-    With `aggregate` None the score is the mean of a number a document: se = s / sqrt(n), s with n - 1. Else the score is `aggregate` of all
-    documents' values (perplexity, F1, BLEU: no mean of anything that one document has), and every standard error is the deviation over
-    RESAMPLES seeded bootstrap draws of documents, the same draws for both models.
+    If `aggregate` is None, the score is the mean of one number per document: se = s / sqrt(n), s with n - 1. Otherwise the score is
+    `aggregate` of all documents' values (perplexity, F1, BLEU, which are no means over documents), and every standard error is the
+    deviation over RESAMPLES seeded bootstrap draws of documents, the same draws for both models.
 
     Returns:
         value, se, errors ("documents" or "bootstrap"); with a reference also reference, reference_se, difference (mine - theirs),
-        difference_se and clear (the difference is beyond CLEAR standard errors). A standard error is None where it is not defined: one document.
+        difference_se and clear (whether the difference is beyond CLEAR standard errors). Standard errors are None for one document.
     """
     columns = [list(mine)] if theirs is None else [list(mine), list(theirs)]
     if aggregate is None:

@@ -1,6 +1,6 @@
-"""Perplexity on held-out text, and how far a model's next-token distributions are from a reference's.
+"""Perplexity on held-out text, and the distance of a model's next-token distributions from a reference's.
 
-Over every predicted token t of a domain, p the reference's and q the model's distribution, all in float32:
+Over every predicted token t of a domain, with the reference's distribution p and the model's q, all in float32:
   loss = mean -log q(next token), perplexity = exp(loss);
   kl = mean sum_v p log(p / q), in nats;
   agreement = share of tokens with argmax p = argmax q;
@@ -22,13 +22,13 @@ from expertsmith.evaluation.paired import ratio
 from expertsmith.views.notebook import Shown
 from expertsmith.views.progress import Progress, Silent
 
-ROWS = 1024  # predicted tokens whose full distributions are held in float32 at a time
+ROWS = 1024  # predicted tokens whose full distributions are in memory in float32 at a time
 
 
 @dataclass
 class DomainQuality:
-    """What was measured on one domain: means a predicted token, named as in the JSON, from sums that add up batch by batch. Without a
-    reference, what needs one is NaN."""
+    """The measures of one domain: means per predicted token, named as in the JSON, from sums over batches. Measures that need a reference
+    are NaN without one."""
 
     tokens: int = 0
     loss_sum: float = 0.0
@@ -44,7 +44,7 @@ class DomainQuality:
 
     @property
     def loss(self) -> float:
-        """Mean loss, nats a token."""
+        """Mean loss, nats per token."""
         return self._mean(self.loss_sum, reference=False)
 
     @property
@@ -60,7 +60,7 @@ class DomainQuality:
 
     @property
     def reference_loss(self) -> float:
-        """Mean loss of the reference, nats a token."""
+        """Mean loss of the reference, nats per token."""
         return self._mean(self.reference_loss_sum)
 
     @property
@@ -70,12 +70,12 @@ class DomainQuality:
 
     @property
     def kl(self) -> float:
-        """Mean KL divergence from the reference, nats a token."""
+        """Mean KL divergence from the reference, nats per token."""
         return self._mean(self.kl_sum)
 
     @property
     def top1_agreement(self) -> float:
-        """Share of tokens with the reference's most probable token."""
+        """Share of tokens with the same most probable token as the reference."""
         return self._mean(self.agreements)
 
     @property
@@ -90,7 +90,7 @@ class DomainQuality:
 
     @property
     def rise(self) -> float:
-        """Mean loss above the reference's, nats a token."""
+        """Mean loss minus the reference's, nats per token."""
         return (self.loss_sum - self.reference_loss_sum) / max(1, self.tokens)
 
     @property
@@ -108,7 +108,7 @@ class DomainQuality:
 
 @dataclass(repr=False)
 class Quality(Shown):
-    """Results by domain, and what else was measured (`tasks`, `generation`), as plain data."""
+    """Results by domain, and other measurements (`tasks`, `generation`), as plain data."""
 
     domains: dict[str, DomainQuality] = field(default_factory=dict)
     has_reference: bool = False
@@ -127,7 +127,7 @@ class Quality(Shown):
         return ", ".join([*told, *self.more])
 
     def to_json(self) -> dict[str, Any]:
-        """Results by domain, and their unweighted mean over domains (perplexity: exp of the mean loss), with the other measurements."""
+        """Results by domain, their unweighted mean over domains (perplexity: exp of the mean loss), and the other measurements."""
         if not self.domains:
             return dict(self.more)
         rows = {name: entry.to_json(self.has_reference) for name, entry in self.domains.items()}
@@ -144,10 +144,10 @@ def measure(
 ) -> Quality:
     """Evaluate `model` on batches (each token of a row predicts the next one), against `reference` if there is one.
 
-    A resident model takes one batch at a time; a streamed one carries all of them through each layer.
+    A resident model runs one batch at a time; a streamed model runs all batches through one layer after another.
 
     Raises:
-        UserError: the two models have different vocabularies, or nothing is predicted.
+        UserError: the two models have different vocabularies, or there is no token to predict.
     """
     quality = Quality(has_reference=reference is not None)
     models = [model] if reference is None else [model, reference]

@@ -1,4 +1,4 @@
-"""Run the same tasks and prompts on a model and its reference, one model in memory at a time; finished results are kept and not recomputed."""
+"""Run the same tasks and prompts on a model and its reference, one model in memory at a time. Finished results are kept and reused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from expertsmith.views.progress import Progress
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is asked: what it is called, what it is (fingerprint, dtype, tokenizer), and how to bring it into memory for a while."""
+    """A model to ask: its name, its identity (fingerprint, dtype, tokenizer), and a context that loads it."""
 
     name: str
     identity: dict[str, Any]
@@ -29,9 +29,9 @@ class Subject:
 
 @dataclass
 class Questions:
-    """lm-eval tasks, and prompts as token ids by domain (with the data's answers, if it has any) to continue greedily.
+    """lm-eval tasks, and prompts to continue greedily, as token ids by domain (with the data's answers, if any).
 
-    `formats` are patterns by domain, for answers as text.
+    `formats`: patterns by domain, for answers as text.
     """
 
     tasks: tasks.Tasks | None = None
@@ -51,10 +51,10 @@ def ask(
     resume: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """What a model (the first subject) and its reference (the second, if any) answer: `tasks` and `generation`, as far as asked.
+    """Ask a model (the first subject) and its reference (the second, if any); returns `tasks` and `generation`, if requested.
 
     Args:
-        folder: keep every finished task of every model here, and take what is there of the same model, task and settings; None: keep nothing.
+        folder: where finished results of every model are kept, and reused for the same model, task and settings; None: keep nothing.
         resume: False asks everything again.
     """
     answers = [_answers(questions, subject, tokenizer, batch_tokens, folder, resume, progress) for subject in subjects]
@@ -77,7 +77,7 @@ def _answers(
     resume: bool,
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, list[Run]]]:
-    """One model's answers by task and its runs by domain. It is loaded for the first that is not kept."""
+    """One model's answers by task and its runs by domain. The model is loaded only if a result is not kept yet."""
     with ExitStack() as stack:
 
         @cache
@@ -117,7 +117,7 @@ def _answers(
 
 
 def _domain(questions: Questions, name: str, sides: Sequence[list[Run]], tokenizer: Any | None) -> dict[str, Any]:
-    """The measures of one domain; with a format also the share of the data's own answers that have it."""
+    """The measures of one domain; with a format, also the share of the data's own answers that match it."""
     pattern = questions.formats.get(name)
     mine, theirs = sides[0], sides[1] if len(sides) > 1 else None
     if pattern is None:
@@ -131,7 +131,7 @@ def _domain(questions: Questions, name: str, sides: Sequence[list[Run]], tokeniz
 
 
 def _kept(folder: Path | None, name: str, identity: Mapping[str, Any], compute: Callable[[], Any], resume: bool) -> Any:
-    """What `compute` gives, kept as JSON in `folder` under a name that tells the identity; what is there already is read instead."""
+    """The result of `compute`, kept as JSON in `folder` under a name with a hash of the identity. A kept result is read instead."""
     if folder is None:
         return compute()
     text = json.dumps(identity, sort_keys=True)

@@ -21,7 +21,7 @@ from expertsmith.views.progress import Progress
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run, and where."""
+    """The engine, the requests and the device of a measurement."""
 
     engine: str = "transformers"
     python: str | Path | None = None  # of the engine's environment; None: see engines.python_of
@@ -47,18 +47,18 @@ class Setting:
 
 
 def compare(models: Mapping[str, str | Path], setting: Setting, progress: Progress) -> dict[str, Any]:
-    """Name → its medians over the rounds, in each of which all models get the same random prompts in turn, after a round that does not count.
+    """Name → medians over the rounds. In each round all models get the same random prompts in turn. A first round does not count.
 
-    With B prompts of P tokens and N new ones each, t1 the seconds until all have their first token and t until all are made:
-    prefill_tokens_per_second = B P / t1, decode_tokens_per_second = (tokens made after t1) / (t - t1), time_to_first_token = t1. peak_memory
-    and gpu_memory are bytes at the highest, of the model's own process; weight_bytes those of the checkpoint; with `energy` there are
-    watt_hours_per_1000_tokens (of the B N new tokens, what their prompts took included). Of two models "ratios" has the second's value
-    over the first's: the median over the rounds of the ratio within a round, which need not be the ratio of the medians; "ratio_ranges" has
-    the least and the largest.
+    There are B prompts of P tokens with N new tokens each. t1: seconds until all have their first token; t: seconds until all are
+    generated. prefill_tokens_per_second = B P / t1, decode_tokens_per_second = (tokens generated after t1) / (t - t1), time_to_first_token
+    = t1. peak_memory and gpu_memory: peak bytes of the model's own process; weight_bytes: of the checkpoint. With `energy`,
+    watt_hours_per_1000_tokens: per 1000 of the B N new tokens, including their prompts. With two models, "ratios": the second's value
+    divided by the first's, as the median over the rounds of the ratio within a round, which need not be the ratio of the medians;
+    "ratio_ranges": the least and largest ratio.
 
     Raises:
-        RefusedError: the engine does not take one of the models.
-        UserError: the engine or its converter is not there, lengths that a model has no positions for.
+        RefusedError: the engine refuses one of the models.
+        UserError: the engine or its converter is not found, or a model has too few positions for the lengths.
     """
     meter = _meter() if setting.energy else None
     sizes: dict[str, int] = {}
@@ -72,7 +72,7 @@ def compare(models: Mapping[str, str | Path], setting: Setting, progress: Progre
             options: dict[str, Any] = {"batch": setting.batch, "length": setting.prompt_len + setting.new_tokens}
             options |= {"device": setting.device, "dtype": setting.dtype}
             if setting.engine == "transformers" and setting.python is None:
-                options["load"] = "expertsmith.load"  # uneven layers, and skipping in force
+                options["load"] = "expertsmith.load"  # supports uneven layers, and applies skipping
             if setting.engine == "llama.cpp" and path.suffix != ".gguf":
                 progress.note(f"{name}: converting to GGUF")
                 path = convert(path, work / f"{name}.gguf", setting.python, setting.converter, setting.dtype)
@@ -98,7 +98,7 @@ def compare(models: Mapping[str, str | Path], setting: Setting, progress: Progre
 
 
 def _described(model: str | Path, setting: Setting) -> tuple[Path, int, int]:
-    """(where it lies, bytes of weights, token ids to draw prompts from)."""
+    """(path, bytes of weights, number of token ids to draw prompts from)."""
     if str(model).endswith(".gguf"):
         if setting.engine != "llama.cpp":
             raise UserError(f"{model} is a GGUF file", "pass --engine llama.cpp, or a checkpoint in Hugging Face layout")
@@ -118,7 +118,7 @@ def _described(model: str | Path, setting: Setting) -> tuple[Path, int, int]:
 def _measure(
     asks: Mapping[str, Ask], vocab: int, setting: Setting, meter: Any, progress: Progress
 ) -> dict[str, list[dict[str, float]]]:
-    """Every model's numbers in every round."""
+    """The numbers of every model in every round."""
     draw, batch, made = random.Random(0), setting.batch, setting.batch * setting.new_tokens
     prompts = [
         [[draw.randrange(vocab) for _ in range(setting.prompt_len)] for _ in range(batch)] for _ in range(setting.rounds + 1)
@@ -154,7 +154,7 @@ def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _meter() -> Any:
-    """An offline tracker of codecarbon for the whole machine, since engines run in processes of their own.
+    """An offline tracker of codecarbon for the whole machine, since engines run in separate processes.
 
     Raises:
         UserError: codecarbon is not installed.
@@ -169,7 +169,7 @@ def _meter() -> Any:
 
 
 def _source(meter: Any) -> str:
-    """Where codecarbon's watts come from: counters of the hardware, or what it estimates without them."""
+    """The source of codecarbon's watts: hardware counters, or an estimate without them."""
     parts = ", ".join(part.description() for part in meter._hardware)
     guessed = "Cpu Load" in parts or "W)" in parts or "[generic]" in parts
     how = "; no power counter found, so the CPU's watts are estimated from its rated power and load" if guessed else ""

@@ -14,7 +14,7 @@ from expertsmith.evaluation.speed import prefill_and_decode
 from expertsmith.views.progress import Progress
 
 Counters = dict[int, tuple[int, int]]
-PROMPT = 512  # tokens of the prefill that is timed, at most
+PROMPT = 512  # tokens of the timed prefill, at most
 
 
 def with_and_without(
@@ -24,8 +24,8 @@ def with_and_without(
     batches: Sequence[Batch],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Quality of `model` with skipping against `reference`, the same weights without; the share of routed slots that were skipped in every
-    layer on this text; and, for resident models, tokens a second with and without, in turns."""
+    """Quality of `model` with skipping against `reference`, the same weights without skipping; the share of skipped routed slots in every
+    layer on this text; and, for resident models, tokens per second with and without skipping, measured in turns."""
     counters: Counters = {}
     with in_force(model, counters):
         quality = measure(model, batches, reference, progress).to_json()

@@ -1,4 +1,4 @@
-"""Time variants of one model alternately, so that other load on the machine affects all of them equally."""
+"""Time variants of one model in turns, so that other load on the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, list[Any]]:
-    """What every run returned, `rounds` times each, one after the other within a round, after one round that does not count."""
+    """The results of every run over `rounds` rounds. In a round, all runs come one after the other; a first round does not count."""
     returned: dict[str, list[Any]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
@@ -23,7 +23,7 @@ def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[st
 
 
 def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, list[float]]:
-    """Seconds of every run, `rounds` times each, in turns."""
+    """The seconds of every run, `rounds` times each, in turns."""
 
     def timed(run: Callable[[], object]) -> Callable[[], float]:
         def go() -> float:
@@ -44,8 +44,8 @@ def prefill_and_decode(
     new_tokens: int = 32,
     rounds: int = 5,
 ) -> dict[str, dict[str, float]]:
-    """Tokens a second of every variant (a context in which the model runs): the prompt [1, length] in one forward, and greedy decoding of
-    `new_tokens` with a cache at batch 1. Medians over `rounds`."""
+    """Tokens per second of every variant (a context in which the model runs), medians over `rounds`: the prompt [1, length] in one forward,
+    and greedy decoding of `new_tokens` with a cache at batch 1."""
 
     def timed(name: str, run: Callable[[], object]) -> Callable[[], None]:
         def go() -> None:

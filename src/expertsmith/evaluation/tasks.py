@@ -1,7 +1,7 @@
-"""lm-eval tasks: found by name or in local folders, run on a model document by document, and tabulated next to a reference.
+"""lm-eval tasks: find them by name or in local folders, run them on a model document by document, and compare with a reference in a table.
 
-lm-eval builds the prompts and scores the answers, with the settings of the task's own yaml. Results are stored as one value per document and
-metric, so two models can be compared on each document.
+lm-eval builds the prompts and scores the answers, with the settings of the task's own yaml. Results are stored as one value per document
+and metric, so two models can be compared on each document.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from expertsmith.views.progress import Progress
 INSTALL = 'pip install "expertsmith[eval]"'
 LOCAL = ("json", "csv", "text", "parquet", "arrow", "pandas", "xml", "sql")  # builders of `datasets` that read files
 SEED = 1234  # of few-shot examples, lm-eval's default
-WINDOWS = 64  # of rolling log-likelihoods, handed over at once
+WINDOWS = 64  # of rolling log-likelihoods, passed at once
 
 
 @dataclass
 class Tasks:
-    """lm-eval's tasks by name, the groups that were asked for, and how many documents a task is limited to."""
+    """lm-eval's tasks by name, the requested groups, and the maximum number of documents per task."""
 
     tasks: dict[str, Any]
     groups: dict[str, Any]
@@ -38,10 +38,10 @@ class Tasks:
 
 
 def refuse_missing(folders: Sequence[str | Path]) -> None:
-    """Find out before hours of other work that tasks cannot be run.
+    """Check that tasks can be run, before hours of other work.
 
     Raises:
-        UserError: lm-eval is missing, or a path is no folder.
+        UserError: lm-eval is missing, or a path is not a folder.
     """
     _library()
     for folder in folders:
@@ -50,12 +50,12 @@ def refuse_missing(folders: Sequence[str | Path]) -> None:
 
 
 def find(names: Sequence[str], folders: Sequence[str | Path], limit: int | None, progress: Progress) -> Tasks:
-    """The tasks of these names (or groups, or tags; several may stand in one string with commas), with their documents.
+    """The tasks with these names (of tasks, groups or tags; a string may hold several with commas), with their documents.
 
-    Tasks of `folders` go before lm-eval's own of the same name, and their `data_files` are looked for next to the yaml.
+    Tasks in `folders` override lm-eval's own of the same name, and their `data_files` are relative to the yaml.
 
     Raises:
-        UserError: lm-eval is missing, an unknown name, a yaml that is broken, data that is not available here.
+        UserError: lm-eval is missing, an unknown name, a broken yaml, data that is not available here.
     """
     refuse_missing(folders)
     wanted = list(dict.fromkeys(name.strip() for text in names for name in text.split(",") if name.strip()))
@@ -71,7 +71,7 @@ def find(names: Sequence[str], folders: Sequence[str | Path], limit: int | None,
         for name in wanted:
             try:
                 made = manager.load([name])
-            except Exception as error:  # yamls, templates, data readers and the hub client raise anything
+            except Exception as error:  # yamls, templates, data readers and the hub client may raise any error
                 raise _cannot_load(name, manager.task_index[name], error) from error
             found.tasks |= made["tasks"]
             found.groups |= made["groups"]
@@ -81,7 +81,7 @@ def find(names: Sequence[str], folders: Sequence[str | Path], limit: int | None,
 
 
 def _settle(name: str, task: Any) -> None:
-    """Refuse a task that cannot be asked here, and give it no examples where it does not say how many."""
+    """Refuse a task that cannot be run here; use no few-shot examples if the task does not give a number."""
     if getattr(task, "UNSAFE_CODE", False):
         raise UserError(
             f"task {name} runs code that the model writes, which expertsmith does not do", "run it with lm-eval directly"
@@ -93,7 +93,7 @@ def _settle(name: str, task: Any) -> None:
 
 
 def _manager(wanted: Sequence[str], folders: Sequence[str | Path], progress: Progress) -> Any:
-    """lm-eval's task manager, which knows the tasks of `folders`, and lm-eval's own where these do not suffice."""
+    """lm-eval's task manager with the tasks in `folders`, and with lm-eval's own if these are not enough."""
     from lm_eval.tasks import TaskManager
 
     for folder in folders:
@@ -110,7 +110,7 @@ def _manager(wanted: Sequence[str], folders: Sequence[str | Path], progress: Pro
 
 
 def settings_of(found: Tasks, name: str) -> dict[str, Any]:
-    """What a task's result depends on, apart from the model: version of lm-eval, settings, documents, limit."""
+    """Everything that a task's result depends on, apart from the model: version of lm-eval, settings, documents, limit."""
     task = found.tasks[name]
     documents = list(task.eval_docs)[: found.limit]
     if task.get_config("num_fewshot"):
@@ -124,12 +124,12 @@ def settings_of(found: Tasks, name: str) -> dict[str, Any]:
 
 
 def language_model(model: LoadedModel, tokenizer: Any, batch_tokens: int) -> Any:
-    """A resident model as lm-eval's HFLM; a batch has at most `batch_tokens` positions with padding (one row at least)."""
+    """A resident model as lm-eval's HFLM. A batch has at most `batch_tokens` positions with padding, but at least one row."""
     with _quietly():
         from lm_eval.models.huggingface import HFLM
 
         class Model(HFLM):  # type: ignore[misc]
-            cut = 0  # requests that did not fit into the window; lm-eval leaves out what stands first in them
+            cut = 0  # requests longer than the window; lm-eval cuts off their beginning
 
             def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
                 lengths = [len(context) + len(rest) for _, context, rest in requests]
@@ -153,11 +153,11 @@ def language_model(model: LoadedModel, tokenizer: Any, batch_tokens: int) -> Any
 
 
 def answer(found: Tasks, name: str, model: Any, progress: Progress, label: str) -> dict[str, Any]:
-    """Put one task to a model (of `language_model`): the value of every metric and filter for every document, a hash of all that was
-    asked, and how many requests were cut to the window.
+    """Run one task on a model (from `language_model`). Returns the value of every metric and filter for every document, a hash of all
+    questions, and the number of requests that were cut to the window.
 
     Raises:
-        UserError: lm-eval cannot put this task to this model.
+        UserError: lm-eval cannot run this task on this model.
     """
     import lm_eval
 
@@ -173,7 +173,7 @@ def answer(found: Tasks, name: str, model: Any, progress: Progress, label: str) 
             )
         except (MemoryError, OSError, RuntimeError):
             raise
-        except Exception as error:  # templates, metrics and functions of the yaml raise anything
+        except Exception as error:  # templates, metrics and functions of the yaml may raise any error
             raise UserError(
                 f"lm-eval cannot run task {name}: {_first_line(error)}",
                 "check its yaml file, and that the task fits this model",
@@ -188,24 +188,24 @@ def answer(found: Tasks, name: str, model: Any, progress: Progress, label: str) 
 
 
 class _Hook:
-    """What lm-eval calls with every request that is answered, in place of its cache: progress in documents."""
+    """A replacement for lm-eval's cache hook, called for every answered request: reports progress in documents."""
 
     def __init__(self, task: Any, documents: int, advance: Callable[[float], None]) -> None:
         self.task, self.documents, self.advance = task, documents, advance
 
     def add_partial(self, kind: str, request: Any, response: Any) -> None:
-        """One request more."""
+        """Count one more request."""
         self.advance(self.documents / max(1, len(self.task.instances)))
 
 
 def table(found: Tasks, mine: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """A row for every task, metric and filter, then for every group that has a score of its own, as `paired.estimate` makes them.
+    """A row for every task, metric and filter, then for every group with its own score, with the keys of `paired.estimate`.
 
     Args:
-        mine: what `answer` gave, by task; theirs: the reference's.
+        mine: the results of `answer`, by task; theirs: the reference's.
 
     Raises:
-        UserError: the two were not asked the same.
+        UserError: the two got different questions.
     """
     from lm_eval.api.metrics import mean
 
@@ -248,11 +248,11 @@ def identity_of(found: Tasks) -> str:
 
 
 def scores(found: Tasks, model: LoadedModel, tokenizer: Any, batch_tokens: int, progress: Progress) -> dict[str, float]:
-    """One score of a loaded model for every task, and for every group that has one of its own: the first metric of which more is better,
+    """One score of a loaded model for every task, and for every group with its own score: the first metric for which higher is better,
     under `task metric`.
 
     Raises:
-        UserError: a task without such a metric, or one that cannot be put to this model.
+        UserError: a task without such a metric, or one that cannot be run on this model.
     """
     for index in range(len(model.layers)):
         model.bring(index)
@@ -274,9 +274,7 @@ def _group_rows(name: str, group: Any, rows: Sequence[Mapping[str, Any]]) -> Ite
         of_metric = [row for row in rows if row["task"] in members and row["metric"] == wanted.metric]
         for kind in wanted.filter_list or sorted({row["filter"] for row in of_metric}):
             parts = [row for row in of_metric if row["filter"] == kind]
-            if not parts or callable(
-                wanted.aggregation
-            ):  # a score of the group's own making has no error to be had from its parts
+            if not parts or callable(wanted.aggregation):  # a group's own aggregation has no error that follows from its parts
                 continue
             weights = [row["documents"] if wanted.weight_by_size else 1 for row in parts]
             yield {
@@ -302,7 +300,7 @@ def _library() -> Any:
 
 
 def _check_yamls(folder: Path) -> None:
-    """lm-eval passes over a yaml that it cannot read, and then knows no task of that name."""
+    """Refuse yamls that cannot be read; lm-eval would skip them and report an unknown task."""
     from lm_eval.tasks._yaml_loader import load_yaml
     from yaml import YAMLError
 
@@ -311,12 +309,12 @@ def _check_yamls(folder: Path) -> None:
             load_yaml(path, resolve_func=False)
         except YAMLError as error:
             raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-        except (OSError, ValueError) as error:  # an include that is not there or goes round in circles; no table
+        except (OSError, ValueError) as error:  # a missing or circular include, or a yaml that is no table
             raise UserError(f"{path} is not a task: {_first_line(error)}") from None
 
 
 def _complete(index: Mapping[str, Any], name: str) -> bool:
-    """Whether a task, or a group with all that it names, is in the index."""
+    """Whether a task, or a group with all of its members, is in the index."""
     entry = index.get(name)
     if entry is None:
         return False
@@ -326,7 +324,7 @@ def _complete(index: Mapping[str, Any], name: str) -> bool:
 
 
 def _anchor(entry: Any) -> None:
-    """Make the relative `data_files` of a local task's yaml those next to it (lm-eval takes them from where it runs)."""
+    """Make relative `data_files` of a local task relative to its yaml (lm-eval uses the working directory)."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if not ((entry.cfg or {}).get("dataset_kwargs") or {}).get("data_files"):
@@ -350,7 +348,7 @@ def _anchor(entry: Any) -> None:
 
 
 def _cannot_load(name: str, entry: Any, error: Exception) -> UserError:
-    """What is wrong with a task that cannot be built: data out of reach, or its yaml."""
+    """The error for a task that cannot be built, because of unavailable data or its yaml."""
     config = entry.cfg or {}
     source = config.get("dataset_path")
     read = type(error).__name__ == "DatasetGenerationError" and isinstance(error.__cause__, Exception)
@@ -373,7 +371,7 @@ def _cannot_load(name: str, entry: Any, error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Hold back what lm-eval and the libraries below it print, log and draw: stdout is for results, and progress is drawn here."""
+    """Suppress output, logs and progress bars of lm-eval and its libraries: stdout is for results, and progress is shown by expertsmith."""
     import datasets
     from tqdm import tqdm
 
@@ -400,7 +398,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a document, of the kinds that JSON has."""
+    """A document's value with types that JSON supports."""
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -409,7 +407,7 @@ def _plain(value: Any) -> Any:
 
 
 def _named(value: Any) -> str:
-    """Things of a task's settings that JSON has no form for, without addresses in memory."""
+    """A name, without memory address, for objects in a task's settings that JSON does not support."""
     return str(getattr(value, "__qualname__", None) or type(value).__name__)
 
 

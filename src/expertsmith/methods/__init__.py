@@ -22,10 +22,10 @@ def methods() -> dict[str, Method]:
 
 
 def find(name: str) -> Method:
-    """The method of that name.
+    """The method with this name.
 
     Raises:
-        UserError: there is none; close matches are offered.
+        UserError: there is none; with close matches.
     """
     if name not in methods():
         raise unknown("method", name, methods())

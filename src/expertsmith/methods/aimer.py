@@ -19,11 +19,11 @@ from expertsmith.methods.base import Array, Facts, every, method
     limits="Ignores the domain; near chance on briefly trained models.",
 )
 def aimer(weights: Iterable[ExpertWeights], facts: Facts) -> Array:
-    """Saliency -P / sqrt(M Q), over all M entries w of the expert's matrices together: P = sum |w|, Q = sum w^2. Data-free.
+    """Saliency -P / sqrt(M Q), with P = sum |w| and Q = sum w^2 over all M entries w of the expert's matrices together. Data-free.
 
-    The paper's score P / sqrt(M Q) = mean|w| / RMS(w) lies in [1 / sqrt(M), 1] and HIGHER IS PRUNED: flat weights are
-    removed and peaky ones kept; hence the sign. An all-zero expert has score 0 and is never pruned, as in the authors' code. Sums are in
-    float64 (theirs: float32).
+    The paper's score P / sqrt(M Q) = mean|w| / RMS(w) lies in [1 / sqrt(M), 1] and HIGHER IS PRUNED, hence the sign: flat weights
+    are removed, peaky ones are kept. An all-zero expert has score 0 and is pruned last, as in the authors' code. Sums are in float64
+    (theirs: float32).
     """
 
     def score(entry: ExpertWeights) -> float:

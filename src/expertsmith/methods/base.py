@@ -1,13 +1,13 @@
 """Definition of a method: a function whose keyword arguments are its options, and what it reads and returns.
 
     reads        the first argument of the function            gives      what it returns
-    statistics   LayerStatistics of one layer                  saliency   one per expert, highest are kept
+    statistics   LayerStatistics of one layer                  saliency   one per expert; the highest are kept
     weights      ExpertWeights of a layer, one by one          order      order of removal, and where to stop
     arrays       result of its own `measure` on the weights    choice     kept and merged experts for a given count
     model        a probe that runs a block with any kept set
     nothing      -
 
-A method does not depend on families, tensor names or devices. Names, types and defaults of the options are read from the signatures, so that
+A method does not depend on families, tensor names or devices. Names, types and defaults of the options are read from the signatures, so
 `-O name=value`, the plan and `expertsmith methods` agree.
 """
 
@@ -42,14 +42,14 @@ Positive = Annotated[int, AtLeast(1)]
 
 
 class Projections(Protocol):
-    """The experts' matrices of one layer by role, read when they are asked for."""
+    """The experts' matrices of one layer by role, read on request."""
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Of "gate", "up" and "down" those that the experts have."""
+        """The roles among "gate", "up" and "down" that the experts have."""
 
     def of(self, role: str) -> Iterator[Array]:
-        """Experts in ascending order, float32."""
+        """Yield the matrices of all experts in ascending order, float32."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class Facts:
     sequence_lengths: Mapping[str, list[int]] = field(default_factory=dict)  # tokens of every calibration sequence, by domain
     model_type: str = ""
     rules: Rules = field(default_factory=lambda: Rules(1, 1))
-    advance: Callable[[float], object] = lambda _: None  # told the share of the layer that has been measured
+    advance: Callable[[float], object] = lambda _: None  # called with the further share of the layer that has been measured
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What stays of one layer: kept ids in ascending order; `merge` as in the plan's format; `why` for the reader of the plan."""
+    """The choice for one layer. `keep`: kept ids in ascending order; `merge`: as in the plan's format; `why`: for its reader."""
 
     keep: list[int]
     merge: list[dict[str, Any]] = field(default_factory=list)
@@ -75,8 +75,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Order:
-    """Experts in the order in which they go. `height` is how strongly each removal asks to be made (it never increases along the
-    order); `stop` is how many the method's own threshold removes."""
+    """Experts in order of removal. `height`: strength of the case for each removal (it never increases along the order); `stop`: number of
+    experts that the method's own threshold removes."""
 
     experts: list[int]
     height: list[float]
@@ -88,8 +88,8 @@ class Order:
 class Method:
     """A registered method.
 
-    `measure` turns a layer's `Projections` into arrays that are costly to compute and are stored next to the plan; `allot` turns every layer's
-    statistics into counts for budget "global". `budgets`: the first is what it does where the user does not say.
+    `measure` turns a layer's `Projections` into arrays that are costly to compute and are stored next to the plan. `allot` turns the
+    statistics of all layers into counts for budget "global". `budgets`: the first is the default.
     """
 
     name: str
@@ -103,13 +103,13 @@ class Method:
     cost: str
     limits: str
     budgets: tuple[Budget, ...]
-    averages: bool = False  # a mean over an expert's tokens: noise where they are few
+    averages: bool = False  # a mean over an expert's tokens, noisy if they are few
     all_outputs: bool = False  # needs the statistic all_output_sum, which is collected on request
     measure: Callable[..., dict[str, Array]] | None = None
     allot: Callable[..., dict[int, int]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The function itself."""
+        """Call the function."""
         return self.function(*args, **kwargs)
 
     @property
@@ -166,8 +166,8 @@ def method(
     budgets: tuple[Budget, ...] = ("uniform", "global"),
     **more: Any,
 ) -> Callable[[Callable[..., Any]], Method]:
-    """Register a function as a method. `ties`: which of two equally salient experts stays, the lower or the higher id; `more`: the
-    further fields of `Method`."""
+    """Register a function as a method. `ties`: which of two equally salient experts is kept, the lower or the higher id; `more`: other
+    fields of `Method`."""
     usual = {"statistics": "one calibration pass", "weights": "one read of the weights", "nothing": "none"}
 
     def register(function: Callable[..., Any]) -> Method:
@@ -180,13 +180,13 @@ def method(
 
 
 def convert(owner: str, name: str, value: Any, kind: Any) -> Any:
-    """An option's value by the type in its signature.
+    """Convert an option's value to the type in its signature.
 
     Raises:
         UserError: a value of the wrong type, or one below its bound.
     """
     where = f"option {name} of {owner}"
-    if get_origin(kind) is Union:  # a number, or else one of some words
+    if get_origin(kind) is Union:  # a number or one of some words
         number, words = get_args(kind)
         return value if value in get_args(words) else convert(owner, name, value, number)
     if get_origin(kind) is Literal:
@@ -215,12 +215,12 @@ def convert(owner: str, name: str, value: Any, kind: Any) -> Any:
 
 
 def mean(total: Array, count: Array) -> Array:
-    """total / count, and 0 where count is 0 (an expert that no token reached)."""
+    """total / count; 0 where count is 0 (an expert that no token reached)."""
     return np.divide(total, count, out=np.zeros_like(total, dtype=np.float64), where=count > 0)
 
 
 def every(weights: Iterable[ExpertWeights], score: Callable[[ExpertWeights], float], num_experts: int) -> Array:
-    """One score an expert."""
+    """One score per expert."""
     scores = np.zeros(num_experts)
     for entry in weights:
         scores[entry.expert] = score(entry)

@@ -1,6 +1,6 @@
 """Baseline criteria: random, token counts, routing weights, output norms.
 
-Notation (frontier card, section 1): X_j the tokens routed to expert j, N_j their number, g_j(t) the routing weight that the model
+Notation (frontier card, section 1): X_j are the tokens routed to expert j, N_j their number, g_j(t) the routing weight that the model
 applies, f_j(t) the raw output. The family is S_j(b, a, c) = N_j^(-b) * sum over X_j of g_j(t)^a * ||f_j(t)||^c.
 An expert without tokens scores 0.
 """
@@ -55,11 +55,11 @@ def ean(statistics: LayerStatistics, facts: Facts, *, weighted: bool = False) ->
 
 @method("man", "Mean activation norm", "arXiv 2606.15716", averages=True, limits="Noisy for experts with few tokens.")
 def man(statistics: LayerStatistics, facts: Facts) -> Array:
-    """Mean of ||f_j|| over routed tokens, (1, 0, 1): for task-agnostic pruning. Noisy where N_j < 30."""
+    """Mean of ||f_j|| over routed tokens, (1, 0, 1), for task-agnostic pruning. Noisy if N_j < 30."""
     return mean(statistics.total("norm_sum"), statistics.total("selections"))
 
 
 @method("msan", "Mean squared activation norm", "arXiv 2606.15716", averages=True, limits="Noisy for experts with few tokens.")
 def msan(statistics: LayerStatistics, facts: Facts) -> Array:
-    """Mean of ||f_j||^2 over routed tokens, (1, 0, 2): for task-agnostic pruning. Noisy where N_j < 30."""
+    """Mean of ||f_j||^2 over routed tokens, (1, 0, 2), for task-agnostic pruning. Noisy if N_j < 30."""
     return mean(statistics.total("norm_sq_sum"), statistics.total("selections"))

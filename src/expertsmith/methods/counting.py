@@ -1,8 +1,8 @@
 """Count pairs of codes in place: the only file that uses a private part of scipy.
 
-Why: scipy's conversion of coordinates to a dense table counts in one pass and without an index of 8 bytes an entry: twice as fast as
-`numpy.bincount`, which also makes a table for each call. Its public form (`coo_array.toarray`) clears the table first. What would replace it:
-`numpy.bincount(a * cells_b + b)` added to the table, at half the speed, with the same integers (tested).
+Why: scipy's conversion of coordinates to a dense table counts in one pass, without an index of 8 bytes per entry. It is twice as fast as
+`numpy.bincount`, which also makes a table for each call. Its public form (`coo_array.toarray`) clears the table first.
+`numpy.bincount(a * cells_b + b)`, added to the table, could replace it: half the speed, the same integers (tested).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import numpy as np
 from scipy.sparse import _sparsetools
 
 Array = np.ndarray[Any, Any]
-CHUNK = 1 << 17  # entries at a time: their codes (1 MB) stay in the cache beside the table of counts
+CHUNK = 1 << 17  # entries at a time, so that their codes (1 MB) stay in the cache beside the table of counts
 
 
 def count_pairs(rows: Array, columns: Array, used: tuple[int, int]) -> Array:
-    """The flat table [used[0] * used[1]] of how often each pair occurs.
+    """Count how often each pair occurs: flat table [used[0] * used[1]].
 
     Args:
-        rows, columns: integers of one size, below used[0] and used[1].
+        rows, columns: integer arrays of equal size, with entries below used[0] and used[1].
     """
     n = rows.size
     counts = np.zeros(used[0] * used[1], np.int32 if n < 2**31 else np.int64)

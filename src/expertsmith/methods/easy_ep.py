@@ -27,13 +27,13 @@ def easy_ep(
     count: Positive = 25,
     seed: Natural = 42,
 ) -> Array:
-    """S_j = sum over tokens of g_j ||f_j|| s, with s = max(0, 1 - cos(x, x + r)): the token's residual stream x against x plus the routed
-    output r, shared experts excluded. On a tie the lower id is kept.
+    """S_j = sum over tokens of g_j ||f_j|| s, with s = max(0, 1 - cos(x, x + r)). x is the token's residual stream, r the routed output
+    without shared experts. On a tie the lower id is kept.
 
-    Several domains: sum over domains D of S_D,j / sum_i S_D,i (section "mixed-domain"), so that all domains have equal weight.
+    With several domains D, S_j = sum over D of S_D,j / sum_i S_D,i (section "mixed-domain"), so all domains have equal weight.
 
     demonstrations: "all" sequences of a domain, "random" (the paper: `count` at random) or "longest" (the authors' code: the `count`
-    longest). Deviation: length is counted in tokens, theirs in characters of the JSON line; ties by position.
+    longest; ties by position). Deviation: length is counted in tokens; theirs in characters of the JSON line.
     """
     tables = {}
     for domain, entry in statistics.domains.items():
@@ -44,7 +44,7 @@ def easy_ep(
 
 
 def mix(tables: Mapping[str, Array]) -> Array:
-    """One domain: its sums. Several: every domain's sums divided by their total, then added; a domain without any score adds nothing."""
+    """Combine domains: divide each domain's sums by their total and add them; a domain of total 0 adds nothing. One domain is unchanged."""
     if len(tables) == 1:
         return next(iter(tables.values()))
     mixed: Array = np.sum([table / table.sum() if table.sum() > 0 else table for table in tables.values()], axis=0)

@@ -1,13 +1,13 @@
 """Entropy and mutual information of binned arrays, fast and with exact integer counts.
 
-Entries of two arrays of one size are paired by position. Each array has its own equal-width bins (`edges`). With p = counts / n:
+Entries of two arrays of equal size are paired by position. Each array has its own equal-width bins (`edges`). With p = counts / n:
 
     H(A) = -sum p ln p = ln n - (1/n) sum c ln c        (natural logarithm, c: non-zero counts, n: entries)
     I(A; B) = H(A) + H(B) - H(A, B)
     NMI(A, B) = I(A; B) / sqrt(H(A) H(B))  in [0, 1]
 
-An array is binned once (`codes`), so a pair costs one pass over small integers. An entropy is summed over how often each
-count occurs, with `math.fsum`: it depends on the counts alone, so NMI(A, B) and NMI(B, A) are equal to the last bit.
+An array is binned once (`codes`), so a pair costs one pass over small integers. The sum of an entropy has one term for each distinct
+count, added with `math.fsum`. It depends on the counts alone, so NMI(A, B) and NMI(B, A) are equal to the last bit.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ Array = np.ndarray[Any, Any]
 BinRule = Literal["numpy2", "numpy1"]
 Precision = Literal["float32", "float64"]
 
-ALONE = 1 << 27  # entry pairs (about half a second) below which starting processes costs more than it saves
+ALONE = 1 << 27  # entry pairs (about half a second); below this, starting processes costs more than it saves
 
 MOST_BINS = 1 << 26  # half a GB of edges
 
 
 @dataclass(frozen=True)
 class Codes:
-    """An array in bins, numbered from 0 without those that are empty: a far outlier makes thousands of bins, but almost all are.
+    """A binned array. Non-empty bins are numbered from 0; a far outlier makes thousands of bins, but almost all are empty.
 
-    `codes` [n] in [0, used), uint16 where they fit, else int32; `k` bins, empty ones included; `entropy` in nats;
-    `constant`: all entries equal.
+    `codes` [n] in [0, used), uint16 if they fit, else int32; `k`: number of bins with empty ones; `entropy` in nats;
+    `constant`: all entries are equal.
     """
 
     codes: Array
@@ -57,13 +57,14 @@ class Codes:
 
 
 def edges(values: Array, bins: BinRule = "numpy2") -> Array:
-    """The k + 1 bin edges of numpy's rule "auto" for a float32 or float64 array, in its dtype; k = 1 where all entries are equal.
+    """The k + 1 bin edges of numpy's rule "auto" for a float32 or float64 array, in its dtype; k = 1 if all entries are equal.
 
     k = ceil((max - min) / width), width = min(FD, Sturges), Sturges = (max - min) / (log2 n + 1), FD = 2 IQR / n^(1/3) with quartiles by
     linear interpolation.
 
-    numpy2: FD is first raised to half the square-root rule, (max - min) / (2 sqrt n), so k <= max(2 sqrt n, log2 n + 1), also where IQR = 0: as numpy 2.4 does.
-    numpy1: no such cap, Sturges alone where IQR = 0, and edges are spaced in float64 before they are cast: as numpy 1.26 does. Far outliers then mean many bins.
+    numpy2: as numpy 2.4. FD is at least half the square-root rule, (max - min) / (2 sqrt n), so k <= max(2 sqrt n, log2 n + 1), even if
+    IQR = 0. numpy1: as numpy 1.26. There is no such cap, so far outliers make many bins; if IQR = 0, Sturges alone; edges are computed in
+    float64 and then cast.
 
     Raises:
         UserError: the array is empty, its range is infinite, or it would have too many bins for memory or for its precision.
@@ -96,7 +97,7 @@ def edges(values: Array, bins: BinRule = "numpy2") -> Array:
 
 
 def _quartile_range(flat: Array) -> float:
-    """75th minus 25th percentile, interpolated with numpy's own operations, whose rounding decides some bin counts."""
+    """75th minus 25th percentile, interpolated with the same operations as in numpy, since their rounding decides some bin counts."""
     places = [share * (flat.size - 1) for share in (0.75, 0.25)]
     below = [math.floor(place) for place in places]
     above = [min(place + 1, flat.size - 1) for place in below]
@@ -111,8 +112,8 @@ def _quartile_range(flat: Array) -> float:
 def codes(values: Array, bins: BinRule = "numpy2", precision: Precision = "float32") -> Codes:
     """Put an array into its bins (`edges`): half-open, the last one closed, as `numpy.histogram` and `numpy.histogram2d` count.
 
-    `precision` is the dtype in which range, quartiles, edges and comparisons are taken (entries are cast first; float16 never stays,
-    its edges would collide). Edges of the two differ by rounding, so a few entries that lie on an edge change their bin.
+    `precision`: dtype of range, quartiles, edges and comparisons. Entries are cast first (edges in float16 would collide). Edges in float32
+    and float64 differ by rounding, so a few entries on an edge change their bin.
 
     Raises:
         UserError: as `edges`.
@@ -124,8 +125,8 @@ def codes(values: Array, bins: BinRule = "numpy2", precision: Precision = "float
     if k == 1:
         return Codes(np.zeros(flat.size, np.uint16), 1, 1, 0.0, True, low)
     found = np.empty(flat.size, np.uint16 if k <= 2**16 else np.int32)
-    # x -> (x - low) * scale is monotone also as rounded, so an entry whose place is further from a whole number than any edge's place is
-    # lies in the bin that its place says; the few others are compared with the edges themselves
+    # x -> (x - low) * scale is monotone, also after rounding. An entry's place rounded down is its bin if the place is farther from a whole
+    # number than the place of every edge is; the few other entries are compared with the edges themselves
     scale = k / (float(bounds[-1]) - float(bounds[0]))
     places = (bounds.astype(np.float64) - float(bounds[0])) * scale
     near = float(np.abs(places - np.arange(k + 1)).max()) + 1e-12
@@ -151,8 +152,8 @@ def codes(values: Array, bins: BinRule = "numpy2", precision: Precision = "float
 
 
 def joint_counts(a: Codes, b: Codes) -> Array:
-    """How often each pair of codes occurs, as integers: the flattened table [a.used * b.used], or only its non-zero cells where the
-    table would have more cells than the arrays have entries.
+    """Count how often each pair of codes occurs: the flattened table [a.used * b.used], or only its non-zero cells if the table would have
+    more cells than the arrays have entries.
 
     Raises:
         UserError: the arrays differ in size.
@@ -173,7 +174,7 @@ def joint_counts(a: Codes, b: Codes) -> Array:
 
 
 def _entropy(counts: Array, n: int) -> float:
-    """ln n - (1/n) sum c ln c, equal for equal multisets of counts."""
+    """ln n - (1/n) sum c ln c; the same for the same counts in any order."""
     if int(counts.max()) <= max(counts.size, 1 << 16):
         often = np.bincount(counts)
         each = np.flatnonzero(often[1:]) + 1
@@ -193,7 +194,7 @@ def joint_entropy(a: Codes, b: Codes) -> float:
 def nmi(a: Codes, b: Codes) -> float:
     """I(A; B) / sqrt(H(A) H(B)) in [0, 1], symmetric to the last bit.
 
-    Where an array is constant that is 0 / 0, taken as 1 for two equal constants and 0 otherwise (the flag `constant` says so).
+    For a constant array (flag `constant`) this is 0 / 0: taken as 1 for two equal constants, else 0.
 
     Raises:
         UserError: the arrays differ in size.
@@ -208,17 +209,17 @@ def _of_constants(a: Codes, b: Codes) -> float:
 
 
 def _normalised(a: Codes, b: Codes, joint: float) -> float:
-    # rounding may leave the range by some 1e-16
+    # rounding may exceed the range by about 1e-16
     return min(1.0, max(0.0, (math.fsum((a.entropy, b.entropy, -joint))) / math.sqrt(a.entropy * b.entropy)))
 
 
 def nmi_matrix(arrays: Sequence[Codes], workers: int | None = None, advance: Callable[[int], object] | None = None) -> Array:
-    """NMI of every two of E arrays: [E, E] float64, symmetric, with a ZERO diagonal (an array is never compared with itself).
+    """NMI of every pair of E arrays: [E, E] float64, symmetric, with a ZERO diagonal (an array is never compared with itself).
 
-    `workers`: processes, by default one for each core that this process may use; the result does not depend on it. Threads would not
-    do, numpy counts under the interpreter lock. Workers are new interpreters that read the codes from one file of E * n * 2 bytes in the
-    temporary folder and import numpy and scipy only: nothing is forked under a caller's threads, and no caller's script is run again.
-    `advance` is called with 1 after each pair, from one thread at a time.
+    `workers`: number of processes, by default one for each core that this process may use; the result does not depend on it. Threads would
+    not help: numpy counts under the interpreter lock. Workers are new interpreters that read the codes from one file of E * n * 2 bytes in
+    the temporary folder and import only numpy and scipy. Nothing is forked while the caller has threads, and the caller's script is not run
+    again. `advance` is called with 1 after each pair, from one thread at a time.
 
     Raises:
         UserError: the arrays differ in size.
@@ -261,7 +262,7 @@ def _alone(arrays: Sequence[Codes]) -> Iterator[tuple[int, int, float]]:
 
 
 def _together(arrays: Sequence[Codes], workers: int) -> Iterator[tuple[int, int, float]]:  # noqa: C901  (processes, threads and queues that live and end together)
-    """Joint entropies from worker processes: each asks for the next row when it has finished one, longest rows first."""
+    """Yield joint entropies from worker processes. Each worker gets the next row when it has finished one, longest rows first."""
     count, size = len(arrays), arrays[0].codes.size
     wide = np.dtype(np.int32 if any(a.codes.dtype == np.int32 for a in arrays) else np.uint16)
     rows: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -280,7 +281,7 @@ def _together(arrays: Sequence[Codes], workers: int) -> Iterator[tuple[int, int,
             answers.put(error)
 
     with ExitStack() as stack:
-        # on Windows a file that a process still maps cannot be removed, so the folder goes after the workers
+        # Windows cannot remove a file that a process maps, so the folder is removed after the workers have ended
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="expertsmith-"))
         file = Path(folder) / "codes"
         with open(file, "wb") as sink:
@@ -314,7 +315,7 @@ def _together(arrays: Sequence[Codes], workers: int) -> Iterator[tuple[int, int,
 
 
 def _ask(process: subprocess.Popen[str], row: int, count: int) -> Iterator[tuple[int, float]]:
-    """(array, joint entropy with array `row`) for all later arrays, from a worker."""
+    """Yield (array, joint entropy with array `row`) for all later arrays, computed by a worker."""
     assert process.stdin
     assert process.stdout
     process.stdin.write(f"{row}\n")
@@ -332,10 +333,8 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _serve() -> None:
-    """A worker: for every row number on stdin, the joint entropies of that array with all later ones on stdout, one a line."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process of the terminal: the one that asks ends this one
+    """Run a worker: for every row number on stdin, print the joint entropies of that array with all later ones, one per line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent ends this one
     name, kind, size, *used = sys.argv[1:]
     table = np.memmap(name, dtype=np.dtype(kind), mode="r").reshape(len(used), int(size))
     arrays = [Codes(row, int(k), int(k), math.nan, False, math.nan) for row, k in zip(table, used, strict=True)]

@@ -1,7 +1,7 @@
 """Methods that merge experts: HC-SMoE (Chen et al., arXiv 2410.08589, ICML 2025) and M-SMoE (Li et al., arXiv 2310.01334, ICLR 2024).
 
-Usage f_i = selections of expert i / selections of all experts of the layer. Both methods merge inside the router's expert_groups only,
-with the same number of clusters in each, so group-limited routing still works.
+Usage f_i = selections of expert i / selections of all experts of the layer. Both methods merge only within the router's expert_groups, with
+the same number of clusters in each, so group-limited routing still works.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from expertsmith.methods.base import Array, Choice, Facts, Natural, method
 Linkage = Literal["average", "single", "complete", "ward"]
 Weights = Literal["frequency", "average", "authors"]
 Router = Literal["dominant", "mean"]
-Step = tuple[int, int, float]  # two cluster labels, of which the first stays, and the distance at which they joined
+Step = tuple[int, int, float]  # two cluster labels (the first is kept) and the distance at which they are joined
 EPSILON = 1e-7
-ROUNDING = 1e-9  # relative: distances this close to the smallest are equal
+ROUNDING = 1e-9  # relative: distances this close to the smallest count as equal
 LLOYD_STEPS = 300
 
 
@@ -49,17 +49,18 @@ def hc_smoe(
     log_count: bool = False,
     seed: Natural = 0,
 ) -> Choice:
-    """Clusters of o_i = mean over ALL tokens x of E_i(x) (raw outputs, routed or not), by Euclidean distance; `keep_count` clusters remain.
-    The merged expert gets the id and router row of the centre, the member nearest to the mean of the cluster's o_i.
+    """Cluster the experts by the Euclidean distance of o_i = mean over ALL tokens x of E_i(x) (raw outputs, routed or not) into
+    `keep_count` clusters. A merged expert gets the id and router row of the centre: the member nearest to the mean of the cluster's o_i.
 
     linkage: "average" (the paper's), "single", "complete" or "ward". weights: "frequency" f_i / sum f, "authors" f_i / (sum f + 1e-7),
     "average" 1 / |c|; a cluster without tokens uses the plain mean. clustering "kmeans" starts from k-means++ with `seed`.
-    align first re-orders the neurons of every member to match the centre, as in m_smoe. This is our extension; without it, averaging destroys
-    experts without a common origin. router: the centre's row, or the members' rows averaged with the same weights; log_count adds ln |c| to a router's logit bias.
+    align: first re-order the neurons of every member to match the centre, as in m_smoe. This is our extension; without it, averaging
+    destroys experts without a common origin. router: the centre's row, or the mean of the members' rows with the same weights; log_count
+    adds ln |c| to the router's logit bias.
 
-    Deviations from the authors' code: complete and ward linkage are the standard ones (theirs join the farthest clusters first, and ward
-    does not square); usage counts the model's own top_k (theirs is always 2); unused clusters are not zeroed; their run scripts
-    misspell the option and run k-means.
+    Deviations from the authors' code: complete and ward linkage are the standard ones (theirs join the farthest clusters first, and their
+    ward does not square); usage counts the model's own top_k (theirs always 2); unused clusters are not zeroed; their run scripts
+    misspell the option and so run k-means.
     """
     outputs = statistics.total("all_output_sum") / float(statistics.total("tokens").item())
     if not np.isfinite(outputs).all():
@@ -108,13 +109,13 @@ def m_smoe(
     log_count: bool = False,
     capacity: Natural = 0,
 ) -> Choice:
-    """The `keep_count` most used experts are dominant. Every other expert, in descending usage, joins the dominant expert d with the largest
-    s_id = (cos(R[:, i], R[:, d]) + 1) / 2, R the raw router logits [tokens, experts]; on a tie the most used dominant expert wins; among
-    equal usages, the lower id.
+    """The `keep_count` most used experts are dominant. Every other expert i, in descending usage, joins the dominant expert d with the
+    largest s_id = (cos(R[:, i], R[:, d]) + 1) / 2. R are the raw router logits [tokens, experts]. On a tie the most used dominant expert
+    wins; among equal usages, the lower id.
 
     align: weight matching re-orders the neurons of every source to match the dominant expert before averaging. weights: "frequency"
     f_i / sum f, "authors" f_i / (sum f + 1e-7), "average" 1 / |c|; a cluster without tokens uses the plain mean. capacity: maximum
-    number of experts in a cluster, including the dominant one; 0 is no limit. router, log_count: as in hc_smoe.
+    number of experts in a cluster, including the dominant one; 0 means no limit. router, log_count: as in hc_smoe.
 
     Deviations from the authors' code: alignment is to the cluster's dominant expert and supports gated experts (theirs aligns all experts
     to expert 0, and only two-matrix experts); router rows are removed with their experts (theirs keeps all rows and shares modules);
@@ -136,15 +137,15 @@ def m_smoe(
 
 
 def m_smoe_budget(usages: Mapping[int, Array], average: float) -> dict[int, int]:
-    """Clusters of every layer for `average` clusters a layer: one ranking of usages over all layers (method card of M-SMoE, B 1-3).
+    """The number of clusters of every layer, `average` per layer: one ranking of usages over all layers (method card of M-SMoE, B 1-3).
 
-    Every layer's largest usage is set to 1, so that each keeps a cluster; with N = average * layers (rounded down) the threshold is the
-    (N + 1)-th largest value, and a layer has as many clusters as it has values strictly above it: ties at the threshold lower the total.
+    Every layer's largest usage is set to 1, so that each keeps a cluster. With N = average * layers (rounded down), the threshold is the
+    (N + 1)-th largest value. A layer has as many clusters as values strictly above the threshold, so ties at it lower the total.
     Layers that are not merged are left out: their values would all be 1 and change nothing. average = experts merges nothing (the
     authors' code merges the least used one).
 
     Raises:
-        UserError: fewer than one cluster a layer, or more than there are experts.
+        UserError: fewer than one cluster per layer, or more clusters than experts.
     """
     experts = sum(len(values) for values in usages.values())
     total = int(np.floor(average * len(usages) + ROUNDING))
@@ -168,7 +169,7 @@ def m_smoe_budget(usages: Mapping[int, Array], average: float) -> dict[int, int]
 
 
 def usage(statistics: LayerStatistics) -> Array:
-    """f_i: the share of expert i in the layer's (token, slot) selections; zeros where nothing was selected."""
+    """f_i: the share of expert i in the layer's (token, slot) selections; zeros if nothing was selected."""
     selections = statistics.total("selections").astype(np.float64)
     return selections / max(1.0, float(selections.sum()))
 
@@ -191,15 +192,16 @@ def join_dominants(use: Array, similarity: Array, count: int, capacity: int = 0)
         labels[expert] = label
     for expert in order[count:]:
         candidates = [label for label in range(count) if not capacity or sizes[label] < capacity]
-        label = max(candidates, key=lambda c: similarity[expert, dominants[c]])  # the first of equals
+        label = max(candidates, key=lambda c: similarity[expert, dominants[c]])  # the first on a tie
         labels[int(expert)] = label
         sizes[label] += 1
     return labels, dominants
 
 
 def agglomerate(features: Array, linkage: Linkage) -> list[Step]:
-    """Join clusters from singletons to one, always the two that are closest (Euclidean; Lance-Williams updates). On a tie the first pair in
-    row-major order of labels, as in the paper's code; a joined cluster keeps the smaller label. Without ties these are scipy's linkages."""
+    """Join single experts step by step into one cluster, always the two closest clusters (Euclidean; Lance-Williams updates). A tie goes to
+    the first pair in row-major order of labels, as in the paper's code; a joined cluster keeps the smaller label. Without ties the result
+    is scipy's linkage."""
     count = len(features)
     distance = squareform(pdist(features)) if count > 1 else np.zeros((1, 1))
     np.fill_diagonal(distance, np.inf)
@@ -225,7 +227,7 @@ def agglomerate(features: Array, linkage: Linkage) -> list[Step]:
 
 
 def cut(steps: Sequence[Step], total: int, count: int) -> list[int]:
-    """Labels of `total` points after as many steps as leave `count` clusters, numbered by first appearance."""
+    """Labels of `total` points after the steps that leave `count` clusters, numbered by first appearance."""
     owner = list(range(total))
     for i, j, _ in steps[: total - count]:
         owner = [i if label == j else label for label in owner]
@@ -239,8 +241,8 @@ def by_appearance(labels: Sequence[int]) -> list[int]:
 
 
 def k_means(features: Array, count: int, seed: int) -> list[int]:
-    """Labels of Lloyd's k-means from a seeded k-means++ start. A cluster that loses all its points takes the point that lies farthest from
-    its centre among the clusters of two or more."""
+    """Labels of Lloyd's k-means from a seeded k-means++ start. A cluster without points gets the point farthest from its centre, among
+    points in clusters of two or more."""
     random = np.random.default_rng(seed)
     chosen = [int(random.integers(len(features)))]
     squares = np.full(len(features), np.inf)  # to the nearest chosen point
@@ -275,7 +277,7 @@ def shares(use: Array, how: Weights) -> list[float]:
 
 
 def _centre(features: Array, labels: Sequence[int], label: int) -> int:
-    """The member nearest to the mean of its cluster; the lowest id on a tie, which every cluster of two is up to rounding."""
+    """The member nearest to the mean of its cluster; the lowest id on a tie. A cluster of two is always a tie, up to rounding."""
     members = [point for point, own in enumerate(labels) if own == label]
     distance = np.linalg.norm(features[members] - features[members].mean(0), axis=1)
     return members[int(np.flatnonzero(distance <= distance.min() * (1 + ROUNDING))[0])]
@@ -293,7 +295,7 @@ def _choice(
     router: Router,
     log_count: bool,
 ) -> Choice:
-    """Cluster every expert_group by itself; `cluster` gives labels and the place in `members` of every label's own expert."""
+    """Cluster every expert_group separately. `cluster` returns labels, and for each label the index in `members` of its centre."""
     groups = groups_of(facts.rules)
     if not 1 <= keep_count <= facts.num_experts:
         raise UserError(

@@ -1,7 +1,7 @@
-"""MoEITS: remove experts whose weights have the most mutual information with another's (Balderas, Lastra, Benítez, arXiv 2604.10603).
+"""MoEITS (Balderas, Lastra, Benítez, arXiv 2604.10603): remove experts whose weights have most mutual information with another expert's.
 
 Data-free. `measure` compares the experts of a layer pair by pair, which is costly and done once. `removal_path` turns the matrix
-into an order of removal; every threshold and every count is a prefix of it.
+into an order of removal; the experts removed for any threshold or count are a prefix of it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ EQUAL = (1.0, 1.0, 1.0)
 PRESETS = dict.fromkeys(
     ("qwen2_moe", "deepseek_v2"), (0.2, 0.4, 0.4)
 )  # by model_type, as in the authors' code; all others EQUAL
-TIE = 1e-12  # closeness values that differ by less, relatively, are tied: sums of the same terms differ by some 1e-16
+TIE = 1e-12  # relative: closeness values that differ by less are tied; sums of the same terms differ by about 1e-16
 NULLS = 4  # pairs of experts for the shuffled baseline
-FLAT = 0.05  # IQR / mean below which a layer's threshold says little
-NEAR = 1.1  # times the shuffled baseline below which the experts share no more than chance
+FLAT = 0.05  # IQR / mean; below this, a layer's threshold is not informative
+NEAR = 1.1  # ratio to the shuffled baseline; below this, experts share no more than chance
 
 
 @dataclass(frozen=True)
 class Path:
-    """E - 1 removals: the expert that goes, the largest NMI seen before it went (never increases), and the pair that had it."""
+    """E - 1 removals: the removed expert, the largest NMI just before its removal (never increases), and the pair with that NMI."""
 
     order: list[int]
     height: list[float]
@@ -49,10 +49,10 @@ class Threshold:
 def measure(
     weights: Projections, facts: Facts, *, bins: BinRule = "numpy2", precision: Precision = "float32"
 ) -> dict[str, Array]:
-    """NMI of the weight matrices of every two experts, role by role: entry t of one is paired with entry t of the other.
+    """NMI of the weight matrices of every pair of experts, role by role: entry t of one is paired with entry t of the other.
 
-    NMI = I / sqrt(H H) of the entries in the equal-width bins of numpy's rule "auto", each matrix in its own bins: see
-    `expertsmith.methods.information`, with `bins` (numpy2 caps their number, numpy1 does not) and `precision` (of edges and comparisons). For each
+    NMI = I / sqrt(H H) of the entries in equal-width bins by numpy's rule "auto", each matrix with its own bins: see
+    `expertsmith.methods.information`. `bins`: numpy2 caps their number, numpy1 does not. `precision`: of edges and comparisons. For each
     role r of "gate", "up", "down" that the experts have:
 
         r            [E, E] float64, symmetric, zero diagonal
@@ -61,13 +61,13 @@ def measure(
         constant_r   [E]    whether all entries are equal: its NMI, 0 / 0, is taken as 0 (1 between two equal constants)
         baseline_r   [P]    NMI of up to 4 pairs after shuffling one of the two: the chance level at this size
 
-    One role's codes are in memory at a time: 2 bytes per entry of all experts, and the same again in the temporary folder.
+    The codes of one role are in memory at a time: 2 bytes per entry of all experts, and the same amount in the temporary folder.
 
     Deviations from the authors' code: entries are cast from half precision first (their edges stay float16 and can collide); counts are
     integers (they normalise densities); an array is binned once, not once per pair.
 
     Raises:
-        UserError: experts of different shapes, or entries that do not fit into bins.
+        UserError: experts of different shapes, or entries that cannot be binned.
     """
     found: dict[str, Array] = {}
     roles = weights.roles
@@ -103,10 +103,10 @@ def _shuffled(binned: list[Codes]) -> Array:
 
 
 def combine(arrays: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
-    """The weighted mean of the roles' arrays; weights of roles that the experts do not have are left out, the others share their part.
+    """The weighted mean of the roles' arrays, over the roles that the experts have (`arrays`); their weights are scaled to sum 1.
 
     Raises:
-        UserError: no role that the experts have has a weight.
+        UserError: all roles that the experts have get weight 0.
     """
     total = math.fsum(weights[role] for role in arrays)
     if total <= 0:
@@ -117,21 +117,21 @@ def combine(arrays: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
 def threshold(matrix: Array, factor: float) -> Threshold:
     """tau = mean(M) + factor * IQR(M) over all E * E entries, the zero diagonal included, quartiles by linear interpolation; at least 0.
 
-    The zeros weigh more in small layers, so one factor is not the same for different E. A larger factor removes fewer experts.
-    Deviation from the authors' code: not below 0, where it would remove even the last expert.
+    The zeros weigh more in small layers, so one factor has different effects for different E. A larger factor removes fewer experts.
+    Deviation from the authors' code: tau is not below 0, which would remove even the last expert.
     """
-    mean = math.fsum(matrix.reshape(-1).tolist()) / matrix.size  # in any order of the experts the same
+    mean = math.fsum(matrix.reshape(-1).tolist()) / matrix.size  # the same for any order of the experts
     upper, lower = np.percentile(matrix, [75, 25])
     iqr = float(upper - lower)
     return Threshold(max(0.0, mean + factor * iqr), mean, iqr)
 
 
 def removal_path(matrix: Array) -> Path:
-    """Remove one expert of the closest pair until one is left; what any threshold removes is a prefix of it.
+    """Remove one expert of the closest pair until one is left; the experts removed for any threshold are a prefix of this path.
 
     (i, j), i < j: the largest entry of the current matrix, the first in row-major order. closeness(x): mean of x's row in the current
-    matrix, zero diagonal included. i goes if closeness(i) > closeness(j), else j. Closeness values within 1e-12 of each other, relatively,
-    are tied, and j goes: the same terms added in another order differ in the last bit, which must not decide.
+    matrix, zero diagonal included. i is removed if closeness(i) > closeness(j), else j. Closeness values within a relative 1e-12 are tied,
+    and j is removed: the same terms added in another order differ in the last bit, which must not decide.
     """
     count = len(matrix)
     # mathematically symmetric, so the first maximum in row-major order lies above the diagonal
@@ -142,7 +142,7 @@ def removal_path(matrix: Array) -> Path:
         i, j = (int(place) for place in np.unravel_index(above.argmax(), above.shape))
         path.height.append(float(above[i, j]))
         path.pair.append((i, j))
-        first, second = (math.fsum(matrix[x, left].tolist()) for x in (i, j))  # of one length: sums compare as means do
+        first, second = (math.fsum(matrix[x, left].tolist()) for x in (i, j))  # of equal length, so sums compare like means
         gone = i if first - second > TIE * max(first, second) else j
         path.order.append(gone)
         left.remove(gone)
@@ -151,10 +151,10 @@ def removal_path(matrix: Array) -> Path:
 
 
 def grouped_path(matrix: Array, groups: int) -> Path:
-    """Our extension to routers with expert_groups, which have to stay equal: every round removes one expert of each group.
+    """Our extension to routers with expert_groups, which must stay equal in size: every round removes one expert of each group.
 
-    Each group follows the path of its own experts. The height of a round, for all its removals, is the lowest of the groups' heights: a
-    threshold is passed only by rounds that every group asks for. One group: `removal_path`.
+    Each group follows the path of its own experts. All removals of a round get the lowest of the groups' heights, so a round is above a
+    threshold only if it is in every group. With one group: `removal_path`.
     """
     size = len(matrix) // groups
     if groups == 1:
@@ -172,7 +172,7 @@ def grouped_path(matrix: Array, groups: int) -> Path:
 
 
 def choose(path: Path, tau: float, most: int) -> tuple[int, bool]:
-    """How many removals have a height above tau (strictly), at most `most`; and whether that limit held some back."""
+    """(number of removals with height > tau, at most `most`; whether that limit prevented some)."""
     asked, most = sum(height > tau for height in path.height), max(0, most)
     return min(asked, most), asked > most
 
@@ -189,12 +189,12 @@ def choose(path: Path, tau: float, most: int) -> tuple[int, bool]:
     measure=measure,
 )
 def moeits(arrays: Mapping[str, Array], facts: Facts, *, factor: float = 1.5, weights: str = "preset") -> Order:
-    """The order in which experts are removed, from the NMI of their weights (`measure`), and how many the layer's own threshold removes.
+    """The order of removal from the NMI of the experts' weights (`measure`), and how many experts the layer's own threshold removes.
 
-    M: mean of the roles' matrices, weighted by `weights`: "gate,up,down" such as 0.2,0.4,0.4, or preset: these for qwen2_moe and
-    deepseek_v2, equal ones for all others, as in the authors' code. tau = mean(M) + factor * IQR(M), once, from the whole layer. While the
-    largest entry of M exceeds tau, the expert of that pair with the larger row mean is removed (on a tie, the higher id). A larger factor
-    removes fewer experts; the order does not depend on it. The router's minimum is always kept (the authors' code has no such limit).
+    M is the mean of the roles' matrices with `weights`: "gate,up,down" such as 0.2,0.4,0.4, or preset: these for qwen2_moe and
+    deepseek_v2, equal weights for all others, as in the authors' code. tau = mean(M) + factor * IQR(M), computed once from the whole layer.
+    While the largest entry of M exceeds tau, the expert of that pair with the larger row mean is removed (on a tie, the higher id). A
+    larger factor removes fewer experts; the order does not depend on it. The router's minimum is always kept (not in the authors' code).
 
     NMI ignores sign and scale, and two experts that differ only by a permutation of their neurons look unrelated. The measure is most
     meaningful for experts with a common origin. Notes warn if the numbers do not support the decision.

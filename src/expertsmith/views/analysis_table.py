@@ -1,4 +1,4 @@
-"""The measures in a terminal: summary, verdicts, and one line per layer."""
+"""Show the measures in a terminal: summary, verdicts, and one line per layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLUMNS = {
 
 
 def show_measures(measures: Mapping[str, Any], out: Path) -> None:
-    """Print them."""
+    """Print the measures."""
     for sentence in measures["summary"]:
         line(escape(sentence))
     rows = measures["layers"]

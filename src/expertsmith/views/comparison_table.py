@@ -1,4 +1,4 @@
-"""A comparison in a terminal."""
+"""Show a comparison in a terminal."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from expertsmith.views import show
 from expertsmith.views.wording import ABOVE, RISE, cells, columns, heading, original_cells, sentences
 
-KEPT = ("method", RISE)  # at any width
+KEPT = ("method", RISE)  # columns that stay at any width
 
 
 def show_comparison(found: Mapping[str, Any], out: Path) -> None:
-    """A table a ratio and budget, best first, then what they say."""
+    """Print a table per ratio and budget, best first, then sentences, notes and files."""
     hidden: list[str] = []
     for group in found["groups"]:
         table, left_out = fitting(group, found)
@@ -33,8 +33,8 @@ def show_comparison(found: Mapping[str, Any], out: Path) -> None:
 
 
 def fitting(group: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Any, list[str]]:
-    """A group's table as wide as the terminal, and the columns that were left out for that, the least important first. The method and how much
-    worse it is always stay; a name that is still too long is folded."""
+    """(table of a group that fits the terminal, the columns left out for it, least important first). The method and its mean increase
+    always stay; a name that is still too long is folded."""
     from rich.console import Console
 
     console, head = Console(), columns(found, group["rows"])
@@ -50,7 +50,7 @@ def fitting(group: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Any, li
 
 
 def _importance(name: str, found: Mapping[str, Any]) -> int:
-    """The place of a column in the order in which they are left out."""
+    """The position of a column in the order in which columns are left out."""
     domains, tasks = list(found["original"]["domains"]), list(found["original"].get("tasks", {}))
     order = [
         "memory",

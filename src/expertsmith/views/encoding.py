@@ -1,4 +1,4 @@
-"""Text on terminals that cannot show all of it: what their encoding lacks is written plainly, and nothing ends because of it."""
+"""Text on terminals whose encoding lacks some characters: these are written in plain ASCII instead of raising an error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import codecs
 import sys
 from typing import Any
 
-PLAIN = {  # what the program itself writes → the same in ASCII
+PLAIN = {  # characters that the program writes → ASCII
     "→": "->", "←": "<-", "↑": "^", "↓": "v", "─": "-", "–": "-", "—": "-", "…": "...", "·": "-", "×": "x", "±": "+-", "≥": ">=", "≤": "<=",
     "“": '"', "”": '"', "‘": "'", "’": "'", "‹": "<", "›": ">", "•": "*", "━": "-", "╸": "-", "╺": "-", "√": "sqrt", "\u00a0": " ",
 }  # fmt: skip
@@ -14,18 +14,18 @@ NAME = "expertsmith.plain"
 
 
 def _plainly(error: UnicodeError) -> tuple[str, int]:
-    """An error handler: PLAIN's words, and escapes for all else, so that a file's name can still be told."""
+    """An error handler: PLAIN's replacements, and escapes for all other characters, so that a file name stays recognisable."""
     assert isinstance(error, UnicodeEncodeError)
     lost = error.object[error.start : error.end]
     return "".join(PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lost), error.end
 
 
 def show_on_any_terminal() -> None:
-    """Have stdout and stderr write what their encoding lacks plainly. In UTF-8 that is only what no encoding has: the bytes of a file's name
-    that are not text."""
+    """Let stdout and stderr write plain ASCII for characters that their encoding lacks. In UTF-8 these are only bytes of file names that
+    are not text."""
     codecs.register_error(NAME, _plainly)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not where a program has put something else there
+        if hasattr(stream, "reconfigure"):  # a program may have replaced the stream
             stream.reconfigure(errors=NAME)
 
 

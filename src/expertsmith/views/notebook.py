@@ -1,4 +1,4 @@
-"""How a result looks in Python: one line as text, a table in a notebook, a data frame of pandas."""
+"""The display of a result in Python: one line as text, a table in a notebook, a pandas data frame."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from expertsmith.errors import UserError
 
 
 class Shown:
-    """A result that is a table. Its class says what the rows are, and itself in one line."""
+    """A result that is a table. A subclass defines its rows (`_rows`) and a one-line summary (`_line`)."""
 
     def _rows(self) -> list[dict[str, Any]]:
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Pictures as SVG, light and dark, without scripts: quality over size of a comparison."""
+"""SVG pictures, light and dark, without scripts: quality over size in a comparison."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from expertsmith.views.wording import label, title
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 500, 62, 236, 44, 52
 LIGHT = ("#3457c9", "#d9731a", "#2b8a5c", "#a04bc4", "#c2384a", "#0e8a9c", "#9c7a10", "#4b5568")
 DARK = ("#8fb0ff", "#ffab66", "#6fd6a4", "#d59bf5", "#ff8c98", "#5cd0df", "#e0c05a", "#c3cddd")
-DASHES = ("", "7 4", "2 3", "10 3 2 3", "1 5")  # lines of one colour are told apart by these
-MARKERS = {  # as paths around 0, by plotly's names for them
+DASHES = ("", "7 4", "2 3", "10 3 2 3", "1 5")  # distinguish lines of the same colour
+MARKERS = {  # paths around 0, by plotly's names
     "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
     "square": "M-3.6-3.6h7.2v7.2h-7.2z",
     "diamond": "M0-5l5 5-5 5-5-5z",
@@ -23,8 +23,9 @@ MARKERS = {  # as paths around 0, by plotly's names for them
 
 
 def looks(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name of a line → its colour (an index), marker and dash (an index). They follow from the method's name, so that it looks the same in every
-    comparison unless two methods of one want the same colour; a method's healed lines have its colour and marker, and a dash of their own."""
+    """Name of a line → its colour (an index), marker and dash (an index). They follow from the method's name, so a method looks the same in
+    every comparison, unless two methods in a comparison would get the same colour. A method's healed lines have the same colour and marker,
+    and a separate dash."""
     rows = [(row, line_name(row, group, found)) for group in found["groups"] for row in group["rows"] if not row["draws"]]
     made: dict[str, dict[str, Any]] = {}
     methods = sorted({str(row["method"]) for row, _ in rows}, key=lambda name: (zlib.crc32(name.encode()), name))
@@ -49,14 +50,14 @@ def looks(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def line_name(row: Mapping[str, Any], group: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """What the line of a row is called: method and healing, and the budget where there are several."""
+    """The name of a row's line: method and healing, and the budget if there are several."""
     several = len({other["budget"] for other in found["groups"]}) > 1
     return label(row) + (f", {group['budget']}" if several else "")
 
 
 def series_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Lines of the picture: `points` [share of the original's bytes, mean rise] from small to large, the original last; `random` ones have a third
-    number and a fourth, the least and the largest draw. Sorted by loss at the smallest size, worst first."""
+    """The lines of the picture. `points`: [share of the original's bytes, mean rise] from small to large, the original last; for `random`,
+    followed by the least and largest draw. Lines are sorted by rise at the smallest size, worst first."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for group in found["groups"]:
         for row in group["rows"]:
@@ -77,7 +78,7 @@ def series_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def svg(found: Mapping[str, Any]) -> str:
-    """The picture as text."""
+    """The picture as SVG text."""
     lines = series_of(found)
     values = [value for entry in lines for point in entry["points"] for value in point[1:]]
     low: float = min(0.0, *values)
@@ -144,7 +145,7 @@ def svg(found: Mapping[str, Any]) -> str:
 def _points(
     entry: Mapping[str, Any], marker: str, kind: str, x: Callable[[float], float], y: Callable[[float], float]
 ) -> list[str]:
-    """The points of a line, each with its standard error and a note that shows under the pointer."""
+    """The points of a line, each with its standard error and a tooltip."""
     parts = []
     for point, said, error in zip(entry["points"][:-1], entry["said"], entry["errors"], strict=False):
         across, up = x(point[0]), y(point[1])

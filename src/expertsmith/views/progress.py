@@ -10,29 +10,29 @@ from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """What long jobs report to."""
+    """The receiver of progress reports from long jobs."""
 
     def task(self, label: str, total: float, unit: str) -> Any:
         """A context manager that yields a function to advance by an amount of `unit`."""
 
     def note(self, message: str) -> None:
-        """Say something that the user should know."""
+        """Show a message to the user."""
 
 
 class Silent:
-    """Reports nowhere."""
+    """Ignores all reports."""
 
     @contextmanager
     def task(self, label: str, total: float, unit: str) -> Iterator[Any]:
-        """Nothing to see."""
+        """Yield a function that does nothing."""
         yield lambda amount: None
 
     def note(self, message: str) -> None:
-        """Nothing to hear."""
+        """Do nothing."""
 
 
 class Bar:
-    """Rich bars on stderr; plain lines every few seconds where stderr is not a terminal."""
+    """Rich bars on stderr; plain lines every 10 seconds or more if stderr is not a terminal."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -40,14 +40,14 @@ class Bar:
         self.console = Console(stderr=True, highlight=False)
 
     def note(self, message: str) -> None:
-        """A line on stderr."""
+        """Print a line on stderr."""
         from rich.markup import escape
 
         self.console.print(f"[dim]·[/dim] {escape(message)}", soft_wrap=True)
 
     @contextmanager
     def task(self, label: str, total: float, unit: str) -> Iterator[Any]:
-        """A bar with rate and time left."""
+        """Show a bar with rate and time left."""
         if not self.console.is_terminal:
             yield from self._lines(label, total, unit)
             return
@@ -91,7 +91,7 @@ class Bar:
 
 
 def usual() -> Progress:
-    """What a function of Python reports to when it is not told: a notebook sees progress, a program does not."""
+    """The default receiver for Python functions: a bar in a notebook, silence in a program."""
     return Bar() if "ipykernel" in sys.modules else Silent()
 
 
@@ -106,7 +106,7 @@ def rate(done: float, seconds: float, unit: str) -> str:
 
 @contextmanager
 def timed(into: dict[str, float], name: str) -> Iterator[None]:
-    """Seconds of a stage, into a dict."""
+    """Store the seconds of the context in `into[name]`."""
     begin = time.perf_counter()
     yield
     into[name] = round(time.perf_counter() - begin, 3)

@@ -1,4 +1,4 @@
-"""How results look in a terminal: tables and lines on stdout. Rich is imported when something is shown."""
+"""Show results in a terminal: tables and lines on stdout. Rich is imported only when something is shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from expertsmith.planning.plan import LayerPlan, Plan
     from expertsmith.surgery.verify import Verdict
 
-NEEDS = {  # what a method reads → what its user has to have
+NEEDS = {  # what a method reads → what its user needs
     "statistics": "calibration (data)",
     "weights": "weights only, no data",
     "arrays": "weights only, no data",
@@ -25,19 +25,19 @@ NEEDS = {  # what a method reads → what its user has to have
 
 
 def as_json(value: Any) -> None:
-    """One JSON value on stdout; in ASCII, with JSON's own escapes, where the encoding is not Unicode."""
+    """Print one JSON value on stdout; in ASCII, with JSON's own escapes, if the encoding is not Unicode."""
     print(json.dumps(value, indent=1, ensure_ascii=not is_unicode(sys.stdout), default=str))
 
 
 def line(value: Any) -> None:
-    """Print a table, or a line of markup; lines are not cut, so that paths can be copied from them."""
+    """Print a table or a line of markup. Lines are not wrapped, so that paths can be copied."""
     from rich.console import Console
 
     Console(highlight=False).print(value, soft_wrap=isinstance(value, str))
 
 
 def escape(text: str) -> str:
-    """Text with square brackets that are not markup."""
+    """Escape square brackets in a text, so that they are not markup."""
     from rich.markup import escape
 
     return escape(text)
@@ -61,7 +61,7 @@ def table_of(*columns: str, title: str = "", header: bool = True) -> Any:
 
 
 def show_plan(made: Plan) -> None:
-    """Which experts stay in every layer, which are merged, and how close the decision was."""
+    """Print the kept and merged experts of every layer, and how close the decision was."""
     merges = any(entry.merge for entry in made.layers)
     columns = ["layer", "kept experts", *(["merged experts"] if merges else []), _reason_title(made)]
     table = table_of(*columns, title=f"{made.method.name}: kept experts")
@@ -101,7 +101,7 @@ def _reason(entry: LayerPlan) -> str:
 
 
 def show_methods(methods: list[Method]) -> None:
-    """Two lines a method: what it keeps and from which paper; what it needs, costs and cannot do. Then its options."""
+    """Print two lines per method (what it keeps and its paper; needs, cost and limits), then its options."""
     for m in methods:
         first = " ".join(m.doc.split("\n\n")[0].split())
         line(f"[bold]{m.name}[/bold]  {escape(m.title)} [dim]({escape(m.paper)})[/dim]: {escape(first)}")
@@ -116,7 +116,7 @@ def show_methods(methods: list[Method]) -> None:
 
 
 def show_method(m: Method) -> None:
-    """One method with its whole text."""
+    """Print one method with its whole text."""
     line(f"[bold]{m.name}[/bold]  {escape(m.title)} [dim]({escape(m.paper)})[/dim]")
     line("\n" + escape(inspect.cleandoc(m.doc)) + "\n")
     facts = {"needs": needs(m), "gives": m.gives, "cost": m.cost, "budgets": ", ".join(m.budgets), "limits": m.limits}
@@ -125,12 +125,12 @@ def show_method(m: Method) -> None:
 
 
 def needs(m: Method) -> str:
-    """What the user of a method has to have."""
+    """What the user of a method needs."""
     return NEEDS[m.reads] + (" with --all-outputs" if m.all_outputs else "")
 
 
 def show_facts(facts: dict[str, str]) -> None:
-    """A line a fact, but for empty ones."""
+    """Print one line per fact, without empty facts."""
     width = max(map(len, facts))
     for name, text in facts.items():
         if text:
@@ -138,7 +138,7 @@ def show_facts(facts: dict[str, str]) -> None:
 
 
 def ranges(ids: list[int]) -> str:
-    """0 2 5–7"""
+    """Numbers as ranges: "0 2 5–7"."""
     parts: list[list[int]] = []
     for i in ids:
         if parts and parts[-1][1] == i - 1:
@@ -149,7 +149,7 @@ def ranges(ids: list[int]) -> str:
 
 
 def show_verdict(verdict: Verdict, layers: bool = False) -> None:
-    """What `verify` found, with `layers` layer by layer."""
+    """Print the result of `verify`; with `layers`, layer by layer."""
     if verdict.wrong_tensors or verdict.config_differs:
         what = (
             [f"{len(verdict.wrong_tensors)} tensors differ from the plan (first: {verdict.wrong_tensors[0]})"]
@@ -189,7 +189,7 @@ def show_verdict(verdict: Verdict, layers: bool = False) -> None:
 
 
 def show_skipping(result: dict[str, Any]) -> None:
-    """Thresholds and skip rates of every layer, then what they cost and give."""
+    """Print thresholds and skip rates of every layer, then their quality loss and speed-up."""
     made, rates = result["plan"], result.get("skip_rate") or {}
     title = f"{result['rule']} rule, threshold = {made.skip.statistic} of the calibration tokens"
     table = table_of(
@@ -219,7 +219,7 @@ def show_skipping(result: dict[str, Any]) -> None:
 
 
 def show_conversion(result: dict[str, Any]) -> None:
-    """The result of a conversion: every layer, sizes, and measurements."""
+    """Print the result of a conversion: every layer, sizes and measurements."""
     table = table_of(
         "layer",
         "neurons: expert, always on",
@@ -271,7 +271,7 @@ def show_conversion(result: dict[str, Any]) -> None:
 
 
 def show_healing(report: dict[str, Any]) -> None:
-    """What healing brought: layer by layer, and the loss before and after."""
+    """Print the effect of healing: layer by layer, and the loss before and after."""
     if report["layers"]:
         table = table_of(
             "layer", "held-out error of the layer", "after", "left", "seconds", title=f"healed by {report['method']}"
@@ -315,7 +315,7 @@ def _healing_notes(report: dict[str, Any]) -> None:
 
 
 def show_evaluation(found: dict[str, Any], title: str) -> None:
-    """All that `evaluate` measured."""
+    """Print all measurements of `evaluate`."""
     if "domains" in found:
         show_quality(found, title)
     if "tasks" in found:
@@ -325,7 +325,7 @@ def show_evaluation(found: dict[str, Any], title: str) -> None:
 
 
 def show_tasks(found: dict[str, Any]) -> None:
-    """Scores by task and metric, next to the reference's."""
+    """Print scores by task and metric, next to the reference's."""
     limited = f", up to {found['limit']} documents each" if found["limit"] else ""
     against = "difference" in found["rows"][0]
     columns = ["original", "here", "difference", ""] if against else ["score"]
@@ -354,7 +354,7 @@ def show_tasks(found: dict[str, Any]) -> None:
 
 
 def show_generation(found: dict[str, Any]) -> None:
-    """What the runs of every domain are like, next to the reference's."""
+    """Print the measures of generated text by domain, next to the reference's."""
     against = "difference" in next(iter(found["domains"].values()))["length"]
     columns = ["original", "here", "difference", ""] if against else ["here"]
     table = table_of("domain", "measure", *columns, title=f"Greedy decoding of {found['new_tokens']} tokens, ± standard error")
@@ -382,7 +382,7 @@ def show_generation(found: dict[str, Any]) -> None:
 
 
 def _numbers_whole(table: Any, count: int) -> None:
-    """On a narrow terminal names are folded, not the numbers of the last columns."""
+    """Fold names, not the numbers in the last columns, on a narrow terminal."""
     for column in table.columns[-count:]:
         column.no_wrap = True
 
@@ -393,7 +393,7 @@ def _periods(periods: dict[str, float | None]) -> str:
 
 
 def _estimate(row: dict[str, Any], higher_is_better: bool | None, digits: int = 3) -> list[str]:
-    """Cells of an estimate: reference, value, difference, and what a difference beyond two standard errors means."""
+    """The cells of an estimate: reference, value, difference, and the meaning of a difference beyond two standard errors."""
 
     def cell(value: float | None, error: float | None, sign: str = "") -> str:
         if value is None:
@@ -414,7 +414,7 @@ def _estimate(row: dict[str, Any], higher_is_better: bool | None, digits: int = 
 
 
 def show_quality(quality: dict[str, Any], title: str) -> None:
-    """Quality by domain."""
+    """Print quality by domain."""
     rows = quality["domains"]
     if "kl" in next(iter(rows.values())):
         table = table_of(
@@ -441,7 +441,7 @@ def show_quality(quality: dict[str, Any], title: str) -> None:
 
 
 def show_speed(found: dict[str, Any]) -> None:
-    """Speed, memory and energy of a model in an engine, next to its reference."""
+    """Print speed, memory and energy of a model in an engine, next to its reference."""
     setting = found["setting"]
     names = [name for name in ("reference", "model", "ratios") if name in found]
     title = (
@@ -504,7 +504,7 @@ def _mtp(found: dict[str, Any]) -> str:
 
 
 def show_inspection(facts: dict[str, Any]) -> None:
-    """What a checkpoint is, and what each keep ratio would leave."""
+    """Print facts about a checkpoint, and what each keep ratio would leave."""
     groups = facts["router"]["expert_groups"]
     router = facts["router"]["score"] + (", selection bias" if facts["router"]["selection_bias"] else "")
     router += f", {groups['top_groups']} of {groups['groups']} expert_groups" if groups else ""

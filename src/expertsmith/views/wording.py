@@ -1,6 +1,6 @@
-"""What a comparison says in words: headings, cells, sentences, Markdown. The page, the table and the picture show these.
+"""The words of a comparison: headings, cells, sentences, Markdown. The page, the table and the picture show them.
 
-`found` is comparison.json as `comparison.results.displayed` gives it: in each group, `rows` to show, with the draws of `random` as one.
+`found` is comparison.json from `comparison.results.displayed`: in each group, the `rows` to show, with the draws of `random` as one row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from expertsmith.views.show import byte_count, count
 Row = Mapping[str, Any]
 WORSE = "†"
 TIED = "≈"
-RISE, ABOVE = "mean increase ± se", "above the best ± se"  # heads of columns
+RISE, ABOVE = "mean increase ± se", "above the best ± se"  # column headings
 
 
 def title(group: Mapping[str, Any]) -> str:
@@ -25,24 +25,24 @@ def title(group: Mapping[str, Any]) -> str:
 
 
 def label(row: Row) -> str:
-    """Method and healing of a row."""
+    """The method and healing of a row."""
     return str(row["name"]) if row["heal"] is None else f"{row['name']} + {row['heal']}"
 
 
 def sizes(row: Row) -> list[str]:
-    """Experts, parameters and bytes that are left."""
+    """The experts, parameters and bytes that are left."""
     before, after = row["bytes"]
     experts = f"{row['experts'][1]} of {row['experts'][0]}"
     return [experts, count(row["parameters"][1]), f"{byte_count(after)} ({100 * after / before:.0f} %)"]
 
 
 def alike(rows: Sequence[Row]) -> bool:
-    """Whether all rows have the same size, which is then shown in the title."""
+    """Whether all rows have the same size; then the title shows it."""
     return len({(*row["experts"], *row["parameters"], *row["bytes"]) for row in rows}) == 1
 
 
 def heading(group: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """`title`, and the size if it is that of all rows."""
+    """`title`, and the size if all rows have the same."""
     if not alike(rows):
         return title(group)
     experts, parameters, held = sizes(rows[0])
@@ -50,7 +50,7 @@ def heading(group: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def columns(found: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
-    """The table's head."""
+    """The headings of the table."""
     size = [] if alike(rows) else ["experts", "parameters", "bytes"]
     return [
         "method",
@@ -82,7 +82,7 @@ def _task_names(found: Mapping[str, Any]) -> list[str]:
 
 
 def original_cells(found: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
-    """The first line: the model as it is."""
+    """The first line: the original model."""
     held = found["original"]
     size = [] if alike(rows) else [str(held["experts"]), count(held["parameters"]), byte_count(held["bytes"])]
     scores = [f"{value:.3f}" for value in held.get("tasks", {}).values()]
@@ -101,7 +101,7 @@ def original_cells(found: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
 
 
 def cells(row: Row, found: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """A row's texts, and whether each is the best of its column among `rows`; a row that is worse than chance has a mark behind its name."""
+    """(text, whether it is the best of its column among `rows`) for each cell of a row. Rows worse than chance have a mark."""
 
     def of(path: Sequence[str | int], entry: Any) -> float:
         for key in path:
@@ -133,7 +133,7 @@ def cells(row: Row, found: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
-    """What the tables say, in a sentence a group."""
+    """The result of the tables, in one sentence per group."""
     made = []
     for group in found["groups"]:
         rows = group["rows"]
@@ -163,7 +163,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 def how(found: Mapping[str, Any]) -> list[str]:
-    """What was measured, and how to make a cell again."""
+    """What was measured, and how to reproduce a cell."""
     calibration, heldout = found["calibration"], found["heldout"]
     chosen = "Experts chosen without text"
     if calibration:
@@ -180,7 +180,7 @@ def how(found: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """comparison.md: the picture, a table a group, and how it was measured."""
+    """comparison.md: the picture, a table per group, and how it was measured."""
     lines = ["![quality over size](comparison.svg)", "", *(f"- {text}" for text in sentences(found)), ""]
     for group in found["groups"]:
         rows = group["rows"]

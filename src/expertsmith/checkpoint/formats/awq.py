@@ -1,4 +1,4 @@
-"""AWQ, version gemm: 4-bit codes of eight outputs a word, in the order 0, 2, 4, 6, 1, 3, 5, 7. w = (code - zero) · scale."""
+"""AWQ, version gemm: 4-bit codes, eight outputs per word in the order 0, 2, 4, 6, 1, 3, 5, 7. w = (code - zero) · scale."""
 
 from __future__ import annotations
 

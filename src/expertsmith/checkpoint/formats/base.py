@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 
 Read = Callable[
     [str, int, "int | None"], "torch.Tensor"
-]  # (tensor name, first row, last row) → its codes, as `Checkpoint.read` gives them
+]  # (tensor name, first row, last row) → its codes, as returned by `Checkpoint.read`
 
 
 @dataclass(frozen=True)
 class Stored:
     """A float weight of a quantised checkpoint, and the tensors on disk that hold it."""
 
-    name: str  # of the float weight, as an unquantised checkpoint has it
+    name: str  # of the float weight, as in an unquantised checkpoint
     shape: tuple[int, ...]  # of the float weight
     format: str  # `Format.name`
     parts: Mapping[str, TensorInfo]  # role in the format ("codes", "scale", "zero", …) → tensor
     settings: Mapping[str, Any] = field(default_factory=dict)  # numbers of the format: bits, block, group size, …
 
     def part(self, role: str, read: Read, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Rows `first` to `last` of one of the tensors."""
+        """Rows `first` to `last` of the tensor with this role."""
         return read(self.parts[role].name, first, last)
 
     def scale(self, role: str, read: Read, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Scales as float32; bytes (E8M0) are exponents: 2^(byte - 127), 255 is NaN.
+        """Scales as float32. Bytes (E8M0) are exponents: 2^(byte - 127); 255 is NaN.
 
         Raises:
             UserError: NaN or inf.
@@ -60,7 +60,7 @@ class Headers:
     """The inputs of a format's search for its weights: tensor headers, and the quantisation settings of config.json."""
 
     tensors: Mapping[str, TensorInfo]
-    config: Mapping[str, Any]  # quantization_config, or what a file beside config.json says; empty where there is none
+    config: Mapping[str, Any]  # quantization_config, or settings from a file beside config.json; empty if there are none
     read: Callable[[str], torch.Tensor]  # a small tensor: a shape, a description
 
     @property
@@ -69,8 +69,8 @@ class Headers:
         return str(self.config.get("quant_method") or "")
 
     def weights_of(self, module: str) -> Mapping[str, Any]:
-        """The settings of compressed-tensors' config_groups for a module's weights (num_bits, strategy, group_size, …): the first group that names it,
-        with the group's format as "format"; empty where none does."""
+        """The settings in compressed-tensors' config_groups for a module's weights (num_bits, strategy, group_size, …). The first group
+        that names the module counts; its format is added as "format". Empty if no group names it."""
         groups = self.config.get("config_groups")
         for group in groups.values() if isinstance(groups, Mapping) else ():
             targets = group.get("targets") or ["Linear"]
@@ -83,19 +83,19 @@ class Headers:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """One way of holding float weights in fewer bits.
+    """One way to store float weights in fewer bits.
 
-    `find` yields every weight of this format, and raises a UserError where the parts of one contradict each other or config.json.
-    `decode` gives rows `first` to `last` of the weight's first axis, computed in float32 and rounded once to a dtype. `encode` is its
-    inverse for formats whose scales follow from the values alone: (float32 weight, what held it before) → parts; None where quantising needs
+    `find` yields every weight of this format, and raises a UserError if the parts of one contradict each other or config.json.
+    `decode` returns rows `first` to `last` of the weight's first axis, computed in float32 and rounded once to a dtype. `encode` is its
+    inverse, if the scales follow from the values alone: (float32 weight, its old `Stored`) → parts. It is None if quantising needs
     calibration data.
     """
 
     name: str
     methods: tuple[str, ...]  # quant_method in config.json
     reference: str  # what the decoder is tested against
-    tensors: str  # how a weight stands on disk, for the documentation
-    title: Callable[[Stored], str]  # as people say it: "GPTQ, 4 bits, groups of 128"
+    tensors: str  # how a weight is stored on disk, for the documentation
+    title: Callable[[Stored], str]  # for people: "GPTQ, 4 bits, groups of 128"
     find: Callable[[Headers], Iterator[Stored]]
     decode: Callable[[Stored, Read, int, int, torch.dtype], torch.Tensor]
     encode: Callable[[torch.Tensor, Stored], dict[str, torch.Tensor]] | None = None
@@ -103,7 +103,7 @@ class Format:
 
 
 def matches(target: str, module: str) -> bool:
-    """Whether a name of a quantisation config matches a module: the whole name, its end, or a regular expression after "re:"."""
+    """Whether a name in a quantisation config matches a module: by its whole name, its end, or as a regular expression after "re:"."""
     if target.startswith("re:"):
         return re.match(target[3:], module) is not None
     return target == module or module.endswith(f".{target}")
@@ -127,7 +127,7 @@ def misfit(part: TensorInfo, weight: str, shape: Iterable[int], wanted: Iterable
 
 
 def missing(weight: str, part: str) -> UserError:
-    """The error for codes without a companion."""
+    """The error for codes without one of their other parts."""
     return UserError(f"{weight} is quantised, but {part} is missing", "download the checkpoint again")
 
 
@@ -137,12 +137,12 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Codes 0 … 2^bits - 1 along the last axis of int32 words, which hold them one after the other from the lowest bit on, across the borders of
-    words: [..., ceil(count · bits / 32)] → [..., count] int16."""
+    """Unpack codes 0 … 2^bits - 1 along the last axis of int32 words: [..., ceil(count · bits / 32)] → [..., count] int16. Codes are packed
+    from the lowest bit on, without gaps, so a code may cross the border of two words."""
     import torch
 
     if bits in (1, 2, 4, 8):  # never across a byte
-        # a copy where the last axis is not dense: `contiguous` leaves an axis of length 1 as it is, and `view` wants stride 1
+        # copy if the last axis is not dense: `contiguous` does not change the stride of an axis of length 1, but `view` needs stride 1
         data = (words.contiguous() if words.stride(-1) == 1 else words.clone(memory_format=torch.contiguous_format)).view(
             torch.uint8
         )
@@ -181,7 +181,7 @@ def _as_int32(words: torch.Tensor) -> torch.Tensor:
 
 
 def blocks(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """[..., r, c] → [..., r / rows, rows, c / columns, columns], filled up with zeros where it does not divide."""
+    """[..., r, c] → [..., r / rows, rows, c / columns, columns], padded with zeros if it does not divide."""
     import torch
 
     filled = torch.nn.functional.pad(values, (0, -values.shape[-1] % columns, 0, -values.shape[-2] % rows))
@@ -220,5 +220,5 @@ def to_e2m1(values: torch.Tensor) -> torch.Tensor:
 
 
 def groups_of(columns: int, size: int) -> int:
-    """Groups of `size` columns; -1: one for all."""
+    """Number of groups of `size` columns; one if `size` is -1."""
     return 1 if size in (-1, 0) or size >= columns else math.ceil(columns / size)

@@ -104,7 +104,7 @@ def _decode_four(stored: Stored, read: Read, first: int, last: int, dtype: torch
 
 
 def _decode_eight(stored: Stored, read: Read, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-    """code · scale / 127, rows by rows."""
+    """code · scale / 127, with one scale per row."""
     functional = _library()
     if "layout" in stored.parts and int(stored.part("layout", read).reshape(-1)[0]) != 0:
         raise UserError(f"{stored.name} is stored in a GPU layout", "only row-major LLM.int8 weights can be decoded")

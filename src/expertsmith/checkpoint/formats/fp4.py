@@ -1,8 +1,8 @@
-"""FP4 (E2M1): two codes per byte, the low one first, and scales of small groups.
+"""FP4 (E2M1): two codes per byte, the low one first, and a scale for each small group.
 
-NVFP4: groups of 16 with an FP8 scale, and one float32 scale for the tensor, which divides in compressed-tensors (`weight_global_scale`) and
-multiplies in modelopt (`weight_scale_2`). MXFP4: groups of 32 with a power of two; gpt-oss stores it as X_blocks and X_scales, and its
-float weight X is transposed: [experts, inputs, outputs].
+NVFP4: groups of 16 with an FP8 scale each, and one float32 scale for the tensor. That scale divides in compressed-tensors
+(`weight_global_scale`) and multiplies in modelopt (`weight_scale_2`). MXFP4: groups of 32 with a power of two as scale; gpt-oss stores it
+as X_blocks and X_scales, and its float weight X is transposed: [experts, inputs, outputs].
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def _decode_mx(stored: Stored, read: Read, first: int, last: int, dtype: torch.d
 
 
 def _encode_mx(values: torch.Tensor, stored: Stored) -> dict[str, torch.Tensor]:
-    """scale = 2^(floor(log2 max |w|) - 2) of 32 inputs (OCP Microscaling 1.0, section 6.3; 6 = 1.5 · 2^2 is the largest code), code to nearest."""
+    """scale = 2^(floor(log2 max |w|) - 2) over 32 inputs (OCP Microscaling 1.0, section 6.3; 6 = 1.5 · 2^2 is the largest code);
+    nearest code."""
     import torch
 
     w = values.transpose(-1, -2) if stored.settings["transposed"] else values

@@ -1,7 +1,7 @@
 """FP8: one byte per weight, and a scale for each block, each output channel, each expert or the whole tensor. w = code · scale.
 
 DeepSeek-V3, Qwen3-FP8 and MiniMax-M2 have blocks of 128 × 128 (`weight_scale_inv`, which multiplies despite its name); compressed-tensors
-and modelopt name the scale `weight_scale`. MXFP8 has a power of two for every 32 inputs. Fused experts: the same with a leading axis.
+and modelopt name the scale `weight_scale`. MXFP8 has a power of two as scale for every 32 inputs. Fused experts: with a leading axis.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CODES = ("F8_E4M3", "F8_E5M2")
 LARGEST = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0}
 POWERS = ("U8", "F8_E8M0")  # dtypes of scales that are exponents
-ROWS = 32  # decoded at a time: they stay in the cache
+ROWS = 32  # decoded at a time, so that they stay in the cache
 SUFFIXES = ("_scale_inv", "_scale")
 
 
@@ -44,20 +44,20 @@ def _scales(name: str) -> Iterator[str]:
 
 
 def _is_scale(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether a tensor of FP8 holds the scales of FP4 codes."""
+    """Whether an FP8 tensor holds the scales of another tensor (FP4 codes)."""
     bases = [name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)]
     return any(base in tensors or f"{base}_packed" in tensors for base in bases)
 
 
 def _block(info: TensorInfo, scale: TensorInfo, headers: Headers) -> tuple[int, int]:
-    """(rows, columns) that share a scale.
+    """The block (rows, columns) that shares a scale.
 
     Raises:
-        UserError: a scale of a shape that does not fit, or another one than the quantisation config says.
+        UserError: the shape of the scale does not fit the weight, or contradicts the quantisation config.
     """
     *lead, rows, columns = info.shape
     shape = list(scale.shape)
-    if len(shape) == len(lead) + 4 and shape[-3] == shape[-1] == 1:  # modelopt keeps the axes of a block
+    if len(shape) == len(lead) + 4 and shape[-3] == shape[-1] == 1:  # modelopt keeps the block axes, with length 1
         shape = [*lead, shape[-4], shape[-2]]
     said = _said(info.name, headers)
     wanted = said.get("block")
@@ -129,14 +129,14 @@ def _grid(stored: Stored) -> tuple[int, ...]:
 
 
 def _scaled(codes: torch.Tensor, scale: torch.Tensor, stored: Stored, first: int, dtype: torch.dtype) -> torch.Tensor:
-    """code · scale of a matrix [rows, columns] whose first row is row `first` of the whole; `scale` [grid rows, grid columns] float32."""
+    """code · scale of a matrix [rows, columns] that starts at row `first` of the weight; `scale` [grid rows, grid columns] float32."""
     import torch
 
     info = stored.parts["codes"]
     block, columns = stored.settings["block"]
     quick = info.dtype == "F8_E4M3" and float(scale.abs().max()) < 128
     if quick:
-        # An E4M3 code moved by four bits is the bfloat16 number code · 2^-120: no table, no conversion; the power goes into the scale.
+        # An E4M3 code shifted by four bits is the bfloat16 number code · 2^-120: no table, no conversion; the scale takes the factor 2^120.
         scale = scale * 2.0**120
         raw = codes.view(torch.int8)
         if int(codes.view(torch.uint8).bitwise_and(0x7F).amax()) == 0x7F:
@@ -163,7 +163,7 @@ def _scaled(codes: torch.Tensor, scale: torch.Tensor, stored: Stored, first: int
 
 
 def _encode(values: torch.Tensor, stored: Stored) -> dict[str, torch.Tensor]:
-    """scale = max |w| of the block / 448, as the scale's dtype holds it (powers of two are rounded up); code = w / scale, to nearest."""
+    """scale = max |w| of the block / 448 (E5M2: 57344), rounded to the scale's dtype (powers of two: up); code = w / scale, to nearest."""
     import torch
 
     from expertsmith.checkpoint.reader import TORCH_DTYPES

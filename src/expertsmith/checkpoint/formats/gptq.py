@@ -1,7 +1,9 @@
-"""GPTQ (and AutoRound's packing of it): codes packed along the inputs, zero points along the outputs. w = (code - zero) · scale of group g_idx.
+"""GPTQ, and AutoRound's packing of it: codes are packed along the inputs, zero points along the outputs.
 
-Version 1 stores zero points less one; `checkpoint_format: gptq_v2` as they are. `dynamic` (GPTQModel) and `extra_config` (AutoRound) give
-single modules other bits or groups, or leave them out.
+w = (code - zero) · scale of group g_idx.
+
+Version 1 stores zero points minus one; `checkpoint_format: gptq_v2` stores them unchanged. `dynamic` (GPTQModel) and `extra_config`
+(AutoRound) give single modules other bits or groups, or exclude them.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def _is_gptq(headers: Headers) -> bool:
 
 
 def settings_of(config: Mapping[str, Any], module: str) -> dict[str, Any]:
-    """The settings of a GPTQ or AutoRound config for a module: the module's own, if any."""
+    """The settings of a GPTQ or AutoRound config for a module, with the module's own settings applied."""
     said = dict(config)
     for pattern, change in (config.get("dynamic") or {}).items():
         wanted = pattern.removeprefix("+:")

@@ -1,7 +1,9 @@
-"""Integers of compressed-tensors: `pack-quantized` (2 to 8 bits in int32 words) and `int-quantized` (a byte each). w = (code - zero) · scale.
+"""Integers of compressed-tensors: `pack-quantized` (2 to 8 bits in int32 words) and `int-quantized` (one byte each).
 
-Kimi-K2-Thinking and RedHatAI's W4A16 checkpoints are packed, W8A8 ones are bytes. Packed codes are offset by 2^(bits - 1); zero points of
-asymmetric weights are packed along the outputs in the same way. `weight_g_idx` (actorder "group") gives the group of every column.
+w = (code - zero) · scale.
+
+Kimi-K2-Thinking and RedHatAI's W4A16 checkpoints are packed; W8A8 checkpoints have bytes. Packed codes are offset by 2^(bits - 1); zero
+points of asymmetric weights are packed along the outputs in the same way. `weight_g_idx` (actorder "group"): the group of every column.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def _find_packed(headers: Headers, symmetric: bool) -> Iterator[Stored]:
 
 
 def _packing(parts: Mapping[str, TensorInfo], shape: tuple[int, ...], said: Mapping[str, Any]) -> tuple[int, bool]:
-    """(bits of a code, whether codes cross the borders of words), if shape, codes and config agree."""
+    """(bits of a code, whether codes cross the borders of words), after checking that shape, codes and config agree."""
     info, told = parts["codes"], parts["shape"].name
     if len(shape) != len(info.shape) or min(shape) < 1 or shape[:-1] != info.shape[:-1]:
         raise UserError(
@@ -82,7 +84,7 @@ def _packing(parts: Mapping[str, TensorInfo], shape: tuple[int, ...], said: Mapp
 def _check_zeros(
     parts: Mapping[str, TensorInfo], stem: str, shape: tuple[int, ...], bits: int, said: Mapping[str, Any]
 ) -> None:
-    """Zero points and the order of groups fit the weight."""
+    """Check that zero points and the order of groups fit the weight."""
     if "zero" in parts:
         _group(parts["scale"], stem, shape, said)
         groups = parts["scale"].shape[-1] if len(parts["scale"].shape) > 1 else 1
@@ -95,7 +97,7 @@ def _check_zeros(
 
 
 def _group(scale: TensorInfo, stem: str, shape: tuple[int, ...], said: Mapping[str, Any]) -> int:
-    """Columns that share a scale; -1: all of a row or of the tensor."""
+    """The number of columns that share a scale; -1: all of a row or of the tensor."""
     if prod(scale.shape) == 1:
         return -1
     rows, columns = shape[-2:]
@@ -135,7 +137,7 @@ def _unpacked(words: torch.Tensor, stored: Stored) -> torch.Tensor:
 
 
 def _scaled(codes: torch.Tensor, zero: torch.Tensor | None, stored: Stored, read: Read, first: int, last: int) -> torch.Tensor:
-    """(code - zero) · scale in float32, both by row and group of columns."""
+    """(code - zero) · scale in float32; zero and scale are per row and group of columns."""
     import torch
 
     part = stored.parts["scale"]
@@ -163,7 +165,7 @@ def _scaled(codes: torch.Tensor, zero: torch.Tensor | None, stored: Stored, read
 
 
 def _encode_packed(values: torch.Tensor, stored: Stored) -> dict[str, torch.Tensor]:
-    """scale = max |w| of the group / (2^(bits - 1) - 1), code = w / scale, to nearest."""
+    """scale = max |w| of the group / (2^(bits - 1) - 1); code = w / scale, to nearest."""
     bits = stored.settings["bits"]
     codes, scale = _codes(values, stored, bits)
     codes = codes + 2 ** (bits - 1)

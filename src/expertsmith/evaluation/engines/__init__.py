@@ -1,4 +1,4 @@
-"""A model in a serving engine: a persistent process of the engine's own Python, driven over JSON lines (`runner.py`)."""
+"""A model in a serving engine: a persistent process with the engine's own Python, driven by JSON lines (`runner.py`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from expertsmith.registry import unknown
 
 RUNNER = Path(__file__).with_name("runner.py")
 CLONE = "in a clone of expertsmith `make .engines/.{0}` installs it for CPUs, and its Python is .engines/{0}/bin/python"
-# engine → variable that names its Python, how it is installed
+# engine → environment variable with its Python, how to install it
 PLACES = {
     "vllm": (
         "EXPERTSMITH_VLLM",
@@ -37,7 +37,7 @@ Ask = Callable[..., dict[str, Any]]
 
 
 class RefusedError(Exception):
-    """An engine did not take a model, or broke on it; `words` are the engine's own."""
+    """An engine refused a model or failed on it; `words` are the engine's own words."""
 
     def __init__(self, model: str | Path, words: str) -> None:
         super().__init__(f"{model}: {words}")
@@ -46,10 +46,10 @@ class RefusedError(Exception):
 
 
 def python_of(engine: str, path: str | Path | None = None) -> str:
-    """The Python of an engine's environment: `path`, or what the engine's variable names; of transformers the running one.
+    """The Python of an engine's environment: `path`, or the value of the engine's variable. Default for transformers: the running one.
 
     Raises:
-        UserError: an unknown engine, or one whose environment is not named or not there; with the commands that make it.
+        UserError: an unknown engine, or an environment that is not named or does not exist; with the commands to create it.
     """
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
@@ -69,21 +69,21 @@ def python_of(engine: str, path: str | Path | None = None) -> str:
 
 @contextmanager
 def engine(name: str, model: str | Path, python: str | Path | None = None, **options: Any) -> Iterator[Ask]:
-    """A model in an engine, offline → a function (prompts, new, top) that generates; its answer is what `runner.py` says.
+    """Run a model in an engine, offline; yields a function (prompts, new, top) that generates and returns the answer of `runner.py`.
 
     Args:
-        model: a checkpoint, of llama.cpp a GGUF file.
-        options: "dtype", "device", "batch" (prompts at once), "length" (of a prompt with what is generated), and what `runner.py` names.
+        model: a checkpoint; for llama.cpp a GGUF file.
+        options: "dtype", "device", "batch" (prompts at once), "length" (tokens of a prompt and its output), and those of `runner.py`.
 
     Raises:
-        RefusedError: by the engine.
-        UserError: the engine is not where `python` or its variable says.
+        RefusedError: the engine refuses the model or fails.
+        UserError: the engine is not found at `python` or at the path in its variable.
     """
     interpreter = python_of(name, python)
     settings = {"dtype": "auto", "device": "auto", "batch": 1, "length": 256, **options}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if name in PLACES:
-        environment.pop("PYTHONPATH", None)  # its environment is its own
+        environment.pop("PYTHONPATH", None)  # the engine has its own environment
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [interpreter, str(RUNNER), name, str(model), json.dumps(settings)],
@@ -105,16 +105,16 @@ def engine(name: str, model: str | Path, python: str | Path | None = None, **opt
 
             yield ask
         finally:
-            process.kill()  # nothing of it is needed any more, and engines take long to say goodbye
+            process.kill()  # it is not needed any more, and engines take long to shut down
             process.communicate()
 
 
 def convert(model: str | Path, out: Path, python: str | Path | None = None, converter: str | Path | None = None, dtype: str = "auto") -> Path:  # fmt: skip
-    """A checkpoint as a GGUF file, by llama.cpp's convert_hf_to_gguf.py.
+    """Convert a checkpoint to a GGUF file with llama.cpp's convert_hf_to_gguf.py; returns `out`.
 
     Raises:
-        RefusedError: by the converter.
-        UserError: the converter or the Python to run it is not named or not there.
+        RefusedError: the converter fails.
+        UserError: the converter or its Python is not named or does not exist.
     """
     script = converter or os.environ.get(CONVERTER)
     if not script or not Path(script).is_file():
@@ -149,7 +149,7 @@ def _reply(process: subprocess.Popen[str], log: IO[bytes], model: str | Path) ->
 
 
 def _complaints(said: str, most: int = 3) -> list[str]:
-    """The last lines of a log that name an error, without repetitions; not warnings."""
+    """The last lines of a log that name an error, without repetitions and warnings."""
     lines = [line.strip() for line in said.splitlines() if re.search(r"error|assert", line, re.I) and "WARNING" not in line]
     return list(dict.fromkeys(lines))[-most:]
 

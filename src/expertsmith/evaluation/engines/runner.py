@@ -1,15 +1,16 @@
-"""One model in one engine, driven by JSON lines. Run by the Python of the engine's own environment, where there is no expertsmith:
+"""Run one model in one engine, driven by JSON lines. The Python of the engine's own environment runs this file, without expertsmith:
 
     python runner.py ENGINE MODEL '{"dtype": "float32", "device": "auto", "batch": 1, "length": 256}'
 
-It answers {"ready": true}, {"missing": MODULE} or {"refused": WORDS}, and then every request {"prompts": [[id, …], …], "new": N, "top": K} with
+It answers {"ready": true}, {"missing": MODULE} or {"refused": WORDS}. Then it answers every request
+{"prompts": [[id, …], …], "new": N, "top": K} with
 
     tokens   the N greedy tokens of every prompt; no token ends the generation
-    top      K > 0: for each of them the K best tokens' natural log-probabilities, {id: value}
+    top      if K > 0: for each of these tokens, the natural log-probabilities of the K best tokens, {id: value}
     first    seconds until every prompt had its first token
     after    tokens generated after that
     seconds  until all were generated
-    peak     bytes: the highest resident memory of this process so far, and of the GPU where torch holds it
+    peak     bytes: the highest resident memory of this process so far, and of the GPU if torch allocated it
 
 The engine's own output goes to stderr.
 """
@@ -28,11 +29,11 @@ from typing import Any
 
 Ids = list[list[int]]
 Answer = dict[str, Any]
-Stamps = list[list[float]]  # of every prompt, when each of its tokens was there
+Stamps = list[list[float]]  # for every prompt, the time of each of its tokens
 
 
 def transformers(model: str, options: dict[str, Any]) -> Callable[[Ids, int, int], Answer]:
-    """A transformers model; `load` names the function that loads it, transformers' own if absent."""
+    """Run a transformers model. `load` names the function that loads it, by default transformers' own."""
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -44,7 +45,7 @@ def transformers(model: str, options: dict[str, Any]) -> Callable[[Ids, int, int
     loaded = load(model, dtype=options["dtype"]).to(device).eval()
 
     class Clock(StoppingCriteria):  # type: ignore[misc]
-        """Notes when a token was there; stops nothing."""
+        """Record the time of every token; never stop the generation."""
 
         def __init__(self) -> None:
             self.times: list[float] = []
@@ -81,10 +82,10 @@ def transformers(model: str, options: dict[str, Any]) -> Callable[[Ids, int, int
 
 
 def vllm(model: str, options: dict[str, Any]) -> Callable[[Ids, int, int], Answer]:
-    """vLLM, in this process; `vllm` are further arguments of its class LLM."""
+    """Run vLLM in this process; `vllm` are further arguments of its class LLM."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    if "OMP_NUM_THREADS" in os.environ:  # else vLLM takes a thread a core, whatever that says
+    if "OMP_NUM_THREADS" in os.environ:  # else vLLM ignores it and takes one thread per core
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     import torch
     from vllm import LLM, SamplingParams
@@ -95,7 +96,7 @@ def vllm(model: str, options: dict[str, Any]) -> Callable[[Ids, int, int], Answe
         "max_model_len": length,
         "max_num_seqs": batch,
         "max_num_batched_tokens": max(2048, batch * length),  # all prompts in one step
-        "enable_prefix_caching": False,  # or a prompt would be computed once only
+        "enable_prefix_caching": False,  # or a repeated prompt would not be computed again
         "enforce_eager": not torch.cuda.is_available(),  # graphs are for GPUs; compiling for a CPU takes minutes
         "skip_tokenizer_init": True,
         **options.get("vllm", {}),
@@ -121,7 +122,7 @@ def vllm(model: str, options: dict[str, Any]) -> Callable[[Ids, int, int], Answe
 
 
 def llama_cpp(model: str, options: dict[str, Any]) -> Callable[[Ids, int, int], Answer]:
-    """llama.cpp, as xllamacpp's server without its sockets; a thread a prompt."""
+    """Run llama.cpp as xllamacpp's server without its sockets, with one thread per prompt."""
     import xllamacpp
 
     batch, length = options["batch"], options["length"]
@@ -136,7 +137,7 @@ def llama_cpp(model: str, options: dict[str, Any]) -> Callable[[Ids, int, int], 
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(os.environ["OMP_NUM_THREADS"])
     if (
         options["dtype"] == "float32"
-    ):  # else keys and values are rounded to half precision, and in flash attention so are queries
+    ):  # else keys and values are rounded to half precision, and with flash attention queries too
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
@@ -151,7 +152,7 @@ def llama_cpp(model: str, options: dict[str, Any]) -> Callable[[Ids, int, int], 
         with ThreadPoolExecutor(len(prompts)) as threads:
             made = list(threads.map(run, prompts))
         stamps: Stamps = []
-        for entry, end in made:  # the server says how long it took from the first token to the last
+        for entry, end in made:  # the server reports the time from the first token to the last
             count, taken = entry["timings"]["predicted_n"], entry["timings"]["predicted_ms"] / 1000
             stamps.append([end - taken + taken * n / max(1, count - 1) for n in range(count)])
         best = []
@@ -164,7 +165,7 @@ def llama_cpp(model: str, options: dict[str, Any]) -> Callable[[Ids, int, int], 
 
 
 def answer(tokens: Ids, best: list[Any], begin: float, stamps: Stamps) -> Answer:
-    """What is said of one request."""
+    """The answer to one request."""
     first = max(times[0] for times in stamps)
     return {
         "tokens": tokens,
@@ -177,9 +178,9 @@ def answer(tokens: Ids, best: list[Any], begin: float, stamps: Stamps) -> Answer
 
 
 def peak() -> dict[str, int]:
-    """Bytes: the highest resident memory of this process so far, and what torch held of the GPU."""
+    """Peak bytes so far: resident memory of this process, and GPU memory allocated by torch."""
     try:
-        with open("/proc/self/status") as status:  # ru_maxrss begins at what the parent held
+        with open("/proc/self/status") as status:  # ru_maxrss starts at the parent's memory
             found = next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     except FileNotFoundError:
         import resource
@@ -194,10 +195,8 @@ ENGINES = {"transformers": transformers, "vllm": vllm, "llama.cpp": llama_cpp}
 
 
 def main() -> None:
-    """Load, then answer requests until stdin ends."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process of the terminal: the one that asks ends this one
+    """Load the model, then answer requests until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent ends this one
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -211,7 +210,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         reply({"missing": error.name} if error.name in ("vllm", "xllamacpp") else {"refused": str(error)})
         return
-    except Exception as error:  # whatever the engine raises is its refusal
+    except Exception as error:  # any error of the engine is a refusal
         reply({"refused": f"{type(error).__name__}: {error}"})
         return
     reply({"ready": True})

@@ -1,4 +1,4 @@
-"""HTML pages that work offline: one file each, with style, script and plotly.js inside. Content is plain data, as the JSON beside a page has it."""
+"""HTML pages that work offline: one file each, with style, script and plotly.js inside. Content is plain data, as in the JSON beside it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def filled(template: str, parts: Mapping[str, str]) -> str:
     """A template with {{NAME}} replaced by parts["NAME"]."""
     head, *rest = template.split("{{")
     made = [head]
-    for piece in rest:  # one pass, so that nothing inside the data is taken for a placeholder
+    for piece in rest:  # one pass, so that data cannot be mistaken for a placeholder
         key, _, tail = piece.partition("}}")
         made += [parts[key], tail]
     return "".join(made)

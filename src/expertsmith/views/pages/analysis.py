@@ -1,7 +1,7 @@
-"""The page: one HTML file with the measures, the figures' code and plotly.js, so it works offline.
+"""The `analyze` page: one HTML file with the measures, the figures' code and plotly.js, so it works offline.
 
-The script reads the content of `measures.json`, reduced to what a figure can show: three decimals, similarity matrices as
-their lower triangles.
+The script reads the content of `measures.json`, reduced to what the figures need: three decimals, and only the lower triangles of
+similarity matrices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCRIPTS = ("theme.js", "figures.js", "cuts.js", "page.js")
 
 
 def write_page(path: Path, measures: Mapping[str, Any]) -> None:
-    """Write under a temporary name, then rename. `measures` are plain data, as `measures.json` has them."""
+    """Write the page under a temporary name, then rename. `measures`: plain data as in `measures.json`."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(page(measures), encoding="utf-8")
     partial.replace(path)
@@ -45,7 +45,7 @@ def page(measures: Mapping[str, Any]) -> str:
 
 
 def compact(value: Any, key: str = "") -> Any:
-    """The measures as the page needs them."""
+    """The measures, reduced for the page."""
     if isinstance(value, float):
         short = round(value, 3) if abs(value) >= 0.1 else float(f"{value:.3g}")
         return int(short) if short == int(short) else short

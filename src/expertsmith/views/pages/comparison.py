@@ -43,7 +43,7 @@ def _table(group: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def _data(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What the picture is drawn from: a line for each method, with every measure of every point; the draws of `random` one by one."""
+    """The data of the figure: a line for each method with every measure of every point, and each single draw of `random`."""
     lines: dict[str, dict[str, Any]] = {}
     drawn = looks(found)
     for group in found["groups"]:

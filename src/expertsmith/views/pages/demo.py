@@ -24,7 +24,7 @@ th { font-weight: 600; color: var(--soft) } th:first-child, td:first-child { tex
 
 
 def write_report(path: Path, result: dict[str, Any], statistics: Statistics, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the page: summary, loss by domain and choice as bars, the table, and which experts each domain uses and keeps."""
+    """Write the page: summary, bars of the loss by domain and choice, the table, and the experts that each domain uses and keeps."""
     plans = {
         row["domain"]: row["plan"]
         for row in rows
@@ -88,7 +88,7 @@ def _bars(result: dict[str, Any]) -> str:
 
 
 def _why(result: dict[str, Any]) -> str:
-    """Why the two methods differ, with this run's own numbers."""
+    """Why the two methods differ, with the numbers of this run."""
     target = result["target"]
     by_label = {row["label"]: row for row in result["rows"]}
     ours, reap = by_label[f"easy_ep for {target}"], by_label[f"reap for {target}"]
