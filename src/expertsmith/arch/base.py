@@ -120,6 +120,12 @@ class Architecture:
         None  # why no class does: then nothing runs, and plan, data-free scores, apply and the bytes of verify remain
     )
 
+    # the KV cache (`arch.attention`)
+    state: Callable[[Mapping[str, Any]], int] | None = (
+        None  # numbers that a layer of linear attention, Mamba or convolution keeps of a sequence; None: there is no such layer
+    )
+    cache_unknown: str | None = None  # why the config does not tell its size; None: it does
+
     transposed_by_shape: bool = False  # layouts with _t hold only where a tensor's shape is not that of the class already
 
     # the module tree

@@ -20,10 +20,12 @@ from expertsmith.verbs.options import (
     Budget,
     Calibrating,
     Calibration,
+    Context,
     Data,
     Domains,
     Drawing,
     EvalData,
+    Fit,
     Groups,
     Keep,
     Measure,
@@ -42,7 +44,7 @@ from expertsmith.verbs.options import (
     Uniform,
     part,
 )
-from expertsmith.verbs.plan import plan, request
+from expertsmith.verbs.plan import fitting, plan, request
 from expertsmith.verbs.verify import verify
 from expertsmith.views import show
 from expertsmith.views.progress import timed
@@ -77,6 +79,8 @@ def compress(
     keep: Keep,
     out: Out,
     *,
+    fit: Fit = None,
+    context: Context = None,
     data: Data = (),
     stats: Stats = None,
     domains: Domains = (),
@@ -119,7 +123,8 @@ def compress(
     target = Path(out)
     inventory = inventory_of(model, given["allow_pickle"])
     prepare_target(target, inventory.checkpoint.path, overwrite)
-    chosen = request(inventory, method, keep, budget, options, router_groups)[0]
+    fitted = fitting(inventory, fit, context, keep, budget, uniform, router_groups, mtp)
+    chosen = request(inventory, method, fitted.keep if fitted else keep, budget, options, router_groups)[0]
     if not chosen.data_free or heal is not None or (measure and (eval_data or data)):
         refuse_without_class(inventory.architecture, f"{inventory.checkpoint.source}/config.json")
     refuse_missing([*data, *(eval_data if measure else ())])
@@ -154,6 +159,8 @@ def compress(
                 data=data,
                 budget=budget,
                 uniform=uniform,
+                fit=fit,
+                context=context,
                 options=options,
                 router_groups=router_groups,
                 mtp=mtp,
