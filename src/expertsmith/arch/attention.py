@@ -19,6 +19,7 @@ WORDS = {  # the words of `layer_types` and of older lists
     "sliding_attention": SLIDING,
     "chunked_attention": CHUNKED,
     "indexed_attention": INDEXED,
+    "deepseek_sparse_attention": INDEXED,
     "minimax_m3_sparse": INDEXED,
     "linear_attention": LINEAR,
     "mamba": LINEAR,
@@ -101,20 +102,8 @@ def _strange(word: Any) -> str:
 def _patterned(config: Config, has_state: bool) -> list[str]:
     """Published configs without a list of layers."""
     layers = range(_depth(config))
-    if config.get("full_attention_interval"):  # Qwen3-Next
-        every = _number(config, "full_attention_interval")
-        return [LINEAR if (number + 1) % every else FULL for number in layers]
-    if config.get("attn_layer_period"):  # Jamba
-        every, offset = _number(config, "attn_layer_period"), _number(config, "attn_layer_offset")
-        return [FULL if number % every == offset else LINEAR for number in layers]
-    if config.get("layer_group_size"):  # Ling 2.5
-        every = _number(config, "layer_group_size")
-        return [LINEAR if (number + 1) % every else FULL for number in layers]
-    if isinstance(config.get("linear_attn_config"), Mapping):  # Kimi Linear counts its layers from 1
-        full = config["linear_attn_config"]["full_attn_layers"]
-        return [FULL if number + 1 in full else LINEAR for number in layers]
     if has_state:
-        raise UntoldError("config.json does not say which layers have attention and which a state")
+        return [_with_state(config, number) for number in layers]
     if isinstance(config.get("hybrid_layer_pattern"), list):  # MiMo: 1 is a layer with a window
         return [SLIDING if mark else FULL for mark in config["hybrid_layer_pattern"]]
     if config.get("attention_chunk_size"):  # Llama 4: layers without rotary positions see all tokens
@@ -128,6 +117,21 @@ def _patterned(config: Config, has_state: bool) -> list[str]:
     if window and window < (config.get("max_position_embeddings") or 0):
         raise UntoldError("config.json has a sliding_window, but does not say for which layers")
     return [INDEXED if config.get("index_head_dim") else FULL for _ in layers]
+
+
+def _with_state(config: Config, number: int) -> str:
+    """The kind of a layer in families of which some have a state."""
+    if config.get("full_attention_interval"):  # Qwen3-Next
+        return LINEAR if (number + 1) % _number(config, "full_attention_interval") else FULL
+    if config.get("layer_group_size"):  # Ling 2.5
+        return LINEAR if (number + 1) % _number(config, "layer_group_size") else FULL
+    if config.get("attn_layer_period"):  # Jamba
+        return FULL if number % _number(config, "attn_layer_period") == config["attn_layer_offset"] else LINEAR
+    if isinstance(config.get("linear_attn_config"), Mapping):  # Kimi Linear counts its layers from 1
+        return FULL if number + 1 in config["linear_attn_config"]["full_attn_layers"] else LINEAR
+    if config.get("local_layer_ids") is not None:  # Inkling
+        return HYBRID_SLIDING if number in config["local_layer_ids"] else HYBRID
+    raise UntoldError("config.json does not say which layers have attention and which a state")
 
 
 def _of_layer(config: Config, number: int, kind: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from expertsmith.arch import text_config
 from expertsmith.arch.attention import LayerCache, UntoldError, caches
 from expertsmith.calibration.opening import window_of
 from expertsmith.errors import UserError
@@ -212,7 +211,20 @@ def counted(inventory: Inventory, tokens: int) -> int:
     Raises:
         UntoldError: it cannot be told.
     """
-    return cache_bytes(layer_caches(inventory), tokens, text_config(inventory.checkpoint.config)) if tokens else 0
+    return cache_bytes(layer_caches(inventory), tokens, inventory.config) if tokens else 0
+
+
+def cache_account(inventory: Inventory) -> dict[str, Any]:
+    """The KV cache in numbers: `bytes` for `tokens`, which are `bytes_per_token` for each of them and `constant_bytes` of windows and states; or why
+    it is `unknown`."""
+    tokens = usual_context(inventory)
+    try:
+        found = layer_caches(inventory)
+    except UntoldError as error:
+        return {"unknown": str(error)}
+    every = KV_BYTES * sum(entry.index + (0 if entry.window else entry.token) for entry in found)
+    total = cache_bytes(found, tokens, inventory.config)
+    return {"tokens": tokens, "bytes": total, "bytes_per_token": every, "constant_bytes": total - every * tokens}
 
 
 # --- the number of experts ---

@@ -11,6 +11,7 @@ from expertsmith.arch import refuse_without_class
 from expertsmith.calibration.opening import inventory_of
 from expertsmith.checkpoint.work import work_beside, work_of
 from expertsmith.errors import UserError
+from expertsmith.experts.inventory import Inventory
 from expertsmith.verbs.apply import apply
 from expertsmith.verbs.calibrate import calibrate
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
@@ -130,6 +131,8 @@ def compress(
     refuse_missing([*data, *(eval_data if measure else ())])
     if heal is not None:
         _check_heal(heal, data)
+        if fitted:
+            _refuse_bfloat16(inventory, requantise, "--heal")
     quiet = part(Opened, given) | {"as_type": None, "revision": None}  # both are in force
     run = part(Placing, given)
     report = None
@@ -171,6 +174,8 @@ def compress(
         import torch  # noqa: F401  (`verify` needs it next, and `apply` looks at the model in this process where it is here)
 
         with timed(seconds, "apply"):
+            if fitted and made.merges:
+                _refuse_bfloat16(inventory, requantise, "merging")
             if requantise and not (made.merges or heal):
                 raise UserError("--requantise has no effect: no expert is merged or healed", "leave it out")
             again = requantise and bool(made.merges)
@@ -215,6 +220,15 @@ def compress(
         (target / "README.md").write_text(card, encoding="utf-8")
     result = {"out": str(target), "plan": made, "notes": notes, "verify": verdict, "quality": quality, "seconds": seconds}
     return result if report is None else {**result, "heal": report}
+
+
+def _refuse_bfloat16(inventory: Inventory, requantise: bool, what: str) -> None:
+    """--fit counts the weights as stored, so a quantised model must stay quantised."""
+    if inventory.floats is not inventory and not requantise:
+        raise UserError(
+            f"--fit counts the quantised weights of {inventory.checkpoint.source}, but {what} makes all of them bfloat16",
+            "pass --requantise",
+        )
 
 
 def _check_heal(method: str, data: Sequence[str]) -> None:
