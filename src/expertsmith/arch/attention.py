@@ -68,6 +68,8 @@ def caches(config: Config, state: Any = None) -> list[LayerCache]:
         return [_layer(_of_layer(config, number, kind), number, kind, state) for number, kind in enumerate(kinds)]
     except KeyError as error:
         raise UntoldError(f"config.json has no {error.args[0]}") from None
+    except (TypeError, IndexError, AttributeError, ZeroDivisionError) as error:  # a key in an unheard-of form
+        raise UntoldError(f"config.json describes its attention in an unknown form ({error})") from None
 
 
 def _number(config: Config, key: str) -> int:

@@ -134,7 +134,7 @@ def parse_memory(text: str) -> Memory:
     factor = {unit.lower(): size for unit, size in UNITS.items()}.get(match[3].lower())
     if factor is None:
         raise UserError(f"--fit {text!r} has {'no unit' if not match[3] else f'the unknown unit {match[3]!r}'}", remedy)
-    size = int(float(match[2]) * factor)
+    size = round(float(match[2]) * factor)
     if size <= 0:
         raise UserError(f"--fit {text!r} is no memory at all", remedy)
     return Memory(str(text).strip(), size, engine)

@@ -129,10 +129,9 @@ def compress(
     if not chosen.data_free or heal is not None or (measure and (eval_data or data)):
         refuse_without_class(inventory.architecture, f"{inventory.checkpoint.source}/config.json")
     refuse_missing([*data, *(eval_data if measure else ())])
-    if heal is not None:
-        _check_heal(heal, data)
-        if fitted:
-            _refuse_bfloat16(inventory, requantise, "--heal")
+    _check_heal(heal, data)
+    if fitted and heal is not None:
+        _refuse_bfloat16(inventory, requantise, "--heal")
     quiet = part(Opened, given) | {"as_type": None, "revision": None}  # both are in force
     run = part(Placing, given)
     report = None
@@ -174,10 +173,7 @@ def compress(
         import torch  # noqa: F401  (`verify` needs it next, and `apply` looks at the model in this process where it is here)
 
         with timed(seconds, "apply"):
-            if fitted and made.merges:
-                _refuse_bfloat16(inventory, requantise, "merging")
-            if requantise and not (made.merges or heal):
-                raise UserError("--requantise has no effect: no expert is merged or healed", "leave it out")
+            _check_requantise(inventory, made, requantise, heal, fitted is not None)
             again = requantise and bool(made.merges)
             notes = apply(
                 inventory, made, written, requantise=again, overwrite=overwrite or heal is not None, progress=progress
@@ -231,10 +227,20 @@ def _refuse_bfloat16(inventory: Inventory, requantise: bool, what: str) -> None:
         )
 
 
-def _check_heal(method: str, data: Sequence[str]) -> None:
-    """What can be known of a healing before anything is computed."""
+def _check_requantise(inventory: Inventory, made: Any, requantise: bool, heal: str | None, fitted: bool) -> None:
+    """Whether --requantise has something to do, and is there where --fit needs it."""
+    if requantise and not (made.merges or heal):
+        raise UserError("--requantise has no effect: no expert is merged or healed", "leave it out")
+    if fitted and made.merges:
+        _refuse_bfloat16(inventory, requantise, "merging")
+
+
+def _check_heal(method: str | None, data: Sequence[str]) -> None:
+    """What can be known of a healing before anything is computed; None is none."""
     from expertsmith.healing.options import LAYERWISE, parse_healer
 
+    if method is None:
+        return
     parse_healer(method, {})
     if method not in LAYERWISE:
         raise UserError(
