@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from expertsmith.arch.attention import bailing_state
 from expertsmith.arch.base import FUSED, Architecture, Stacked
 from expertsmith.arch.kinds import SIGMOID
 
@@ -40,6 +41,7 @@ FAMILIES = (
     replace(
         SIGMOID,
         model_type="bailing_hybrid",
+        state=bailing_state,
         title="Ling 3.0 (inclusionAI/Ling-3.0-Flash)",
         notes="transformers also reads n_group and num_experts_per_tok, but writes num_expert_group and num_experts_per_token.",
         top_k_key=("num_experts_per_token", "num_experts_per_tok"),

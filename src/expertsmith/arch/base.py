@@ -118,6 +118,12 @@ class Architecture:
 
     transposed_by_shape: bool = False  # layouts with _t apply only if a tensor does not have the class's shape already
 
+    # the KV cache (`arch.attention`)
+    state: Callable[[Mapping[str, Any]], int] | None = (
+        None  # the numbers that a layer of linear attention, Mamba or convolution keeps of a sequence; None: no such layer
+    )
+    cache_unknown: str | None = None  # why the config does not tell its size; None: it does
+
     # the module tree
     layers: str = "model.layers"  # from the causal LM to its decoder layers
     block: str = "mlp"  # from a decoder layer to the module that holds router and experts; "" = the layer itself

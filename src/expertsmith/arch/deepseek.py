@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from expertsmith.arch.attention import kda_state
 from expertsmith.arch.base import Stacked
 from expertsmith.arch.kinds import DEEPSEEK, GROUPED, OWN_CODE, SIGMOID
 
@@ -48,6 +49,7 @@ FAMILIES = (
     replace(
         SIGMOID,
         model_type="deepseek_v4",
+        cache_unknown="its layers keep compressed keys and values",
         title="DeepSeek V4 (DeepSeek-V4-Flash-Base)",
         status="partial",
         notes="The layer carries several residual streams (hyper-connections) that add the block's output with learned "
@@ -70,6 +72,7 @@ FAMILIES = (
     replace(
         SIGMOID,
         model_type="kimi_linear",
+        state=kda_state,
         title="Kimi Linear (Kimi-Linear-48B-A3B-Instruct)",
         notes="The selection bias and the router are stored below block_sparse_moe, the experts as w1, w3 and w2.",
         top_k_key=("num_experts_per_token",),

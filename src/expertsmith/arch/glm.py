@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from expertsmith.arch.attention import kda_state
 from expertsmith.arch.kinds import COMPOSITE_NOTE, DEEPSEEK, WHOLE_ONLY
 
 FAMILIES = (
@@ -32,6 +33,7 @@ FAMILIES = (
     replace(
         DEEPSEEK,
         model_type="glm5_next_text",
+        state=kda_state,
         title="GLM-5-Next (zai-org/GLM-5-Next)",
         notes="The layer carries several residual streams (hyper-connections) that add the block's output with learned weights; the norm's "
         f"input is used as the residual stream. {COMPOSITE_NOTE}",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from expertsmith.arch.attention import mamba2_state
 from expertsmith.arch.base import Architecture, Stacked
 
 FUSED = (  # the in-memory layout
@@ -53,6 +54,7 @@ FAMILIES = (
     replace(
         SHARED,
         model_type="granitemoehybrid",
+        state=mamba2_state,
         title="Granite 4.0 hybrid (granite-4.0-h-tiny)",
         notes=f"Mamba-2 and attention layers. {SHARED.notes}",
         refusal=dense,

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from expertsmith.arch.attention import inkling_state
 from expertsmith.arch.base import Stacked
 from expertsmith.arch.kinds import SIGMOID
 
@@ -16,6 +17,7 @@ FAMILIES = (
     replace(
         SIGMOID,
         model_type="inkling_text",
+        state=inkling_state,
         title="Inkling (thinkingmachines/Inkling)",
         notes="The router also has a row for each shared expert, and routed and shared weights sum to one scale. A short "
         "causal convolution acts on the block's output before the residual add, so the plain sum is not the layer's "
@@ -35,6 +37,7 @@ FAMILIES = (
     replace(
         SIGMOID,
         model_type="inkling2_text",
+        state=inkling_state,
         title="Inkling 2 (thinkingmachines/Inkling-2-Small-MXFP8)",
         notes="The block's input is an attention over the outputs of earlier layers, not the residual stream, and a short "
         "causal convolution acts on its output, so the plain sum is not the layer's output. scoring_func is sigmoid "

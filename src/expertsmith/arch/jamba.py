@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from expertsmith.arch.attention import mamba_state
 from expertsmith.arch.base import Architecture, Stacked
 
 
@@ -14,6 +15,7 @@ def dense(config: Mapping[str, Any]) -> str | None:
 FAMILIES = (
     Architecture(
         model_type="jamba",
+        state=mamba_state,
         title="Jamba (ai21labs/Jamba-v0.1)",
         expert_width_key=("intermediate_size",),
         expert_prefix=("feed_forward.experts.{expert}.",),

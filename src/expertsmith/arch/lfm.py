@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from expertsmith.arch.attention import convolution_state
 from expertsmith.arch.base import Stacked
 from expertsmith.arch.kinds import SIGMOID
 
@@ -9,6 +10,7 @@ FAMILIES = (
     replace(
         SIGMOID,
         model_type="lfm2_moe",
+        state=convolution_state,
         title="LFM2-MoE (LiquidAI/LFM2-8B-A1B)",
         notes="The selection bias belongs to the block, which hands it to the router; it is absent where use_expert_bias is "
         "false.",

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from expertsmith.arch.attention import lightning_state
 from expertsmith.arch.base import Stacked
 from expertsmith.arch.kinds import GROUPED, MIXTRAL
 
@@ -23,6 +24,7 @@ FAMILIES = (
     replace(
         MIXTRAL,
         model_type="minimax",
+        state=lightning_state,
         title="MiniMax-Text-01 (MiniMax-Text-01-hf)",
         notes="The residual stream is the norm's output, and both sides of the residual add have a factor.",
         residual="norm_output",

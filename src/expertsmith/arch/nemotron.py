@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from expertsmith.arch.attention import nemotron_state
 from expertsmith.arch.base import Stacked
 from expertsmith.arch.kinds import DEEPSEEK
 
@@ -19,6 +20,7 @@ FAMILIES = (
     replace(
         DEEPSEEK,
         model_type="nemotron_h",
+        state=nemotron_state,
         title="Nemotron-H MoE (nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16)",
         notes="Every layer holds one mixer: Mamba, attention, dense MLP or MoE. Experts have no gate projection and may work "
         "in a latent space (moe_latent_size), with a shared projection back.",

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from expertsmith.arch.attention import delta_state
 from expertsmith.arch.base import Architecture, Stacked
 from expertsmith.arch.kinds import COMPOSITE_NOTE, QWEN3, WHOLE_ONLY
 
@@ -17,11 +18,12 @@ FAMILIES = (
         title="Qwen3-MoE (Qwen3-30B-A3B)",
         notes="transformers 5.23 writes num_experts to config.json as num_local_experts.",
     ),
-    replace(QWEN2, model_type="qwen3_next", title="Qwen3-Next (Qwen3-Next-80B-A3B-Instruct)"),
-    replace(QWEN2, model_type="qwen3_5_moe_text", title="Qwen3.5-MoE, text part (Qwen3.5-35B-A3B)"),
+    replace(QWEN2, model_type="qwen3_next", state=delta_state, title="Qwen3-Next (Qwen3-Next-80B-A3B-Instruct)"),
+    replace(QWEN2, model_type="qwen3_5_moe_text", state=delta_state, title="Qwen3.5-MoE, text part (Qwen3.5-35B-A3B)"),
     replace(
         QWEN2,
         model_type="qwen4_exp_text",
+        cache_unknown="its layers keep states for n-gram embeddings, too",
         title="Qwen4-Exp, text part (Qwen4-Exp)",
         notes="The layer carries several residual streams (hyper-connections) that add the block's output with learned "
         "weights; the block's input is used as the residual stream. " + SHARED_NOTE,

@@ -11,6 +11,7 @@ from expertsmith.arch import refuse_without_class
 from expertsmith.calibration.opening import inventory_of
 from expertsmith.checkpoint.work import work_beside, work_of
 from expertsmith.errors import UserError
+from expertsmith.experts.inventory import Inventory
 from expertsmith.verbs.apply import apply
 from expertsmith.verbs.calibrate import calibrate
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
@@ -20,10 +21,12 @@ from expertsmith.verbs.options import (
     Budget,
     Calibrating,
     Calibration,
+    Context,
     Data,
     Domains,
     Drawing,
     EvalData,
+    Fit,
     Groups,
     Keep,
     Measure,
@@ -42,7 +45,7 @@ from expertsmith.verbs.options import (
     Uniform,
     part,
 )
-from expertsmith.verbs.plan import plan, request
+from expertsmith.verbs.plan import fitting, plan, request
 from expertsmith.verbs.verify import verify
 from expertsmith.views import show
 from expertsmith.views.progress import timed
@@ -77,6 +80,8 @@ def compress(
     keep: Keep,
     out: Out,
     *,
+    fit: Fit = None,
+    context: Context = None,
     data: Data = (),
     stats: Stats = None,
     domains: Domains = (),
@@ -119,12 +124,14 @@ def compress(
     target = Path(out)
     inventory = inventory_of(model, given["allow_pickle"])
     prepare_target(target, inventory.checkpoint.path, overwrite)
-    chosen = request(inventory, method, keep, budget, options, router_groups)[0]
+    fitted = fitting(inventory, fit, context, keep, budget, uniform, router_groups, mtp)
+    chosen = request(inventory, method, fitted.keep if fitted else keep, budget, options, router_groups)[0]
     if not chosen.data_free or heal is not None or (measure and (eval_data or data)):
         refuse_without_class(inventory.architecture, f"{inventory.checkpoint.source}/config.json")
     refuse_missing([*data, *(eval_data if measure else ())])
-    if heal is not None:
-        _check_heal(heal, data)
+    _check_heal(heal, data)
+    if fitted and heal is not None:
+        _refuse_bfloat16(inventory, requantise, "--heal")
     quiet = part(Opened, given) | {"as_type": None, "revision": None}  # both are in force
     run = part(Placing, given)
     report = None
@@ -154,6 +161,8 @@ def compress(
                 data=data,
                 budget=budget,
                 uniform=uniform,
+                fit=fit,
+                context=context,
                 options=options,
                 router_groups=router_groups,
                 mtp=mtp,
@@ -164,8 +173,7 @@ def compress(
         import torch  # noqa: F401  (`verify` needs it next, and `apply` looks at the model in this process where it is here)
 
         with timed(seconds, "apply"):
-            if requantise and not (made.merges or heal):
-                raise UserError("--requantise has no effect: no expert is merged or healed", "leave it out")
+            _check_requantise(inventory, made, requantise, heal, fitted is not None)
             again = requantise and bool(made.merges)
             notes = apply(
                 inventory, made, written, requantise=again, overwrite=overwrite or heal is not None, progress=progress
@@ -210,10 +218,29 @@ def compress(
     return result if report is None else {**result, "heal": report}
 
 
-def _check_heal(method: str, data: Sequence[str]) -> None:
-    """What can be known of a healing before anything is computed."""
+def _refuse_bfloat16(inventory: Inventory, requantise: bool, what: str) -> None:
+    """--fit counts the weights as stored, so a quantised model must stay quantised."""
+    if inventory.floats is not inventory and not requantise:
+        raise UserError(
+            f"--fit counts the quantised weights of {inventory.checkpoint.source}, but {what} makes all of them bfloat16",
+            "pass --requantise",
+        )
+
+
+def _check_requantise(inventory: Inventory, made: Any, requantise: bool, heal: str | None, fitted: bool) -> None:
+    """Whether --requantise has something to do, and is there where --fit needs it."""
+    if requantise and not (made.merges or heal):
+        raise UserError("--requantise has no effect: no expert is merged or healed", "leave it out")
+    if fitted and made.merges:
+        _refuse_bfloat16(inventory, requantise, "merging")
+
+
+def _check_heal(method: str | None, data: Sequence[str]) -> None:
+    """What can be known of a healing before anything is computed; None is none."""
     from expertsmith.healing.options import LAYERWISE, parse_healer
 
+    if method is None:
+        return
     parse_healer(method, {})
     if method not in LAYERWISE:
         raise UserError(

@@ -10,6 +10,7 @@ from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.experts.rules import keep_count
+from expertsmith.planning.fit import cache_account
 from expertsmith.verbs.definition import LOOK, verb
 from expertsmith.verbs.options import Named, Opening
 from expertsmith.views import show
@@ -19,7 +20,7 @@ RATIOS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 @verb(LOOK, show=lambda facts, given: show.show_inspection(facts), headers_only=True)
 def inspect(model: Named, **given: Unpack[Opening]) -> dict[str, Any]:
-    """Show what a checkpoint is and the size for each keep ratio, from config and headers only.
+    """Show what a checkpoint is and how much memory it needs at each keep ratio, from config and headers only.
 
     Raises:
         UserError: not a checkpoint of a supported MoE family, or a damaged one.
@@ -28,7 +29,9 @@ def inspect(model: Named, **given: Unpack[Opening]) -> dict[str, Any]:
     record, rules = inventory.architecture, inventory.rules
     quantisation, weights = _quantisation(inventory)
     parameters, nbytes = weights.size()[0], inventory.size()[1]
-    ratios: list[dict[str, float]] = []
+    cache = cache_account(inventory)
+    decoded = quantisation is None or quantisation["cannot_be_decoded"] is None
+    ratios: list[dict[str, float | None]] = []
     for ratio in RATIOS:
         with suppress(UserError):  # a ratio below what the router needs is left out
             counts = {layer: keep_count(ratio, inventory.rules_of(layer)) for layer in inventory.layers}
@@ -43,6 +46,7 @@ def inspect(model: Named, **given: Unpack[Opening]) -> dict[str, Any]:
                         "parameters": after[0],
                         "bytes": after[1],
                         "bytes_ratio": after[1] / nbytes,
+                        "bytes_with_kv_cache": after[1] + cache["bytes"] if "bytes" in cache else None,
                     }
                 )
     groups = None if rules.groups == 1 else {"groups": rules.groups, "top_groups": rules.top_groups}
@@ -68,6 +72,8 @@ def inspect(model: Named, **given: Unpack[Opening]) -> dict[str, Any]:
         },
         "quantisation": quantisation,
         "bytes": nbytes,
+        "bytes_bfloat16": 2 * parameters if decoded else None,
+        "kv_cache": cache,
         "tensors": len(inventory.checkpoint.tensors),
         "keep_ratios": ratios,
     }

@@ -81,6 +81,24 @@ Keep = Annotated[
         kind=str,
     ),
 ]
+Fit = Annotated[
+    str | None,
+    Opt(
+        "Instead of --keep: as many experts as fit into this memory, with weights as stored and KV cache: 24GB, 80GiB, or the share of it that an engine uses: vllm:24GB, sglang:24GB.",
+        "--fit",
+        metavar="SIZE",
+    ),
+]
+Context = Annotated[
+    int | None,
+    Opt(
+        "With --fit: tokens of KV cache; 0 counts the weights only. Default: 32768, or the model's window if less.",
+        "--context",
+        metavar="TOKENS",
+        least=0,
+        shown=False,
+    ),
+]
 Stats = Annotated[
     str | Path | Statistics | None, Opt("Statistics folder made by `expertsmith calibrate`.", "--stats", "-s", kind=Path)
 ]

@@ -18,8 +18,10 @@ from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.options import (
     Budget,
     Calibrating,
+    Context,
     Data,
     Domains,
+    Fit,
     Groups,
     Keep,
     Model,
@@ -37,6 +39,7 @@ from expertsmith.views import show
 if TYPE_CHECKING:
     from expertsmith.methods.base import Budget as BudgetName
     from expertsmith.methods.base import Method
+    from expertsmith.planning.fit import Fit as Fitted
     from expertsmith.planning.plan import Plan
 
 
@@ -64,6 +67,8 @@ def plan(  # noqa: C901  (a case a kind of method)
         str | Path | None,
         Opt("Output file for the plan.", "--out", "-o", metavar="OUT", kind=Path, cli=Path("plan.json"), writes="file"),
     ] = None,
+    fit: Fit = None,
+    context: Context = None,
     stats: Stats = None,
     data: Data = (),
     domains: Domains = (),
@@ -94,6 +99,8 @@ def plan(  # noqa: C901  (a case a kind of method)
     Args:
         keep: a ratio (0.5, "50%") or a count (4, "4"); None for methods with a threshold of their own.
         from_file: instead of a method, another tool's choice of experts; see `interchange`.
+        fit: instead of `keep`, a memory ("24GB", "vllm:24GB"): the largest number of experts whose weights fit into it with the KV cache.
+        context: tokens of that KV cache; 0 counts the weights only.
         stats: statistics of `calibrate`; without them `data` is calibrated first.
         domains: use only these domains of the statistics.
         budget: "uniform" (every layer alike), "global" (the layers share one total) or "threshold" (the method's own); None: the method's usual.
@@ -105,12 +112,14 @@ def plan(  # noqa: C901  (a case a kind of method)
             `<out>.work`, which is removed when the plan is written.
 
     Raises:
-        UserError: unknown method or option, a keep that the router cannot work with, statistics of another model, a file that fits no format.
+        UserError: unknown method or option, a keep that the router cannot work with, a memory into which nothing or everything fits, statistics of another model, a file that fits no format.
     """
     from expertsmith.planning import build as planning
 
     if (method is None) == (from_file is None):
         raise UsageError("plan needs a method or a file", "pass --method NAME or --from FILE")
+    if from_file is not None:
+        _refuse_fit(fit, context, "--from: the file says how many experts are kept")
     progress = given["progress"]
     inventory = inventory_of(model, given["allow_pickle"])
     if method is None:
@@ -119,6 +128,8 @@ def plan(  # noqa: C901  (a case a kind of method)
         if out is not None:
             made.save(out)
         return made
+    fitted = fitting(inventory, fit, context, keep, budget, uniform, router_groups, mtp)
+    keep = fitted.keep if fitted else keep
     chosen, values, share, chosen_budget, rules = request(inventory, method, keep, budget, options, router_groups)
     if share is not None:
         progress.note(_said(share, rules.values()))
@@ -147,7 +158,12 @@ def plan(  # noqa: C901  (a case a kind of method)
         if chosen.reads == "statistics":
             assert stats is not None
             job.statistics = planning.statistics_for(inventory, chosen, stats, domains)
-        made = planning.make_plan(job, router_groups, uniform, {"domains": list(domains)} if domains else {})
+        said: dict[str, Any] = {"domains": list(domains)} if domains else {}
+        if fitted:
+            said |= {"fit": fitted.memory.text, "context": fitted.tokens}
+        made = planning.make_plan(job, router_groups, uniform, said)
+        if fitted:
+            fitted.check(made, inventory)
         if out is not None:
             made.save(out)
     return made
@@ -169,6 +185,40 @@ def _from_file(inventory: Inventory, file: str | Path, keep: Any, router_groups:
     made = interchange.plan_from(file, inventory, keep, router_groups, mtp, progress)
     check_plan(made, inventory)
     return made
+
+
+def fitting(
+    inventory: Inventory,
+    fit: str | None,
+    context: int | None,
+    keep: Any,
+    budget: str | None,
+    uniform: bool,
+    router_groups: str,
+    mtp: str,
+) -> Fitted | None:
+    """What --fit comes to; None without it.
+
+    Raises:
+        UserError: another option says how many experts are kept, or nothing or everything fits.
+    """
+    from expertsmith.planning.build import rules_of
+    from expertsmith.planning.fit import largest
+
+    if fit is None:
+        _refuse_fit(None, context, "")
+        return None
+    for given, flag in ((keep is not None, "--keep"), (budget == "threshold", "--budget threshold"), (uniform, "--uniform")):
+        if given:
+            _refuse_fit(fit, context, flag)
+    return largest(inventory, rules_of(inventory, router_groups), fit, context, mtp)
+
+
+def _refuse_fit(fit: str | None, context: int | None, other: str) -> None:
+    if fit is not None:
+        raise UsageError(f"--fit sets the number of experts and does not go with {other}", "leave one of them out")
+    if context is not None:
+        raise UsageError("--context has no effect without --fit", "pass --fit SIZE")
 
 
 def plan_from(model: str | Path | Inventory, file: str | Path, keep: Any = None, **options: Any) -> Plan:

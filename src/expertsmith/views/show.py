@@ -503,6 +503,23 @@ def _mtp(found: dict[str, Any]) -> str:
     return f"{size}, with experts (layer{'s' * (len(layers) > 1)} {ranges(layers)}): pruned with the other layers"
 
 
+def _weights(facts: dict[str, Any]) -> str:
+    """The weights as they are stored, and as bfloat16 where that is something else."""
+    stored, floats = facts["bytes"], facts["bytes_bfloat16"]
+    if floats is None:
+        return byte_count(stored)
+    return byte_count(stored) + (f" as stored, {byte_count(floats)} in bfloat16" if stored != floats else " (bfloat16)")
+
+
+def _kv_cache(found: dict[str, Any]) -> str:
+    if "unknown" in found:
+        return f"cannot be counted: {found['unknown']}"
+    rest = f" + {byte_count(found['constant_bytes'])} of windows and states" if found["constant_bytes"] else ""
+    return (
+        f"{byte_count(found['bytes_per_token'])} per token{rest}: {byte_count(found['bytes'])} for {found['tokens']:,} tokens"
+    )
+
+
 def show_inspection(facts: dict[str, Any]) -> None:
     """Print facts about a checkpoint, and what each keep ratio would leave."""
     groups = facts["router"]["expert_groups"]
@@ -523,7 +540,8 @@ def show_inspection(facts: dict[str, Any]) -> None:
             f"{count(facts['parameters']['total'])} total, {count(facts['parameters']['active'])} active, {count(facts['parameters']['routed_experts'])} in routed experts",
         ),
         *((("quantisation", quantisation["formats"]),) if quantisation else ()),
-        ("bytes", byte_count(facts["bytes"])),
+        ("bytes", _weights(facts)),
+        ("KV cache", _kv_cache(facts["kv_cache"])),
         ("least", f"{facts['least_experts']} experts per layer must be kept"),
         *((("note", facts["notes"]),) if facts["notes"] else ()),
     ):
@@ -533,7 +551,8 @@ def show_inspection(facts: dict[str, Any]) -> None:
         line(
             f"[yellow]warning[/yellow] cannot be decoded: {escape(quantisation['cannot_be_decoded'])} (counts are those of the stored tensors)"
         )
-    ratios = table_of("keep", "experts", "parameters", "bytes", "of the original")
+    known = "bytes" in facts["kv_cache"]
+    ratios = table_of("keep", "experts", "parameters", "bytes", "of the original", *(["with KV cache"] if known else []))
     for row in facts["keep_ratios"]:
         ratios.add_row(
             f"{row['keep']:g}",
@@ -541,5 +560,6 @@ def show_inspection(facts: dict[str, Any]) -> None:
             count(row["parameters"]),
             byte_count(row["bytes"]),
             f"{100 * row['bytes_ratio']:.0f} %",
+            *([byte_count(row["bytes_with_kv_cache"])] if known else []),
         )
     line(ratios)
