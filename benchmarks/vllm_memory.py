@@ -48,7 +48,7 @@ def main() -> None:
     a_block = a_token * BLOCK
     with scratch(options.scratch) as folder, ExitStack() as stack:
         generate_in_child(folder / "original", shape)
-        api.compress(folder / "original", "random", 0.5, folder / "half", measure=False)
+        api.compress(folder / "original", "random", 0.5, out=folder / "half", measure=False)
         weights = {name: open_checkpoint(folder / name, headers_only=True).nbytes for name in ("original", "half")}
         small = options.fit * -(-length // BLOCK)
         limit = weights["original"] + small * a_block

@@ -31,7 +31,7 @@ def test_half_of_the_experts_chosen_for_a_domain(name, testbed, tmp_path):
 
     def rise(method: str, **chosen: object) -> dict[str, float]:
         out = tmp_path / f"{method}{chosen}".replace(" ", "")
-        made = api.compress(model, method, 0.5, out, stats=stats, options=chosen, measure=False, device="cpu")
+        made = api.compress(model, method, 0.5, out=out, stats=stats, options=chosen, measure=False, device="cpu")
         assert made["verify"].passed
         assert made["verify"].largest < 1e-5
         return {domain: loss - base[domain] for domain, loss in losses(out).items()}

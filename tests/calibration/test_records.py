@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -13,8 +14,8 @@ from test_data import TEMPLATE, make_tokenizer, write_records
 from conftest import run_cli
 from expertsmith.calibration.data import DataOptions, load_tokens, tokenize
 from expertsmith.calibration.prompts import load_prompts
-from expertsmith.calibration.records import in_one_form, read_records
-from expertsmith.calibration.spec import is_data_file, refuse_missing, suffix_of
+from expertsmith.calibration.records import apart, in_one_form, read_records
+from expertsmith.calibration.spec import Spec, is_data_file, parse_spec, refuse_missing, suffix_of
 from expertsmith.errors import UserError
 
 ASKED = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -195,3 +196,45 @@ def test_what_is_done_to_prompts_is_said_too(tmp_path):
     (prompt,) = load_prompts([str(file)], plain, samples=1, seed=0, room=99, vocab_size=None, said=said)["default"]
     assert plain.decode(prompt.ids) == "<s>System: Be brief.\n\nUser: 2 + 2?\n\nAssistant:"
     assert "no chat template" in said[0]
+
+
+# ---- parts of a source
+
+
+def test_every_eighth_record_is_held_out(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(1, 20)))
+    held, rest = ([record["text"] for _, record in read_records(str(file), None, part)] for part in ("heldout", "calib"))
+    assert held == ["8", "16"]
+    assert rest == [str(i) for i in range(1, 20) if i % 8]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a.jsonl#heldout", Spec("default", "a.jsonl", None, "heldout")),
+        ("m=a.jsonl#calib:25", Spec("m", "a.jsonl", 25, "calib")),
+        ("m=demo:code/calib#heldout", Spec("m", "demo:code/calib", None, "heldout")),
+        ("a.jsonl#other", Spec("default", "a.jsonl#other", None)),
+    ],
+)
+def test_a_part_is_named_after_the_source(text, found):
+    assert parse_spec(text) == found
+    assert str(found) == text
+
+
+def test_a_file_of_that_name_counts_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a#calib").mkdir()
+    assert parse_spec("m=a#calib:3") == Spec("m", "a#calib", 3)
+    assert parse_spec("a#calib") == Spec("default", "a#calib", None)
+
+
+def test_only_sources_of_eight_records_are_set_apart(tmp_path):
+    for name, count in (("seven", 7), ("eight", 8)):
+        (tmp_path / f"{name}.txt.jsonl").write_text('{"text": "x"}\n' * count)
+    seven, eight = (f"{tmp_path}/{name}.txt.jsonl" for name in ("seven", "eight"))
+    assert apart([f"m={seven}", f"{eight}:4", f"{eight}#calib"]) == (
+        [f"m={seven}", f"{eight}#calib:4", f"{eight}#calib"],
+        [f"{eight}#heldout:4"],
+    )

@@ -192,7 +192,7 @@ def test_progress_is_reported(checkpoints, data, tmp_path):
 
     begin = time.monotonic()
     api.compress(
-        checkpoints("mixtral"), "reap", 0.5, tmp_path / "out", data=data, progress=Meter(), **CALIBRATION, memory="stream"
+        checkpoints("mixtral"), "reap", 0.5, out=tmp_path / "out", data=data, progress=Meter(), **CALIBRATION, memory="stream"
     )
     assert time.monotonic() - begin < 60
     assert {"calibrate", "score", "apply", "compare bytes", "verify", "evaluate"} <= set(totals)

@@ -373,7 +373,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 JOBS = {
     "calibrate": lambda source, text, out: api.calibrate(source, text, out, **CALIBRATION),
     "compress": lambda source, text, out: api.compress(
-        source, "reap", 4, out, data=text, measure=False, overwrite=True, **CALIBRATION
+        source, "reap", 4, out=out, data=text, measure=False, overwrite=True, **CALIBRATION
     ),
     "plan": lambda source, text, out: api.plan(
         source, "expert_sparsity", 4, data=text, out=out / "p.json", overwrite=True, **CALIBRATION

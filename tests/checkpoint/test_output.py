@@ -63,7 +63,7 @@ def test_what_exists(tmp_path):
     [
         lambda model, data, out: api.calibrate(model, data, out),
         lambda model, data, out: api.plan(model, "random", 4, out=out),
-        lambda model, data, out: api.compress(model, "reap", 4, out, data=data),
+        lambda model, data, out: api.compress(model, "reap", 4, out=out, data=data),
         lambda model, data, out: api.analyze(model, out),
         lambda model, data, out: api.dequantise(model, out),
         lambda model, data, out: api.heal(model, model, data, out),

@@ -331,7 +331,7 @@ def test_other_commands_work_on_the_result(family, dense, texts, tmp_path):
     facts = api.inspect(out)
     assert facts["num_experts"] == options.get("experts", 8)
     assert api.evaluate(out, texts, reference=dense(family), seq_len=40).has_reference
-    done = api.compress(out, "reap", 4, tmp_path / "pruned", data=texts, seq_len=40, pack=False)
+    done = api.compress(out, "reap", 4, out=tmp_path / "pruned", data=texts, seq_len=40, pack=False)
     assert done["verify"].passed
     assert not [f for f in api.lint(out, engine="transformers") if f.level == "error"]
     seen = api.analyze(out, tmp_path / "look", data=texts, all_experts=8, dense=dense(family), seq_len=40, pack=False)

@@ -416,7 +416,7 @@ def test_experts_of_a_model_with_pruned_attention_can_be_pruned(dense, texts, tm
     options = {"steps": 30, "lr": 3e-2, "attention": "static", "active": 0.6, "active_of": "block"}
     result = api.convert(dense("llama"), "tomoe", tmp_path / "out", data=texts, experts=4, **options, **TRAIN)
     assert result["sizes"]["block_ratio_useful"] == pytest.approx(0.6, abs=0.05)
-    done = api.compress(tmp_path / "out", "reap", 2, tmp_path / "half", data=texts, seq_len=20, measure=False)
+    done = api.compress(tmp_path / "out", "reap", 2, out=tmp_path / "half", data=texts, seq_len=20, measure=False)
     assert done["verify"].passed
     assert logits(tmp_path / "half", trust_remote_code=True).isfinite().all()
     findings = {f.rule.id: f.level for f in api.lint(tmp_path / "half")}

@@ -161,7 +161,7 @@ def compressed(tmp_path_factory, smollm2):
                 (root / "kept.json").write_text(json.dumps({"0": [0, 1, 2, 3], "1": [0, 1, 2, 3, 4], "2": [0, 1, 2, 3]}))
                 api.apply(source, api.plan_from(source, root / "kept.json"), out)
             else:
-                api.compress(source, "random", 0.5, out, measure=False)
+                api.compress(source, "random", 0.5, out=out, measure=False)
             if edits:  # what expertsmith itself refuses to write
                 file = out / "config.json"
                 file.write_text(json.dumps({**json.loads(file.read_text()), **edits}))

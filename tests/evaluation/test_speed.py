@@ -25,7 +25,7 @@ from expertsmith.views.progress import Silent
 def pair(checkpoints, tmp_path_factory) -> tuple[Path, Path]:
     """A tiny Mixtral and half of it."""
     out = tmp_path_factory.mktemp("speed") / "half"
-    api.compress(checkpoints("mixtral"), "random", 0.5, out, measure=False)
+    api.compress(checkpoints("mixtral"), "random", 0.5, out=out, measure=False)
     return checkpoints("mixtral"), out
 
 

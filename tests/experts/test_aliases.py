@@ -305,7 +305,7 @@ def test_without_a_class_bytes_are_proved_and_nothing_more_is_claimed(method, li
 
 
 def test_without_a_class_a_wrong_byte_is_found(ling, tmp_path):
-    api.compress(ling, "aimer", 0.5, tmp_path / "out")
+    api.compress(ling, "aimer", 0.5, out=tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
@@ -331,9 +331,9 @@ def test_without_a_class_nothing_runs(ling, data, tmp_path, monkeypatch):
         lambda: api.skip(ling, data, out, **small),
         lambda: api.analyze(ling, out, data=data, **small),
         lambda: api.compare(ling, ["aimer"], [0.5], data, data, out),
-        lambda: api.compress(ling, "reap", 0.5, out, data=data),
-        lambda: api.compress(ling, "aimer", 0.5, out, eval_data=data),
-        lambda: api.compress(ling, "aimer", 0.5, out, data=data, heal="least_squares"),
+        lambda: api.compress(ling, "reap", 0.5, out=out, data=data),
+        lambda: api.compress(ling, "aimer", 0.5, out=out, eval_data=data),
+        lambda: api.compress(ling, "aimer", 0.5, out=out, data=data, heal="least_squares"),
         lambda: expertsmith.load(ling),
         lambda: load_model(open_checkpoint(ling), families()["bailing_moe"]),
     ):
@@ -350,7 +350,7 @@ def test_ling_2_has_groups_and_a_selection_bias(ling, tmp_path):
         tensors |= {f"model.layers.{layer}.mlp.gate.expert_bias": torch.arange(8.0) for layer in range(2)}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         rewrite(folder, model_type=model_type, n_group=2, topk_group=1)
-        result = api.compress(folder, "aimer", 0.5, tmp_path / f"{model_type}.out")
+        result = api.compress(folder, "aimer", 0.5, out=tmp_path / f"{model_type}.out")
         assert result["verify"].passed
         after = open_checkpoint(tmp_path / f"{model_type}.out")
         for layer, keep in result["plan"].kept.items():

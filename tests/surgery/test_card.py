@@ -135,7 +135,7 @@ def test_composites_are_named_so(checkpoints, tmp_path):
 
 
 def test_measured_quality_stands_in_the_metadata(snapshot, data, tmp_path):
-    api.compress(snapshot, "random", 4, tmp_path / "out", data=data, eval_data=data, **CALIBRATION)
+    api.compress(snapshot, "random", 4, out=tmp_path / "out", data=data, eval_data=data, **CALIBRATION)
     rows = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
     assert [(row.dataset_name, row.metric_type) for row in rows] == [("a (held-out text)", "perplexity"), ("b (held-out text)", "perplexity")]  # fmt: skip
     text = (tmp_path / "out" / "README.md").read_text()

@@ -21,8 +21,8 @@ import typer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from conftest import CALIBRATION, save_tiny
 from conftest import run_cli as run
-from conftest import save_tiny
 from expertsmith import __version__, api, cli
 from expertsmith.arch import families
 from expertsmith.calibration.stats import load_statistics
@@ -725,3 +725,75 @@ def test_a_checkpoint_in_the_work_folder_that_was_cut_off_blocks_no_run(capsys, 
     line = ["compress", checkpoints("mixtral"), "-m", "reap", "-k", "4", "--heal", "least_squares", "-d", data[0]]
     passed(capsys, *line, "-o", tmp_path / "out", "--seq-len", "24", "--device", "cpu", "--no-measure", "-q")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+# ---- what `compress` chooses itself
+
+
+def rows(path, low, high, count=16):
+    path.write_text(
+        "".join(json.dumps({"input_ids": [low + (7 * i + j) % (high - low) for j in range(20)]}) + "\n" for i in range(count))
+    )
+    return path
+
+
+def test_compress_needs_a_model_text_and_an_output_only(capsys, checkpoints, tmp_path):
+    """One labelled domain: easy_ep, half of the experts, and every eighth record held out."""
+    file = rows(tmp_path / "m.jsonl", 3, 60)
+    found = strict(
+        passed(capsys, "compress", checkpoints("mixtral"), "-d", f"math={file}", "-o", tmp_path / "out", *SMALL, "--json")
+    )
+    assert found["plan"]["method"]["name"] == "easy_ep"
+    assert found["plan"]["summary"]["experts"] == [24, 12]
+    assert found["quality"]["held_out"] is True
+    assert found["quality"]["domains"]["math"]["tokens"] == 2 * 20 - 1  # two records of 16, packed
+    assert any(f"math={file}#heldout" in note for note in found["notes"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "held-out" in card
+    made = api.calibrate(checkpoints("mixtral"), [f"math={file}#calib"], tmp_path / "stats", **CALIBRATION)
+    assert made.header["data"]["sequences"] == {"math": 14}
+    kept = api.plan(checkpoints("mixtral"), "easy_ep", 0.5, stats=made).kept
+    assert [entry["keep"] for entry in found["plan"]["layers"]] == list(kept.values())
+
+
+@pytest.mark.parametrize(
+    ("labels", "more", "method", "experts"),
+    [
+        ([""], [], "reap", 12),
+        (["a=", "b="], [], "reap", 12),
+        ([""], ["-m", "moeits"], "moeits", None),  # its own threshold
+        ([""], ["-m", "moeits", "--budget", "uniform"], "moeits", 12),
+        ([""], ["-k", "6"], "reap", 18),
+        (["a="], ["-m", "reap"], "reap", 12),
+    ],
+)
+def test_what_is_not_given_is_chosen_and_said(labels, more, method, experts, capsys, checkpoints, tmp_path):
+    data = [f"--data={label}{rows(tmp_path / f'{i}.jsonl', 3 + 50 * i, 50 + 50 * i)}" for i, label in enumerate(labels)]
+    line = ["compress", checkpoints("mixtral"), *data, *more, "-o", tmp_path / "out", *SMALL, "--no-measure", "--json"]
+    found = strict(passed(capsys, *line))
+    assert found["plan"]["method"]["name"] == method
+    assert experts is None or found["plan"]["summary"]["experts"] == [24, experts]
+    assert any(note.startswith(f"method {method}, because") for note in found["notes"]) == ("-m" not in more)
+    assert any(note.startswith("keep 0.5, because") for note in found["notes"]) == ("-k" not in more and experts == 12)
+    assert not any("held out" in note for note in found["notes"])  # nothing is measured
+
+
+def test_a_source_of_few_records_measures_on_itself_and_says_so(capsys, checkpoints, tmp_path):
+    file = rows(tmp_path / "few.jsonl", 3, 60, count=7)
+    found = strict(passed(capsys, "compress", checkpoints("mixtral"), "-d", file, "-o", tmp_path / "out", *SMALL, "--json"))
+    assert found["quality"]["held_out"] is False
+    assert any("fewer than eight records" in note for note in found["notes"])
+
+
+def test_a_method_without_calibration_measures_on_text_that_is_held_out(capsys, checkpoints, tmp_path):
+    file = rows(tmp_path / "m.jsonl", 3, 60)
+    line = ["compress", checkpoints("mixtral"), "-m", "aimer", "-d", file, "-o", tmp_path / "out", *SMALL, "--json"]
+    found = strict(passed(capsys, *line))
+    assert found["quality"]["held_out"] is True
+    assert found["quality"]["domains"]["default"]["tokens"] == 16 * 20 - 1  # all records
+
+
+def test_compress_without_text_says_what_it_needs(capsys, checkpoints, tmp_path):
+    code, _, err = run(capsys, "compress", checkpoints("mixtral"), "-o", tmp_path / "out")
+    assert code == 2
+    assert "compress needs text; pass --data FILE" in err

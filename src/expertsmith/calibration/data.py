@@ -1,6 +1,7 @@
 """Turn records into seeded batches of token ids with a domain label, and a fingerprint of these ids.
 
-`[DOMAIN=]SOURCE[:N]`: `calibration.records` describes SOURCE and its records; N is the maximum number of sequences taken.
+`[DOMAIN=]SOURCE[#PART][:N]`: `calibration.records` describes SOURCE and its records; PART heldout is every eighth record, PART calib all others; N is
+the maximum number of sequences taken.
 """
 
 from __future__ import annotations
@@ -138,14 +139,14 @@ def _sequences(spec: Spec, tokenizer: Any | None, options: DataOptions, said: li
     documents: list[list[int]] = []
     places: list[str] = []
     demonstrations = 0
-    for place, record in read_records(spec.source, options.columns):
+    for place, record in read_records(spec.source, options.columns, spec.part):
         ids, demonstration = tokenize(record, tokenizer, place, said)
         demonstrations += demonstration
         if ids:
             documents.append(ids)
             places.append(place)
     if not documents:
-        raise UserError(f"{spec.source} has no text", f"its records need {FIELDS}")
+        raise UserError(f"{spec.name} has no text", f"its records need {FIELDS}")
     pack = options.pack if options.pack is not None else demonstrations == 0
     if pack:
         windows = list(_pack(documents, options.seq_len, options.overlap))

@@ -47,12 +47,12 @@ def load_prompts(
     for text in specs:
         spec = parse_spec(text)
         found = []
-        for place, record in read_records(spec.source, columns):
+        for place, record in read_records(spec.source, columns, spec.part):
             prompt = _prompt(record, tokenizer, place, said)
             if prompt.ids:
                 found.append((place, prompt))
         if not found:
-            raise UserError(f"{spec.source} has no prompts", f"its records need {FIELDS}")
+            raise UserError(f"{spec.name} has no prompts", f"its records need {FIELDS}")
         held = made.setdefault(spec.domain, [])
         count = min(spec.limit or samples, len(found))
         for index in sorted(random.Random(f"{seed}/{spec.domain}/{len(held)}").sample(range(len(found)), count)):

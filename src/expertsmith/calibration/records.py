@@ -17,11 +17,23 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from expertsmith.calibration import corpus
-from expertsmith.calibration.spec import DEFAULT_DOMAIN, DEMO, SUFFIXES, Spec, demo_text, is_data_file, suffix_of
+from expertsmith.calibration.spec import (
+    DEFAULT_DOMAIN,
+    DEMO,
+    HELD_EVERY,
+    SUFFIXES,
+    Spec,
+    demo_text,
+    is_data_file,
+    parse_spec,
+    suffix_of,
+)
 from expertsmith.errors import UserError, install_line, parse_json
 
 FIELDS = "input_ids, text, messages, conversations, prompt + response or completion, instruction + output, or question + answer"
@@ -154,7 +166,10 @@ def remarks(specs: Sequence[Spec]) -> list[str]:
         said.append(f"{', '.join(unlabelled)} have no DOMAIN= and are read as one domain")
     if unlabelled and len(unlabelled) < len(specs):
         said.append(f"without DOMAIN=, so of domain {DEFAULT_DOMAIN}: {', '.join(unlabelled)}")
-    given = Counter(str(Path(spec.source).resolve()) if Path(spec.source).exists() else spec.source for spec in specs)
+    given = Counter(
+        f"{Path(spec.source).resolve()}{f'#{spec.part}' if spec.part else ''}" if Path(spec.source).exists() else spec.name
+        for spec in specs
+    )
     said.extend(f"{source} is given {count} times" for source, count in given.items() if count > 1)
     for spec in specs:
         if Path(spec.source).is_dir():
@@ -168,13 +183,18 @@ def remarks(specs: Sequence[Spec]) -> list[str]:
     return said
 
 
-def read_records(source: str, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def read_records(
+    source: str, columns: Mapping[str, str] | None = None, part: str | None = None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (place, record) of a source, in a fixed order.
 
     Args:
         columns: field → its column, if that has another name: {"text": "body"}.
+        part: "heldout": every eighth record only; "calib": the others.
     """
-    for place, record in _read(source):
+    for number, (place, record) in enumerate(_read(source), 1):
+        if part and (number % HELD_EVERY == 0) != (part == "heldout"):
+            continue
         if columns:
             missing = [name for name in columns.values() if name not in record]
             if missing:
@@ -183,6 +203,18 @@ def read_records(source: str, columns: Mapping[str, str] | None = None) -> Itera
                 )
             record = {**record, **{name: record[column] for name, column in columns.items()}}
         yield place, record
+
+
+def apart(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Specifications of calibration text and of held-out text, by setting every eighth record of each source aside. A source with a part of its own, or
+    with fewer than eight records, has none to set aside: it is calibration text."""
+    calib, held = [], []
+    for text in texts:
+        spec = parse_spec(text)
+        can = spec.part is None and next(islice(_read(spec.source), HELD_EVERY - 1, None), None) is not None
+        calib.append(str(replace(spec, part="calib")) if can else text)
+        held += [str(replace(spec, part="heldout"))] if can else []
+    return calib, held
 
 
 def _read(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Parse data specifications of the command line: `[DOMAIN=]SOURCE[:N]`. Needs no torch, because recipes are checked with it."""
+"""Parse data specifications of the command line: `[DOMAIN=]SOURCE[#PART][:N]`. Needs no torch, because recipes are checked with it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ DEFAULT_DOMAIN = "default"
 DEMO = "demo:"  # text from the Python installation, by domain and split
 SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".md", ".parquet")
 PACKED = (".gz", ".zst")
+PARTS = ("calib", "heldout")  # of a source's records: every `HELD_EVERY`th is held out, the others calibrate
+HELD_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,21 @@ class Spec:
     domain: str
     source: str
     limit: int | None
+    part: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The source with its part."""
+        return f"{self.source}#{self.part}" if self.part else self.source
+
+    def __str__(self) -> str:
+        """The specification as a user writes it."""
+        labelled = self.domain != DEFAULT_DOMAIN or "=" in self.source
+        return f"{f'{self.domain}=' if labelled else ''}{self.name}{f':{self.limit}' if self.limit else ''}"
 
 
 def parse_spec(text: str) -> Spec:
-    """Split `[DOMAIN=]SOURCE[:N]`. An existing file or folder has priority: a file named `a=b.jsonl` needs no label.
+    """Split `[DOMAIN=]SOURCE[#PART][:N]`. An existing file or folder has priority: a file named `a=b.jsonl` needs no label.
 
     Raises:
         UserError: an empty source, a limit that is not a positive number, or an unknown demo text.
@@ -35,7 +48,7 @@ def parse_spec(text: str) -> Spec:
     if found.limit is not None and found.limit <= 0:
         raise UserError(f"{text!r}: the number after the colon is {found.limit}", "give a positive number of sequences")
     if not found.source:
-        raise UserError(f"{text!r} has no source", "write [DOMAIN=]SOURCE[:N], for example math=calib.jsonl:64")
+        raise UserError(f"{text!r} has no source", "write [DOMAIN=]SOURCE[#PART][:N], for example math=calib.jsonl:64")
     if found.source.startswith(DEMO):
         demo_text(found.source)
     return found
@@ -50,16 +63,22 @@ def other_reading(text: str) -> str | None:
 
 
 def _literal(text: str) -> list[Spec]:
-    """The readings of a specification without a label: all of it as a name, or all but the limit."""
+    """The readings of a specification without a label: all of it as a name, all but the limit, or all but the part and the limit."""
     source, limit = _limited(text)
-    return [Spec(DEFAULT_DOMAIN, text, None), Spec(DEFAULT_DOMAIN, source, limit)]
+    return [Spec(DEFAULT_DOMAIN, text, None), Spec(DEFAULT_DOMAIN, source, limit), _parted(DEFAULT_DOMAIN, source, limit)]
 
 
 def _split(text: str) -> Spec:
     domain, equals, rest = text.partition("=")
     if not equals or not re.fullmatch(r"[\w.\-]+", domain):
         domain, rest = DEFAULT_DOMAIN, text
-    return Spec(domain, *_limited(rest))
+    source, limit = _limited(rest)
+    return Spec(domain, source, limit) if _exists(source) else _parted(domain, source, limit)
+
+
+def _parted(domain: str, text: str, limit: int | None) -> Spec:
+    source, mark, part = text.rpartition("#")
+    return Spec(domain, source, limit, part) if mark and part in PARTS else Spec(domain, text, limit)
 
 
 def _limited(text: str) -> tuple[str, int | None]:

@@ -18,6 +18,7 @@ from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.evaluate import evaluate
 from expertsmith.verbs.heal import heal as heal_model
 from expertsmith.verbs.options import (
+    SPECS,
     Budget,
     Calibrating,
     Calibration,
@@ -25,12 +26,9 @@ from expertsmith.verbs.options import (
     Data,
     Domains,
     Drawing,
-    EvalData,
     Fit,
     Groups,
-    Keep,
     Measure,
-    Method,
     Mtp,
     Named,
     Opened,
@@ -38,6 +36,7 @@ from expertsmith.verbs.options import (
     Out,
     Overwrite,
     Placing,
+    Ratio,
     Requantise,
     Running,
     Stats,
@@ -74,12 +73,27 @@ def _show(result: Any, given: Mapping[str, Any]) -> None:
     passed=lambda result: result["verify"].passed,
     keeps=out_and("work"),
 )
-def compress(
+def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
     model: Named,
-    method: Method,
-    keep: Keep,
-    out: Out,
+    method: Annotated[
+        str | None,
+        Opt(
+            "How experts are scored; see `expertsmith methods`. Default: easy_ep for data of one labelled domain, else reap.",
+            "--method",
+            "-m",
+        ),
+    ] = None,
+    keep: Annotated[
+        Ratio | None,
+        Opt(
+            "Routed experts to keep in each layer: a ratio (0.5, 50%) or a count (4). Default: the method's built-in threshold, or 0.5.",
+            "--keep",
+            "-k",
+            kind=str,
+        ),
+    ] = None,
     *,
+    out: Out,
     fit: Fit = None,
     context: Context = None,
     data: Data = (),
@@ -90,7 +104,15 @@ def compress(
     options: Options = None,
     router_groups: Groups = "keep",
     mtp: Mtp = "keep",
-    eval_data: EvalData = (),
+    eval_data: Annotated[
+        Sequence[str],
+        Opt(
+            "Held-out text to measure quality on. Default: every eighth record of the data, which then does not calibrate. Repeatable.",
+            "--eval-data",
+            "-e",
+            metavar=SPECS,
+        ),
+    ] = (),
     measure: Measure = True,
     heal: Annotated[
         str | None,
@@ -105,10 +127,15 @@ def compress(
     Statistics, measured weights and the unhealed checkpoint are in OUT.work until the end; the same command resumes an interrupted run from there.
     To try several methods or ratios, run calibrate once and pass --stats.
 
+    [dim]expertsmith compress mistralai/Mixtral-8x7B-v0.1 -d math=math.jsonl -o mixtral-math[/dim]
+
     [dim]expertsmith compress mistralai/Mixtral-8x7B-v0.1 -m easy_ep -k 0.5 -d math=math.jsonl -e math=heldout.jsonl -o mixtral-math[/dim]
 
     Args:
-        eval_data: held-out text to measure quality on; without it, the calibration text is used (which flatters the result).
+        method: None chooses easy_ep if `data` (or `domains`) has one labelled domain, and reap otherwise.
+        keep: None is the method's own threshold if it has one, else 0.5.
+        eval_data: held-out text to measure quality on. Without it, every eighth record of `data` is held out (`SOURCE#heldout`) and the others
+            calibrate; sources of fewer than eight records are measured on the calibration text itself, which flatters the result.
         measure: False leaves the quality measurement out.
         heal: a layer-wise way of healing on the same data, after the unhealed checkpoint was verified.
         requantise: write merged or healed weights of a quantised model in its own format; otherwise all weights are then bfloat16.
@@ -124,14 +151,19 @@ def compress(
     target = Path(out)
     inventory = inventory_of(model, given["allow_pickle"])
     prepare_target(target, inventory.checkpoint.path, overwrite)
+    refuse_missing([*data, *(eval_data if measure else ())])
+    said: list[str] = []
+    method, keep = _usual(method, keep, fit, budget, data, stats, domains, said)
     fitted = fitting(inventory, fit, context, keep, budget, uniform, router_groups, mtp)
     chosen = request(inventory, method, fitted.keep if fitted else keep, budget, options, router_groups)[0]
     if not chosen.data_free or heal is not None or (measure and (eval_data or data)):
         refuse_without_class(inventory.architecture, f"{inventory.checkpoint.source}/config.json")
-    refuse_missing([*data, *(eval_data if measure else ())])
-    _check_heal(heal, data)
-    if fitted and heal is not None:
-        _refuse_bfloat16(inventory, requantise, "--heal")
+    _check_heal(heal, data, inventory, requantise, fitted is not None)
+    calibrates = heal is not None or (stats is None and not chosen.data_free)
+    split = measure and calibrates and not eval_data
+    texts, judged = _apart(data, said) if split else (list(data), list(eval_data))
+    for line in said:
+        progress.note(line)
     quiet = part(Opened, given) | {"as_type": None, "revision": None}  # both are in force
     run = part(Placing, given)
     report = None
@@ -141,11 +173,11 @@ def compress(
             for name in ("statistics", "measured", "unhealed")
         }
         written = target if heal is None else work["unhealed"]
-        if stats is None and data and chosen.reads == "statistics":
+        if stats is None and texts and chosen.reads == "statistics":
             with timed(seconds, "calibrate"):
                 stats = calibrate(
                     model,
-                    data,
+                    texts,
                     work["statistics"],
                     all_outputs=chosen.all_outputs,
                     overwrite=overwrite,
@@ -158,7 +190,7 @@ def compress(
                 keep,
                 stats=stats,
                 domains=domains,
-                data=data,
+                data=texts,
                 budget=budget,
                 uniform=uniform,
                 fit=fit,
@@ -185,7 +217,7 @@ def compress(
                 report = heal_model(
                     written,
                     model,
-                    data,
+                    texts,
                     out,
                     method=heal,
                     requantise=requantise,
@@ -196,26 +228,93 @@ def compress(
                     **quiet,
                 )
     quality = None
-    texts = list(eval_data) or list(data)
-    if measure and texts:
+    if measure and (judged or texts):
+        held_out = bool(judged) or (heal is None and chosen.data_free)
         with timed(seconds, "evaluate"):
-            quality = evaluate(
+            found = evaluate(
                 target,
-                texts,
+                judged or texts,
                 reference=inventory.checkpoint.path,
                 **part(Drawing, given),
                 **part(Running, given),
                 **quiet,
-            ).to_json()
-        quality["held_out"] = bool(eval_data)
+            )
+        quality = {**found.to_json(), "held_out": held_out}
         card = model_card(made, inventory, notes, quality)
-        if report is not None:
-            from expertsmith.healing.run import healed_card
-
-            card = healed_card(card, report, measured_after=True)
-        (target / "README.md").write_text(card, encoding="utf-8")
-    result = {"out": str(target), "plan": made, "notes": notes, "verify": verdict, "quality": quality, "seconds": seconds}
+        (target / "README.md").write_text(card if report is None else _healed(card, report), encoding="utf-8")
+    result = {
+        "out": str(target),
+        "plan": made,
+        "notes": [*notes, *said],
+        "verify": verdict,
+        "quality": quality,
+        "seconds": seconds,
+    }
     return result if report is None else {**result, "heal": report}
+
+
+def _healed(card: str, report: Mapping[str, Any]) -> str:
+    from expertsmith.healing.run import healed_card
+
+    return healed_card(card, report, measured_after=True)
+
+
+def _usual(
+    method: str | None,
+    keep: Any,
+    fit: str | None,
+    budget: str | None,
+    data: Sequence[str],
+    stats: Any,
+    domains: Sequence[str],
+    said: list[str],
+) -> tuple[str, Any]:
+    """Method and keep, with the usual ones for what is not given."""
+    method = method or _usual_method(data, stats, domains, said)
+    return method, _usual_keep(method, budget, said) if keep is None and fit is None else keep
+
+
+def _usual_method(data: Sequence[str], stats: Any, domains: Sequence[str], said: list[str]) -> str:
+    """The method if none is given; the reason is appended to `said` (docs/choosing-a-method.md, "What you have").
+
+    Raises:
+        UserError: no text and no statistics.
+    """
+    from expertsmith.calibration.spec import DEFAULT_DOMAIN, parse_spec
+
+    if not data and stats is None:
+        raise UserError("compress needs text", "pass --data FILE, or a method that needs none, e.g. --method aimer")
+    names = sorted(set(domains) or {parse_spec(text).domain for text in data})
+    if len(names) == 1 and names[0] != DEFAULT_DOMAIN:
+        said.append(f"method easy_ep, because the data has one labelled domain ({names[0]}); --method chooses another")
+        return "easy_ep"
+    said.append(
+        f"method reap, because the data has {f'{len(names)} domains' if len(names) > 1 else 'no labelled domain'}; --method chooses another"
+    )
+    return "reap"
+
+
+def _usual_keep(method: str, budget: str | None, said: list[str]) -> float | None:
+    """The keep ratio if none is given: None for a method with a threshold of its own, unless another budget is asked for."""
+    from expertsmith.methods import find
+
+    if "threshold" in find(method).budgets and budget in (None, "threshold"):
+        return None
+    said.append("keep 0.5, because neither --keep nor --fit is given")
+    return 0.5
+
+
+def _apart(data: Sequence[str], said: list[str]) -> tuple[list[str], list[str]]:
+    """Text to calibrate on and held-out text; what was set aside is appended to `said`."""
+    from expertsmith.calibration.records import apart
+
+    texts, held = apart(data)
+    if held:
+        said.append(f"held out: every eighth record of the data ({', '.join(held)}) measures quality and does not calibrate")
+    if len(held) < len(data):
+        few = [text for text in data if text in texts]
+        said.append(f"nothing is held out from {', '.join(few)} (fewer than eight records, or a part); pass --eval-data")
+    return texts, held
 
 
 def _refuse_bfloat16(inventory: Inventory, requantise: bool, what: str) -> None:
@@ -235,7 +334,7 @@ def _check_requantise(inventory: Inventory, made: Any, requantise: bool, heal: s
         _refuse_bfloat16(inventory, requantise, "merging")
 
 
-def _check_heal(method: str | None, data: Sequence[str]) -> None:
+def _check_heal(method: str | None, data: Sequence[str], inventory: Inventory, requantise: bool, fitted: bool) -> None:
     """What can be known of a healing before anything is computed; None is none."""
     from expertsmith.healing.options import LAYERWISE, parse_healer
 
@@ -249,3 +348,5 @@ def _check_heal(method: str | None, data: Sequence[str]) -> None:
         )
     if not data:
         raise UserError("healing needs text", "pass --data FILE")
+    if fitted:
+        _refuse_bfloat16(inventory, requantise, "--heal")

@@ -19,7 +19,7 @@ else:  # named in annotations only, which must not import what runs models
     Plan: TypeAlias = Any
 
 Ratio: TypeAlias = float | int | str
-SPECS = "[DOMAIN=]SOURCE[:N]"
+SPECS = "[DOMAIN=]SOURCE[#PART][:N]"
 
 Model = Annotated[
     str | Path | Inventory,
@@ -46,7 +46,7 @@ Into = Annotated[  # a folder that an interrupted run goes on in
 Data = Annotated[
     Sequence[str],
     Opt(
-        "Text: .jsonl/.json/.csv/.txt/.md/.parquet file (also .gz, .zst), folder, hub data set name\\[subset](split), or demo:code/calib (text of the Python package). Records: text, messages, prompt + response or completion, ShareGPT, Alpaca, question + answer, or input_ids. Repeatable.",
+        "Text: .jsonl/.json/.csv/.txt/.md/.parquet file (also .gz, .zst), folder, hub data set name\\[subset](split), or demo:code/calib (text of the Python package). Records: text, messages, prompt + response or completion, ShareGPT, Alpaca, question + answer, or input_ids. SOURCE#heldout is every eighth record, SOURCE#calib the others. Repeatable.",
         "--data",
         "-d",
         metavar=SPECS,
