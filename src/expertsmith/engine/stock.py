@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +83,12 @@ def read_in(naming: Naming, state: Mapping[str, Any], device: torch.device) -> O
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
+    # loading marks the entries as used and as active; what they hold is copied by transformers before it is filled
     options = LoadStateDictConfig(
-        weight_mapping=deepcopy(naming.mapping), dtype=naming.dtype, dtype_plan=naming.dtype_plan, device_map={"": device}
+        weight_mapping=list(map(copy, naming.mapping)),
+        dtype=naming.dtype,
+        dtype_plan=naming.dtype_plan,
+        device_map={"": device},
     )
     with quietly(), _one_by_one():
         info, _ = convert_and_load_state_dict_in_model(naming.module, dict(state), options)
@@ -152,11 +156,14 @@ def quietly() -> Iterator[None]:
     from transformers.utils import logging
 
     bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    if bar:
+        logging.disable_progress_bar()
+    if level != logging.ERROR:  # a change empties the caches of all loggers
+        logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        if level != logging.ERROR:
+            logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
