@@ -15,10 +15,10 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 	$(BIN)/pytest -n auto --dist loadgroup
 
-# for daily work: one family of each kind, without what trains, converts or starts processes
+# for daily work: one family of each kind, without what trains, converts, starts processes or runs whole jobs
 test-fast: $(VENV)/.ready-dev
-	EXPERTSMITH_FAMILIES="mixtral qwen2_moe deepseek_v3" $(BIN)/pytest -n auto --dist loadgroup tests/surgery tests/planning tests/calibration tests/methods tests/verbs \
-		-k "not torchrun and not rank and not every_pair and not recipe and not killed and not transformers_refuses and not import_torch and not of_every_verb and not processes"
+	EXPERTSMITH_FAMILIES="mixtral qwen2_moe deepseek_v3" $(BIN)/pytest -n auto --dist loadgroup -m "not slow" \
+		tests/surgery tests/planning tests/calibration tests/methods tests/verbs
 
 # the families against the newest transformers release: prints the result, and never fails
 test-newest: $(VENV)/.ready-dev

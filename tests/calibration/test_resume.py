@@ -54,6 +54,7 @@ def test_resumed_calibration_has_the_same_bytes(memory, checkpoints, data, tmp_p
     assert observed == [2]
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes(checkpoints, data, tmp_path):
     """SIGKILL while it runs, at whatever point: no half layer is left, and the same command completes the folder."""
     source = checkpoints("mixtral")
@@ -123,6 +124,7 @@ def test_a_damaged_layer_is_named(checkpoints, data, tmp_path):
         stats.load_statistics(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_give_the_same_statistics_and_plan(ranks, checkpoints, data, tmp_path):
     source = checkpoints("qwen2_moe")

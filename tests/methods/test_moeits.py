@@ -309,6 +309,7 @@ def test_sizes_must_agree():
         nmi_matrix([a, b])
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_matrix(monkeypatch):
     draw = np.random.default_rng(8)
     base = draw.standard_normal(4000)
@@ -338,6 +339,7 @@ def test_a_worker_that_dies_is_named(monkeypatch):
         nmi_matrix([codes(np.arange(8.0) ** power) for power in (1, 2, 3)], 2)
 
 
+@pytest.mark.slow
 def test_information_and_its_workers_need_no_torch():
     script = "import sys, expertsmith.methods.information; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], env={**os.environ}).returncode == 0

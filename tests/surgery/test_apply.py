@@ -259,6 +259,7 @@ def test_overwrite_keeps_the_old_checkpoint_until_the_new_one_is_whole(checkpoin
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_apply_and_plan_do_not_import_torch(checkpoints, tmp_path):
     code = (
         "import sys; from expertsmith import api; s, o = sys.argv[1:];"
@@ -364,6 +365,7 @@ def test_a_routing_bias_may_hold_minus_infinity_only(checkpoints, tmp_path, valu
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_config_that_transformers_refuses_is_refused_before_anything_is_written(checkpoints, tmp_path):
     """By a process of its own where torch is not loaded, in this one where it is: with the same words."""
     source = tmp_path / "source"

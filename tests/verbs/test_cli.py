@@ -150,6 +150,7 @@ print(json.dumps(seen), file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 def test_commands_that_run_no_model_do_not_import_torch(checkpoints, tmp_path):
     source = str(checkpoints("mixtral"))
     lines = [
@@ -165,6 +166,7 @@ def test_commands_that_run_no_model_do_not_import_torch(checkpoints, tmp_path):
     assert {line: found for line, found in seen.items() if found} == {}
 
 
+@pytest.mark.slow
 def test_help_imports_neither_numpy_nor_pydantic():
     """They are half of its time, and no option needs them."""
     code = WATCH.replace('"torch", "transformers", "datasets", "accelerate"', '"torch", "numpy", "pydantic", "huggingface_hub"')
@@ -680,6 +682,7 @@ def test_a_pickle_checkpoint_is_compressed_and_measured(capsys, checkpoints, dat
     assert found["quality"]["domains"]["a"]["kl"] > 0
 
 
+@pytest.mark.slow
 def test_the_package_runs_as_a_module(checkpoints, tmp_path):
     def module(*arguments: object) -> subprocess.CompletedProcess:
         return subprocess.run(

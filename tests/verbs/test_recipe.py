@@ -82,6 +82,7 @@ def good(tmp_path) -> dict:
 # ---- running
 
 
+@pytest.mark.slow
 def test_a_recipe_does_what_the_single_commands_do(checkpoints, data, tmp_path):
     source = checkpoints("mixtral")
     results = api.run(written(tmp_path, whole(source, data, tmp_path / "recipe")))
@@ -168,6 +169,7 @@ def everything(source: Path, data: list[str], root: Path) -> dict:
     return recipe
 
 
+@pytest.mark.slow
 def test_a_recipe_run_again_keeps_what_did_not_change_and_says_so(checkpoints, data, tmp_path, monkeypatch, capsys):
     path = written(tmp_path, everything(checkpoints("mixtral"), data, tmp_path / "work"))
     ran = verbs_run(monkeypatch)
@@ -219,6 +221,7 @@ def test_data_that_changed_is_no_finished_step(checkpoints, data, tmp_path):
         api.run(written(tmp_path, recipe))
 
 
+@pytest.mark.slow
 def test_an_interrupted_recipe_goes_on_also_one_that_started_anew(checkpoints, data, tmp_path, monkeypatch):
     from expertsmith.verbs import recipe as module
 
@@ -402,6 +405,7 @@ def test_a_plan_needs_statistics_unless_its_method_needs_none(method, tmp_path):
         assert load_recipe(written(tmp_path, recipe)).plan.stats == "stats"
 
 
+@pytest.mark.slow
 def test_nothing_runs_before_the_whole_recipe_is_right(checkpoints, data, tmp_path):
     recipe = whole(checkpoints("mixtral"), data, tmp_path / "made")
     recipe["evaluate"]["samples"] = -1
@@ -499,6 +503,7 @@ def test_one_for_each_system():
     assert set(SYSTEMS) <= set(shipped())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, entry in shipped().items() if entry.needs.startswith("nothing, ")])
 def test_small_ones_run(name, tmp_path, monkeypatch, capsys):
     """From a fresh folder, with fewer sequences than they say."""
@@ -520,6 +525,7 @@ def test_small_ones_run(name, tmp_path, monkeypatch, capsys):
     assert ("healed" in out) == ("heal" in asked)
 
 
+@pytest.mark.slow
 def test_tomoe_runs_on_another_dense_model(dense, texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = yaml.safe_load(shipped()["tomoe"].text)
@@ -561,6 +567,7 @@ def test_the_demo_model_and_text_have_names(capsys):
 # ---- lm-eval tasks
 
 
+@pytest.mark.slow
 def test_tasks_of_a_recipe(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     from expertsmith.demo import MODEL

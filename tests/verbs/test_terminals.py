@@ -53,6 +53,7 @@ def show(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_help_of_every_verb(show, encoding):
     for verb in ([], *([name] for name in VERBS)):
@@ -62,6 +63,7 @@ def test_help_of_every_verb(show, encoding):
     assert "-calibrate-> statistics" in show("ascii", "--help")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_tables_progress_and_errors(show, encoding, checkpoints, data, tmp_path):
     source = checkpoints("mixtral")
@@ -104,6 +106,7 @@ def test_a_name_that_is_no_text(show, encoding, tmp_path):
     assert "\\udcff" in err
 
 
+@pytest.mark.slow
 def test_the_locale_c_in_a_process_of_its_own():
     environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
     done = subprocess.run([sys.executable, "-m", "expertsmith", "--help"], capture_output=True, check=False, env=environment)
