@@ -1,9 +1,11 @@
-"""Write what README and docs tell from the program itself, between `<!-- name -->` and `<!-- end of name -->` (`--check`: only say what is out of date)."""
+"""Write what README and docs tell from the program itself, between `<!-- name -->` and `<!-- end of name -->`, and the schema of plans (`--check`:
+only say what is out of date)."""
 
 from __future__ import annotations
 
 import html
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -21,9 +23,11 @@ from expertsmith.checkpoint.formats import formats
 from expertsmith.healing.options import HEALERS
 from expertsmith.lint import ENGINES, RULES
 from expertsmith.methods import methods
+from expertsmith.planning.plan import Plan
 from expertsmith.views.show import needs
 
 ROOT = Path(__file__).parent.parent
+SCHEMA = ROOT / "docs" / "schemas" / "plan.v1.json"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
 
@@ -223,11 +227,17 @@ def filled(text: str) -> str:
     return re.sub(rf"<!-- ({'|'.join(SECTIONS)}) -->\n.*?<!-- end of \1 -->", write, text, flags=re.S)
 
 
+def plan_schema(_: str) -> str:
+    """The JSON Schema of plan.json."""
+    made = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Plan.model_json_schema(by_alias=True)}
+    return json.dumps({**made, "title": "plan.json of expertsmith, version 1"}, indent=2) + "\n"
+
+
 def main() -> None:
     stale = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        wanted = filled(text)
+    for page, write in [*((page, filled) for page in PAGES), (SCHEMA, plan_schema)]:
+        text = page.read_text(encoding="utf-8") if page.exists() else ""
+        wanted = write(text)
         if wanted != text:
             stale.append(page.relative_to(ROOT).as_posix())
             if "--check" not in sys.argv:

@@ -33,8 +33,10 @@ def blocks(language: str) -> Iterator[tuple[str, str]]:
 
 
 def commands() -> list[str]:
-    """Every `expertsmith …` line in a code block, continued lines joined, each once."""
+    """Every `expertsmith …` line in a code block, continued lines joined, and every one that a cell of a table shows; each once."""
     lines = [line.split(" #")[0].strip() for _, block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines += [cell for page in PAGES for cell in re.findall(r"\| `([^`|]+)` \|$", page.read_text(encoding="utf-8"), re.M)]
+    lines = [re.sub(r"^torchrun .* -m expertsmith ", "expertsmith ", line) for line in lines]
     return list(dict.fromkeys(line for line in lines if line.startswith("expertsmith ")))
 
 
