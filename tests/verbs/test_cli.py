@@ -800,3 +800,12 @@ def test_compress_without_text_says_what_it_needs(capsys, checkpoints, tmp_path)
     code, _, err = run(capsys, "compress", checkpoints("mixtral"), "-o", tmp_path / "out")
     assert code == 2
     assert "compress needs text; pass --data FILE" in err
+
+
+def test_help_has_what_is_needed_first_and_the_rest_in_panels(capsys):
+    out = passed(capsys, "compress", "--help")
+    places = [out.index(f"─ {title} ─") for title in ("Arguments", "Options", "Choice of experts", "Text", "Model and machine")]
+    assert places[0] < places[1] < min(places[2:])
+    first = out[places[1] : min(places[2:])]
+    assert all(flag in first for flag in ("--method", "--keep", "--out", "--fit", "--data", "--eval-data"))
+    assert not any(flag in first for flag in ("--seq-len", "--device", "--budget", "--json", "--allow-pickle"))

@@ -22,6 +22,7 @@ import expertsmith.api
 import expertsmith.demo  # noqa: F401
 from expertsmith.errors import UsageError, UserError
 from expertsmith.verbs.definition import MISSING, VERBS, Option, Verb, pairs
+from expertsmith.verbs.options import JOB
 from expertsmith.views import show
 from expertsmith.views.encoding import show_on_any_terminal
 from expertsmith.views.progress import Bar, Silent
@@ -48,10 +49,10 @@ ORDER = [
     "recipes",
     "run",
 ]  # of the help, by the groups in which it shows them
-JSON = typer.Option("--json", help="Print one machine-readable object on stdout, and nothing else.")
+JSON = typer.Option("--json", help="Print one machine-readable object on stdout, and nothing else.", rich_help_panel=JOB)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO)
-QUIET = typer.Option("--quiet", "-q", help="No progress on stderr.")
+QUIET = typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=JOB)
 
 app = typer.Typer(
     name="expertsmith",
@@ -183,7 +184,7 @@ def _parameter(option: Option) -> inspect.Parameter:
     default = opt.cli if opt.cli is not MISSING else None if several else option.default
     if default is MISSING and optional:
         default = None
-    more: dict[str, Any] = {"help": opt.help, "show_default": opt.shown and default is not None}
+    more: dict[str, Any] = {"help": opt.help, "show_default": opt.shown and default is not None, "rich_help_panel": opt.panel}
     if opt.metavar or _words(option):
         more["metavar"] = opt.metavar or "|".join(_words(option))
     if opt.least is not None:

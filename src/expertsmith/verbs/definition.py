@@ -37,6 +37,7 @@ class Opt:
         shown: whether the help shows the default.
         cli: the default of the command line, where it is another.
         writes: of an output: how it is written, see `checkpoint.output`. It is checked before anything else happens.
+        panel: the title under which the help shows it; None: with the first ones.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Opt:
         shown: bool = True,
         cli: Any = MISSING,
         writes: Writes | None = None,
+        panel: str | None = None,
     ) -> None:
-        self.help, self.flags, self.metavar, self.argument = help, flags, metavar, argument
+        self.help, self.flags, self.metavar, self.argument, self.panel = help, flags, metavar, argument, panel
         self.kind, self.least, self.default, self.shown, self.cli, self.writes = kind, least, default, shown, cli, writes
 
 

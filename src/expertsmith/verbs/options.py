@@ -19,6 +19,7 @@ else:  # named in annotations only, which must not import what runs models
     Plan: TypeAlias = Any
 
 Ratio: TypeAlias = float | int | str
+CHOICE, TEXT, MACHINE, JOB = "Choice of experts", "Text", "Model and machine", "Job and output"  # panels of the help
 SPECS = "[DOMAIN=]SOURCE[#PART][:N]"
 
 Model = Annotated[
@@ -60,6 +61,7 @@ Columns = Annotated[
         metavar="FIELD=COLUMN",
         default=None,
         shown=False,
+        panel=TEXT,
     ),
 ]
 EvalData = Annotated[
@@ -97,35 +99,47 @@ Context = Annotated[
         metavar="TOKENS",
         least=0,
         shown=False,
+        panel=CHOICE,
     ),
 ]
 Stats = Annotated[
-    str | Path | Statistics | None, Opt("Statistics folder made by `expertsmith calibrate`.", "--stats", "-s", kind=Path)
+    str | Path | Statistics | None,
+    Opt("Statistics folder made by `expertsmith calibrate`.", "--stats", "-s", kind=Path, panel=CHOICE),
 ]
-Domains = Annotated[Sequence[str], Opt("Use only this domain of the statistics. Repeatable.", "--domain")]
+Domains = Annotated[Sequence[str], Opt("Use only this domain of the statistics. Repeatable.", "--domain", panel=CHOICE)]
 Budget = Annotated[
     str | None,
     Opt(
         "uniform: every layer keeps the same number; global: the layers share one total; threshold: the method's own. Default: the method's usual.",
         shown=False,
+        panel=CHOICE,
     ),
 ]
-Uniform = Annotated[bool, Opt("Round to the same number of experts in every layer, and report the cost.", "--uniform")]
-Options = Annotated[Mapping[str, Any] | None, Opt("Option of the method. Repeatable.", "--option", "-O", metavar="KEY=VALUE")]
+Uniform = Annotated[
+    bool, Opt("Round to the same number of experts in every layer, and report the cost.", "--uniform", panel=CHOICE)
+]
+Options = Annotated[
+    Mapping[str, Any] | None, Opt("Option of the method. Repeatable.", "--option", "-O", metavar="KEY=VALUE", panel=CHOICE)
+]
 Groups = Annotated[
     Literal["keep", "flatten"],
-    Opt("Routers with expert groups: keep drops the same number from each group; flatten sets n_group = 1.", "--router-groups"),
+    Opt(
+        "Routers with expert groups: keep drops the same number from each group; flatten sets n_group = 1.",
+        "--router-groups",
+        panel=CHOICE,
+    ),
 ]
 Mtp = Annotated[
     Literal["keep", "drop"],
     Opt(
         "Multi-token-prediction layers: keep prunes them like the others, for speculative decoding; drop leaves them out.",
         "--mtp",
+        panel=CHOICE,
     ),
 ]
 Measure = Annotated[bool, Opt("Measure quality at the end.", "--measure/--no-measure")]
-Resume = Annotated[bool, Opt("Resume an interrupted run, or start over.", "--resume/--fresh")]
-Overwrite = Annotated[bool, Opt("Replace an existing output.", "--overwrite")]
+Resume = Annotated[bool, Opt("Resume an interrupted run, or start over.", "--resume/--fresh", panel=JOB)]
+Overwrite = Annotated[bool, Opt("Replace an existing output.", "--overwrite", panel=JOB)]
 Push = Annotated[
     str | None,
     Opt(
@@ -133,6 +147,7 @@ Push = Annotated[
         "--push",
         metavar="OWNER/NAME",
         shown=False,
+        panel=JOB,
     ),
 ]
 Requantise = Annotated[
@@ -144,11 +159,12 @@ Requantise = Annotated[
 ]
 PlanGiven: TypeAlias = str | Path | Plan
 PlanFile = Annotated[PlanGiven, Opt("plan.json", argument=True, metavar="PLAN", kind=Path)]
-BatchTokens = Annotated[int, Opt("Tokens per batch.", least=1)]
+BatchTokens = Annotated[int, Opt("Tokens per batch.", least=1, panel=TEXT)]
 SeqLen = Annotated[
-    int | None, Opt("Longest sequence in tokens. Default: 2048, or the model's window if less.", shown=False, least=2)
+    int | None,
+    Opt("Longest sequence in tokens. Default: 2048, or the model's window if less.", shown=False, least=2, panel=TEXT),
 ]
-Dtype = Annotated[str, Opt("auto (as stored), float32 or bfloat16.")]
+Dtype = Annotated[str, Opt("auto (as stored), float32 or bfloat16.", panel=MACHINE)]
 
 
 class Report(TypedDict, total=False):
@@ -168,6 +184,7 @@ class Opening(TypedDict, total=False):
             metavar="MODEL_TYPE",
             default=None,
             shown=False,
+            panel=MACHINE,
         ),
     ]
     revision: Annotated[
@@ -178,35 +195,45 @@ class Opening(TypedDict, total=False):
             metavar="REV",
             default=None,
             shown=False,
+            panel=MACHINE,
         ),
     ]
-    allow_pickle: Annotated[bool, Opt("Read a pickle-only checkpoint (with weights_only).", "--allow-pickle", default=False)]
+    allow_pickle: Annotated[
+        bool, Opt("Read a pickle-only checkpoint (with weights_only).", "--allow-pickle", default=False, panel=MACHINE)
+    ]
 
 
 class Placing(TypedDict, total=False):
     """Where a model is."""
 
-    device: Annotated[str, Opt("auto, cpu, cuda or cuda:0.", default="auto")]
+    device: Annotated[str, Opt("auto, cpu, cuda or cuda:0.", default="auto", panel=MACHINE)]
     memory: Annotated[
-        str, Opt("resident: whole model; stream: one decoder layer at a time; auto: by free memory.", default="auto")
+        str,
+        Opt("resident: whole model; stream: one decoder layer at a time; auto: by free memory.", default="auto", panel=MACHINE),
     ]
 
 
 class Running(Placing, total=False):
     """How a model is run."""
 
-    dtype: Annotated[str, Opt("auto (as stored), float32 or bfloat16.", default="auto")]
+    dtype: Annotated[str, Opt("auto (as stored), float32 or bfloat16.", default="auto", panel=MACHINE)]
 
 
 class Drawing(TypedDict, total=False):
     """How many texts are drawn, and how long they are."""
 
-    samples: Annotated[int, Opt("Sequences per domain, drawn with --seed.", least=1, default=128)]
+    samples: Annotated[int, Opt("Sequences per domain, drawn with --seed.", least=1, default=128, panel=TEXT)]
     seq_len: Annotated[
         int | None,
-        Opt("Longest sequence in tokens. Default: 2048, or the model's window if less.", least=2, default=None, shown=False),
+        Opt(
+            "Longest sequence in tokens. Default: 2048, or the model's window if less.",
+            least=2,
+            default=None,
+            shown=False,
+            panel=TEXT,
+        ),
     ]
-    seed: Annotated[int, Opt("Seed of the sampling.", default=42)]
+    seed: Annotated[int, Opt("Seed of the sampling.", default=42, panel=TEXT)]
     columns: Columns
 
 
@@ -220,19 +247,22 @@ class Text(Drawing, total=False):
             "--pack/--no-pack",
             default=None,
             shown=False,
+            panel=TEXT,
         ),
     ]
     overlong: Annotated[
         Literal["refuse", "truncate", "drop"],
-        Opt("A record longer than the window, without packing: refuse, truncate or drop.", default="refuse"),
+        Opt("A record longer than the window, without packing: refuse, truncate or drop.", default="refuse", panel=TEXT),
     ]
-    batch_tokens: Annotated[int | None, Opt("Tokens per batch. Default: 8192; fewer on a CPU.", least=1, default=None)]
+    batch_tokens: Annotated[
+        int | None, Opt("Tokens per batch. Default: 8192; fewer on a CPU.", least=1, default=None, panel=TEXT)
+    ]
 
 
 class Calibration(Text, Running, total=False):
     """One pass of a model over text."""
 
-    resume: Annotated[bool, Opt("Resume an interrupted run, or start over.", "--resume/--fresh", default=True)]
+    resume: Annotated[bool, Opt("Resume an interrupted run, or start over.", "--resume/--fresh", default=True, panel=JOB)]
 
 
 class Calibrating(Calibration, Opening, Report, total=False):
