@@ -184,7 +184,7 @@ def test_progress_is_reported(checkpoints, data, tmp_path):
         def task(self, label, total, unit):
             seen = totals.setdefault(label, [total, 0.0])
 
-            def advance(amount):
+            def advance(amount, earlier=False):
                 seen[1] += amount
 
             yield advance

@@ -197,7 +197,7 @@ class _Stops(Silent):
     def task(self, *_):
         from contextlib import nullcontext
 
-        def advance(tokens: float) -> None:
+        def advance(tokens: float, earlier: bool = False) -> None:
             if tokens:
                 self.left -= 1
                 if self.left < 0:

@@ -112,3 +112,22 @@ def test_the_locale_c_in_a_process_of_its_own():
     done = subprocess.run([sys.executable, "-m", "expertsmith", "--help"], capture_output=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert b"-calibrate-> statistics" in done.stdout
+
+
+def test_time_left_counts_only_what_this_run_did(monkeypatch):
+    """60 of 100 came from an interrupted run; 10 more took 5 s, so the last 30 take 15 s. A slow start and a fast end average out."""
+    from expertsmith.views import progress
+
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    pace = progress.Pace(100.0, "tokens")
+    assert pace.left == 0.0
+    pace.advance(60.0, earlier=True)
+    assert pace.left == 0.0
+    now[0] = 5.0
+    pace.advance(10.0, earlier=False)
+    assert pace.left == pytest.approx(15.0)
+    assert pace.rate == "2 tokens/s"
+    now[0] = 6.0
+    pace.advance(20.0, earlier=False)
+    assert pace.left == pytest.approx(2.0)

@@ -237,7 +237,7 @@ def train(
     base = [group["lr"] for group in optimizer.param_groups] if not first else [g["lr"] for g in groups if g["params"]]
     tokens_a_step = recipe.batch * max(map(len, sequences))
     with progress.task("train", tokens_a_step * recipe.steps, "tokens") as advance:
-        advance(tokens_a_step * first)
+        advance(tokens_a_step * first, earlier=True)
         for step in range(first, recipe.steps):
             begin = time.monotonic()
             rate = recipe.at(step)[0]

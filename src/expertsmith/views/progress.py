@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Protocol
 
 
@@ -13,7 +14,7 @@ class Progress(Protocol):
     """The receiver of progress reports from long jobs."""
 
     def task(self, label: str, total: float, unit: str) -> Any:
-        """A context manager that yields a function to advance by an amount of `unit`."""
+        """A context manager that yields advance(amount, earlier=False), an amount of `unit`; `earlier`: done by an interrupted run, at no cost now."""
 
     def note(self, message: str) -> None:
         """Show a message to the user."""
@@ -25,7 +26,7 @@ class Silent:
     @contextmanager
     def task(self, label: str, total: float, unit: str) -> Iterator[Any]:
         """Yield a function that does nothing."""
-        yield lambda amount: None
+        yield lambda amount, earlier=False: None
 
     def note(self, message: str) -> None:
         """Do nothing."""
@@ -51,43 +52,65 @@ class Bar:
         if not self.console.is_terminal:
             yield from self._lines(label, total, unit)
             return
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
         )
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, transient=True) as bar:
-            handle = bar.add_task(label, total=total, rate="")
-            begin, done = time.monotonic(), 0.0
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            handle = bar.add_task(label, total=total, rate="", left="")
+            pace = Pace(total, unit)
 
-            def advance(amount: float) -> None:
-                nonlocal done
-                done += amount
-                bar.update(handle, advance=amount, rate=rate(done, time.monotonic() - begin, unit))
+            def advance(amount: float, earlier: bool = False) -> None:
+                pace.advance(amount, earlier)
+                bar.update(handle, advance=amount, rate=pace.rate, left=f"{timedelta(seconds=round(pace.left))} left")
 
             yield advance
 
     def _lines(self, label: str, total: float, unit: str) -> Iterator[Any]:
-        begin = last = time.monotonic()
-        done = 0.0
+        pace, last = Pace(total, unit), time.monotonic()
 
-        def advance(amount: float) -> None:
-            nonlocal done, last
-            done += amount
-            now = time.monotonic()
-            if now - last >= 10:
-                last = now
-                left = (now - begin) * (total - done) / done if done else 0.0
+        def advance(amount: float, earlier: bool = False) -> None:
+            nonlocal last
+            pace.advance(amount, earlier)
+            if time.monotonic() - last >= 10:
+                last = time.monotonic()
                 print(
-                    f"{label}: {100 * done / total:.0f} %, {rate(done, now - begin, unit)}, {left:.0f} s left",
+                    f"{label}: {100 * pace.done / total:.0f} %, {pace.rate}, {pace.left:.0f} s left",
                     file=sys.stderr,
                     flush=True,
                 )
 
         yield advance
+
+
+class Pace:
+    """Rate and time left of a job, from everything that it did itself: an average over the whole run, because the last seconds of a job whose
+    parts differ in speed predict little."""
+
+    def __init__(self, total: float, unit: str) -> None:
+        self.total, self.unit, self.done, self._earlier, self._begin = total, unit, 0.0, 0.0, time.monotonic()
+
+    def advance(self, amount: float, earlier: bool) -> None:
+        """Count an amount; `earlier`: done by an interrupted run."""
+        self.done += amount
+        self._earlier += amount if earlier else 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds; 0 before anything is done."""
+        own = self.done - self._earlier
+        return (time.monotonic() - self._begin) * max(0.0, self.total - self.done) / own if own > 0 else 0.0
+
+    @property
+    def rate(self) -> str:
+        """The amount of a second, as text."""
+        return rate(self.done - self._earlier, time.monotonic() - self._begin, self.unit)
 
 
 def usual() -> Progress:
