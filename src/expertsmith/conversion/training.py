@@ -260,6 +260,7 @@ def train(
                     progress.note(_sentence(row, recipe))
                 with open(folder / LOG, "a", encoding="utf-8") as log:
                     log.write(json.dumps(row) + "\n")
+                progress.log({name: value for name, value in row.items() if name != "step"}, step + 1)
                 if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
                     _save(folder, identity, net, optimizer, step + 1)
 

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from expertsmith.calibration.opening import beside
 from expertsmith.checkpoint.work import work_of
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
-from expertsmith.verbs.options import Columns, Data, EvalData, Out, Overwrite
+from expertsmith.verbs.options import Columns, Data, EvalData, Out, Overwrite, Track
 from expertsmith.views import show
 from expertsmith.views.progress import Progress
+from expertsmith.views.tracking import tracked
 
 
 def _show(result: Any, given: Mapping[str, Any]) -> None:
@@ -109,6 +110,7 @@ def convert(
         Opt("Branch, tag or commit of DENSE on the hub; owner/name@REV works too.", "--revision", metavar="REV", shown=False),
     ] = None,
     overwrite: Overwrite = False,
+    track: Track = None,
     progress: Annotated[Progress | None, Opt("")] = None,
 ) -> dict[str, Any]:
     """Turn a dense model into a Mixture of Experts that stock engines load, without weight updates; measured and proved.
@@ -128,9 +130,14 @@ def convert(
     Raises:
         UserError: a model that cannot be converted, numbers that do not go together, no data, an interrupted training of other settings.
     """
-    asked = {name: value for name, value in locals().items() if name not in ("dense", "method", "out", "revision", "progress")}
+    asked = {
+        name: value
+        for name, value in locals().items()
+        if name not in ("dense", "method", "out", "revision", "progress", "track")
+    }
     from expertsmith.conversion.convert import run as run_conversion
     from expertsmith.conversion.settings import Request
 
     assert progress is not None
-    return run_conversion(Request(dense=str(dense), method=method, out=Path(out), **asked), progress)
+    with tracked(progress, track, {"verb": "convert", "dense": str(dense), "method": method, **asked}) as told:
+        return run_conversion(Request(dense=str(dense), method=method, out=Path(out), **asked), told)

@@ -150,6 +150,15 @@ Push = Annotated[
         panel=JOB,
     ),
 ]
+Track = Annotated[
+    str | None,
+    Opt(
+        "Log losses and held-out errors to tensorboard, wandb or trackio, which has to be installed. tensorboard writes to runs/.",
+        "--track",
+        metavar="TRACKER",
+        panel=JOB,
+    ),
+]
 Requantise = Annotated[
     bool,
     Opt(

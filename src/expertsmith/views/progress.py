@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
@@ -19,6 +19,9 @@ class Progress(Protocol):
     def note(self, message: str) -> None:
         """Show a message to the user."""
 
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Record numbers of a step in the experiment tracker, if there is one (`views.tracking`)."""
+
 
 class Silent:
     """Ignores all reports."""
@@ -29,6 +32,9 @@ class Silent:
         yield lambda amount, earlier=False: None
 
     def note(self, message: str) -> None:
+        """Do nothing."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
         """Do nothing."""
 
 
@@ -45,6 +51,9 @@ class Bar:
         from rich.markup import escape
 
         self.console.print(f"[dim]·[/dim] {escape(message)}", soft_wrap=True)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Do nothing: the bar shows what matters."""
 
     @contextmanager
     def task(self, label: str, total: float, unit: str) -> Iterator[Any]:
