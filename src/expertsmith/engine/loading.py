@@ -21,11 +21,12 @@ from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.floats import Floats, filled, floats
 from expertsmith.engine.devices import Memory, choose_device, dtype_of, free_memory
 from expertsmith.engine.experts import install
-from expertsmith.engine.layout import experts_of, is_grouped
+from expertsmith.engine.layout import experts_of, has_experts, is_grouped
 from expertsmith.engine.mtp import Ahead, ahead_of, known_names, lengthen, why_not_played
 from expertsmith.engine.on_demand import Source, remove
 from expertsmith.engine.pages import own_pages, trim
 from expertsmith.engine.stock import Naming, ignored, naming, quietly, read_in, renamer, splits
+from expertsmith.engine.trial import why_not_run
 from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
 from expertsmith.errors import UserError, install_line
 from expertsmith.experts.inventory import Inventory, take_inventory
@@ -249,7 +250,7 @@ def load_model(
         mtp: with its multi-token-prediction layer, where it has one with experts that can be run (`engine.mtp`).
 
     Raises:
-        UserError: transformers cannot build the model, the weights do not fit it, or some would not be loaded.
+        UserError: transformers cannot build or run the model, the weights do not fit it, or some would not be loaded.
     """
     if memory == "resident" and checkpoint.converted:
         raise UserError("a pickle checkpoint is run with --memory stream only")
@@ -268,7 +269,10 @@ def load_model(
     runs_as_another = architecture is not None and architecture.runs_as is not None
     stock = memory == "resident" and not isinstance(weights, Floats) and not runs_as_another and whole is None
     with _refusing(checkpoint):
-        module = _from_pretrained(auto, config, checkpoint, chosen, target) if stock else _empty(auto, config, chosen)
+        module = _empty(auto, config, chosen)
+        _check_runs(module, checkpoint, architecture)
+        if stock:
+            module = _from_pretrained(auto, config, checkpoint, chosen, target)
     module.eval().requires_grad_(False)
     path = layers_of(module, architecture.layers if architecture else "model.layers")
     layers = list(module.get_submodule(path))  # type: ignore[arg-type]
@@ -323,10 +327,10 @@ def _empty(auto: Any, config: Any, dtype: torch.dtype) -> Any:
 
 def check_model(checkpoint: Checkpoint, architecture: Architecture) -> None:
     """Build the model of a checkpoint without memory, so that what is wrong with its config.json is said before any work: it makes finite
-    buffers, every parameter has a tensor, and tensors and parameters are of one size.
+    buffers, every parameter has a tensor, tensors and parameters are of one size, and a forward can run.
 
     Raises:
-        UserError: transformers does not take the config, cannot build the model, or its tensors do not fit it.
+        UserError: transformers does not take the config, cannot build or run the model, or its tensors do not fit it.
     """
     dtype_of("auto", checkpoint)
     auto, config = causal_lm(_config_of(checkpoint, architecture, None, None))
@@ -350,6 +354,27 @@ def check_model(checkpoint: Checkpoint, architecture: Architecture) -> None:
                 f"{name} has a wrong shape: the file has {given[name]} elements, the model {list(parameter.shape)}",
                 "config.json and weights do not match, or the tensor is damaged",
             )
+    _check_runs(module, checkpoint, architecture)
+
+
+def _check_runs(module: Any, checkpoint: Checkpoint, architecture: Architecture | None) -> None:
+    """Refuse a model whose config.json lets it be built, but not run.
+
+    Raises:
+        UserError: with what transformers says, and the keys that are null in config.json and not by default.
+    """
+    layers = layers_of(module, architecture.layers if architecture else "model.layers")
+    why = why_not_run(module, layers, architecture)
+    if why is None:
+        return
+    given, usual = text_config(checkpoint.config), type(module.config.get_text_config())()
+    null = sorted(key for key, value in given.items() if value is None and getattr(usual, key, None) is not None)
+    raise UserError(
+        f"transformers cannot run {checkpoint.source}: {_first_line(Exception(why))}",
+        f"give a number in config.json instead of null: {', '.join(null)}"
+        if null
+        else "check config.json: numbers of heads, key-value heads, expert_groups and sizes must fit each other",
+    )
 
 
 def _sizes_given(module: Any, checkpoint: Checkpoint, architecture: Architecture) -> dict[str, int | None]:
@@ -544,14 +569,6 @@ def _too_large(weights: Checkpoint, architecture: Architecture, dtype: torch.dty
         if claim.routed and claim.layer is not None:
             sizes[claim.layer] += claim.info.numel * torch.empty(0, dtype=dtype).element_size()
     return max(sizes.values(), default=0) > SHARE_OF_A_LAYER * free_memory(device)
-
-
-def has_experts(layer: nn.Module, architecture: Architecture) -> bool:
-    """Whether a decoder layer holds routed experts where the family's record says."""
-    node: Any = layer
-    for part in filter(None, f"{architecture.block}.{architecture.experts}".split(".")):
-        node = getattr(node, part, None)
-    return isinstance(node, nn.Module)
 
 
 def _group_names(loaded: LoadedModel) -> list[str]:
