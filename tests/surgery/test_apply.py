@@ -370,8 +370,7 @@ def test_every_code_that_is_no_number_is_found(dtype):
     def passes(check: _Finite, code: torch.Tensor) -> bool:
         try:
             check(tensor, memoryview(code.reshape(1).view(torch.uint8).numpy()))
-        except UserError as error:
-            assert error.message == "w has NaN or inf"
+        except UserError:
             return False
         return True
 
@@ -380,7 +379,7 @@ def test_every_code_that_is_no_number_is_found(dtype):
     assert found == values.isfinite().tolist()
     assert [passes(biases, code) for code in codes] == (values.isfinite() | values.isneginf()).tolist()
     assert not all(found)
-    with pytest.raises(UserError):  # one among many
+    with pytest.raises(UserError, match="w has NaN or inf"):  # one among many
         plain(tensor, memoryview(codes.view(torch.uint8).numpy()))
     good = codes[values.isfinite()].contiguous()
     plain(tensor, memoryview(good.view(torch.uint8).numpy()))

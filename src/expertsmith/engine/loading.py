@@ -325,15 +325,18 @@ def _empty(auto: Any, config: Any, dtype: torch.dtype) -> Any:
         return auto.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
-def check_model(checkpoint: Checkpoint, architecture: Architecture) -> None:
+def check_model(checkpoint: Checkpoint, architecture: Architecture, overrides: Mapping[str, Any] | None = None) -> None:
     """Build the model of a checkpoint without memory, so that what is wrong with its config.json is said before any work: it makes finite
     buffers, every parameter has a tensor, tensors and parameters are of one size, and a forward can run.
+
+    Args:
+        overrides: keys of the text config to change first.
 
     Raises:
         UserError: transformers does not take the config, cannot build or run the model, or its tensors do not fit it.
     """
     dtype_of("auto", checkpoint)
-    auto, config = causal_lm(_config_of(checkpoint, architecture, None, None))
+    auto, config = causal_lm(_config_of(checkpoint, architecture, overrides, None))
     with _refusing(checkpoint), quietly():
         module = _empty(auto, config, torch.float32)
         module.tie_weights()

@@ -297,7 +297,7 @@ def apply_plan(  # noqa: C901  (a note a circumstance)
     prepare_target(out, inventory.checkpoint.path, overwrite)
     pad = pad and plan.uniform_count is None
     check_plan(plan, inventory, pad)
-    check_building(inventory)
+    check_building(inventory, inventory.architecture.one_group if plan.router_groups == "flatten" else {})
     if requantise:
         check_requantise(plan, inventory)
     inventory = written(plan, inventory, requantise)
