@@ -203,6 +203,14 @@ def test_a_model_that_can_be_built_and_not_run(checkpoints, text, tmp_path, monk
     assert not (tmp_path / "stats").exists()
 
 
+@pytest.mark.parametrize(("model_type", "changes"), [("deepseek_v4", {"mlp_layer_types": 3}), ("jamba", {"num_experts": "x"})])
+def test_a_key_of_a_wrong_kind_that_says_which_layers_have_experts(checkpoints, tmp_path, model_type, changes):
+    shutil.copytree(checkpoints(model_type), tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config_of(checkpoints, model_type), **changes}))
+    with pytest.raises(UserError, match=r"config\.json"):
+        api.plan(tmp_path / "model", "random", 4)
+
+
 def test_groups_that_are_null_where_the_class_does_without_them(checkpoints, text, tmp_path):
     """A router that reads n_group only with its group-limited method runs as one group."""
     shutil.copytree(checkpoints("deepseek_v2"), tmp_path / "model")
