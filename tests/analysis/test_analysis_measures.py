@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
-from expertsmith.analysis import cutting, observations, sampled, usage
+from expertsmith.analysis import cutting, effects, observations, sampled, usage
 from expertsmith.analysis import similarity as sim
 from expertsmith.analysis.static import Sampling, measure_layer
 from expertsmith.calibration.all_experts import LayerSample
@@ -517,6 +517,94 @@ def test_what_cannot_be_tested_says_why(change, expected):
     found = observations.observations(rows)
     assert [row["verdict"] for row in found] == expected
     assert all(len(row["text"]) > 20 for row in found)
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        (0.0, "negligible"),
+        (-0.099, "negligible"),
+        (0.1, "weak"),
+        (-0.29, "weak"),
+        (0.3, "moderate"),
+        (0.5, "strong"),
+        (-1.0, "strong"),
+    ],
+)
+def test_sizes_are_cohens(value, word):
+    assert effects.Effect(value, None, None, 0, 1).size == word
+
+
+def test_the_interval_over_layers_by_hand():
+    """z = 0.1, 0.2, 0.3: mean 0.2, standard error 0.1 / sqrt(3), t of two degrees of freedom 4.302653."""
+    found = effects.over_layers([math.tanh(z) for z in (0.1, 0.2, 0.3)], None)
+    half = 4.302653 * 0.1 / math.sqrt(3)
+    assert (found.low, found.high) == pytest.approx((math.tanh(0.2 - half), math.tanh(0.2 + half)), abs=1e-6)
+    assert found.value == pytest.approx(sum(math.tanh(z) for z in (0.1, 0.2, 0.3)) / 3)
+    assert (found.agree, found.of) == (3, 3)
+
+
+def test_the_interval_of_one_layer_counts_experts():
+    """arctanh 0.5 = 0.549306, 1.96 / sqrt(19 - 3) = 0.49."""
+    alone = effects.of_experts(0.5, 19)
+    assert alone == pytest.approx((math.tanh(0.549306 - 0.49), math.tanh(0.549306 + 0.49)), abs=1e-6)
+    assert effects.over_layers([0.5], alone) == effects.Effect(0.5, *alone, 1, 1)
+    assert effects.of_experts(0.5, 3) is None
+    assert effects.over_layers([0.5], None).word == "weak"  # nothing says how sure it is
+
+
+def test_the_interval_of_ranks_by_hand():
+    """Four in order are 0.9 (1 - 6 / 60), and arctanh 0.9 = 1.472219 is less than 1.96 sqrt(1.06): too few to say."""
+    low, high = effects.of_ranks(1.0, 4)
+    assert (low, high) == pytest.approx((math.tanh(1.472219 - 2.017943), math.tanh(1.472219 + 2.017943)), abs=1e-5)
+    assert low < 0
+    assert effects.of_ranks(1.0, 8)[0] > 0.8
+    assert effects.of_ranks(1.0, 3) is None
+
+
+@pytest.mark.parametrize(
+    ("effect", "word"),
+    [
+        ((0.4, 0.2, 0.6, 5, 5), "supported"),
+        ((0.1, 0.01, 0.2, 3, 5), "supported"),
+        ((0.1, 0.01, 0.2, 2, 4), "mixed"),  # half of the layers are not most
+        ((0.09, 0.01, 0.2, 5, 5), "weak"),
+        ((0.12, -0.06, 0.3, 4, 5), "mixed"),
+        ((0.12, -0.06, 0.3, 5, 5), "weak"),
+        ((0.05, -0.1, 0.2, 4, 5), "not supported"),
+        ((0.3, None, None, 1, 1), "weak"),
+        ((-0.3, -0.4, -0.2, 0, 5), "not supported"),
+        ((0.0, 0.0, 0.0, 0, 5), "not supported"),
+    ],
+)
+def test_the_word_follows_from_size_interval_and_signs(effect, word):
+    assert effects.Effect(*effect).word == word
+
+
+def test_a_correlation_of_a_tenth_with_mixed_signs_is_not_supported():
+    """Four layers with an interval above 0 and a high lift are not enough, if they disagree. By hand: Fisher's z 0.1029 on average, its standard error
+    0.0650, t of four degrees of freedom 2.7764."""
+    rows = [layer_of(i, rho=rho) for i, rho in enumerate((0.34, 0.08, 0.06, -0.02, 0.04))]
+    for row in rows:
+        row["sample"]["norm_score_rho"]["low"] = row["sample"]["norm_score_rho"]["mean"] - 0.01
+        row["sample"]["largest_norm_top_scored"]["mean"] = 3 / 8
+    found = observations.router_likes_norms(rows)
+    assert found["rho"] == pytest.approx(0.1)
+    assert found["layers_above"] == 4
+    assert found["verdict"] == "mixed"
+    assert "+0.10, weak (95 % interval -0.08 to +0.28)" in found["text"]
+    assert found["effect"] == pytest.approx(
+        {"value": 0.1, "low": -0.0775, "high": 0.2760, "size": "weak", "agree": 4, "of": 5}, abs=1e-3
+    )
+    assert "Cohen (1988)" in found["rule"]
+
+
+def test_a_trend_over_few_layers_is_weak():
+    """Four layers in order before the last: one in 24 orders is."""
+    rows = [layer_of(i, similarity=0.8 - 0.05 * i) for i in range(4)] + [layer_of(4, similarity=0.9)]
+    found = observations.diversity_grows(rows)
+    assert (found["rho"], found["last_above"], found["verdict"]) == (-1, True, "weak")
+    assert "It falls in 3 of 3 steps" in found["text"]
 
 
 def test_depth_trend_by_scipy():

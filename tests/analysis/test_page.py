@@ -17,7 +17,8 @@ import pytest
 
 from conftest import CALIBRATION, save_tiny
 from expertsmith import api
-from expertsmith.views.pages.analysis import compact, page, write_page
+from expertsmith.views.pages.analysis import SERIES, compact, page, write_page
+from expertsmith.views.pictures import DASHES, LIGHT, MARKERS, looks_of
 
 LAYERS, EXPERTS = 5, 16
 MANY_LAYERS, MANY_EXPERTS = 26, 64
@@ -194,6 +195,102 @@ def test_a_browser_that_tells_of_paper_by_the_medium_only(visit):
     tab.emulate_media(media="screen")
     tab.wait_for_function("document.getElementById('plot-usage').getBoundingClientRect().width > 660")
     assert tab.evaluate("document.getElementById('plot-usage').layout.width ?? 1000") != 660
+
+
+HEAT = ("usage", "matrix", "ranks", "saliency", "lostmap")
+
+
+def drawn_as(tab, figure: str) -> dict[str, list]:
+    """Name of a line → its colour, marker and dash."""
+    found = tab.evaluate(
+        f"document.getElementById('plot-{figure}').data.map((t) => [t.name, t.line.color, t.marker.symbol, t.line.dash])"
+    )
+    return {name: look for name, *look in found if name}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_name_looks_the_same_in_every_figure(scheme, visit, measures, tmp_path):
+    """Whatever the order of the domains; and no two domains or methods look alike without colours."""
+    turned = copy.deepcopy(measures)
+    turned["data"]["tokens"] = dict(reversed(turned["data"]["tokens"].items()))
+    turned["redundant_layers"]["turn"] = [dict(reversed(row.items())) for row in turned["redundant_layers"]["turn"]]
+    write_page(tmp_path / "page.html", turned)
+    seen = []
+    for tab in (visit(scheme=scheme), visit(scheme=scheme, file=tmp_path / "page.html")):
+        see(tab, "stability", "turn", "lost", "depth", "flows")
+        stability, turn = drawn_as(tab, "stability"), drawn_as(tab, "turn")
+        assert {name: stability[name] for name in "ab"} == turn
+        ribbons = tab.evaluate("document.getElementById('plot-flows').data.map((t) => [t.text[0], t.line.color])")
+        assert dict(ribbons) == {name: turn[name][0] for name in "ab"}
+        seen.append((turn, drawn_as(tab, "lost")))
+    assert seen[0] == seen[1]
+    for group in seen[0]:
+        assert len({tuple(look[1:]) for look in group.values()}) == len(group)
+    gate = drawn_as(tab, "depth")
+    assert gate["mean gate neurons"][0] == gate["gate matrices"][0] != gate["mean up neurons"][0]
+    see(tab, "r2")
+    bars = tab.evaluate("document.getElementById('plot-r2').data.filter((t) => t.type === 'bar').map((t) => [t.name, t.marker.color])")  # fmt: skip
+    assert dict(bars)["gate"] == gate["mean gate neurons"][0]
+
+
+def test_looks_follow_from_names():
+    names = ["code", "math", "spanish", "story", "wiki", "law", "chemistry", "news", "poems"]
+    found = looks_of(names)
+    assert looks_of(reversed(names)) == found
+    assert len({(look["marker"], look["dash"]) for look in found.values()}) == len(names)
+    assert len({look["colour"] for look in found.values()}) == len(LIGHT)
+    assert len(set(SERIES.values())) == len(SERIES)
+    assert all(0 <= c < len(LIGHT) and m in MARKERS and 0 <= d < len(DASHES) for c, m, d in SERIES.values())
+    many = looks_of(map(str, range(len(MARKERS) * len(DASHES) + 3)))
+    assert all(look["marker"] in MARKERS for look in many.values())
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_heat_map_states_its_scale(width, visit):
+    """From, to, unit and what its zero or middle means, below it and in its colour bar; it begins at 0 or lies around what is unrelated."""
+    tab = visit(width)
+    see(tab, *HEAT)
+    for name in HEAT:
+        low, high, unit = tab.evaluate(
+            f"(() => {{ const t = document.getElementById('plot-{name}').data[0]; return [t.zmin, t.zmax, t.colorbar.title.text]; }})()"
+        )
+        said = tab.locator(f"#figure-{name} .scale").text_content()
+        assert said.startswith("Colours: ")
+        assert unit
+        assert unit in said
+        assert low == 0 or low + high == pytest.approx(1)
+        assert all(low <= v <= high + 1e-9 for row in shown(tab, name)[0] for v in row if v is not None)
+    assert "1 is an even share" in tab.locator("#figure-usage .scale").text_content()
+    for label in tab.locator("#figure-matrix select option").all_text_contents():
+        choose(tab, "matrix", label, "#figure-matrix")
+        low, high = tab.evaluate("(({ zmin, zmax }) => [zmin, zmax])(document.getElementById('plot-matrix').data[0])")
+        said = tab.locator("#figure-matrix .scale").text_content()
+        kind = label.rpartition(", ")[2]
+        middle, words = {"angular": (0.5, "0.5 is unrelated"), "cosine": (0, "0 is unrelated"), "times chance": (None, "1 is chance")}[kind]  # fmt: skip
+        assert words in said
+        assert (low == 0) if middle is None else (low + high == pytest.approx(2 * middle))
+
+
+def test_the_scale_of_a_matrix_is_that_of_all_layers(visit):
+    tab = visit()
+    see(tab, "matrix")
+    scales = set()
+    for layer in range(LAYERS):
+        choose(tab, "layer", str(layer))
+        scales.add(tab.evaluate("document.getElementById('plot-matrix').data[0].zmax"))
+    assert len(scales) == 1
+
+
+def test_similarities_of_different_scales_have_an_axis_each(visit):
+    tab = visit()
+    see(tab, "depth")
+    axes = tab.evaluate("Object.fromEntries(document.getElementById('plot-depth').data.map((t) => [t.name, t.yaxis ?? 'y']))")
+    assert {name for name, axis in axes.items() if axis == "y2"} == {"outputs (angular)"}
+    assert len(axes) == 8
+    titles = tab.evaluate("['yaxis', 'yaxis2'].map((a) => document.getElementById('plot-depth').layout[a].title.text)")
+    assert titles == ["cosine, −1 to 1", "angular, 0 to 1"]
+    low, high = tab.evaluate("document.getElementById('plot-depth').layout.yaxis2.range")
+    assert low < 0.5 < high
 
 
 def test_super_experts_stand_above_the_bar(visit, measures, tmp_path):

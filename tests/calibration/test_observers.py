@@ -521,8 +521,7 @@ def test_methods_that_average_warn_of_few_tokens(checkpoints, data, tmp_path):
 def test_outputs_of_all_experts_are_those_of_the_experts_own_forward(model_type):
     """The sum over all tokens by linearity of the down projection against every expert run on every token."""
     from expertsmith.engine.experts import outputs_of_all, run_all
-    from expertsmith.engine.layout import experts_of
-    from expertsmith.engine.loading import has_experts
+    from expertsmith.engine.layout import experts_of, has_experts
 
     record = families()[model_type]
     model = random_model(model_type)

@@ -146,16 +146,80 @@ def test_a_config_that_cannot_be_is_refused(checkpoints, tmp_path, model_type, p
     assert refused_or_right(tmp_path, tmp_path / "model", lambda: api.plan(tmp_path / "model", "random", 4)) == "refused"
 
 
-@runs(80)
-@given(data=st.data())
-def test_a_damaged_config(source, copy, data):
-    held = json.loads((source / "config.json").read_text())
-    place, value = data.draw(st.sampled_from(sorted(places(held), key=str))), data.draw(st.sampled_from([*WRONG, GONE]))
-    (copy / "config.json").write_text(json.dumps(damaged(held, place, value)))
+def calibrated(model: Path, text: str, out: Path) -> str:
+    """Calibrate: a UserError leaves nothing, and anything else that is raised fails the test."""
     try:
-        refused_or_right(copy.parent, copy, lambda: api.plan(copy, "random", 4))
-    finally:
-        shutil.copyfile(source / "config.json", copy / "config.json")
+        api.calibrate(model, text, out, **CALIBRATION)
+    except UserError as error:
+        assert not out.exists()
+        assert 0 < len(str(error)) < 2000  # noqa: PT017
+        return "refused"
+    return "right"
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "qwen2_moe"])
+def test_a_damaged_config(checkpoints, text, tmp_path_factory, model_type):
+    source, copy = checkpoints(model_type), tmp_path_factory.mktemp("damaged") / "model"
+    shutil.copytree(source, copy)
+    held = json.loads((source / "config.json").read_text())
+
+    @runs(50)
+    @given(data=st.data())
+    def damage(data: Any) -> None:
+        place, value = data.draw(st.sampled_from(sorted(places(held), key=str))), data.draw(st.sampled_from([*WRONG, GONE]))
+        (copy / "config.json").write_text(json.dumps(damaged(held, place, value)))
+        found = refused_or_right(copy.parent, copy, lambda: api.plan(copy, "random", 4))
+        shutil.rmtree(copy.parent / "stats", ignore_errors=True)
+        assert calibrated(copy, text, copy.parent / "stats") == "right" or found == "refused"
+
+    damage()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "says"),
+    [
+        ("deepseek_v3", {"num_key_value_heads": 1}, "numbers of heads, key-value heads"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "numbers of heads, key-value heads"),
+        ("deepseek_v2", {"num_key_value_heads": 1}, "numbers of heads, key-value heads"),
+        ("deepseek_v3", {"n_group": None}, "give a number in config.json instead of null: n_group"),
+        ("deepseek_v3", {"topk_group": None}, "give a number in config.json instead of null: topk_group"),
+        ("deepseek_v3", {"n_group": None, "topk_group": None}, "instead of null: n_group, topk_group"),
+        ("glm4_moe", {"n_group": None}, "Field .n_group. expected int"),
+    ],
+)
+def test_a_model_that_can_be_built_and_not_run(checkpoints, text, tmp_path, monkeypatch, model_type, changes, says):
+    """Its tensors fit. It is refused before weights are read, and before anything is written."""
+    from expertsmith.checkpoint.reader import Checkpoint
+
+    shutil.copytree(checkpoints(model_type), tmp_path / "model")
+    held = config_of(checkpoints, model_type)
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**held, **changes}))
+    made = api.plan(tmp_path / "model", "random", 4)
+    assert refused_or_right(tmp_path, tmp_path / "model", lambda: made) == "refused"
+    monkeypatch.setattr(Checkpoint, "read", None)
+    for memory in ("resident", "stream"):
+        with pytest.raises(UserError, match=says):
+            api.calibrate(tmp_path / "model", text, tmp_path / "stats", memory=memory, **CALIBRATION)
+    assert not (tmp_path / "stats").exists()
+
+
+@pytest.mark.parametrize(("model_type", "changes"), [("deepseek_v4", {"mlp_layer_types": 3}), ("jamba", {"num_experts": "x"})])
+def test_a_key_of_a_wrong_kind_that_says_which_layers_have_experts(checkpoints, tmp_path, model_type, changes):
+    shutil.copytree(checkpoints(model_type), tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config_of(checkpoints, model_type), **changes}))
+    with pytest.raises(UserError, match=r"config\.json"):
+        api.plan(tmp_path / "model", "random", 4)
+
+
+def test_groups_that_are_null_where_the_class_does_without_them(checkpoints, text, tmp_path):
+    """A router that reads n_group only with its group-limited method runs as one group."""
+    shutil.copytree(checkpoints("deepseek_v2"), tmp_path / "model")
+    held = config_of(checkpoints, "deepseek_v2")
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({**held, "topk_method": "greedy", "n_group": None, "topk_group": None})
+    )
+    assert refused_or_right(tmp_path, tmp_path / "model", lambda: api.plan(tmp_path / "model", "random", 3)) == "right"
+    assert calibrated(tmp_path / "model", text, tmp_path / "stats") == "right"
 
 
 @runs(60)

@@ -20,10 +20,11 @@ from conftest import SUPPORTED, random_model
 from expertsmith import api
 from expertsmith.arch import families, text_config
 from expertsmith.checkpoint import open_checkpoint
-from expertsmith.checkpoint.reader import read_header
+from expertsmith.checkpoint.reader import DTYPE_BITS, TORCH_DTYPES, read_header
+from expertsmith.checkpoint.writer import OutputTensor
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import take_inventory
-from expertsmith.surgery.apply import apply_plan
+from expertsmith.surgery.apply import FINITE_LIMITS, _Finite, apply_plan
 from tiny import tiny_config
 
 
@@ -344,6 +345,52 @@ def test_integers_of_no_known_format_are_refused(dtype, checkpoints, tmp_path):
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"is [UI]8, but it has no scales and no decoder"):
         api.plan(source, "random", 4)
+
+
+def words_of(dtype: str) -> torch.Tensor:
+    """Every code of a dtype of 8 or 16 bits; of a wider one, its limits and their neighbours."""
+    bits = DTYPE_BITS[dtype] if dtype != "C64" else 32
+    if bits == 8:
+        return torch.arange(256, dtype=torch.uint8)
+    if bits == 16:
+        return torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    kind = torch.int32 if bits == 32 else torch.int64
+    inf = torch.tensor(float("inf"), dtype=torch.float32 if bits == 32 else torch.float64).view(kind).item()
+    codes = [0, 1, inf - 1, inf, inf + 1, 2 ** (bits - 1) - 1]
+    return torch.tensor([*codes, *(code - 2 ** (bits - 1) for code in codes)], dtype=kind)
+
+
+@pytest.mark.parametrize("dtype", FINITE_LIMITS)
+def test_every_code_that_is_no_number_is_found(dtype):
+    """As torch reads the codes, one by one; and in a tensor where -inf has a meaning, that alone passes."""
+    kind = torch.float32 if dtype == "C64" else getattr(torch, TORCH_DTYPES[dtype])
+    codes = words_of(dtype)
+    values = codes.view(kind).to(torch.float64)
+    tensor = OutputTensor("w", dtype, (1,), ())
+
+    def passes(check: _Finite, code: torch.Tensor) -> bool:
+        try:
+            check(tensor, memoryview(code.reshape(1).view(torch.uint8).numpy()))
+        except UserError:
+            return False
+        return True
+
+    plain, biases = _Finite(), _Finite(frozenset({"w"}))
+    found = [passes(plain, code) for code in codes]
+    assert found == values.isfinite().tolist()
+    assert [passes(biases, code) for code in codes] == (values.isfinite() | values.isneginf()).tolist()
+    assert not all(found)
+    with pytest.raises(UserError, match="w has NaN or inf"):  # one among many
+        plain(tensor, memoryview(codes.view(torch.uint8).numpy()))
+    good = codes[values.isfinite()].contiguous()
+    plain(tensor, memoryview(good.view(torch.uint8).numpy()))
+
+
+def test_what_else_safetensors_holds_has_no_such_codes():
+    assert set(DTYPE_BITS) - set(FINITE_LIMITS) == {
+        *("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"),
+        *("F4", "F6_E2M3", "F6_E3M2"),  # OCP's formats of 4 and 6 bits: every code is a number
+    }
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

@@ -1,6 +1,7 @@
 """The paper's three observations (arXiv 2406.18219) as tests on the given model: statistic, chance level, the paper's numbers, verdict.
 
-Verdicts: "supported", "partly", "not supported", or "not testable" with the reason. The rules are ours; the paper judges by eye.
+Verdicts: "supported", "partly" (a part of the observation), "weak", "mixed" and "not supported" (`effects.Effect.word`), or "not testable" with the
+reason. The rules are ours; the paper judges by eye.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
+
+from expertsmith.analysis.effects import Effect, of_experts, of_ranks, over_layers, said
 
 Array = np.ndarray[Any, Any]
 LEAST_EXPERTS = 5  # with fewer, no permutation of labels can reach p < 0.01
@@ -29,13 +32,21 @@ def observations(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [neurons_like_experts(layers), router_likes_norms(layers), diversity_grows(layers)]
 
 
+SCALE = (
+    "Sizes of a correlation, after Cohen (1988): below 0.1 negligible, below 0.3 weak, below 0.5 moderate, else strong. A correlation is supported if its 95 % "
+    "interval lies above 0, it is at least weak, and most layers have its sign; weak if only one of the first two holds; mixed if layers then disagree in sign; "
+    "else not supported."
+)
 RULES = {
-    1: "Supported: the R² of gate has p < 0.01 in more than half of the layers (999 permutations of labels), its r is positive, and its mean is at least twice that of "
-    "up and of down. Not supported: p ≥ 0.05 over all layers, r not positive, or gate not above both others. Else partly.",
-    2: "Supported: the 95 % interval of the rank correlation is above 0 in more than half of the layers, and the largest-norm expert is top-scored more than 1.5 times as often "
-    "as by chance. Not supported: mean correlation not above 0, or not more often than by chance. Else partly.",
-    3: "Supported: similarity falls with depth before the last layer (rank correlation with p < 0.05), and the last layer lies above the quarter of layers before it. Not "
-    "supported: neither. Else partly.",
+    1: f"{SCALE} Here r of router rows and gate neurons; interval: Fisher's z over layers (Student's t), for one layer over experts. Supported: so is r, the R² of gate has "
+    "p < 0.01 in more than half of the layers (999 permutations of labels), and its mean is at least twice that of up and of down. Not supported: p ≥ 0.05 over all layers, "
+    "r not supported, or gate not above both others. Weak or mixed: r is. Else partly.",
+    2: f"{SCALE} Here the rank correlation of norm and score; interval: Fisher's z over layers (Student's t), for one layer over texts. Supported: so is it, and the "
+    "largest-norm expert is top-scored more than 1.5 times as often as by chance. Not supported: the correlation is not, or not more often than by chance. Weak or mixed: the "
+    "correlation is. Else partly.",
+    3: f"{SCALE} Here the rank correlation of similarity and depth before the last layer, negative as claimed, and steps between layers in place of layers; interval: Fisher's z "
+    "for ranks. Supported: so is it, with p < 0.05, and the last layer lies above the quarter of layers before it. Not supported: neither. Weak or mixed: the correlation is. "
+    "Else partly.",
 }
 PAPER = {
     1: "Mean R² of gate in the paper: Mixtral 8x7B 0.33, DeepSeekMoE-16B 0.40, Grok-1 0.15; of up and down 0.00 to 0.07.",
@@ -49,13 +60,15 @@ def _result(number: int, title: str, verdict: str, text: str, **more: Any) -> di
     return found | {"rule": RULES[number], "paper": PAPER[number], **more}
 
 
-def neurons_like_experts(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Observation 1: the similarity of router rows follows the similarity of mean gate neurons, and only of gate neurons.
+def _verdict(effect: Effect, whole: bool, none: bool) -> str:
+    """The word of a correlation, where the rest of the observation holds (`whole`), fails (`none`), or stands between."""
+    if none:
+        return "not supported"
+    return "partly" if effect.word == "supported" and not whole else effect.word
 
-    Supported: R^2 of gate has p < 0.01 in more than half of the layers, mean r is positive, and mean R^2 is at least twice that of up and
-    of down. Not supported: the mean over layers has p >= 0.05, or mean r is not positive, or R^2 of gate is not above both others.
-    Else partly.
-    """
+
+def neurons_like_experts(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Observation 1: similarity between router rows follows the similarity of mean gate neurons, and only those. Decided by `RULES`."""
     title = "Neurons act like fine-grained experts"
     rows = [(entry["layer"], entry["static"]["router_expert"]) for entry in layers if "static" in entry]
     if not rows:
@@ -68,35 +81,31 @@ def neurons_like_experts(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if not used:
         return _result(1, title, "not testable", "Router rows or mean neurons do not differ between experts.")
     r2 = {role: float(np.mean([found[role]["r2"] for _, found in used])) for role in used[0][1]}
-    r = float(np.mean([found["gate"]["r"] for _, found in used]))
+    correlations = [found["gate"]["r"] for _, found in used]
+    effect = over_layers(correlations, of_experts(correlations[0], max(entry["num_experts"] for entry in layers)))
     null = np.mean([found["gate"]["null_values"] for _, found in used], axis=0)
     p = float((1 + (null >= r2["gate"] - 1e-12).sum()) / (1 + len(null)))
     significant = sum(found["gate"]["p"] < ALPHA for _, found in used)
     rest = max((value for role, value in r2.items() if role != "gate"), default=0.0)
-    if p >= 0.05 or r <= 0 or r2["gate"] <= rest:
-        verdict = "not supported"
-    elif significant > len(used) / 2 and r2["gate"] >= RATIO * rest:
-        verdict = "supported"
-    else:
-        verdict = "partly"
+    whole = significant > len(used) / 2 and r2["gate"] >= RATIO * rest
+    verdict = _verdict(effect, whole, none=p >= 0.05 or r2["gate"] <= rest)
     others = ", ".join(f"{role} {value:.2f}" for role, value in r2.items() if role != "gate")
     text = (
         f"R² between the similarity of router rows and of mean gate neurons is {r2['gate']:.2f} ({others}; by chance {null.mean():.2f}), "
-        f"r {r:+.2f}, p {p:.2g}; significant in {significant} of {len(used)} layers."
+        f"r {said(effect.value, effect)}, p {p:.2g}; positive in {effect.agree} and significant in {significant} of {len(used)} layers."
     )
     return _result(
-        1, title, verdict, text, r2=r2, r_gate=r, chance_r2=float(null.mean()), p=p, significant_layers=significant,
+        1, title, verdict, text, effect=effect.to_json(), r2=r2, r_gate=effect.value, chance_r2=float(null.mean()), p=p, significant_layers=significant,
         layers_used=len(used), paper_r2=PAPER_R2,
         by_layer=[{"layer": layer, **{role: value["r2"] for role, value in found.items()}, "r_gate": found["gate"]["r"], "p_gate": found["gate"]["p"]} for layer, found in used],
     )  # fmt: skip
 
 
 def router_likes_norms(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Observation 2: the router usually selects experts with larger outputs.
+    """Observation 2: the router usually selects experts with larger outputs. Decided by `RULES`.
 
-    rho: Spearman correlation of output norms and router scores over a token's experts (0 by chance). lift: share of tokens whose
-    largest-norm expert is the top-scored one, divided by 1/E. Supported: rho's interval is above 0 in more than half of the layers and the
-    mean lift is above 1.5. Not supported: mean rho <= 0, or the mean lift is at most 1. Else partly. Intervals resample whole sequences.
+    rho: Spearman correlation of output norms and router scores over a token's experts (0 by chance); lift: how often the largest-norm expert is the
+    top-scored one, over 1/E. Intervals of single layers resample whole sequences.
     """
     title = "The router prefers experts with larger outputs"
     rows = [(entry["layer"], entry["num_experts"], entry["sample"]) for entry in layers if "sample" in entry]
@@ -105,26 +114,24 @@ def router_likes_norms(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     used = [(layer, n, found) for layer, n, found in rows if n > 1 and found["norm_score_rho"]["mean"] is not None]
     if not used:
         return _result(2, title, "not testable", "Norms or scores do not differ between experts.")
-    rho = float(np.mean([found["norm_score_rho"]["mean"] for _, _, found in used]))
+    first = used[0][2]["norm_score_rho"]
+    alone = None if first["low"] is None else (first["low"], first["high"])
+    effect = over_layers([found["norm_score_rho"]["mean"] for _, _, found in used], alone)
     top = float(np.mean([found["largest_norm_top_scored"]["mean"] for _, _, found in used]))
     chance = float(np.mean([1 / n for _, n, _ in used]))
     lifts = [found["largest_norm_top_scored"]["mean"] * n for _, n, found in used]
     lift = float(np.mean(lifts))
     above = sum((found["norm_score_rho"]["low"] or -1.0) > 0 for _, _, found in used)
     percentile = float(np.mean([found["chosen_norm_percentile"]["mean"] for _, _, found in used]))
-    if rho <= 0 or lift <= 1:
-        verdict = "not supported"
-    elif above > len(used) / 2 and lift > LIFT:
-        verdict = "supported"
-    else:
-        verdict = "partly"
+    verdict = _verdict(effect, lift > LIFT, none=lift <= 1)
     text = (
-        f"Rank correlation of output norm and router score is {rho:+.2f} (by chance 0), above 0 in {above} of {len(used)} layers; the expert with the "
+        f"Rank correlation of output norm and router score is {said(effect.value, effect)}; by chance 0. It is positive in {effect.agree} of {len(used)} layers, in {above} "
+        f"of them with an interval above 0. The expert with the "
         f"largest output is the top-scored one for {100 * top:.0f} % of tokens ({100 * chance:.0f} % by chance, {lift:.1f} times); selected experts "
         f"stand at percentile {100 * percentile:.0f} of the norms (50 by chance)."
     )
     return _result(
-        2, title, verdict, text, rho=rho, lift=lift, top_scored=top, chance_top_scored=chance, chosen_percentile=percentile,
+        2, title, verdict, text, effect=effect.to_json(), rho=effect.value, lift=lift, top_scored=top, chance_top_scored=chance, chosen_percentile=percentile,
         layers_above=above, layers_used=len(used),
         by_layer=[{"layer": layer, "rho": found["norm_score_rho"]["mean"], "rho_low": found["norm_score_rho"]["low"], "rho_high": found["norm_score_rho"]["high"], "lift": found["largest_norm_top_scored"]["mean"] * n} for layer, n, found in used],
     )  # fmt: skip
@@ -133,9 +140,9 @@ def router_likes_norms(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def depth_trend(values: Array, seed: int = 0) -> dict[str, Any]:
     """The trend of a similarity over layers, and the position of the last layer.
 
-    rho: Spearman correlation of depth and value over all layers but the last. p: share of random orders of these layers with a rho as low
-    (2000 draws). z: distance of the last value from the line through the others, in standard errors of that prediction.
-    `last_above`: whether the last value is above the mean of the quarter of layers before it.
+    rho: Spearman correlation of depth and value over all layers but the last; p: share of orders of these layers with a rho as low (2000
+    draws); falls: steps between them that fall; z: the last value's distance to the line through the others in units of that prediction's standard error;
+    `last_above`: above the mean of the quarter of layers before it.
     """
     before, last = values[:-1], float(values[-1])
     depth = np.arange(len(before))
@@ -152,7 +159,7 @@ def depth_trend(values: Array, seed: int = 0) -> dict[str, Any]:
     z = (last - (slope * n + intercept)) / spread if spread > 0 else None
     near = before[-max(1, n // 4) :]
     return {
-        "rho": rho, "p": p, "slope": float(slope), "last": last, "last_z": None if z is None else float(z),
+        "rho": rho, "p": p, "falls": int((np.diff(before) < 0).sum()), "slope": float(slope), "last": last, "last_z": None if z is None else float(z),
         "last_above": bool(last > near.mean()), "values": values,
     }  # fmt: skip
 
@@ -160,9 +167,8 @@ def depth_trend(values: Array, seed: int = 0) -> dict[str, Any]:
 def diversity_grows(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Observation 3: experts differ more with depth, and the last layer is an outlier (alike again).
 
-    Judged by the similarity of outputs if they were measured, else of mean gate neurons (up without a gate); the trends of the others are
-    reported too. Supported: rho < 0 with p < 0.05, and the last layer is above the layers before it. Not supported: rho >= 0 (or p >= 0.5),
-    and the last layer is not above. Else partly.
+    Judged on the similarity of outputs where these were measured, else of mean gate neurons (up where there is no gate); the trends of the
+    others stand beside. Decided by `RULES`.
     """
     title = "Diversity grows with depth, and the last layer is an outlier"
     if len(layers) < LEAST_LAYERS:
@@ -189,19 +195,18 @@ def diversity_grows(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if name is None:
         return _result(3, title, "not testable", "No similarity measure has a value in every layer.")
     main = whole[name]
-    grows, none = main["rho"] < 0 and main["p"] < 0.05, main["rho"] >= 0 or main["p"] >= 0.5
-    if grows and main["last_above"]:
-        verdict = "supported"
-    elif none and not main["last_above"]:
-        verdict = "not supported"
+    (low, high), steps = of_ranks(-main["rho"], len(layers) - 1) or (None, None), len(layers) - 2
+    effect = Effect(-main["rho"], low, high, agree=main["falls"], of=steps)
+    if effect.word == "not supported":
+        verdict = "partly" if main["last_above"] else "not supported"
     else:
-        verdict = "partly"
+        verdict = _verdict(effect, main["last_above"] and main["p"] < 0.05, none=False)
     z = "" if main["last_z"] is None else f" (z {main['last_z']:+.1f} against the trend)"
     text = (
-        f"Similarity of {name}: rank correlation with depth {main['rho']:+.2f} before the last layer (p {main['p']:.2g}, {len(layers)} layers; negative is "
-        f"growing diversity); the last layer is {'more similar than' if main['last_above'] else 'not more similar than'} those before it{z}."
+        f"Similarity of {name}: rank correlation with depth before the last layer {said(main['rho'], effect, sign=-1)}, p {main['p']:.2g}; negative is "
+        f"growing diversity. It falls in {main['falls']} of {steps} steps between these {steps + 1} layers. The last layer is {'more similar than' if main['last_above'] else 'not more similar than'} those before it{z}."
     )
     return _result(
-        3, title, verdict, text, judged_on=name, **{key: main[key] for key in ("rho", "p", "last_z", "last_above")},
+        3, title, verdict, text, judged_on=name, effect=effect.to_json(), **{key: main[key] for key in ("rho", "p", "last_z", "last_above")},
         trends=whole, layers=[entry["layer"] for entry in layers],
     )  # fmt: skip

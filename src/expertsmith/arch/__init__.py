@@ -143,7 +143,12 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Architec
         raise UserError(error.message, f"{error.remedy}; {AS}" if error.remedy else AS)
     if not record.supported:
         raise UserError(f"{where}: model_type {model_type!r} is not supported: {record.notes}")
-    reason = record.refusal(inner) if record.refusal else None
+    try:
+        reason = record.refusal(inner) if record.refusal else None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{where} has a value of a wrong kind: {error}", "check its keys that say which layers have experts"
+        ) from None
     if reason:
         raise UserError(f"{where}: this {model_type} checkpoint is not supported: {reason}")
     return record

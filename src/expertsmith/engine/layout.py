@@ -23,6 +23,14 @@ def experts_of(layer: nn.Module, architecture: Architecture) -> Any:
     return submodule(submodule(layer, architecture.block), architecture.experts)
 
 
+def has_experts(layer: nn.Module, architecture: Architecture) -> bool:
+    """Whether a decoder layer holds routed experts where the family's record says."""
+    node: Any = layer
+    for part in filter(None, f"{architecture.block}.{architecture.experts}".split(".")):
+        node = getattr(node, part, None)
+    return isinstance(node, nn.Module)
+
+
 def expert_count(experts: nn.Module) -> int:
     """The number of routed experts in the family's own module (a checkpoint may hold different numbers a layer).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections import Counter
@@ -21,11 +22,12 @@ from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.floats import Floats, filled, floats
 from expertsmith.engine.devices import Memory, choose_device, dtype_of, free_memory
 from expertsmith.engine.experts import install
-from expertsmith.engine.layout import experts_of, is_grouped
+from expertsmith.engine.layout import experts_of, has_experts, is_grouped
 from expertsmith.engine.mtp import Ahead, ahead_of, known_names, lengthen, why_not_played
 from expertsmith.engine.on_demand import Source, remove
 from expertsmith.engine.pages import own_pages, trim
 from expertsmith.engine.stock import Naming, ignored, naming, quietly, read_in, renamer, splits, without_initialisation
+from expertsmith.engine.trial import why_not_run
 from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
 from expertsmith.errors import UserError, install_line
 from expertsmith.experts.inventory import Inventory, take_inventory
@@ -33,6 +35,7 @@ from expertsmith.experts.inventory import Inventory, take_inventory
 MOST_TOKENS, LEAST_TOKENS, BUFFER = 8192, 512, 16 * 2**20  # of a batch; bytes
 SHARE_OF_A_LAYER = 0.25  # of the free memory, at most, for the experts of one decoder layer
 CHECKED_AT_ONCE = 2**22  # elements
+_RUNS: set[str] = set()  # configs whose models can run, as tried by this process
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # safetensors' names
 OTHER_PARTS = (
     r"^(model\.)?(vision|visual|audio|image|multi_modal|mm_|embed_vision|embed_audio|talker|code2wav)"  # of a composite
@@ -247,7 +250,7 @@ def load_model(
         mtp: also load the multi-token-prediction layer, if there is one with experts that can be run (`engine.mtp`).
 
     Raises:
-        UserError: transformers cannot build the model, the weights do not fit it, or some would not be loaded.
+        UserError: transformers cannot build or run the model, the weights do not fit it, or some would not be loaded.
     """
     if memory == "resident" and checkpoint.converted:
         raise UserError("a pickle checkpoint is run with --memory stream only")
@@ -266,7 +269,10 @@ def load_model(
     runs_as_another = architecture is not None and architecture.runs_as is not None
     stock = memory == "resident" and not isinstance(weights, Floats) and not runs_as_another and whole is None
     with _refusing(checkpoint):
-        module = _from_pretrained(auto, config, checkpoint, chosen, target) if stock else _empty(auto, config, chosen)
+        module = None if stock else _empty(auto, config, chosen)
+        _check_runs(auto, config, checkpoint, architecture, module)
+        if stock:
+            module = _from_pretrained(auto, config, checkpoint, chosen, target)
     module.eval().requires_grad_(False)
     path = layers_of(module, architecture.layers if architecture else "model.layers")
     layers = list(module.get_submodule(path))  # type: ignore[arg-type]
@@ -321,15 +327,18 @@ def _empty(auto: Any, config: Any, dtype: torch.dtype) -> Any:
     return module
 
 
-def check_model(checkpoint: Checkpoint, architecture: Architecture) -> None:
+def check_model(checkpoint: Checkpoint, architecture: Architecture, overrides: Mapping[str, Any] | None = None) -> None:
     """Build the model of a checkpoint without memory, to report a wrong config.json before any work. Its buffers must be finite, every
-    parameter needs a tensor, and tensors and parameters must have the same size.
+    parameter needs a tensor, tensors and parameters must have the same size, and a forward must run.
+
+    Args:
+        overrides: keys of the text config to change first.
 
     Raises:
-        UserError: transformers rejects the config, cannot build the model, or its tensors do not fit it.
+        UserError: transformers rejects the config, cannot build or run the model, or its tensors do not fit it.
     """
     dtype_of("auto", checkpoint)
-    auto, config = causal_lm(_config_of(checkpoint, architecture, None, None))
+    auto, config = causal_lm(_config_of(checkpoint, architecture, overrides, None))
     with _refusing(checkpoint), quietly():
         module = _empty(auto, config, torch.float32)
     for name, buffer in module.named_buffers():
@@ -349,6 +358,38 @@ def check_model(checkpoint: Checkpoint, architecture: Architecture) -> None:
                 f"{name} has a wrong shape: the file has {given[name]} elements, the model {list(parameter.shape)}",
                 "config.json and weights do not match, or the tensor is damaged",
             )
+    _check_runs(auto, config, checkpoint, architecture, module)
+
+
+def _check_runs(
+    auto: Any, config: Any, checkpoint: Checkpoint, architecture: Architecture | None, module: Any | None = None
+) -> None:
+    """Refuse a model that can be built from its config.json, but cannot run. A config is tried once a process.
+
+    Args:
+        module: the model without memory, if it is built already.
+
+    Raises:
+        UserError: with transformers' message, and the keys that are null in config.json but not by default.
+    """
+    key = f"{type(config).__name__} {json.dumps(config.to_dict(), sort_keys=True, default=str)}"
+    if key in _RUNS:
+        return
+    if module is None:
+        module = _empty(auto, config, torch.float32)
+    layers = layers_of(module, architecture.layers if architecture else "model.layers")
+    why = why_not_run(module, layers, architecture)
+    if why is None:
+        _RUNS.add(key)
+        return
+    given, usual = text_config(checkpoint.config), type(module.config.get_text_config())()
+    null = sorted(key for key, value in given.items() if value is None and getattr(usual, key, None) is not None)
+    raise UserError(
+        f"transformers cannot run {checkpoint.source}: {_first_line(Exception(why))}",
+        f"give a number in config.json instead of null: {', '.join(null)}"
+        if null
+        else "check config.json: numbers of heads, key-value heads, expert_groups and sizes must fit each other",
+    )
 
 
 def _sizes_given(module: Any, checkpoint: Checkpoint, architecture: Architecture) -> dict[str, int | None]:
@@ -543,14 +584,6 @@ def _too_large(weights: Checkpoint, architecture: Architecture, dtype: torch.dty
         if claim.routed and claim.layer is not None:
             sizes[claim.layer] += claim.info.numel * torch.empty(0, dtype=dtype).element_size()
     return max(sizes.values(), default=0) > SHARE_OF_A_LAYER * free_memory(device)
-
-
-def has_experts(layer: nn.Module, architecture: Architecture) -> bool:
-    """Whether a decoder layer holds routed experts where the family's record says."""
-    node: Any = layer
-    for part in filter(None, f"{architecture.block}.{architecture.experts}".split(".")):
-        node = getattr(node, part, None)
-    return isinstance(node, nn.Module)
 
 
 def _group_names(loaded: LoadedModel) -> list[str]:

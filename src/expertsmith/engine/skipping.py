@@ -32,8 +32,8 @@ from torch import nn
 
 from expertsmith.arch import Architecture, config_first
 from expertsmith.engine.experts import flattened_outputs, grouped_outputs
-from expertsmith.engine.layout import expert_count, experts_of, is_grouped, routing_of, submodule
-from expertsmith.engine.loading import LoadedModel, has_experts, layers_of
+from expertsmith.engine.layout import expert_count, experts_of, has_experts, is_grouped, routing_of, submodule
+from expertsmith.engine.loading import LoadedModel, layers_of
 from expertsmith.errors import UserError
 
 Rule = Literal["ratio", "tail"]

@@ -297,7 +297,7 @@ def apply_plan(  # noqa: C901  (one note for each case)
     prepare_target(out, inventory.checkpoint.path, overwrite)
     pad = pad and plan.uniform_count is None
     check_plan(plan, inventory, pad)
-    check_building(inventory)
+    check_building(inventory, inventory.architecture.one_group if plan.router_groups == "flatten" else {})
     if requantise:
         check_requantise(plan, inventory)
     inventory = written(plan, inventory, requantise)
@@ -366,22 +366,24 @@ def cost_line(what: str, error: float, norm: float) -> str:
     return f"{what} were re-quantised in the source's own format: they differ from their float values by {share:.2%} (root mean square, relative)"
 
 
-FINITE_LIMITS: dict[
-    str, tuple[type[np.unsignedinteger[Any]], int, int]
-] = {  # dtype → word, mask of the magnitude, first non-finite
-    "BF16": (np.uint16, 0x7FFF, 0x7F80),
-    "F16": (np.uint16, 0x7FFF, 0x7C00),
-    "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000),
-    "F64": (np.uint64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
-    "F8_E4M3": (np.uint8, 0x7F, 0x7F),
-    "F8_E5M2": (np.uint8, 0x7F, 0x7C),
-    "F8_E8M0": (np.uint8, 0xFF, 0xFF),
+# dtype → its word, and bits to keep or to flip, after which what is not finite is at least the limit; -inf, where it has one
+FINITE_LIMITS: dict[str, tuple[type[np.unsignedinteger[Any]], str, int, int, int | None]] = {
+    "BF16": (np.uint16, "keep", 0x7FFF, 0x7F80, 0xFF80),
+    "F16": (np.uint16, "keep", 0x7FFF, 0x7C00, 0xFC00),
+    "F32": (np.uint32, "keep", 0x7FFFFFFF, 0x7F800000, 0xFF800000),
+    "C64": (np.uint32, "keep", 0x7FFFFFFF, 0x7F800000, 0xFF800000),  # two of F32
+    "F64": (np.uint64, "keep", 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000, 0xFFF0000000000000),
+    "F8_E5M2": (np.uint8, "keep", 0x7F, 0x7C, 0xFC),
+    "F8_E4M3": (np.uint8, "keep", 0x7F, 0x7F, None),  # no inf from here on
+    "F8_E8M0": (np.uint8, "keep", 0xFF, 0xFF, None),
+    "F8_E4M3FNUZ": (np.uint8, "flip", 0x7F, 0xFF, None),  # NaN is 0x80 alone, where others have -0
+    "F8_E5M2FNUZ": (np.uint8, "flip", 0x7F, 0xFF, None),
 }
 
 
 class _Finite:
-    """Raise on the first chunk that holds NaN or inf: all exponent bits set. Integer and packed dtypes pass, and so does -inf in the
-    tensors `may_be_infinite`."""
+    """Raise on the first chunk that holds NaN or inf. Integers pass, as do packed dtypes and floats of 4 and 6 bits, which have no such codes, and
+    -inf in the tensors in which it has a meaning."""
 
     def __init__(self, may_be_infinite: frozenset[str] = frozenset()) -> None:
         self.may_be_infinite = may_be_infinite
@@ -390,17 +392,15 @@ class _Finite:
     def __call__(self, tensor: OutputTensor, chunk: memoryview) -> None:
         if tensor.dtype not in FINITE_LIMITS:
             return
-        kind, magnitude, limit = FINITE_LIMITS[tensor.dtype]
+        kind, how, bits, limit, infinite = FINITE_LIMITS[tensor.dtype]
         values: np.ndarray[Any, Any] = np.frombuffer(chunk, dtype=kind)
         held = getattr(self.own, "scratch", None)
         if held is None or held.nbytes < values.nbytes:
             held = self.own.scratch = np.empty(values.nbytes, dtype=np.uint8)
         scratch = held[: values.nbytes].view(kind)
-        np.bitwise_and(values, np.asarray(magnitude, dtype=kind), out=scratch)
+        (np.bitwise_and if how == "keep" else np.bitwise_xor)(values, np.asarray(bits, dtype=kind), out=scratch)
         wrong = values.size and int(scratch.max()) >= limit
-        if wrong and tensor.name in self.may_be_infinite:
-            wrong = bool(
-                ((scratch >= limit) & (values != magnitude + 1 + limit)).any()
-            )  # the sign bit and the limit alone are -inf
+        if wrong and infinite is not None and tensor.name in self.may_be_infinite:
+            wrong = bool(((scratch >= limit) & (values != infinite)).any())
         if wrong:
             raise UserError(f"{tensor.name} has NaN or inf", "the source checkpoint is damaged: download it again")

@@ -8,7 +8,14 @@ from typing import Any
 
 from expertsmith.views.show import escape, line, table_of
 
-COLOURS = {"supported": "green", "partly": "yellow", "not supported": "red", "not testable": "dim"}
+COLOURS = {
+    "supported": "green",
+    "partly": "yellow",
+    "weak": "yellow",
+    "mixed": "yellow",
+    "not supported": "red",
+    "not testable": "dim",
+}
 COLUMNS = {
     "gate\ncosine": ("static", "projections", "gate", "neuron_similarity"),
     "out-\nputs": ("sample", "output_similarity"),

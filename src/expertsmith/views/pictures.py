@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import Any
 
@@ -22,18 +22,36 @@ MARKERS = {  # paths around 0, by plotly's names
 }
 
 
-def looks(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name of a line → its colour (an index), marker and dash (an index). They follow from the method's name, so a method looks the same in
-    every comparison, unless two methods in a comparison would get the same colour. A method's healed lines have the same colour and marker,
-    and a separate dash."""
-    rows = [(row, line_name(row, group, found)) for group in found["groups"] for row in group["rows"] if not row["draws"]]
-    made: dict[str, dict[str, Any]] = {}
-    methods = sorted({str(row["method"]) for row, _ in rows}, key=lambda name: (zlib.crc32(name.encode()), name))
+def colours_of(names: Iterable[str]) -> dict[str, int]:
+    """Name → an index of a colour, from the name (without what follows a colon), so that it is the same on every page unless two names want the same."""
     chosen: dict[str, int] = {}
-    for name in methods:
+    for name in sorted(set(names), key=lambda name: (zlib.crc32(name.encode()), name)):
         wish = zlib.crc32(name.partition(":")[0].encode()) % len(LIGHT)
         uses = [list(chosen.values()).count(i) for i in range(len(LIGHT))]
         chosen[name] = min(range(len(LIGHT)), key=lambda i: (uses[i], (i - wish) % len(LIGHT)))
+    return chosen
+
+
+def looks_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Name → its colour (an index), marker and dash (an index), for names with one line each; no two of `len(MARKERS) * len(DASHES)` are alike without
+    colours either, as in print."""
+    made: dict[str, dict[str, Any]] = {}
+    for name, colour in colours_of(names).items():
+        taken = {(held["marker"], held["dash"]) for held in made.values()}
+        pairs = (
+            (marker, dash) for dash in range(len(DASHES)) for marker in list(MARKERS)[colour % len(MARKERS) :] + list(MARKERS)
+        )
+        marker, dash = next((pair for pair in pairs if pair not in taken), (list(MARKERS)[colour % len(MARKERS)], 0))
+        made[name] = {"colour": colour, "marker": marker, "dash": dash}
+    return made
+
+
+def looks(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name of a line → its colour (an index), marker and dash (an index). They follow from the method's name (`colours_of`); a method's healed lines
+    have its colour and marker, and a dash of their own."""
+    rows = [(row, line_name(row, group, found)) for group in found["groups"] for row in group["rows"] if not row["draws"]]
+    made: dict[str, dict[str, Any]] = {}
+    chosen = colours_of(str(row["method"]) for row, _ in rows)
     turn = {name: list(chosen.values())[:place].count(chosen[name]) for place, name in enumerate(chosen)}
     lines: dict[int, list[str]] = {}
     for row, name in rows:

@@ -12,10 +12,32 @@ from pathlib import Path
 from typing import Any
 
 from expertsmith.views.pages import asset, embedded, filled, plotly
+from expertsmith.views.pictures import DARK, LIGHT, looks_of
 
 SYMMETRIC = {"router_cosine", "matrix_cosine", "neuron_cosine", "output_angular", "activation_cosine", "coselection_lift"}
 UNSHOWN = {"output_cosine", "definitions", "effective_rank_error", "fingerprint", "trends"}
 SCRIPTS = ("theme.js", "figures.js", "cuts.js", "page.js")
+
+# how what is no domain and no method is drawn, in every figure: colour (an index), marker, dash (an index)
+SERIES: dict[str, tuple[int, str, int]] = {
+    "gate": (0, "circle", 0),
+    "up": (1, "square", 0),
+    "down": (2, "diamond", 0),
+    "outputs": (3, "triangle-up", 0),
+    "router rows": (4, "cross", 0),
+    "usage": (5, "square", 0),
+    "saliency": (3, "diamond", 1),
+    "load": (5, "circle", 0),
+    "router scores": (6, "diamond", 1),
+    "rank correlation": (3, "circle", 0),
+    "matched": (2, "circle", 0),
+    "unmatched": (1, "diamond", 1),
+    "selected": (0, "square", 0),
+    "experts": (7, "circle", 0),
+    "super-experts": (4, "diamond", 0),
+    "kept": (1, "circle", 0),
+    "merged": (3, "square", 0),
+}
 
 
 def write_page(path: Path, measures: Mapping[str, Any]) -> None:
@@ -37,11 +59,25 @@ def page(measures: Mapping[str, Any]) -> str:
         "NOTES": "".join(f"<li>{escape(note)}</li>" for note in measures["notes"]),
         "DEFINITIONS": _definitions(measures["definitions"]),
         "MADE_BY": escape(measures["made_by"]),
-        "DATA": embedded(compact(measures)),
+        "DATA": embedded(compact(measures) | {"looks": _looks(measures), "colours": {"light": LIGHT, "dark": DARK}}),
         "PLOTLY": plotly(),
         "SCRIPT": "\n".join(asset(script) for script in SCRIPTS),
     }
     return filled(asset("page.html"), parts)
+
+
+def _looks(measures: Mapping[str, Any]) -> dict[str, Any]:
+    """Kind → name → how it is drawn. Domains and methods look as their names say; domains may be those of the data before or after pruning."""
+    before, after = measures.get("before_cut") or {}, measures.get("after_cut") or {"layers": []}
+    domains = {
+        *((measures.get("data") or {}).get("tokens") or ()),
+        *(name for row in after["layers"] for name in row.get("lost", ())),
+    }
+    return {
+        "domain": looks_of(domains),
+        "method": looks_of(name for name in before.get("methods", ()) if name != "random"),
+        "series": {name: dict(zip(("colour", "marker", "dash"), drawn, strict=True)) for name, drawn in SERIES.items()},
+    }
 
 
 def compact(value: Any, key: str = "") -> Any:

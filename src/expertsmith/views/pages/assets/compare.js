@@ -1,8 +1,7 @@
 // Draws quality over size, and follows the selector, the theme and the width.
 const names = Object.keys(M.measures), select = document.getElementById("measure"), plot = "plot-size";
 for (const name of names) select.add(new Option(M.measures[name], name));
-const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"]; // as pictures.DASHES
-const colourOf = (held) => held.random ? series(5) : M.colours[dark() ? "dark" : "light"][held.colour];
+const colourOf = (held) => held.random ? quiet().color : colour(held.colour);
 
 function traces(measure) {
   const made = [];
@@ -10,12 +9,12 @@ function traces(measure) {
     const x = [...held.points.map((p) => 100 * p.share), 100], y = [...held.points.map((p) => p.values[measure]), 0];
     if (held.random) {
       const edge = (pick) => [...held.points.map((p) => pick(...p.draws.map((d) => d[measure]))), 0], common = { x, type: "scatter", mode: "lines", hoverinfo: "skip", showlegend: false, legendgroup: held.name, line: { width: 0 } };
-      made.push({ ...common, y: edge(Math.min) }, { ...common, y: edge(Math.max), fill: "tonexty", fillcolor: series(5) + "30" });
+      made.push({ ...common, y: edge(Math.min) }, { ...common, y: edge(Math.max), fill: "tonexty", fillcolor: quiet().color + "30" });
     }
-    const colour = colourOf(held);
-    const error_y = { type: "data", array: [...held.points.map((p) => p.error ?? 0), 0], visible: measure === "mean" && !held.random, thickness: 1, width: 4, color: colour };
+    const own = colourOf(held);
+    const error_y = { type: "data", array: [...held.points.map((p) => p.error ?? 0), 0], visible: measure === "mean" && !held.random, thickness: 1, width: 4, color: own };
     const text = [...held.points.map((p) => `${p.group}: ${p.experts[1]} of ${p.experts[0]} experts<br>mean rise ${p.values.mean.toFixed(3)}${p.error == null ? "" : " ± " + p.error.toFixed(3)}, KL ${p.values.kl.toFixed(3)}<br>top-1 ${(100 - p.values.lost).toFixed(1)} %, planned in ${p.seconds.toFixed(2)} s`), "the original"];
-    made.push({ type: "scatter", mode: "lines+markers", name: held.name, legendgroup: held.name, error_y, x, y, text, line: { color: colour, width: 2, dash: held.random ? "dash" : DASHES[held.dash] }, marker: { color: colour, size: [...held.points.map(() => 8), 0], symbol: held.marker ?? "circle" }, hovertemplate: "%{y:.3f} at %{x:.0f} % of the bytes<br>%{text}<extra>%{fullData.name}</extra>" });
+    made.push({ type: "scatter", mode: "lines+markers", name: held.name, legendgroup: held.name, error_y, x, y, text, line: { color: own, width: 2, dash: held.random ? "dash" : DASHES[held.dash] }, marker: { color: own, size: [...held.points.map(() => 8), 0], symbol: held.marker ?? "circle" }, hovertemplate: "%{y:.3f} at %{x:.0f} % of the bytes<br>%{text}<extra>%{fullData.name}</extra>" });
   }
   return made;
 }

@@ -42,6 +42,8 @@ function draw(figure) {
   last[figure.id] = made;
   drawn.add(figure.id);
   if (figure.html) { target.innerHTML = made.html; return; }
+  const scale = made.traces.find((trace) => trace.meta)?.meta;
+  target.nextElementSibling.textContent = scale ? stated(scale) : "";
   Plotly.react(target, made.traces, layout(made.layout), { displayModeBar: false, responsive: true });
 }
 function save(blob, name) {
@@ -63,7 +65,7 @@ function card(figure) {
   const box = document.createElement("article");
   box.className = "card" + (figure.full ? " full" : "");
   box.id = "figure-" + figure.id;
-  box.innerHTML = `<div class="head"><h3>${esc(figure.title)}</h3><div class="tools"></div></div><p>${esc(figure.read)}</p><div class="choices"></div><div class="plot" id="plot-${figure.id}"></div>`;
+  box.innerHTML = `<div class="head"><h3>${esc(figure.title)}</h3><div class="tools"></div></div><p>${esc(figure.read)}</p><div class="choices"></div><div class="plot" id="plot-${figure.id}"></div><p class="scale"></p>`;
   for (const kind of figure.html ? ["csv"] : ["svg", "png", "csv"]) {
     const button = document.createElement("button");
     button.type = "button"; button.textContent = kind.toUpperCase(); button.title = `Save as ${kind.toUpperCase()}`;

@@ -4,8 +4,12 @@ const M = JSON.parse(document.getElementById("measures").textContent);
 const root = document.documentElement;
 const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 const dark = () => root.classList.contains("dark");
-const SERIES = { light: ["#3457c9", "#d9731a", "#2b8a5c", "#a04bc4", "#c2384a", "#6f7b8f", "#0e8a9c", "#9c7a10"], dark: ["#8fb0ff", "#ffab66", "#6fd6a4", "#d59bf5", "#ff8c98", "#a7b2c4", "#5cd0df", "#e0c05a"] };
-const series = (i) => { const held = SERIES[dark() ? "dark" : "light"]; return held[i % held.length]; };
+const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"]; // as pictures.DASHES
+const HATCHES = ["", "/", "x", ".", "\\"]; // of bars, in place of dashes and markers
+const colour = (i) => M.colours[dark() ? "dark" : "light"][i];
+// how a name is drawn, everywhere on the page; `quiet` is what others are compared with: chance, random, before
+const look = (kind, name) => { const held = M.looks[kind][name]; return { color: colour(held.colour), symbol: held.marker, dash: DASHES[held.dash], hatch: HATCHES[held.colour % HATCHES.length] }; };
+const quiet = () => ({ color: css("--soft"), symbol: "circle-open", dash: "dot", hatch: "" });
 const sequential = () => dark() ? [[0, "#181e2a"], [0.35, "#27457f"], [0.7, "#5b8df5"], [1, "#dbe7ff"]] : [[0, "#f7f9fd"], [0.35, "#b9cbf3"], [0.7, "#4f76d9"], [1, "#16296b"]];
 const diverging = () => dark() ? [[0, "#ff9c4a"], [0.5, "#202838"], [1, "#7fa6ff"]] : [[0, "#c8640f"], [0.5, "#f6f7f9"], [1, "#2546ad"]];
 // diverging around 1 (times chance) on a scale from 0 to `top`
@@ -34,7 +38,7 @@ function layout(more) {
   const grid = css("--line"), soft = css("--soft");
   const axis = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, tickfont: { color: soft, size: 11 }, title: { font: { color: soft, size: 12 } }, automargin: true };
   const made = { paper_bgcolor: css("--card"), plot_bgcolor: css("--card"), font: { color: css("--ink"), family: "system-ui, sans-serif", size: 12 }, margin: { l: 46, r: 12, t: 8, b: 42 }, hoverlabel: { font: { size: 12 } }, legend: { orientation: "h", y: -0.22, font: { size: 11 } }, ...(printing ? { autosize: false, width: PAPER } : { autosize: true }), ...more };
-  for (const name of ["xaxis", "yaxis"]) {
+  for (const name of ["xaxis", "yaxis", ...(made.yaxis2 ? ["yaxis2"] : [])]) {
     const own = made[name] || {};
     const title = own.title === undefined ? axis.title : { text: own.title, font: axis.title.font, standoff: 6 };
     made[name] = { ...axis, ...own, title };
@@ -74,8 +78,12 @@ function clustered(full) {
   return groups[0] || [];
 }
 
-function heat(z, x, y, more) {
-  return { type: "heatmap", z, x, y, hoverongaps: false, xgap: z.length * (z[0] || []).length > 1600 ? 0 : 1, ygap: z.length > 40 ? 0 : 1, colorbar: { thickness: 10, outlinewidth: 0, tickfont: { color: css("--soft"), size: 10 } }, ...more };
+// A heat map states its scale in the colour bar and below the figure: { from, to, unit, means, colours }; `means` says what 0 (or the middle) is
+function heat(z, x, y, scale, more) {
+  const soft = css("--soft");
+  return { type: "heatmap", z, x, y, zmin: scale.from, zmax: scale.to, colorscale: scale.colours, meta: scale, hoverongaps: false, xgap: z.length * (z[0] || []).length > 1600 ? 0 : 1, ygap: z.length > 40 ? 0 : 1, colorbar: { title: { text: scale.unit, side: "right", font: { color: soft, size: 11 } }, thickness: 10, outlinewidth: 0, tickfont: { color: soft, size: 10 }, ...(scale.share ? { tickformat: ".0%" } : {}), ...(scale.named ? { tickvals: range(scale.named.length), ticktext: scale.named } : {}) }, ...more };
 }
-const bars = (name, x, y, i, more) => ({ type: "bar", name, x, y, marker: { color: series(i) }, ...more });
-const line = (name, x, y, i, more) => ({ type: "scatter", mode: "lines+markers", name, x, y, line: { color: series(i), width: 2 }, marker: { size: 6, color: series(i) }, ...more });
+const stated = ({ from, to, unit, means, share, named }) => { if (named) return ""; const said = (v) => (share ? Math.round(100 * v) + " %" : String(Number(v.toPrecision(3)))); return `Colours: ${said(from)} to ${said(to)} ${unit}. ${means}.`; };
+const largest = (...parts) => parts.flat(Infinity).reduce((top, v) => (v != null && v > top ? v : top), 0);
+const bars = (name, x, y, drawn, more) => ({ type: "bar", name, x, y, marker: { color: drawn.color, pattern: { shape: drawn.hatch, fillmode: "overlay", fgcolor: css("--card"), fgopacity: 0.5, size: 7, solidity: 0.2 } }, ...more });
+const line = (name, x, y, drawn, more) => ({ type: "scatter", mode: "lines+markers", name, x, y, line: { color: drawn.color, width: 2, dash: drawn.dash }, marker: { size: 7, color: drawn.color, symbol: drawn.symbol }, ...more });
