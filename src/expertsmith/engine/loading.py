@@ -269,7 +269,7 @@ def load_model(
     runs_as_another = architecture is not None and architecture.runs_as is not None
     stock = memory == "resident" and not isinstance(weights, Floats) and not runs_as_another and whole is None
     with _refusing(checkpoint):
-        module = None if stock else _empty(auto, config, chosen)
+        module: Any = None if stock else _empty(auto, config, chosen)
         _check_runs(auto, config, checkpoint, architecture, module)
         if stock:
             module = _from_pretrained(auto, config, checkpoint, chosen, target)
