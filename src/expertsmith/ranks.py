@@ -1,0 +1,186 @@
+"""Several processes under `torchrun`: each works on a share of the batches, and what they find is put together.
+
+Objects go over gloo and main memory, so a rank that waits for another keeps no GPU busy. Only sums of tensors on GPUs go over nccl.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import accumulate, count
+from typing import Any, TypeVar
+
+from expertsmith.errors import UserError
+
+WAIT = timedelta(days=7)  # the first rank may plan for hours while the others wait; torchrun ends them if it dies
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that work together: `rank` of `world`. All of them must make the same calls in the same order."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes, prints and decides."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """The items of this rank r: r, r + world, r + 2 world, …"""
+        return list(items[self.rank :: self.world])
+
+    def share_by_size(self, sizes: Sequence[int]) -> range:
+        """The positions of this rank's items if all ranks are to have about the same sum of sizes, of neighbours each.
+
+        Item i belongs to rank floor(world * (s_0 + … + s_{i-1} + s_i / 2) / sum s), the one in whose share its middle lies.
+        """
+        total = max(1, sum(sizes))
+        owners = [self.world * (2 * end - size) // (2 * total) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+        mine = [position for position, owner in enumerate(owners) if min(owner, self.world - 1) == self.rank]
+        return range(mine[0], mine[-1] + 1) if mine else range(0)
+
+    def gather(self, mine: T) -> list[T]:
+        """What every rank gives, in the order of the ranks."""
+        if self.world == 1:
+            return [mine]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, mine)
+        return found
+
+    def joined(self, mine: Sequence[T]) -> list[T]:
+        """The results of all items in the order of the items, from one result for each item of `share`."""
+        parts = self.gather(list(mine))
+        return [parts[number % self.world][number // self.world] for number in range(sum(map(len, parts)))]
+
+    def leading(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first rank, for every rank. The others wait; a UserError is raised on all of them."""
+        if self.world == 1:
+            return work()
+        import torch.distributed as dist
+
+        told: list[Any] = [None]
+        if self.first:
+            token = _APART.set(True)
+            try:
+                told = [(work(), None)]
+            except UserError as error:
+                told = [(None, error)]
+            finally:
+                _APART.reset(token)
+        dist.broadcast_object_list(told, src=0)
+        found, refused = told[0]
+        if refused is not None:
+            raise refused
+        return found  # type: ignore[no-any-return]
+
+    def agree(self, what: str, value: Callable[[], Any]) -> None:
+        """Refuse to go on if `value` is not the same on all ranks, such as text from disks that differ. One rank alone does not call it.
+
+        Raises:
+            UserError: with the first rank that has another value.
+        """
+        if self.world == 1:
+            return
+        mine = value()
+        other = [rank for rank, theirs in enumerate(self.gather(mine)) if theirs != mine]
+        if other:
+            raise UserError(
+                f"rank {self.rank} and rank {other[0]} have read another {what}",
+                "every node needs the same files under the same paths, such as on a shared disk",
+            )
+
+
+ALONE = Ranks()
+_APART: ContextVar[bool] = ContextVar("apart", default=False)  # within `Ranks.leading`, where the other ranks take no part
+_GROUPS = count()  # a program may connect more than once
+_FAILED: list[bool] = []  # whether this process was the first to fail, once it has failed
+
+
+def current() -> Ranks:
+    """The ranks that this process works with: those of torch's process group, or itself alone."""
+    dist = sys.modules.get("torch.distributed")  # without it there is no group
+    if dist is None or _APART.get() or not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+@contextmanager
+def connected(device: str) -> Iterator[tuple[int, str]]:
+    """Yield (rank, device of this rank); (0, device) outside `torchrun`.
+
+    Raises:
+        UserError: as `own_device`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        yield 0, device
+        return
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world = next(iter(rendezvous("env://")))
+    try:
+        where = own_device(device)
+        backend = "cpu:gloo,cuda:nccl" if where.startswith("cuda") else "gloo"
+        group = PrefixStore(f"group {next(_GROUPS)}", store)
+        dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=WAIT)
+        yield rank, where
+    except BaseException:
+        # before this process ends, since the others fail as soon as it no longer answers; the group is left to torchrun, because
+        # closing it may wait for them
+        _FAILED[:] = [store.add("failed", 1) == 1]
+        raise
+    dist.barrier()  # torchrun ends all when one exits with another code than 0, and the first may still be writing
+    dist.destroy_process_group()
+
+
+def tells() -> bool:
+    """Whether this process says why the run failed: the first to fail does, or rank 0 where the ranks were not connected yet."""
+    return _FAILED[0] if _FAILED else os.environ.get("RANK", "0") == "0"
+
+
+def own_device(device: str) -> str:
+    """The device of this rank.
+
+    Raises:
+        UserError: more processes on this machine than GPUs, or one GPU named for all.
+    """
+    import torch
+
+    if device == "cpu" or not (device.startswith("cuda") or torch.cuda.is_available()):
+        return device if device != "auto" else "cpu"
+    if ":" in device:
+        raise UserError(
+            f"--device {device} names one GPU, but each rank has its own",
+            "use --device cuda, and CUDA_VISIBLE_DEVICES to choose GPUs",
+        )
+    own, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", own + 1))
+    if here > count:
+        raise UserError(
+            f"torchrun started {here} processes on this machine, but torch sees {count} GPUs",
+            f"use --nproc-per-node {count}" if count else "use --device cpu",
+        )
+    torch.cuda.set_device(own)
+    return f"cuda:{own}"
+
+
+def refuse_several(what: str) -> None:
+    """Refuse under `torchrun` what runs as one process only.
+
+    Raises:
+        UserError: there are several ranks.
+    """
+    world = current().world
+    if world > 1:
+        raise UserError(f"{what} runs as one process, but torchrun started {world}", "run it without torchrun")
