@@ -6,7 +6,6 @@ Objects go over gloo and main memory, so a rank that waits for another keeps no 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -54,7 +53,8 @@ class Ranks:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, mine)
+        with _answered():
+            dist.all_gather_object(found, mine)
         return found
 
     def joined(self, mine: Sequence[T]) -> list[T]:
@@ -70,14 +70,15 @@ class Ranks:
 
         told: list[Any] = [None]
         if self.first:
-            token = _APART.set(True)
+            token = _NOW.set(ALONE)
             try:
                 told = [(work(), None)]
             except UserError as error:
                 told = [(None, error)]
             finally:
-                _APART.reset(token)
-        dist.broadcast_object_list(told, src=0)
+                _NOW.reset(token)
+        with _answered():
+            dist.broadcast_object_list(told, src=0)
         found, refused = told[0]
         if refused is not None:
             raise refused
@@ -101,17 +102,31 @@ class Ranks:
 
 
 ALONE = Ranks()
-_APART: ContextVar[bool] = ContextVar("apart", default=False)  # within `Ranks.leading`, where the other ranks take no part
+_NOW: ContextVar[Ranks] = ContextVar("ranks", default=ALONE)
 _GROUPS = count()  # a program may connect more than once
 _FAILED: list[bool] = []  # whether this process was the first to fail, once it has failed
 
 
 def current() -> Ranks:
-    """The ranks that this process works with: those of torch's process group, or itself alone."""
-    dist = sys.modules.get("torch.distributed")  # without it there is no group
-    if dist is None or _APART.get() or not (dist.is_available() and dist.is_initialized()):
-        return ALONE
-    return Ranks(dist.get_rank(), dist.get_world_size())
+    """The ranks that this process works with: those of `connected`. Otherwise itself alone, as within `Ranks.leading`, and in a program that
+    has a process group for something else."""
+    return _NOW.get()
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Say what it means that an exchange fails.
+
+    Raises:
+        UserError: the others do not answer.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"another rank no longer answers ({str(error).strip().splitlines()[0]})",
+            "torchrun's report names it; exit code -9 means that the system ended it, usually for memory",
+        ) from error
 
 
 @contextmanager
@@ -119,11 +134,14 @@ def connected(device: str) -> Iterator[tuple[int, str]]:
     """Yield (rank, device of this rank); (0, device) outside `torchrun`.
 
     Raises:
-        UserError: as `own_device`.
+        UserError: as `own_device`; WORLD_SIZE is set, but not by torchrun.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         yield 0, device
         return
+    absent = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if absent:
+        raise UserError(f"WORLD_SIZE is set, but {absent[0]} is not", "start the command with torchrun, or unset WORLD_SIZE")
     import torch.distributed as dist
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
@@ -134,7 +152,11 @@ def connected(device: str) -> Iterator[tuple[int, str]]:
         backend = "cpu:gloo,cuda:nccl" if where.startswith("cuda") else "gloo"
         group = PrefixStore(f"group {next(_GROUPS)}", store)
         dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=WAIT)
-        yield rank, where
+        token = _NOW.set(Ranks(rank, world))
+        try:
+            yield rank, where
+        finally:
+            _NOW.reset(token)
     except BaseException:
         # before this process ends, since the others fail as soon as it no longer answers; the group is left to torchrun, because
         # closing it may wait for them

@@ -173,7 +173,7 @@ def _ranks(verb: Verb, device: Any) -> Any:
         able = ", ".join(name for name in ORDER if VERBS[name].ranks)
         raise UserError(
             f"{verb.name} runs as one process, but torchrun started {_several()}",
-            f"run it without torchrun (which is for {able})",
+            f"run it without torchrun, which is for {able}, or unset WORLD_SIZE",
         )
     return connected(device)
 
