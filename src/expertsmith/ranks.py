@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import accumulate, count
 from typing import Any, TypeVar
@@ -22,10 +22,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that work together: `rank` of `world`. All of them must make the same calls in the same order."""
+    """This process among those that work together: `rank` of `world`. All of them must make the same calls in the same order. `group`: torch's
+    process group over which they exchange objects."""
 
     rank: int = 0
     world: int = 1
+    group: Any = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -54,7 +56,7 @@ class Ranks:
 
         found: list[Any] = [None] * self.world
         with _answered():
-            dist.all_gather_object(found, mine)
+            dist.all_gather_object(found, mine, group=self.group)
         return found
 
     def joined(self, mine: Sequence[T]) -> list[T]:
@@ -78,7 +80,7 @@ class Ranks:
             finally:
                 _NOW.reset(token)
         with _answered():
-            dist.broadcast_object_list(told, src=0)
+            dist.broadcast_object_list(told, src=0, group=self.group)
         found, refused = told[0]
         if refused is not None:
             raise refused
@@ -150,9 +152,11 @@ def connected(device: str) -> Iterator[tuple[int, str]]:
     try:
         where = own_device(device)
         backend = "cpu:gloo,cuda:nccl" if where.startswith("cuda") else "gloo"
-        group = PrefixStore(f"group {next(_GROUPS)}", store)
-        dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=WAIT)
-        token = _NOW.set(Ranks(rank, world))
+        prefixed = PrefixStore(f"group {next(_GROUPS)}", store)
+        # with torch's own time limit, which ends a run whose nodes do not reach each other
+        dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world)
+        group = dist.new_group(backend="gloo", timeout=WAIT)
+        token = _NOW.set(Ranks(rank, world, group))
         try:
             yield rank, where
         finally:
@@ -162,7 +166,8 @@ def connected(device: str) -> Iterator[tuple[int, str]]:
         # closing it may wait for them
         _FAILED[:] = [store.add("failed", 1) == 1]
         raise
-    dist.barrier()  # torchrun ends all when one exits with another code than 0, and the first may still be writing
+    with _answered():
+        dist.barrier(group)  # torchrun ends all when one exits with another code than 0, and the first may still be writing
     dist.destroy_process_group()
 
 

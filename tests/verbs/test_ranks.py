@@ -284,7 +284,7 @@ def test_the_first_rank_decides_and_its_mistakes_are_those_of_all(monkeypatch):
     import torch.distributed as dist
 
     sent = []
-    monkeypatch.setattr(dist, "broadcast_object_list", lambda told, src: sent.append(pickle.loads(pickle.dumps(told[0]))))
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda told, **_: sent.append(pickle.loads(pickle.dumps(told[0]))))
     token = _NOW.set(Ranks(0, 2))
     try:
         assert Ranks(0, 2).leading(lambda: current().world) == 1
@@ -300,7 +300,7 @@ def test_the_first_rank_decides_and_its_mistakes_are_those_of_all(monkeypatch):
         Ranks(0, 2).leading(refused)
     error = sent.pop()[1]
     assert (str(error), error.message, error.remedy) == ("the folder is full; empty it", "the folder is full", "empty it")
-    monkeypatch.setattr(dist, "broadcast_object_list", lambda told, src: told.__setitem__(0, (None, error)))
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda told, **_: told.__setitem__(0, (None, error)))
     with pytest.raises(UserError, match="the folder is full"):
         Ranks(1, 2).leading(lambda: pytest.fail("only the first rank works"))
 
