@@ -6,6 +6,7 @@ Objects go over gloo and main memory, so a rank that waits for another keeps no 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -125,8 +126,11 @@ def _answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        reason = (
+            re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0]
+        )  # without gloo's place in its code
         raise UserError(
-            f"another rank no longer answers ({str(error).strip().splitlines()[0]})",
+            f"another rank no longer answers ({reason})",
             "torchrun's report names it; exit code -9 means that the system ended it, usually for memory",
         ) from error
 

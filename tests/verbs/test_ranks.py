@@ -268,13 +268,13 @@ def test_a_rank_that_was_killed_is_told_of(monkeypatch):
     import torch.distributed as dist
 
     def closed(*_, **__):
-        raise RuntimeError("[1.2.3.4]: Connection closed by peer\nmore")
+        raise RuntimeError("[/gloo/pair.cc:553] Connection closed by peer [1.2.3.4]:9600. This is typically caused by …\nmore")
 
     monkeypatch.setattr(dist, "all_gather_object", closed)
     monkeypatch.setattr(dist, "broadcast_object_list", closed)
     for exchange in (lambda: Ranks(0, 2).gather(1), lambda: Ranks(1, 2).leading(lambda: 1)):
         with pytest.raises(
-            UserError, match=r"another rank no longer answers \(\[1.2.3.4\]: Connection closed by peer\); torchrun's"
+            UserError, match=r"another rank no longer answers \(Connection closed by peer \[1.2.3.4\]:9600\); torchrun's"
         ):
             exchange()
 
