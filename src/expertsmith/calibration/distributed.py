@@ -1,10 +1,17 @@
-"""Data-parallel calibration under `torchrun`: every rank processes a share of the batches, and sums are reduced."""
+"""Work split over ranks under `torchrun`: `ranks` opens the group; the other functions do nothing of note outside it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @contextmanager
@@ -25,3 +32,67 @@ def ranks(device: str) -> Iterator[tuple[int, str]]:
         yield dist.get_rank(), where
     finally:
         dist.destroy_process_group()
+
+
+def place() -> tuple[int, int]:
+    """(rank, number of ranks); (0, 1) outside `ranks`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return 0, 1
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_this_machine() -> int:
+    """The number of ranks that share this machine's cores and memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if place()[1] > 1 else 1
+
+
+def wait() -> None:
+    """Wait until all ranks are here."""
+    if place()[1] > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def from_first(make: Callable[[], Made]) -> Made:
+    """What the first rank makes, on every rank."""
+    rank, world = place()
+    if world == 1:
+        return make()
+    import torch.distributed as dist
+
+    held: list[Any] = [make() if rank == 0 else None]
+    dist.broadcast_object_list(held, src=0)
+    made: Made = held[0]
+    return made
+
+
+def gathered(value: Made) -> list[Made]:
+    """The value of every rank, on every rank."""
+    _, world = place()
+    if world == 1:
+        return [value]
+    import torch.distributed as dist
+
+    held: list[Any] = [None] * world
+    dist.all_gather_object(held, value)
+    return held
+
+
+def summed(value: torch.Tensor) -> torch.Tensor:
+    """The sum over the ranks, in place; the same on every rank."""
+    if place()[1] > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(value)
+    return value
+
+
+def over_ranks(items: Sequence[Item], make: Callable[[Item], Made]) -> Iterator[tuple[Item, Made]]:
+    """Yield (item, what `make` makes of it) in order. The ranks make one item each at a time, and every rank gets all."""
+    rank, world = place()
+    for start in range(0, len(items), world):
+        turn = items[start : start + world]
+        yield from zip(turn, gathered(make(turn[rank]) if rank < len(turn) else None), strict=False)  # type: ignore[misc]
