@@ -450,17 +450,18 @@ def _by_search(job: Job) -> dict[int, LayerPlan]:
     model, data = job.open()
     job.tokens = CalibrationData(fingerprint=data.fingerprint, tokens=data.tokens)
     folder = job.work
-    if folder is not None:
+
+    def known() -> dict[int, Choice]:
+        if folder is None:
+            return {}
         made_with = {"method": job.method.name, "options": job.values, "keep": job.keep, "data": data.fingerprint}
         _prepare(folder, job, {**made_with, "groups": {str(n): rules.groups for n, rules in job.rules.items()}})
-
-    def done(layer: int) -> Choice | None:
-        path = folder / f"layer_{layer:03d}.json" if folder else None
-        return Choice(**json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.exists() else None
+        paths = {layer: folder / f"layer_{layer:03d}.json" for layer in job.layers}
+        return {n: Choice(**json.loads(path.read_text(encoding="utf-8"))) for n, path in paths.items() if path.exists()}
 
     def choose(probe: Any) -> Choice:
         found: Choice = job.method.function(probe, job.count(probe.layer), **job.values)
-        if folder is not None:
+        if folder is not None and place()[0] == 0:
             target = folder / f"layer_{probe.layer:03d}.json"
             partial = target.with_name(target.name + ".partial")
             partial.write_text(json.dumps({"keep": found.keep, "merge": found.merge, "why": found.why}), encoding="utf-8")
@@ -473,7 +474,7 @@ def _by_search(job: Job) -> dict[int, LayerPlan]:
         data,
         choose,
         rules=job.rules,
-        done=done,
+        done=from_first(known).get,
         batch_tokens=model.batch_tokens(job.batch_tokens),
         max_tokens=job.values.get("tokens", 0),
         progress=job.progress,
