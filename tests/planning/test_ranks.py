@@ -17,7 +17,7 @@ import torch.distributed as dist
 from conftest import CALIBRATION, run_cli
 from expertsmith import api
 from expertsmith.calibration.data import TokenData
-from expertsmith.calibration.distributed import ranks
+from expertsmith.calibration.distributed import over_ranks, ranks
 from expertsmith.calibration.probe import search_layers
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine import load_model
@@ -102,10 +102,21 @@ def script(given: dict[str, Any]) -> dict[str, Any]:
         told = asked(given["sources"]["mixtral"])
         with pytest.raises(UserError) as few:
             api.plan(given["sources"]["mixtral"], "expert_sparsity", 4, data=given["one"], **CALIBRATION)
-    return {
-        "plans": {name: plan.dumps() for name, plan in plans.items()},
-        "told": {**told, "few": str(few.value), "on": device},
-    }
+        told["few"] = str(few.value)
+        with pytest.raises(UserError) as foreign:  # found by the first rank only
+            api.plan(given["sources"]["mixtral"], "moeits", work=Path(given["folder"]).parent, device="cpu")
+        told["foreign"] = str(foreign.value)
+        with pytest.raises(UserError) as one:
+            list(over_ranks(range(5), broken))
+        told["one"] = str(one.value)
+    return {"plans": {name: plan.dumps() for name, plan in plans.items()}, "told": {**told, "on": device}}
+
+
+def broken(item: int) -> int:
+    """The fourth is the second rank's."""
+    if item == 3:
+        raise UserError("item 3 is wrong", "take another")
+    return item
 
 
 def torchrun(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -187,6 +198,8 @@ def test_what_ranks_cannot_do_is_said(two):
     told = first["told"]
     assert told["on"] == "cpu"
     assert told["few"].startswith("the text makes 1 batches, which cannot be split over 2 processes")
+    assert told["foreign"].endswith("contains files that are not measured weights; choose another output name")
+    assert told["one"] == "item 3 is wrong; take another"
     assert told["apart"] == "decoder layer 1: the ranks chose different experts"
 
 

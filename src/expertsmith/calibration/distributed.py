@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from expertsmith.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -56,17 +59,32 @@ def wait() -> None:
         dist.barrier()
 
 
+def _tried(make: Callable[[], Made]) -> tuple[Made | None, UserError | None]:
+    """What is made, or the user's mistake that prevents it, so that the other ranks learn of it and do not wait."""
+    try:
+        return make(), None
+    except UserError as error:
+        return None, error
+
+
 def from_first(make: Callable[[], Made]) -> Made:
-    """What the first rank makes, on every rank."""
+    """What the first rank makes, on every rank.
+
+    Raises:
+        UserError: on every rank, if the first one has a user's mistake.
+    """
     rank, world = place()
     if world == 1:
         return make()
     import torch.distributed as dist
 
-    held: list[Any] = [make() if rank == 0 else None]
+    held: list[Any] = [_tried(make) if rank == 0 else None]
     dist.broadcast_object_list(held, src=0)
-    made: Made = held[0]
-    return made
+    made, error = held[0]
+    if error is not None:
+        raise error
+    result: Made = made
+    return result
 
 
 def gathered(value: Made) -> list[Made]:
@@ -91,8 +109,16 @@ def summed(value: torch.Tensor) -> torch.Tensor:
 
 
 def over_ranks(items: Sequence[Item], make: Callable[[Item], Made]) -> Iterator[tuple[Item, Made]]:
-    """Yield (item, what `make` makes of it) in order. The ranks make one item each at a time, and every rank gets all."""
+    """Yield (item, what `make` makes of it) in order. The ranks make one item each at a time, and every rank gets all.
+
+    Raises:
+        UserError: on every rank, if one of them has a user's mistake.
+    """
     rank, world = place()
     for start in range(0, len(items), world):
         turn = items[start : start + world]
-        yield from zip(turn, gathered(make(turn[rank]) if rank < len(turn) else None), strict=False)  # type: ignore[misc]
+        mine = _tried(partial(make, turn[rank])) if rank < len(turn) else (None, None)
+        for item, (made, error) in zip(turn, gathered(mine), strict=False):
+            if error is not None:
+                raise error
+            yield item, made  # type: ignore[misc]
