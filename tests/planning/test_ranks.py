@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from conftest import CALIBRATION, run_cli
 from expertsmith import api
+from expertsmith.calibration import probe
 from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.distributed import over_ranks, ranks
 from expertsmith.calibration.probe import search_layers
@@ -71,17 +72,17 @@ def asked(source: str) -> dict[str, Any]:
         calls.append(list(value.shape))
         return reduce(value, *more, **options)
 
-    def look(probe):
-        subsets = np.array(list(every_subset(probe.rules, 4)))
+    def look(oracle):
+        subsets = np.array(list(every_subset(oracle.rules, 4)))
         for name, ask in (
-            ("losses", lambda: probe.losses(subsets)),
-            ("removals", lambda: probe.removals_of([(0, 1), (2, 3), (4, 6)])),
-            ("loss", lambda: probe.loss((1, 2))),
+            ("losses", lambda: oracle.losses(subsets)),
+            ("removals", lambda: oracle.removals_of([(0, 1), (2, 3), (4, 6)])),
+            ("loss", lambda: oracle.loss((1, 2))),
         ):
             calls.clear()
             ask()
             told[name] = list(calls)
-        return Choice([0, 1, 2, 3 + dist.get_rank() * (probe.layer == 1)])
+        return Choice([0, 1, 2, 3 + dist.get_rank() * (oracle.layer == 1)])
 
     dist.all_reduce = watched
     try:
@@ -97,12 +98,17 @@ def asked(source: str) -> dict[str, Any]:
 def script(given: dict[str, Any]) -> dict[str, Any]:
     """What a rank makes: the text of each plan, and what it is told."""
     torch.set_num_threads(1)
-    with ranks("cpu") as (_, device):
+    with ranks("cpu") as (rank, device):
         plans = made(given["sources"], given["data"], given["statistics"], Path(given["folder"]))
         told = asked(given["sources"]["mixtral"])
         with pytest.raises(UserError) as few:
             api.plan(given["sources"]["mixtral"], "expert_sparsity", 4, data=given["one"], **CALIBRATION)
         told["few"] = str(few.value)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(probe, "free_memory", lambda device: 2 * 10**4 if rank == 1 else 10**12)
+            with pytest.raises(UserError) as full:
+                api.plan(given["sources"]["mixtral"], "expert_sparsity", 4, data=given["data"], **CALIBRATION)
+        told["full"] = str(full.value)
         with pytest.raises(UserError) as foreign:  # found by the first rank only
             api.plan(given["sources"]["mixtral"], "moeits", work=Path(given["folder"]).parent, device="cpu")
         told["foreign"] = str(foreign.value)
@@ -198,6 +204,7 @@ def test_what_ranks_cannot_do_is_said(two):
     told = first["told"]
     assert told["on"] == "cpu"
     assert told["few"].startswith("the text makes 1 batches, which cannot be split over 2 processes")
+    assert told["full"].startswith("the inner products of 8 experts' outputs on ")
     assert told["foreign"].endswith("contains files that are not measured weights; choose another output name")
     assert told["one"] == "item 3 is wrong; take another"
     assert told["apart"] == "decoder layer 1: the ranks chose different experts"

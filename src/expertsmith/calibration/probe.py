@@ -572,11 +572,13 @@ class _Search:
 
 
 def _refuse_what_does_not_fit(model: LoadedModel, tokens: int, columns: int) -> None:
-    need, free = probe_bytes(tokens, columns), free_memory(model.device)
+    free = free_memory(model.device)
     if model.device.type == "cpu":
         free //= distributed.on_this_machine()
+    tokens, free = max(distributed.gathered((tokens, free)), key=lambda held: held[0] / max(1, held[1]))
+    need = probe_bytes(tokens, columns)
     if need > ROOM * free:
-        fitting = int(ROOM * free / probe_bytes(1, columns))
+        fitting = int(ROOM * free / probe_bytes(1, columns)) * distributed.place()[1]
         raise UserError(
             f"the inner products of {columns} experts' outputs on {tokens:,} tokens take {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free",
             f"look at a sample of the tokens: -O tokens={max(1, fitting // 1000) * 1000} or fewer in all domains together",
