@@ -5,6 +5,9 @@ put into bins once (`codes`), a pair is one count of small integers (`nmi`); bot
 matrices into bins, then counted), which no layer pays for every pair. Both sides use one thread and must agree to 1e-10.
 Target: a pair at least 30 times faster (aim: 60).
 
+Then the same pairs by the counter for devices (`planning.pairs`), on --device, whose results must be equal to the last bit: one core's time
+over its time for a pair and for putting a matrix into bins, and its operations and fetches. On a CPU it is slower; it is made for GPUs.
+
 Then a layer on all cores (`nmi_matrix`), from a subset of its experts if asked, and what whole models would take: measured seconds a
 matrix and a pair times their numbers, reading the checkpoint left out. Weights are random: normal, with a common part.
 """
@@ -16,11 +19,12 @@ import math
 import os
 import statistics
 import time
+from functools import partial
 
 import numpy as np
 
 from common import alternate, ratio, spread, table, verdict
-from expertsmith.methods.information import Codes, codes, nmi, nmi_matrix
+from expertsmith.methods.information import Codes, codes, nmi, nmi_matrix, on_cores
 
 TARGET, AIM, AGREE = 30.0, 60.0, 1e-10
 # layers, experts a layer, shape of an expert's matrices (three of them)
@@ -105,6 +109,36 @@ def pair_rows(name: str, shape: tuple[int, int], outlier: float, rounds: int) ->
     return rows, seconds["codes"], seconds["pair"]
 
 
+def device_rows(name: str, shape: tuple[int, int], count: int, rounds: int) -> list[list[object]]:
+    """Table rows: pairs and bins on a device against one core."""
+    import torch
+
+    from expertsmith.planning.pairs import codes_on, joint_entropies
+    from operations import counting
+
+    device = torch.device(name)
+    made = matrices(shape, count)
+    binned = [codes(matrix) for matrix in made]
+    assert all(np.array_equal(one.codes, codes_on(device, matrix).codes) for one, matrix in zip(binned, made, strict=True))
+    assert sorted(joint_entropies(device, binned)) == sorted(on_cores(binned, 1))
+    runs = {
+        "core": lambda: list(on_cores(binned, 1)),
+        "device": lambda: list(joint_entropies(device, binned)),
+        "core bins": lambda: codes(made[0]),
+        "device bins": lambda: codes_on(device, made[0]),
+    }
+    taken = alternate({what: lambda what=what: clock(runs[what]) for what in runs}, rounds)  # type: ignore[misc]
+    with counting() as mode:
+        list(joint_entropies(device, binned))
+    pairs = count * (count - 1) // 2
+    note = f"{statistics.median(taken['device']) / pairs * 1e3:.2f} ms a pair; {mode.launched.total()} operations and {mode.waited.total()} fetches for {pairs} pairs"
+    bins = f"{statistics.median(taken['device bins']) * 1e3:.1f} ms a matrix"
+    return [
+        [f"pairs: one core / {name}, {count} experts", f"{ratio(taken['core'], taken['device']):.2f}", "", "", note],
+        [f"bins: one core / {name}", f"{ratio(taken['core bins'], taken['device bins']):.2f}", "", "", bins],
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -113,6 +147,7 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, help="processes for the layer; default: all cores")
     parser.add_argument("--no-mixtral", action="store_true", help="leave out the pair of 4096 x 14336 (takes 3 GB)")
+    parser.add_argument("--device", default="cpu", help="for the counter of devices")
     options = parser.parse_args()
 
     cores = options.workers or len(os.sched_getaffinity(0))
@@ -127,12 +162,14 @@ def main() -> None:
         rows += found
     rows += pair_rows("1408x2048 with outliers", (1408, 2048), 60.0, options.rounds)[0]
 
+    rows += device_rows(options.device, (768, 2048), min(options.experts, 16), options.rounds)
+
     layers, experts, shape = MODELS["Qwen1.5-MoE"]
     count = min(options.experts, experts)
     binned: list[Codes] = []
     into_bins = clock(lambda: binned.extend(codes(matrix) for matrix in matrices(shape, count)))
     pairs = count * (count - 1) // 2
-    together = clock(lambda: nmi_matrix(binned, cores))
+    together = clock(lambda: nmi_matrix(binned, partial(on_cores, workers=cores)))
     note = f"{pairs} of {experts * (experts - 1) // 2} pairs, starting the processes included; generated and into bins before in {into_bins:.1f} s"
     rows.append([f"one matrix of a layer, {count} experts", f"{together:.1f} s", "", "", note])
     rows.append([f"a pair on {cores} cores", f"{together / pairs * 1e3:.2f} ms", "", "", "of that layer"])

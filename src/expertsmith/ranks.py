@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate, count
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from expertsmith.errors import UserError
 
 WAIT = timedelta(days=7)  # the first rank may plan for hours while the others wait; torchrun ends them if it dies
 T = TypeVar("T")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,33 @@ class Ranks:
         parts = self.gather(list(mine))
         return [parts[number % self.world][number // self.world] for number in range(sum(map(len, parts)))]
 
+    def summed(self, value: Any) -> Any:
+        """The sum of a tensor over the ranks, in place; the same on every rank."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            with _answered():
+                dist.all_reduce(value)
+        return value
+
+    def over(self, items: Sequence[T], make: Callable[[T], Made]) -> Iterator[tuple[T, Made]]:
+        """Yield (item, what `make` makes of it) in order. The ranks make one item each at a time, and every rank gets all.
+
+        Raises:
+            UserError: on every rank, if one of them has a user's mistake.
+        """
+        for start in range(0, len(items), self.world):
+            turn = items[start : start + self.world]
+            mine = _tried(partial(make, turn[self.rank])) if self.rank < len(turn) else (None, None)
+            for item, (made, error) in zip(turn, self.gather(mine), strict=False):
+                if error is not None:
+                    raise error
+                yield item, made  # type: ignore[misc]
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        self.gather(None)
+
     def leading(self, work: Callable[[], T]) -> T:
         """What `work` returns on the first rank, for every rank. The others wait; a UserError is raised on all of them."""
         if self.world == 1:
@@ -75,9 +104,7 @@ class Ranks:
         if self.first:
             token = _NOW.set(ALONE)
             try:
-                told = [(work(), None)]
-            except UserError as error:
-                told = [(None, error)]
+                told = [_tried(work)]
             finally:
                 _NOW.reset(token)
         with _answered():
@@ -104,6 +131,14 @@ class Ranks:
             )
 
 
+def _tried(make: Callable[[], Made]) -> tuple[Made | None, UserError | None]:
+    """What is made, or the user's mistake that prevents it, so that the other ranks learn of it and do not wait."""
+    try:
+        return make(), None
+    except UserError as error:
+        return None, error
+
+
 ALONE = Ranks()
 _NOW: ContextVar[Ranks] = ContextVar("ranks", default=ALONE)
 _GROUPS = count()  # a program may connect more than once
@@ -114,6 +149,11 @@ def current() -> Ranks:
     """The ranks that this process works with: those of `connected`. Otherwise itself alone, as within `Ranks.leading`, and in a program that
     has a process group for something else."""
     return _NOW.get()
+
+
+def on_this_machine() -> int:
+    """The number of ranks that share this machine's cores and memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if current().world > 1 else 1
 
 
 @contextmanager

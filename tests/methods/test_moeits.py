@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +19,7 @@ from expertsmith.errors import UserError
 from expertsmith.experts.rules import Rules
 from expertsmith.methods import counting, information
 from expertsmith.methods.base import Facts
-from expertsmith.methods.information import codes, edges, joint_counts, joint_entropy, nmi, nmi_matrix
+from expertsmith.methods.information import codes, edges, joint_counts, joint_entropy, nmi, nmi_matrix, on_cores
 from expertsmith.methods.moeits import Path, choose, combine, grouped_path, measure, moeits, removal_path, threshold
 
 always = settings(derandomize=True, deadline=None, max_examples=60)  # the same examples in every run
@@ -316,10 +317,10 @@ def test_processes_give_the_same_matrix(monkeypatch):
     arrays = [codes(base * share + draw.standard_normal(4000)) for share in (0, 0.5, 1, 2, 3)]
     arrays += [codes(np.ones(4000)), codes(np.append(base[:-1], 1e6), "numpy1", "float64")]
     told: list[int] = []
-    alone = nmi_matrix(arrays, 1, told.append)
+    alone = nmi_matrix(arrays, partial(on_cores, workers=1), told.append)
     assert len(told) == 21
     monkeypatch.setattr(information, "ALONE", 0)
-    together = nmi_matrix(arrays, 2, told.append)
+    together = nmi_matrix(arrays, partial(on_cores, workers=2), told.append)
     assert np.array_equal(alone, together)
     assert len(told) == 42
     assert np.array_equal(alone, alone.T)
@@ -328,15 +329,16 @@ def test_processes_give_the_same_matrix(monkeypatch):
     full = many_bins()  # int32 codes beside uint16 ones
     narrow = codes(np.random.default_rng(9).standard_normal(full.codes.size))
     three = [full, narrow, full]
-    assert np.array_equal(nmi_matrix(three, 2), nmi_matrix(three, 1))
-    assert nmi_matrix(three, 2)[0, 2] == 1.0
+    found = nmi_matrix(three, partial(on_cores, workers=2))
+    assert np.array_equal(found, nmi_matrix(three, partial(on_cores, workers=1)))
+    assert found[0, 2] == 1.0
 
 
 def test_a_worker_that_dies_is_named(monkeypatch):
     monkeypatch.setattr(information, "ALONE", 0)
     monkeypatch.setattr(information.sys, "executable", "/bin/false")
     with pytest.raises((RuntimeError, BrokenPipeError)):
-        nmi_matrix([codes(np.arange(8.0) ** power) for power in (1, 2, 3)], 2)
+        nmi_matrix([codes(np.arange(8.0) ** power) for power in (1, 2, 3)], partial(on_cores, workers=2))
 
 
 @pytest.mark.slow

@@ -328,16 +328,17 @@ def breaking(function, at: int, calls: list[int]):
 
 def test_interrupted_measuring_goes_on(checkpoints, tmp_path, monkeypatch):
     """24 matrices a layer: the run stops in the second layer, and the next one measures the last two."""
-    from expertsmith.methods import moeits
+    from expertsmith.methods.information import Counting, codes
+    from expertsmith.planning import build
 
     whole = api.plan(checkpoints("mixtral"), "moeits", out=tmp_path / "whole.json")
-    codes, calls = moeits.codes, []
-    monkeypatch.setattr(moeits, "codes", breaking(codes, 30, calls))
+    calls: list[int] = []
+    monkeypatch.setattr(build, "_counting", lambda device: Counting(breaking(codes, 30, calls)))
     with pytest.raises(HaltError):
         api.plan(checkpoints("mixtral"), "moeits", out=tmp_path / "plan.json")
     assert not (tmp_path / "plan.json").exists()
     calls.clear()
-    monkeypatch.setattr(moeits, "codes", breaking(codes, 0, calls))
+    monkeypatch.setattr(build, "_counting", lambda device: Counting(breaking(codes, 0, calls)))
     assert api.plan(checkpoints("mixtral"), "moeits", out=tmp_path / "plan.json") == whole
     assert len(calls) == 48
     assert (tmp_path / "plan.json").read_bytes() == (tmp_path / "whole.json").read_bytes()

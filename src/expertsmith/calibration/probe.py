@@ -30,6 +30,7 @@ from expertsmith.engine import Batch, LoadedModel, Walk
 from expertsmith.engine.devices import free_memory
 from expertsmith.errors import UserError
 from expertsmith.experts.rules import Rules, subsets
+from expertsmith.ranks import current, on_this_machine
 from expertsmith.views.progress import Progress, Silent
 
 Loss = Literal["global", "authors"]
@@ -82,18 +83,21 @@ class Probe:
     once, not once a set. Two shortcuts apply if dropping an expert changes only the tokens that use it, which is tested numerically
     (`_found_local`): `removals` re-routes a token only without each of its own experts, and sets with the same effect on a token are
     evaluated once (`_by_state`).
+
+    Under `torchrun` every rank has the tables of its own tokens. Sums over tokens are added over the ranks, for all sets of a call
+    together, before roots are taken; so every rank gets the same losses and must ask for the same sets in the same order.
     """
 
-    def __init__(self, layer: int, rules: Rules, tables: _Tables, route: _Route, sequence_groups: torch.Tensor | None) -> None:
-        self.layer, self.rules, self.num_experts, self.tokens = layer, rules, rules.num_experts, tables.tokens
+    def __init__(self, layer: int, rules: Rules, tables: _Tables, route: _Route, sizes: Sequence[int], tokens: int) -> None:
+        """`sizes`: the tables' tokens in each group; `tokens`: of all ranks."""
+        self.layer, self.rules, self.num_experts, self.tokens = layer, rules, rules.num_experts, tokens
         self._tables, self._route = tables, route
-        sizes = [tables.tokens] if sequence_groups is None else torch.bincount(sequence_groups).tolist()
         self._ends: list[int] = np.cumsum(sizes).tolist()  # of the groups of tokens
         self._at_once = max(1, at_once(tables.logits.device) // max(tables.logits.shape[1], tables.pairs))  # routings
         self._local: bool | None = False if rules.groups > 1 else None  # None: not known yet
         self._promised: dict[tuple[int, ...], float] = {}
         taken = tables.selected[(tables.weights != 0) & (tables.selected < self.num_experts)]
-        self.selections: Array = torch.bincount(taken, minlength=self.num_experts).cpu().numpy()
+        self.selections: Array = current().summed(torch.bincount(taken, minlength=self.num_experts)).cpu().numpy()
 
     def loss(self, dropped: Sequence[int]) -> float:
         """The loss with the experts `dropped` removed and every token re-routed.
@@ -153,7 +157,7 @@ class Probe:
 
     def _is_local(self) -> bool:
         if self._local is None:
-            self._local = self._found_local()
+            self._local = all(current().gather(self._found_local()))
         return self._local
 
     def _found_local(self) -> bool:
@@ -204,7 +208,8 @@ class Probe:
     def _blocks(self, routings: int, least: int = 1) -> Iterator[slice]:
         """The tokens in blocks, sized for `routings` routings of each token."""
         size = max(least, self._at_once // routings)
-        return (slice(start, min(start + size, self.tokens)) for start in range(0, self.tokens, size))
+        here = self._tables.tokens
+        return (slice(start, min(start + size, here)) for start in range(0, here, size))
 
     def _routes(self, logits: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Selected experts and weights [tokens, sets, slots] with `gone` [tokens or 1, sets, E] dropped; all in one replay."""
@@ -230,7 +235,7 @@ class Probe:
             for first in range(0, len(gone), width):
                 sets = slice(first, first + width)
                 self._add(sums[:, sets], rows, self._tables.errors(rows, *self._kept(rows, gone[sets], nothing)))
-        return sums.sqrt().sum(0)
+        return _norms(sums)
 
     def _without_each(self, gone: torch.Tensor, nothing: bool) -> torch.Tensor:
         """The losses [sets, columns] with `gone` [sets, E] and one more expert dropped: only tokens that use it are re-routed."""
@@ -246,7 +251,7 @@ class Probe:
                 less = less.scatter_(3, selected.unsqueeze(3), True)[..., : self.num_experts] | gone[None, sets, None]
                 moved = self._errors(rows, less.flatten(1, 2)).view(selected.shape)
                 self._add(sums[:, sets], rows, errors.repeat(1, 1, tables.columns).scatter_(2, selected, moved))
-        return sums.sqrt().sum(0)
+        return _norms(sums)
 
     def _states(self, count: int) -> int:
         """The number of states of a token with `count` dropped experts: the choices of its top_k kept experts among its first ranks."""
@@ -284,7 +289,7 @@ class Probe:
                         [self._errors(slice(rows.start + token, rows.start + token + 1), part[None])[0] for part in parts]
                     )
                 self._add(sums[:, sets], rows, errors)
-        return sums.sqrt().sum(0)
+        return _norms(sums)
 
     def _ranks(self, rows: slice, count: int) -> tuple[torch.Tensor, list[int]]:
         """The experts [tokens, top_k + count] in the order in which they move up as those before them are dropped (the first top_k in any
@@ -329,6 +334,12 @@ class Probe:
                 "the activations overflow in this dtype: try --dtype float32",
             )
         return values
+
+
+def _norms(sums: torch.Tensor) -> torch.Tensor:
+    """The losses [sets…] from the sums of squares [groups, sets…] of this rank's tokens."""
+    total: torch.Tensor = current().summed(sums)
+    return total.sqrt().sum(0)
 
 
 class _Patterns:
@@ -420,7 +431,7 @@ class _Tables:
 
 @dataclass
 class Places:
-    """The sampled tokens of the batches, and the place of each in the order of (domain, sequence, position)."""
+    """The sampled tokens of the batches, and the place of each of them in the order of (domain, sequence, position)."""
 
     rows: list[torch.Tensor]  # of every batch: index into its flattened tokens
     places: list[torch.Tensor]  # of every batch: the same tokens' places
@@ -432,7 +443,7 @@ class Places:
 
 
 def sample_places(data: TokenData, batches: Sequence[Batch], max_tokens: int, seed: int, device: torch.device) -> Places:
-    """A seeded sample of `max_tokens` tokens a domain (0: all), as places in the batches."""
+    """A seeded sample of `max_tokens` tokens a domain (0: all), as places in the batches, which may be a part of the data's."""
     wanted: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
     sequence: list[int] = []
     start = 0
@@ -444,7 +455,8 @@ def sample_places(data: TokenData, batches: Sequence[Batch], max_tokens: int, se
             wanted[domain, number] = np.where(taken, start + np.cumsum(taken) - 1, -1)
             start += int(taken.sum())
             sequence += [len(wanted) - 1] * int(taken.sum())
-    rows, places = [], []
+    rows: list[torch.Tensor] = []
+    places: list[torch.Tensor] = []
     for batch in batches:
         table = np.full(tuple(batch.input_ids.shape), -1)
         for row, number in enumerate(batch.sequences):
@@ -453,8 +465,10 @@ def sample_places(data: TokenData, batches: Sequence[Batch], max_tokens: int, se
         flat = torch.from_numpy(table.reshape(-1))
         index = (flat >= 0).nonzero().squeeze(1)
         rows.append(index.to(device))
-        places.append(flat[index].to(device))
-    return Places(rows, places, torch.tensor(sequence, dtype=torch.int64, device=device))
+        places.append(flat[index])
+    here = torch.cat(places).sort().values
+    owner = torch.tensor(sequence, dtype=torch.int64)[here]
+    return Places(rows, [torch.searchsorted(here, each).to(device) for each in places], owner.to(device))
 
 
 class _Lockstep(Walk):
@@ -559,13 +573,46 @@ class _Search:
 
 
 def _refuse_what_does_not_fit(model: LoadedModel, tokens: int, columns: int) -> None:
-    need, free = probe_bytes(tokens, columns), free_memory(model.device)
+    free = free_memory(model.device)
+    if model.device.type == "cpu":
+        free //= on_this_machine()
+    tokens, free = max(current().gather((tokens, free)), key=lambda held: held[0] / max(1, held[1]))
+    need = probe_bytes(tokens, columns)
     if need > ROOM * free:
-        fitting = int(ROOM * free / probe_bytes(1, columns))
+        fitting = int(ROOM * free / probe_bytes(1, columns)) * current().world
         raise UserError(
             f"the inner products of {columns} experts' outputs on {tokens:,} tokens take {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free",
             f"look at a sample of the tokens: -O tokens={max(1, fitting // 1000) * 1000} or fewer in all domains together",
         )
+
+
+def _batches(model: LoadedModel, data: TokenData, batch_tokens: int) -> list[Batch]:
+    """The batches of this rank."""
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    batches = data.batches(batch_tokens, pad_id=pad if isinstance(pad, int) and pad >= 0 else 0)
+    rank, world = current().rank, current().world
+    if len(batches) < world:
+        raise UserError(
+            f"the text makes {len(batches)} batches, which cannot be split over {world} processes",
+            "start fewer processes, or pass a smaller --batch-tokens",
+        )
+    return batches[rank::world]
+
+
+def _sizes(data: TokenData, places: Places, loss: Loss, batch_size: int) -> list[int]:
+    """How many tokens of this rank are in each group that has a norm of its own."""
+    if loss == "global":
+        return [places.count]
+    groups = math.ceil(sum(map(len, data.sequences.values())) / batch_size)
+    sizes: list[int] = torch.bincount(places.sequence // batch_size, minlength=groups).tolist()
+    return sizes
+
+
+def _agreed(layer: int, choice: Result) -> Result:
+    """A choice that all ranks have made."""
+    if any(keep != choice.keep for keep in current().gather(choice.keep)):
+        raise RuntimeError(f"decoder layer {layer}: the ranks chose different experts")
+    return choice
 
 
 def search_layers(  # noqa: C901  (the hooks of one walk, which share what they have found)
@@ -589,6 +636,9 @@ def search_layers(  # noqa: C901  (the hooks of one walk, which share what they 
     original model's, inputs come from the layers chosen so far; every batch is carried twice. Until a layer has lost experts, both copies
     are the same.
 
+    Under `torchrun` the batches are split over the ranks, and all ranks make the same choice: that of one process, but for sets whose losses
+    differ by the rounding of a sum (about 1e-16 of them). Sets that change every token alike stay tied, since each rank adds them alike.
+
     Args:
         rules: by decoder layer.
         done: returns a layer's earlier choice, which is reused; None if there is none.
@@ -596,21 +646,21 @@ def search_layers(  # noqa: C901  (the hooks of one walk, which share what they 
         max_tokens: use a seeded sample of this many tokens a domain (0: all).
 
     Raises:
-        UserError: no layer with routed experts, outputs that are not finite, or more tokens than fit into memory.
+        UserError: no layer with routed experts, outputs that are not finite, more tokens than fit into memory, or fewer batches than ranks.
     """
     assert model.architecture is not None
     arch, progress = model.architecture, progress or Silent()
     todo = model.moe_layers
     if not todo:
         raise UserError(f"{model.checkpoint.source} has no layer with routed experts")
-    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    batches = data.batches(batch_tokens, pad_id=pad if isinstance(pad, int) and pad >= 0 else 0)
+    batches = _batches(model, data, batch_tokens)
     places = sample_places(data, batches, max_tokens, seed, model.device)
+    sampled = sum(current().gather(places.count))
     config = model.config.get_text_config().to_dict()
     extras = router_extras(arch, config)
     _refuse_what_does_not_fit(model, places.count, max(entry.num_experts for entry in rules.values()) + progressive)
     carried = [*batches, *batches] if progressive else batches
-    groups = places.sequence // batch_size if loss == "authors" else None
+    sizes = _sizes(data, places, loss, batch_size)
     found: dict[int, Result] = {}
     watch = ExitStack()
     search: _Search | None = None
@@ -621,7 +671,7 @@ def search_layers(  # noqa: C901  (the hooks of one walk, which share what they 
         return sorted(set(range(count)) - set(found[layer].keep))
 
     def decide(layer: int, route: _Route, tables: _Tables) -> list[int]:
-        found[layer] = choose(Probe(layer, rules[layer], tables, route, groups))
+        found[layer] = _agreed(layer, choose(Probe(layer, rules[layer], tables, route, sizes, sampled)))
         return gone(layer)
 
     def before(layer: int, number: int, batch: Batch) -> None:

@@ -8,6 +8,7 @@ layer by layer (including its masks, position embeddings and shared states), or 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import copy_context
 
 from greenlet import getcurrent, greenlet
 
@@ -21,6 +22,10 @@ class Lanes:
     def __init__(self, run: Callable[[int], None], count: int) -> None:
         self._owner = getcurrent()
         self._runs = [greenlet(run, self._owner) for _ in range(count)]
+        for made in (
+            self._runs
+        ):  # a greenlet begins with an empty context otherwise, without what the owner has set (`expertsmith.ranks`)
+            made.gr_context = copy_context()
         self._started = [False] * count
         self.current = -1  # the run that is active, or was last
 

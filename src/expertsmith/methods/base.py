@@ -23,6 +23,7 @@ import numpy as np
 from expertsmith.errors import UserError
 from expertsmith.experts.rules import Rules
 from expertsmith.experts.weights import ExpertWeights
+from expertsmith.methods.information import Counting
 from expertsmith.registry import unknown
 
 Array = np.ndarray[Any, Any]
@@ -62,6 +63,7 @@ class Facts:
     model_type: str = ""
     rules: Rules = field(default_factory=lambda: Rules(1, 1))
     advance: Callable[[float], object] = lambda _: None  # called with the further share of the layer that has been measured
+    counting: Counting = field(default_factory=Counting)  # how arrays are binned and pairs of them counted
 
 
 @dataclass(frozen=True)

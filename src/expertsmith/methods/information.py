@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -72,13 +72,19 @@ def edges(values: Array, bins: BinRule = "numpy2") -> Array:
     if values.size == 0:
         raise UserError("an empty array has no histogram")
     flat = values.reshape(-1)
-    low, high = flat.min(), flat.max()
+    return edges_between(flat.min(), flat.max(), lambda places: np.partition(flat, places)[places], flat.size, bins)
+
+
+def edges_between(low: Any, high: Any, ranked: Callable[[list[int]], Array], size: int, bins: BinRule) -> Array:
+    """`edges` of an array of `size` entries, from its smallest and largest entry (numpy scalars) and a function that returns its entries
+    at these places of its ascending order."""
+    dtype = low.dtype
     if low == high:
-        return np.array([low - 0.5, high + 0.5], dtype=flat.dtype)
-    width = (high - low) / (np.log2(flat.size) + 1.0)
-    diaconis = 2.0 * _quartile_range(flat) * flat.size ** (-1.0 / 3.0)
+        return np.array([low - 0.5, high + 0.5], dtype=dtype)
+    width = (high - low) / (np.log2(size) + 1.0)
+    diaconis = 2.0 * _quartile_range(ranked, size) * size ** (-1.0 / 3.0)
     if bins == "numpy2":
-        diaconis = max(diaconis, (high - low) / np.sqrt(flat.size) / 2)
+        diaconis = max(diaconis, (high - low) / np.sqrt(size) / 2)
     if diaconis:
         width = min(diaconis, width)
     k = (high - low) / width
@@ -86,22 +92,23 @@ def edges(values: Array, bins: BinRule = "numpy2") -> Array:
         raise UserError(f"entries from {low} to {high} would take {k:.3g} bins", "use -O bins=numpy2, which caps their number")
     k = math.ceil(k)
     if bins == "numpy2":
-        found = np.linspace(low, high, k + 1, dtype=flat.dtype)
+        found = np.linspace(low, high, k + 1, dtype=dtype)
     else:
-        found = np.linspace(float(low), float(high), k + 1).astype(flat.dtype)
+        found = np.linspace(float(low), float(high), k + 1).astype(dtype)
     if (found[:-1] >= found[1:]).any():
         raise UserError(
-            f"{k} bins between {low} and {high} are too narrow for {flat.dtype}", "use -O precision=float64 or -O bins=numpy2"
+            f"{k} bins between {low} and {high} are too narrow for {dtype}", "use -O precision=float64 or -O bins=numpy2"
         )
     return found
 
 
-def _quartile_range(flat: Array) -> float:
+def _quartile_range(ranked: Callable[[list[int]], Array], size: int) -> float:
     """75th minus 25th percentile, interpolated with the same operations as in numpy, since their rounding decides some bin counts."""
-    places = [share * (flat.size - 1) for share in (0.75, 0.25)]
+    places = [share * (size - 1) for share in (0.75, 0.25)]
     below = [math.floor(place) for place in places]
-    above = [min(place + 1, flat.size - 1) for place in below]
-    ordered = np.partition(flat, sorted({*below, *above}))
+    above = [min(place + 1, size - 1) for place in below]
+    needed = sorted({*below, *above})
+    ordered = dict(zip(needed, ranked(needed), strict=True))
     found = []
     for place, i, j in zip(places, below, above, strict=True):
         share, step = np.float64(place - i), ordered[j] - ordered[i]
@@ -146,9 +153,13 @@ def codes(values: Array, bins: BinRule = "numpy2", precision: Precision = "float
         counts += np.bincount(found[start : start + chunk], minlength=k)
     used = int(np.count_nonzero(counts))
     if used < k:
-        renumbered = (np.cumsum(counts > 0) - 1).astype(np.uint16 if used <= 2**16 else np.int32)
-        found = renumbered[found]
-    return Codes(found, k, used, _entropy(counts, flat.size), False, low)
+        found = renumbered(counts)[found]
+    return Codes(found, k, used, entropy(counts, flat.size), False, low)
+
+
+def renumbered(counts: Array) -> Array:
+    """Bin → its number among the bins that are not empty."""
+    return (np.cumsum(counts > 0) - 1).astype(np.uint16 if np.count_nonzero(counts) <= 2**16 else np.int32)
 
 
 def joint_counts(a: Codes, b: Codes) -> Array:
@@ -173,7 +184,7 @@ def joint_counts(a: Codes, b: Codes) -> Array:
     return count_pairs(a.codes, b.codes, (a.used, b.used))
 
 
-def _entropy(counts: Array, n: int) -> float:
+def entropy(counts: Array, n: int) -> float:
     """ln n - (1/n) sum c ln c; the same for the same counts in any order."""
     if int(counts.max()) <= max(counts.size, 1 << 16):
         often = np.bincount(counts)
@@ -181,6 +192,11 @@ def _entropy(counts: Array, n: int) -> float:
         often = often[each]
     else:
         each, often = np.unique(counts[counts > 0], return_counts=True)
+    return entropy_of(each, often, n)
+
+
+def entropy_of(each: Array, often: Array, n: int) -> float:
+    """The entropy in nats of `n` entries, if the count each[i] (ascending, at least 1) occurs in often[i] cells."""
     if each[-1] == n:
         return 0.0
     return math.log(n) - math.fsum((often * (each * np.log(each))).tolist()) / n
@@ -188,7 +204,7 @@ def _entropy(counts: Array, n: int) -> float:
 
 def joint_entropy(a: Codes, b: Codes) -> float:
     """H(A, B) in nats."""
-    return _entropy(joint_counts(a, b), a.codes.size)
+    return entropy(joint_counts(a, b), a.codes.size)
 
 
 def nmi(a: Codes, b: Codes) -> float:
@@ -213,13 +229,14 @@ def _normalised(a: Codes, b: Codes, joint: float) -> float:
     return min(1.0, max(0.0, (math.fsum((a.entropy, b.entropy, -joint))) / math.sqrt(a.entropy * b.entropy)))
 
 
-def nmi_matrix(arrays: Sequence[Codes], workers: int | None = None, advance: Callable[[int], object] | None = None) -> Array:
+Joint = Callable[[Sequence[Codes]], Iterator[tuple[int, int, float]]]
+
+
+def nmi_matrix(arrays: Sequence[Codes], joint: Joint | None = None, advance: Callable[[int], object] | None = None) -> Array:
     """NMI of every pair of E arrays: [E, E] float64, symmetric, with a ZERO diagonal (an array is never compared with itself).
 
-    `workers`: number of processes, by default one for each core that this process may use; the result does not depend on it. Threads would
-    not help: numpy counts under the interpreter lock. Workers are new interpreters that read the codes from one file of E * n * 2 bytes in
-    the temporary folder and import only numpy and scipy. Nothing is forked while the caller has threads, and the caller's script is not run
-    again. `advance` is called with 1 after each pair, from one thread at a time.
+    `joint`: yields (i, j, H(i, j) in nats) for every pair i < j of arrays of equal size, in any order; by default `on_cores`. `advance` is
+    called with 1 after each pair.
 
     Raises:
         UserError: the arrays differ in size.
@@ -240,19 +257,29 @@ def nmi_matrix(arrays: Sequence[Codes], workers: int | None = None, advance: Cal
                 done(1)
     if len(varied) < 2:
         return matrix
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers, len(varied) - 1)
     chosen = [arrays[i] for i in varied]
-    if workers == 1 or chosen[0].codes.size * len(chosen) * (len(chosen) - 1) // 2 < ALONE:
-        found: Iterator[tuple[int, int, float]] = _alone(chosen)
-    else:
-        found = _together(chosen, workers)
-    for i, j, joint in found:
-        value = _normalised(chosen[i], chosen[j], joint)
+    for i, j, value in (joint or on_cores)(chosen):
+        value = _normalised(chosen[i], chosen[j], value)
         matrix[varied[i], varied[j]] = matrix[varied[j], varied[i]] = value
         done(1)
     return matrix
+
+
+def on_cores(arrays: Sequence[Codes], workers: int | None = None) -> Iterator[tuple[int, int, float]]:
+    """Yield (i, j, joint entropy) for every pair i < j of arrays of equal size, counted on CPU cores.
+
+    `workers`: number of processes, by default one for each core that this process may use, or its share of them under `torchrun`; the
+    result does not depend on it. Threads would not help: numpy counts under the interpreter lock. Workers are new interpreters that read
+    the codes from one file of E * n * 2 bytes in the temporary folder and import only numpy and scipy. Nothing is forked while the caller
+    has threads, and the caller's script is not run again.
+    """
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    workers = min(workers, len(arrays) - 1)
+    if workers == 1 or arrays[0].codes.size * len(arrays) * (len(arrays) - 1) // 2 < ALONE:
+        return _alone(arrays)
+    return _together(arrays, workers)
 
 
 def _alone(arrays: Sequence[Codes]) -> Iterator[tuple[int, int, float]]:
@@ -342,3 +369,10 @@ def _serve() -> None:
         row = int(line)
         for other in arrays[row + 1 :]:
             print(repr(joint_entropy(arrays[row], other)), flush=True)
+
+
+class Counting(NamedTuple):
+    """How arrays are binned and their pairs counted: on CPU cores, or by other functions that give the same values to the last bit."""
+
+    codes: Callable[[Array, BinRule, Precision], Codes] = codes
+    joint: Joint = on_cores

@@ -15,7 +15,7 @@ import numpy as np
 
 from expertsmith.errors import UserError
 from expertsmith.methods.base import Array, Facts, Order, Projections, method
-from expertsmith.methods.information import BinRule, Codes, Precision, codes, nmi, nmi_matrix
+from expertsmith.methods.information import BinRule, Codes, Precision, nmi, nmi_matrix
 
 ROLES = ("gate", "up", "down")
 EQUAL = (1.0, 1.0, 1.0)
@@ -61,7 +61,8 @@ def measure(
         constant_r   [E]    whether all entries are equal: its NMI, 0 / 0, is taken as 0 (1 between two equal constants)
         baseline_r   [P]    NMI of up to 4 pairs after shuffling one of the two: the chance level at this size
 
-    The codes of one role are in memory at a time: 2 bytes per entry of all experts, and the same amount in the temporary folder.
+    The codes of one role are in memory at a time: 2 bytes per entry of all experts, and the same amount in the temporary folder or on the
+    device that counts (`facts.counting`).
 
     Deviations from the authors' code: entries are cast from half precision first (their edges stay float16 and can collide); counts are
     integers (they normalise densities); an array is binned once, not once per pair.
@@ -75,12 +76,12 @@ def measure(
         binned = []
         for expert, matrix in enumerate(weights.of(role)):
             try:
-                binned.append(codes(matrix, bins, precision))
+                binned.append(facts.counting.codes(matrix, bins, precision))
             except UserError as error:
                 raise UserError(
                     f"decoder layer {facts.layer}, expert {expert}, {role}: {error.message}", error.remedy
                 ) from None
-        found[role] = nmi_matrix(binned, advance=partial(_tell, facts, len(roles), len(binned)))
+        found[role] = nmi_matrix(binned, facts.counting.joint, partial(_tell, facts, len(roles), len(binned)))
         found[f"entropy_{role}"] = np.array([entry.entropy for entry in binned])
         found[f"bins_{role}"] = np.array([entry.k for entry in binned])
         found[f"constant_{role}"] = np.array([entry.constant for entry in binned])
@@ -183,7 +184,7 @@ def choose(path: Path, tau: float, most: int) -> tuple[int, bool]:
     "arXiv 2604.10603",
     reads="arrays",
     gives="order",
-    cost="every pair of experts of a layer is compared once, on all cores; stored next to the plan",
+    cost="every pair of experts of a layer is compared once, on all cores or on the GPU; stored next to the plan",
     limits="Ignores what experts compute; two experts that differ by a permutation of neurons look unrelated. Its own threshold gives layers different counts.",
     budgets=("threshold", "uniform", "global"),
     measure=measure,

@@ -16,8 +16,10 @@ from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory
 from expertsmith.experts.rules import Rules, keep_count, most_salient, over_layers, refuse_groups
 from expertsmith.methods.base import Array, Budget, Choice, Facts, Method, Order
+from expertsmith.methods.information import Counting
 from expertsmith.planning.plan import CalibrationData, LayerPlan, Merge, Plan, Source, Summary
 from expertsmith.planning.plan import Method as MethodEntry
+from expertsmith.ranks import current
 from expertsmith.views.progress import Progress
 from expertsmith.views.show import ranges
 
@@ -33,7 +35,7 @@ MEASURED = "expertsmith.measured"
 class Job:
     """The inputs of a plan. `work`: folder for results that are costly to recompute, reused with `resume`. `open` loads model and tokens if
     the method runs the model. `mtp`: whether multi-token prediction is kept; its layers are planned after `layers`, which are by default
-    the decoder layers with experts."""
+    the decoder layers with experts. `device`: where weights are measured."""
 
     inventory: Inventory
     method: Method
@@ -51,6 +53,7 @@ class Job:
     tokens: CalibrationData | None = None
     mtp: Literal["keep", "drop"] = "keep"
     layers: list[int] = field(default_factory=list)
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         self.layers = self.layers or self.inventory.layers
@@ -249,15 +252,19 @@ def _by_saliency(job: Job) -> dict[int, LayerPlan]:
 def _scores(job: Job) -> Iterator[tuple[int, Array]]:
     from expertsmith.experts.weights import expert_weights
 
+    def score(layer: int) -> Array:
+        facts = job.facts(layer)
+        if job.method.reads == "weights":
+            scores: Array = job.method.function(expert_weights(job.inventory, layer), facts, **job.values)
+        elif job.method.reads == "nothing":
+            scores = job.method.function(facts, **job.values)
+        else:
+            scores = job.method.function(_statistics(job, layer), facts, **job.values)
+        return scores
+
     with job.progress.task("score", len(job.layers), "layers") as advance:
-        for layer in job.layers:
-            facts = job.facts(layer)
-            if job.method.reads == "weights":
-                yield layer, job.method.function(expert_weights(job.inventory, layer), facts, **job.values)
-            elif job.method.reads == "nothing":
-                yield layer, job.method.function(facts, **job.values)
-            else:
-                yield layer, job.method.function(_statistics(job, layer), facts, **job.values)
+        for layer, scores in current().over(job.layers, score):
+            yield layer, scores
             advance(1)
 
 
@@ -341,21 +348,48 @@ def _measured(job: Job) -> Iterator[tuple[int, dict[str, Array]]]:
     from expertsmith.experts.weights import Projections
 
     assert job.method.measure is not None
+    measure = job.method.measure
     options = {name: job.values[name] for name in job.method.measure_options}
-    folder = job.work
-    if folder is not None:
+    folder, counting = job.work, _counting(job.device)
+
+    def known() -> dict[int, dict[str, Array]]:
+        if folder is None:
+            return {}
         _prepare(folder, job, {"method": job.method.name, "options": options})
+        there = [layer for layer in job.layers if storage.layer_path(folder, layer).exists()]
+        return {layer: dict(storage.load_layer(folder, layer).domains["weights"]) for layer in there}
+
+    found = current().leading(known)
     with job.progress.task("measure", len(job.layers), "layers") as advance:
+        told: set[int] = set(found)  # layers that this rank has measured, or knew
+        advance(len(found))
+
+        def make(layer: int) -> dict[str, Array]:
+            told.add(layer)
+            facts = replace(job.facts(layer), advance=advance, counting=counting)
+            return measure(Projections(job.inventory, layer), facts, **options)
+
+        todo = current().over([layer for layer in job.layers if layer not in found], make)
         for layer in job.layers:
-            if folder is not None and storage.layer_path(folder, layer).exists():
-                arrays = dict(storage.load_layer(folder, layer).domains["weights"])
-                advance(1)
-            else:
-                facts = replace(job.facts(layer), advance=advance)
-                arrays = job.method.measure(Projections(job.inventory, layer), facts, **options)
-                if folder is not None:
-                    storage.save_layer(folder, layer, {"weights": arrays})
-            yield layer, arrays
+            if layer not in found:
+                _, found[layer] = next(todo)
+                if folder is not None and current().first:
+                    storage.save_layer(folder, layer, {"weights": found[layer]})
+                if layer not in told:
+                    advance(1)
+            yield layer, found.pop(layer)
+
+
+def _counting(device: str) -> Counting:
+    """How pairs of weights are counted: on a device other than the CPU, if there is one."""
+    from expertsmith.engine.devices import choose_device
+
+    where = choose_device(device)
+    if where.type == "cpu":
+        return Counting()
+    from expertsmith.planning.pairs import counting_on
+
+    return counting_on(where)
 
 
 def _prepare(folder: Path, job: Job, made_with: Mapping[str, Any]) -> None:
@@ -396,9 +430,13 @@ def _by_choice(job: Job) -> dict[int, LayerPlan]:
     else:
         counts = {layer: job.count(layer) for layer in layers}
     entries = {}
+
+    def cluster(layer: int) -> Choice:
+        choice: Choice = job.method.function(_statistics(job, layer), job.facts(layer), counts[layer], **job.values)
+        return choice
+
     with job.progress.task("cluster", len(layers), "layers") as advance:
-        for layer in layers:
-            choice = job.method.function(_statistics(job, layer), job.facts(layer), counts[layer], **job.values)
+        for layer, choice in current().over(layers, cluster):
             entries[layer] = _entry(job, layer, choice, _usage(job, layer))
             advance(1)
     return entries
@@ -412,17 +450,18 @@ def _by_search(job: Job) -> dict[int, LayerPlan]:
     model, data = job.open()
     job.tokens = CalibrationData(fingerprint=data.fingerprint, tokens=data.tokens)
     folder = job.work
-    if folder is not None:
+
+    def known() -> dict[int, Choice]:
+        if folder is None:
+            return {}
         made_with = {"method": job.method.name, "options": job.values, "keep": job.keep, "data": data.fingerprint}
         _prepare(folder, job, {**made_with, "groups": {str(n): rules.groups for n, rules in job.rules.items()}})
-
-    def done(layer: int) -> Choice | None:
-        path = folder / f"layer_{layer:03d}.json" if folder else None
-        return Choice(**json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.exists() else None
+        paths = {layer: folder / f"layer_{layer:03d}.json" for layer in job.layers}
+        return {n: Choice(**json.loads(path.read_text(encoding="utf-8"))) for n, path in paths.items() if path.exists()}
 
     def choose(probe: Any) -> Choice:
         found: Choice = job.method.function(probe, job.count(probe.layer), **job.values)
-        if folder is not None:
+        if folder is not None and current().first:
             target = folder / f"layer_{probe.layer:03d}.json"
             partial = target.with_name(target.name + ".partial")
             partial.write_text(json.dumps({"keep": found.keep, "merge": found.merge, "why": found.why}), encoding="utf-8")
@@ -435,7 +474,7 @@ def _by_search(job: Job) -> dict[int, LayerPlan]:
         data,
         choose,
         rules=job.rules,
-        done=done,
+        done=current().leading(known).get,
         batch_tokens=model.batch_tokens(job.batch_tokens),
         max_tokens=job.values.get("tokens", 0),
         progress=job.progress,

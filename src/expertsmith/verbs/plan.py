@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of, open_model, token_data
-from expertsmith.checkpoint.work import work_beside
+from expertsmith.checkpoint.work import work_beside, work_of
 from expertsmith.errors import UsageError, UserError
 from expertsmith.experts.inventory import Inventory
 from expertsmith.experts.rules import Rules, keep_count, parse_keep
+from expertsmith.ranks import current
 from expertsmith.verbs.calibrate import calibrate
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.options import (
@@ -49,7 +50,7 @@ def _show(made: Any, given: Mapping[str, Any]) -> None:
         show.line(f"[bold]{show.escape(str(given['out']))}[/bold]")
 
 
-@verb(FLOW, show=_show, plain=lambda made, given: made.to_json(), keeps=out_and("work"))
+@verb(FLOW, show=_show, plain=lambda made, given: made.to_json(), keeps=out_and("work"), ranks=True)
 def plan(  # noqa: C901  (a case a kind of method)
     model: Model,
     method: Annotated[str | None, Opt("How experts are scored; see `expertsmith methods`.", "--method", "-m")] = None,
@@ -95,6 +96,7 @@ def plan(  # noqa: C901  (a case a kind of method)
 
     Seconds from statistics; with --data instead of --stats the calibration runs first. Until the plan is written, costly results (statistics,
     measured weights, searches) are in OUT.work, and an interrupted run resumes from there; --work FOLDER keeps them.
+    Over several processes: torchrun --nproc-per-node N -m expertsmith plan …
 
     Args:
         keep: a ratio (0.5, "50%") or a count (4, "4"); None for methods with a threshold of their own.
@@ -116,6 +118,7 @@ def plan(  # noqa: C901  (a case a kind of method)
     """
     from expertsmith.planning import build as planning
 
+    current().wait()  # until every rank has found that the output is not there yet
     if (method is None) == (from_file is None):
         raise UsageError("plan needs a method or a file", "pass --method NAME or --from FILE")
     if from_file is not None:
@@ -125,8 +128,7 @@ def plan(  # noqa: C901  (a case a kind of method)
     if method is None:
         assert from_file is not None
         made = _from_file(inventory, from_file, keep, router_groups, mtp, progress)
-        if out is not None:
-            made.save(out)
+        _save(made, out)
         return made
     fitted = fitting(inventory, fit, context, keep, budget, uniform, router_groups, mtp)
     keep = fitted.keep if fitted else keep
@@ -143,7 +145,7 @@ def plan(  # noqa: C901  (a case a kind of method)
     if chosen.reads == "model" and not data:
         raise UserError(f"method {method} runs the model on text", "pass --data FILE")
     job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress)
-    job.mtp = mtp
+    job.mtp, job.device = mtp, given["device"]
     job.batch_tokens = given["batch_tokens"]
     job.resume = given["resume"]
     if chosen.reads == "model":
@@ -164,18 +166,29 @@ def plan(  # noqa: C901  (a case a kind of method)
         made = planning.make_plan(job, router_groups, uniform, said)
         if fitted:
             fitted.check(made, inventory)
-        if out is not None:
-            made.save(out)
+        _save(made, out)
     return made
 
 
+def _save(made: Plan, out: str | Path | None) -> None:
+    if out is not None and current().first:
+        made.save(out)
+
+
+@contextmanager
 def _work(
     chosen: Method, calibrates: bool, work: str | Path | None, out: str | Path | None, progress: Any
-) -> AbstractContextManager[Path | None]:
-    """Where a plan's costly results lie: statistics of its data, or what its method measures."""
+) -> Iterator[Path | None]:
+    """Where a plan's costly results lie: statistics of its data, or what its method measures. The first rank makes and removes it."""
     if work is not None or (out is None and not calibrates):
-        return nullcontext(None if work is None else Path(work))
-    return work_beside(Path(out or "plan.json"), "statistics" if calibrates else "measured", progress.note)
+        yield None if work is None else Path(work)
+        return
+    target, part = Path(out or "plan.json"), "statistics" if calibrates else "measured"
+    with ExitStack() as held:
+        if current().first:
+            held.enter_context(work_beside(target, part, progress.note))
+        yield work_of(target) / part
+        current().wait()  # no rank reads it any more
 
 
 def _from_file(inventory: Inventory, file: str | Path, keep: Any, router_groups: Any, mtp: Any, progress: Any) -> Plan:
