@@ -4,10 +4,14 @@ Both models run the same tokens. The inputs of the student's decoder layer l com
 original's residual stream after layer l: so a later layer corrects errors of earlier ones. The objective is the relative error, the mean over
 tokens of ||target - output||^2 / ||target||^2, because the next norm divides by the length of the stream. A layer's new weights are rounded
 to the checkpoint's dtype, and kept only if this error falls on the held-out tokens.
+
+Under `torchrun` every rank runs both models on its share of the batches. Errors and sums are those of all ranks before anything is decided, so
+all ranks hold the same weights; this is checked after every layer.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +19,14 @@ from typing import Any
 
 import torch
 
+from expertsmith.calibration.distributed import check_alike, share, sums
+from expertsmith.checkpoint.floats import bytes_of
 from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of
 from expertsmith.evaluation.quality import Quality, add_batch
 from expertsmith.experts.inventory import Inventory
 from expertsmith.healing.experts import LayerExperts, Routed, Skip, Tapped
 from expertsmith.healing.halted import SMALL, Halted
+from expertsmith.healing.judged import summed
 from expertsmith.healing.least_squares import Problem, solve
 from expertsmith.healing.options import LayerLocal, LeastSquares
 from expertsmith.healing.refine import refine
@@ -36,7 +43,7 @@ ALL = ("router", "gate", "up", "down")
 
 @dataclass
 class Layerwise:
-    """One healing run: the two models, the data, and the store of finished layers."""
+    """One healing run: the two models, the data of all ranks, and the store of finished layers."""
 
     student: LoadedModel
     teacher: LoadedModel
@@ -59,8 +66,9 @@ class Layerwise:
     def run(self) -> Quality:
         """Heal every MoE layer; returns the quality of the healed student against the teacher on the held-out tokens."""
         targets: dict[int, torch.Tensor] = {}
-        held = [mask.to(self.student.device) for mask in self.held]
-        masks = [batch.mask.to(self.student.device) for batch in self.batches]
+        batches, own = share(self.batches), share(self.held)
+        held = [mask.to(self.student.device) for mask in own]
+        masks = [batch.mask.to(self.student.device) for batch in batches]
 
         def keep(layer: int, number: int, output: Any) -> None:
             targets[number] = hidden_of(output)
@@ -73,9 +81,9 @@ class Layerwise:
                 return None
             return self._heal(Halted(layer, experts, calls, [targets.pop(i) for i in range(len(calls))], masks, held))
 
-        tokens = sum(batch.tokens for batch in self.batches)
-        theirs = Walk(self.teacher, self.batches, after=keep)
-        mine = HaltingWalk(self.student, self.batches, self.student.moe_layers, halt)
+        tokens = sum(batch.tokens for batch in batches)
+        theirs = Walk(self.teacher, batches, after=keep)
+        mine = HaltingWalk(self.student, batches, self.student.moe_layers, halt)
         quality = Quality(has_reference=True)
         with self.progress.task("heal", tokens * len(self.student.layers), "layer tokens") as advance, theirs, mine:
             self._advance, self._tokens, self._left = advance, tokens, float(tokens)
@@ -83,12 +91,12 @@ class Layerwise:
                 targets.clear()
                 advance(self._left)
                 self._left = float(tokens)
-            outputs = zip(self.batches, self.held, mine.outputs(), theirs.outputs(), strict=True)
+            outputs = zip(batches, own, mine.outputs(), theirs.outputs(), strict=True)
             for batch, mask, out, reference in outputs:
                 if bool(mask.any()):
                     judged = Batch(batch.input_ids, mask, batch.domain, batch.sequences)
                     add_batch(quality, judged, out.logits, reference.logits)
-        return quality
+        return summed(quality)
 
     def _tick(self, share: float) -> None:
         """Report progress within a layer: an estimated share of its work is done."""
@@ -105,7 +113,7 @@ class Layerwise:
             experts.set_down(expert, down)
         row: dict[str, Any] = {
             "layer": index,
-            "held_out_tokens": int(problem.held.sum()),
+            "held_out_tokens": int(sums(int(problem.held.sum()), device=problem.held.device)[0]),
             "experts": experts.count,
             "changed": len(solution.down),
             "sweeps": solution.errors,
@@ -122,7 +130,9 @@ class Layerwise:
             outputs, after, tensors = self._settle(halted, ALL)
             if not after < least:  # rounding undid it
                 outputs, after, tensors = self._restore(halted, start)
-        row |= {"error_after": after, "seconds": round(time.perf_counter() - begin, 3)}
+        row["error_after"] = after
+        check_alike(f"decoder layer {index}: the healed weights", digest(tensors, row))
+        row["seconds"] = round(time.perf_counter() - begin, 3)
         self.work.save(index, tensors, row)
         self.progress.note(f"decoder layer {index}: held-out error {before:.4g} → {after:.4g}")
         return outputs
@@ -143,8 +153,23 @@ class Layerwise:
 
 def held_mean(halted: Halted, outputs: Sequence[Any]) -> float:
     """Mean relative squared error of a layer's output on held-out tokens."""
+    return mean_of(halted, sum(halted.held_error(out, number) for number, out in enumerate(outputs)))
+
+
+def mean_of(halted: Halted, error: float) -> float:
+    """The mean over the held-out tokens of all ranks of an error summed over this rank's."""
     count = sum(int(mask.sum()) for mask in halted.held)
-    return sum(halted.held_error(out, number) for number, out in enumerate(outputs)) / count
+    total, tokens = sums(error, count, device=halted.targets[0].device)
+    return total / tokens
+
+
+def digest(tensors: Mapping[str, torch.Tensor], row: Mapping[str, Any]) -> str:
+    """sha256 over tensors and an entry of the report."""
+    made = hashlib.sha256(repr(row).encode())
+    for name in sorted(tensors):
+        made.update(name.encode())
+        made.update(bytes_of(tensors[name]))
+    return made.hexdigest()
 
 
 def look(halted: Halted, tick: Callable[[float], None]) -> tuple[Problem, float]:
@@ -171,10 +196,10 @@ def look(halted: Halted, tick: Callable[[float], None]) -> tuple[Problem, float]
     strength = torch.cat([part[2] for part in parts])
     seen = strength > 0
     # the strength of a token without an error is unknown: it gets the mean
-    strength = torch.where(seen, strength, strength[seen].mean() if bool(seen.any()) else 1.0)
-    count = sum(int(mask.sum()) for mask in halted.held)
+    total, known = sums(float(strength.double().sum()), int(seen.sum()), device=strength.device)
+    strength = torch.where(seen, strength, total / known if known else 1.0)
     problem = Problem(routed, torch.cat([part[1] for part in parts]), torch.cat([part[3] for part in parts]), strength)
-    return problem, error / count
+    return problem, mean_of(halted, error)
 
 
 def joined(parts: Sequence[Routed]) -> Routed:

@@ -1,4 +1,7 @@
-"""Open the models, heal with the chosen method, measure, and write the healed checkpoint and its report."""
+"""Open the models, heal with the chosen method, measure, and write the healed checkpoint and its report.
+
+Under `torchrun` all ranks call `heal`; the first alone writes. All read the finished layers of an interrupted healing.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ import torch
 
 from expertsmith.arch import record_of
 from expertsmith.calibration.data import TokenData
+from expertsmith.calibration.distributed import gathered, rank_and_world, wait
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.checkpoint.floats import Floats, floats, quantisation_of, refuse_unencodable
 from expertsmith.checkpoint.origin import card_metadata, front_matter, name_of, source_of, without_results
@@ -26,6 +31,7 @@ from expertsmith.evaluation.quality import Quality, measure
 from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.healing.distil import Distillation, router_weights
 from expertsmith.healing.experts import LayerExperts
+from expertsmith.healing.judged import measured
 from expertsmith.healing.layerwise import Layerwise
 from expertsmith.healing.lora import Adapted, changed_tensors, noisy_embeddings, peft, rounded
 from expertsmith.healing.options import LAYERWISE, Lora, as_options
@@ -35,7 +41,7 @@ from expertsmith.healing.work import Work
 from expertsmith.healing.written import ROUTER, check_floats, into_memory, to_checkpoint, write_healed
 from expertsmith.surgery.mask import in_force
 from expertsmith.surgery.skip import skip_of
-from expertsmith.views.progress import Progress
+from expertsmith.views.progress import Progress, Silent
 
 REPORT = "expertsmith/heal.json"
 TRAINED_BATCH = 512  # tokens: small batches are what a step of training is put together from
@@ -76,16 +82,21 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     """Write the healed checkpoint; returns its report (`expertsmith/heal.json`).
 
     Raises:
-        UserError: a format that cannot be requantised, too little data, or a work folder of a different healing; see also `check_start`.
+        UserError: a format that cannot be requantised, too little data, or a work folder of a different healing; several ranks for a method
+            that runs in one process, or more of them than batches; see also `check_start`.
     """
     begin = time.perf_counter()
+    rank, _ = rank_and_world()
+    progress = progress if rank == 0 else Silent()
     _as_floats(job)
     check_floats(job.inventory)
     _refuse_what_cannot_train(job)
-    with work_beside(job.target, "healing", progress.note) as place:
+    others = nullcontext(work_of(job.target) / "healing")
+    with work_beside(job.target, "healing", progress.note) if rank == 0 else others as place:
         report, changed, work = _healed(job, place, progress)
         report["seconds"] = round(time.perf_counter() - begin, 3)
-        _write(job, job.target, changed, work, report, progress)
+        if rank == 0:
+            _write(job, job.target, changed, work, report, progress)
     return report
 
 
@@ -102,13 +113,14 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
     pad = getattr(student.config.get_text_config(), "pad_token_id", None)
     batches = job.data.batches(size, pad_id=pad if isinstance(pad, int) and pad >= 0 else 0)
     held = held_out(job.data, batches)
-    work = Work(place, _made_with(job), job.resume, job.overwrite)
+    _refuse_idle_ranks(batches, size)
+    work = _opened(job, place)
     if work.rows:
         progress.note(f"resuming: {len(work.rows)} layers are healed already")
     rule, thresholds = skip_of(source.config) or ("ratio", {})
     skips = {layer: (value, rule) for layer, value in thresholds.items()}
     with in_force(student):
-        before = measure(student, held_batches(batches, held), teacher, progress)
+        before = measured(student, held_batches(batches, held), teacher, progress)
         training: dict[str, Any] = {}
         if layerwise:
             healing = Layerwise(student, teacher, job.inventory, batches, held, job.options, work, skips, progress)
@@ -116,7 +128,7 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
         else:
             training = _distil(job, student, teacher, batches, held, work, progress)
             after = measure(student, held_batches(batches, held), teacher, progress)
-    changed: Collection[str] = work.names
+    changed: Collection[str] = work.names  # of the first rank, which writes
     report = _report(job, before, after, held, training, [] if training else list(work.rows.values()))
     if not report["accepted"]:
         progress.note(
@@ -125,11 +137,11 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
         changed = []
     elif report["mixed"]:
         progress.note(report["mixed"])
-    if changed and job.requantise:
-        measured = _requantised(job, changed, work, teacher, (mode, where), held_batches(batches, held), progress)
+    if changed and job.requantise and work.writes:
+        again = _requantised(job, changed, work, teacher, (mode, where), held_batches(batches, held), progress)
         measure_of = "loss" if report["measure"] == "loss" else "kl"
-        kept = _over_all(measured["quality"], measure_of) <= _over_all(report["held_out"]["before"], measure_of)
-        report["requantised"] = {**measured, "accepted": kept}
+        kept = _over_all(again["quality"], measure_of) <= _over_all(report["held_out"]["before"], measure_of)
+        report["requantised"] = {**again, "accepted": kept}
         if not kept:
             progress.note(
                 "quantised again, the healed weights are worse on the held-out tokens than before: the weights stay as they were"
@@ -138,7 +150,38 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
     return report, changed, work
 
 
+def _opened(job: Healing, place: Path) -> Work:
+    """The finished layers of an interrupted healing, which the first rank may have to clear away before the others look."""
+    rank, _ = rank_and_world()
+    if rank > 0:
+        wait()
+    work = Work(place, _made_with(job), job.resume, job.overwrite, writes=rank == 0)
+    if rank == 0:
+        wait()
+    if len(set(gathered(tuple(work.rows)))) > 1:
+        raise UserError(
+            f"the ranks see different finished layers in {place}",
+            "choose an output on a file system that all of them share, or pass --fresh",
+        )
+    return work
+
+
+def _refuse_idle_ranks(batches: Sequence[Batch], size: int) -> None:
+    world = rank_and_world()[1]
+    if world > len(batches):
+        raise UserError(
+            f"the text makes {len(batches)} batches of up to {size} tokens, but there are {world} ranks",
+            "run fewer ranks, or pass a smaller --batch-tokens or more text",
+        )
+
+
 def _refuse_what_cannot_train(job: Healing) -> None:
+    world = rank_and_world()[1]
+    if world > 1 and job.method not in LAYERWISE:
+        raise UserError(
+            f"{job.method} trains in one process, but there are {world} ranks",
+            "run it without torchrun, or use --method layer_local",
+        )
     if job.method != "least_squares" and job.dtype != "float32":
         raise UserError(f"{job.method} trains weights, but --dtype is {job.dtype}", "use --dtype float32")
     if isinstance(job.options, Lora):

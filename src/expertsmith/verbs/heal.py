@@ -31,7 +31,7 @@ class Healing(Text, Placing, Opened, total=False):
     """Text, and where the two models are."""
 
 
-@verb(FLOW, show=lambda report, given: show.show_healing(report), keeps=out_and("work"))
+@verb(FLOW, show=lambda report, given: show.show_healing(report), keeps=out_and("work"), ranks=True)
 def heal(
     model: Annotated[str | Path, Opt("The compressed checkpoint.", argument=True, metavar="OUT", kind=str)],
     teacher: Annotated[str | Path, Opt("The original model.", "--teacher", "-t", kind=str)],
@@ -58,7 +58,7 @@ def heal(
     [dim]expertsmith heal mixtral-half --teacher mistralai/Mixtral-8x7B-v0.1 -m layer_local -d c4.jsonl -o mixtral-half-healed[/dim]
 
     Returns the report, which is also in `OUT/expertsmith/heal.json`. Finished layers are in OUT2.work until the end, so that an
-    interrupted run resumes from there.
+    interrupted run resumes from there. Data-parallel, for least_squares and layer_local: torchrun --nproc-per-node N -m expertsmith heal …
 
     Args:
         model: a pruned, merged or converted checkpoint.
@@ -71,6 +71,7 @@ def heal(
     Raises:
         UserError: a teacher that is not the model which the plan inside `model` was applied to, or does not fit, too little data, or an unknown method or option.
     """
+    from expertsmith.calibration.distributed import rank_and_world, wait
     from expertsmith.checkpoint.hub import check_push
     from expertsmith.checkpoint.hub import push as upload
     from expertsmith.healing.options import parse_healer
@@ -103,10 +104,11 @@ def heal(
     )
     report = run_healing(job, progress)
     if eval_data:
+        wait()  # until the first rank has written what all measure
         asked = {**part(Drawing, given), **part(Opened, given), **run}
         report["quality"] = {
             name: evaluate(path, eval_data, reference=teacher, **asked).to_json()
             for name, path in (("before", model), ("after", out))
         }
-    where = {} if push is None else {"pushed": upload(Path(out), push)}
+    where = {} if push is None or rank_and_world()[0] > 0 else {"pushed": upload(Path(out), push)}
     return {"out": str(out), **report, **where}
