@@ -176,6 +176,9 @@ def look(halted: Halted, tick: Callable[[float], None]) -> tuple[Problem, float]
     """Run the layer once; returns its least-squares problem, and its held-out error before healing."""
     parts: list[tuple[Routed, torch.Tensor, torch.Tensor, torch.Tensor]] = []
     error = 0.0
+    # a streamed layer's parameters come as they are made; attention that keeps a graph for them may use another kernel than the teacher's, whose
+    # rounding looks like an error where there is none
+    halted.experts.layer.requires_grad_(False)
     for number, call in enumerate(halted.calls):
         found: list[Tapped] = []
         with halted.experts.tapped(found), torch.enable_grad():
