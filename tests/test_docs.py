@@ -33,9 +33,19 @@ def blocks(language: str) -> Iterator[tuple[str, str]]:
 
 
 def commands() -> list[str]:
-    """Every `expertsmith …` line in a code block, continued lines joined, each once."""
+    """Every `expertsmith …` line in a code block, continued lines joined, each once; `torchrun … -m expertsmith …` as torchrun runs it."""
     lines = [line.split(" #")[0].strip() for _, block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines = [re.sub(r"^torchrun .*? -m expertsmith ", "expertsmith ", line) for line in lines]
     return list(dict.fromkeys(line for line in lines if line.startswith("expertsmith ")))
+
+
+def test_commands_under_torchrun_are_those_that_share_their_work():
+    import expertsmith.cli  # noqa: F401  (registers the verbs)
+    from expertsmith.verbs.definition import VERBS
+
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES).replace("\\\n", " ")
+    named = set(re.findall(r"torchrun [^\n`]*? -m expertsmith (\w+)", pages))
+    assert named == {name for name, verb in VERBS.items() if verb.ranks}
 
 
 def test_what_is_written_from_the_program_is_up_to_date():

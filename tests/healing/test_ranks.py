@@ -18,16 +18,14 @@ import torch.distributed as dist
 
 from conftest import random_model
 from expertsmith import api
-from expertsmith.calibration import distributed
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine import Batch
 from expertsmith.errors import UserError
-from expertsmith.evaluation.quality import DomainQuality, Quality
 from expertsmith.healing import least_squares, refine
 from expertsmith.healing.experts import Routed
-from expertsmith.healing.judged import summed
-from expertsmith.healing.layerwise import digest
+from expertsmith.healing.layerwise import check_alike
 from expertsmith.healing.run import _refuse_idle_ranks
+from expertsmith.ranks import _NOW, Ranks, current
 
 METHODS = {"least_squares": {"sweeps": 2}, "layer_local": {"sweeps": 2, "steps": 20, "step_tokens": 64}}
 SHAPE = {"seq_len": 24, "pack": False, "batch_tokens": 72, "device": "cpu"}
@@ -43,6 +41,7 @@ def over(monkeypatch) -> Callable[[int, Callable[[int], Any]], list[Any]]:
 
     def run(world: int, job: Callable[[int], Any]) -> list[Any]:
         barrier, given, made = threading.Barrier(world), [None] * world, [None] * world
+        failed: list[BaseException] = []
 
         def gather(value: Any) -> list[Any]:
             given[here.rank] = value
@@ -51,7 +50,7 @@ def over(monkeypatch) -> Callable[[int, Callable[[int], Any]], list[Any]]:
             barrier.wait(20)
             return found
 
-        def all_gather_object(found: list[Any], value: Any) -> None:
+        def all_gather_object(found: list[Any], value: Any, group: Any) -> None:
             found[:] = gather(value)
 
         def all_reduce(tensor: torch.Tensor, async_op: bool) -> Any:
@@ -60,16 +59,13 @@ def over(monkeypatch) -> Callable[[int, Callable[[int], Any]], list[Any]]:
 
         def work(rank: int) -> None:
             here.rank = rank
+            _NOW.set(Ranks(rank, world))  # of this thread
             try:
                 made[rank] = job(rank)
-            except BaseException as error:  # shown by the test's thread
-                made[rank] = error
-                barrier.abort()
+            except BaseException as error:  # raised by the test's thread
+                failed.append(error)
 
         with monkeypatch.context() as patch:
-            patch.setattr(dist, "is_initialized", lambda: hasattr(here, "rank"))
-            patch.setattr(dist, "get_rank", lambda: here.rank)
-            patch.setattr(dist, "get_world_size", lambda: world)
             patch.setattr(dist, "all_gather_object", all_gather_object)
             patch.setattr(dist, "all_reduce", all_reduce)
             threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
@@ -77,65 +73,31 @@ def over(monkeypatch) -> Callable[[int, Callable[[int], Any]], list[Any]]:
                 thread.start()
             for thread in threads:
                 thread.join()
-        for result in made:
-            if isinstance(result, BaseException) and not isinstance(result, threading.BrokenBarrierError):
-                raise result
+        if failed:
+            raise failed[0]
         return made
 
     return run
 
 
-def test_what_is_shared_comes_back_in_its_order(over):
-    def job(rank: int) -> Any:
-        own = distributed.share("abcde")
-        return own, distributed.of_all(own)
-
-    assert over(2, job) == [("ace", list("abcde")), ("bd", list("abcde"))]
-    assert [own for own, _ in over(3, job)] == ["ad", "be", "c"]
-    assert job(0) == ("abcde", list("abcde"))  # one process
-
-
 def test_sums_of_ranks(over):
     def job(rank: int) -> Any:
         tensors = [torch.tensor([1, 2]) * (rank + 1), torch.ones(2, 2)]
-        distributed.add_up(tensors)
-        return [tensor.tolist() for tensor in tensors], distributed.sums(0.5, rank, device=torch.device("cpu"))
+        current().add_up(tensors)
+        return [tensor.tolist() for tensor in tensors], current().total(0.5, rank)
 
     assert over(3, job) == [([[6, 12], [[3.0, 3.0], [3.0, 3.0]]], [1.5, 3.0])] * 3
-    assert job(0) == ([[1, 2], [[1.0, 1.0], [1.0, 1.0]]], [0.5, 0.0])
+    assert job(0) == ([[1, 2], [[1.0, 1.0], [1.0, 1.0]]], [0.5, 0.0])  # one process
 
 
-def test_ranks_that_differ_are_found(over):
-    over(2, lambda rank: distributed.check_alike("weights", "same"))
-    with pytest.raises(RuntimeError, match=r"decoder layer 3: the healed weights differ between the ranks.*\['x0', 'x1'\]"):
-        over(2, lambda rank: distributed.check_alike("decoder layer 3: the healed weights", f"x{rank}"))
-
-
-def test_a_digest_sees_one_bit_of_a_weight_and_of_a_decision():
+def test_one_bit_of_a_weight_or_a_decision_that_differs_is_found(over):
     tensor, row = torch.ones(3, 2, dtype=torch.bfloat16), {"ridges": [0.1]}
     other = tensor.clone()
     other.view(torch.int16)[2, 1] += 1
-    assert digest({"a": tensor}, row) == digest({"a": tensor.clone()}, dict(row))
-    assert (
-        len({digest({"a": tensor}, row), digest({"a": other}, row), digest({"b": tensor}, row), digest({"a": tensor}, {})}) == 4
-    )
-
-
-def test_qualities_of_ranks_add_up(over):
-    def job(rank: int) -> Quality:
-        quality = Quality(has_reference=True)
-        if rank < 2:  # the third has no tokens to judge
-            quality.domains["b"] = DomainQuality(3 + rank, 2.0, 4.0, 1.0, 0.5, 1, 0.25, {rank: (3 + rank, 1.0)})
-        if rank == 1:
-            quality.domains["a"] = DomainQuality(1, 1.0, 1.0, 1.0, 1.0, 1, 1.0, {4: (1, 0.0)})
-        return summed(quality)
-
-    for found in over(3, job):
-        assert list(found.domains) == ["a", "b"]
-        assert found.has_reference
-        assert found.domains["b"] == DomainQuality(7, 4.0, 8.0, 2.0, 1.0, 2, 0.5, {0: (3, 1.0), 1: (4, 1.0)})
-        assert found.domains["b"].loss == 4 / 7
-        assert found.domains["a"].tokens == 1
+    over(2, lambda rank: check_alike(3, {"a": tensor.clone()}, dict(row)))
+    for given in (({"a": other}, row), ({"b": tensor}, row), ({"a": tensor}, {"ridges": [0.2]})):
+        with pytest.raises(RuntimeError, match="decoder layer 3: the healed weights differ between the ranks"):
+            over(2, lambda rank, given=given: check_alike(3, *(given if rank else ({"a": tensor}, row))))
 
 
 class Layer:
@@ -189,10 +151,10 @@ MASKS = [torch.tensor([[True] * 4 + [False]] * 2)] * 5  # 8 tokens of 10 count
 
 def drawn(by_token: bool) -> list[tuple[list[int], int]]:
     """(tokens by their number in the whole data, number of tokens of all ranks) of this rank in some steps, then all its tokens."""
-    own = distributed.share(BATCHES)
+    own = current().share(BATCHES)
     local = list(torch.split(torch.arange(10 * len(own)), 10))
     replay: Any = SimpleNamespace(batches=[part.reshape(2, 5) for part in local], by_token=by_token)
-    tokens = refine._Tokens(distributed.share(MASKS), replay, 12)
+    tokens = refine._Tokens(current().share(MASKS), replay, 12)
     steps, every = tokens.draw(torch.Generator().manual_seed(3), 1), torch.cat([part.reshape(-1) for part in own])
     found = [next(steps) for _ in range(7)] + [tokens.all()]
     return [(sorted(int(every[row]) for part, _ in parts for row in part.reshape(-1)), count) for parts, count in found]
@@ -224,7 +186,7 @@ import json, sys
 from pathlib import Path
 
 from expertsmith import api
-from expertsmith.calibration.distributed import ranks
+from expertsmith.ranks import connected
 from expertsmith.errors import UserError
 from expertsmith.healing import layerwise
 from expertsmith.views.progress import Silent
@@ -243,7 +205,7 @@ def heal(name, method, **more):
     return api.heal(folder / f"{name}-half", folder / name, job["texts"], out, method=method, progress=Silent(), **job["shape"], **more)
 
 layerwise.solve = watched
-with ranks("cpu") as (rank, where):
+with connected("cpu") as (rank, where):
     for name, method, options in job["healings"]:
         out = folder / "two" / method
         seen[method] = heal(name, method, options=options)
@@ -391,8 +353,7 @@ def same_quality(one: dict[str, Any], two: dict[str, Any], within: float) -> Non
 def test_ranks_with_other_weights_stop_loudly(folder, seen):
     for entry in seen:
         assert "decoder layer 1: the healed weights differ between the ranks" in entry["error of least_squares"]
-        assert "router trains in one process, but there are 2 ranks" in entry["error of router"]
-        assert "layer_local" in entry["error of router"]
+        assert "heal --method router runs as one process, but torchrun started 2" in entry["error of router"]
     assert not (folder / "two/spoilt").exists()
     kept = [path.name for path in (folder / "two/spoilt.work/healing").glob("layer_*")]
     assert kept == ["layer_0000.safetensors"]

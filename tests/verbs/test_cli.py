@@ -335,11 +335,19 @@ def test_with_json_a_mistake_is_an_object_on_stdout_too(capsys, line):
     assert (found["remedy"] or "") in err
 
 
-def test_under_torchrun_one_rank_says_a_mistake_to_scripts(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    code, out, err = run(capsys, "inspect", "/nowhere", "--json")
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_verbs_of_one_process_are_refused_under_torchrun(rank, capsys, monkeypatch):
+    """By one message of all ranks."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    code, out, err = run(capsys, "inspect", "demo", "--json")
+    assert code == 2
+    told = (
+        "inspect runs as one process, but torchrun started 2",
+        "run it without torchrun, which is for calibrate, verify, evaluate, compare, convert, or unset WORLD_SIZE",
+    )
+    assert err == ("" if rank else f"error: {told[0]}; {told[1]}\n")
+    assert out == "" if rank else (strict(out)["error"], strict(out)["remedy"]) == told
 
 
 def test_debug_can_stand_anywhere(capsys):

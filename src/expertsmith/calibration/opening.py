@@ -13,6 +13,7 @@ from expertsmith.calibration.spec import other_reading
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory, take_inventory
+from expertsmith.ranks import ALONE, Ranks
 from expertsmith.views.progress import Progress
 
 if TYPE_CHECKING:
@@ -112,14 +113,15 @@ def open_model(
     memory: str = "auto",
     router_groups: str = "keep",
     mtp: bool = False,
+    ranks: Ranks = ALONE,
 ) -> LoadedModel:
     """Load the model of a checkpoint, resident or streamed. `router_groups` "flatten" removes the router's expert_groups; `mtp` adds the
-    multi-token-prediction layer, if it can be run."""
+    multi-token-prediction layer, if it can be run; `ranks`: all of these load it, in the same memory mode."""
     from expertsmith.engine.devices import choose_device, choose_memory
     from expertsmith.engine.loading import load_model
 
     where = choose_device(device)
-    mode = choose_memory(memory, [inventory.checkpoint], where, dtype)
+    mode = choose_memory(memory, [inventory.checkpoint], where, dtype, ranks)
     progress.note(f"{inventory.architecture.title}: {mode} on {where}")
     record = inventory.architecture
     overrides = record.one_group if router_groups == "flatten" else {}

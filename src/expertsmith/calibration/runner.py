@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from expertsmith.calibration import stats
 from expertsmith.calibration.data import TokenData
@@ -21,10 +20,11 @@ from expertsmith.engine import Batch, LoadedModel, Walk
 from expertsmith.engine.layout import expert_count, experts_of
 from expertsmith.engine.mtp import counted, shortened
 from expertsmith.errors import UserError
+from expertsmith.ranks import ALONE, Ranks
 from expertsmith.views.progress import Progress, Silent
 
 
-def collect(  # noqa: C901  (ranks and resuming, side by side in every step)
+def collect(
     model: LoadedModel,
     data: TokenData,
     out: Path,
@@ -34,15 +34,17 @@ def collect(  # noqa: C901  (ranks and resuming, side by side in every step)
     resume: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> stats.Statistics:
     """Observe every MoE layer over the data and write the statistics folder.
 
     A folder that holds some layers of the same calibration (same model, token ids, dtype, options) is completed: those layers are not
-    observed again, nor run again if their outputs were spilled (`calibration.spill`). Under `torchrun` the batches are split over the
-    ranks, the sums are reduced, and nothing is spilled.
+    observed again, nor run again if their outputs were spilled (`calibration.spill`). With several `ranks` the batches are split
+    over them, the sums are reduced, and nothing is spilled.
 
     Raises:
-        UserError: the folder holds another calibration (which `overwrite` replaces), or there is nothing to observe.
+        UserError: the folder holds another calibration (which `overwrite` replaces), there is nothing to observe, or the ranks have read
+            different models or texts.
     """
     progress = progress or Silent()
     extras = extras or Extras()
@@ -51,48 +53,44 @@ def collect(  # noqa: C901  (ranks and resuming, side by side in every step)
     if not wanted:
         raise UserError(f"{model.checkpoint.source} has no layer with routed experts")
     header = _header(model, data, wanted, batch_tokens, extras)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if rank == 0:
+    ranks.agree("model or text", lambda: {**header, "model": header["model"]["fingerprint"]})
+
+    def begun() -> set[int]:
         _prepare(out, header, resume, overwrite)
-    if world > 1:
-        dist.barrier()
-    done = {layer for layer in wanted if stats.layer_path(out, layer).exists()}
-    if world > 1:
-        dist.barrier()
+        return {layer for layer in wanted if stats.layer_path(out, layer).exists()}
+
+    done = ranks.leading(begun)
     todo = [layer for layer in wanted if layer not in done]
     if todo:
-        batches = data.batches(batch_tokens, pad_id=_pad_id(model))[rank::world]
-        spilled = newest(out) if world == 1 else None
+        batches = data.batches(batch_tokens, pad_id=_pad_id(model))
+        batches, alone = ranks.share(batches), ranks.world == 1
+        spilled = newest(out) if alone else None
         skip = 0 if spilled is None or spilled >= todo[0] else spilled + 1
-        if done and rank == 0:
+        if done and ranks.first:
             progress.note(f"resuming: {len(done)} of {len(wanted)} layers are finished, continuing at decoder layer {skip}")
-        states = Spill(out, enabled=world == 1)
+        states = Spill(out, enabled=alone)
         tokens = sum(batch.tokens for batch in batches)
         with (
-            _tidied(out, rank),
+            _tidied(out, ranks),
             progress.task("calibrate", tokens * (todo[-1] + 1 - skip), "layer tokens") as advance,
         ):
             for layer, sums in _observe(model, data, batches, set(todo), extras, states, skip, advance):
-                if world > 1:
-                    _reduce(sums)
+                _reduce(sums, ranks)
                 arrays = _arrays(sums)
                 _check(arrays, layer)
-                if rank == 0:
+                if ranks.first:
                     stats.save_layer(out, layer, arrays)
-    if world > 1:
-        dist.barrier()
-    if rank == 0:
-        clear(out)
+    ranks.leading(lambda: clear(out))
     return stats.load_statistics(out)
 
 
 @contextmanager
-def _tidied(out: Path, rank: int) -> Iterator[None]:
+def _tidied(out: Path, ranks: Ranks) -> Iterator[None]:
     """Remove the folder if the calibration fails while it holds only `stats.json`."""
     try:
         yield
     except BaseException:
-        if rank == 0 and [path.name for path in out.iterdir()] == ["stats.json"]:
+        if ranks.first and [path.name for path in out.iterdir()] == ["stats.json"]:
             (out / "stats.json").unlink()
             with suppress(OSError):
                 out.rmdir()
@@ -164,13 +162,14 @@ def _check(arrays: Mapping[str, Mapping[str, np.ndarray[Any, Any]]], layer: int)
                 )
 
 
-def _reduce(sums: LayerSums) -> None:
+def _reduce(sums: LayerSums, ranks: Ranks) -> None:
+    if ranks.world == 1:
+        return
+    import torch.distributed as dist
+
     for domain in sorted(sums.by_domain):
         entry = sums.by_domain[domain]
-        shapes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(
-            shapes, {name: (value.shape, value.dtype) for name, value in entry.items() if name not in SAMPLES}
-        )
+        shapes = ranks.gather({name: (value.shape, value.dtype) for name, value in entry.items() if name not in SAMPLES})
         for name, (shape, dtype) in {name: form for held in shapes for name, form in held.items()}.items():
             if name not in entry:  # a rank without batches of this domain
                 entry[name] = torch.zeros(shape, dtype=dtype, device=sums.device)
@@ -178,8 +177,7 @@ def _reduce(sums: LayerSums) -> None:
             if name not in SAMPLES:
                 dist.all_reduce(entry[name], op=dist.ReduceOp.MAX if name in stats.MAXIMA else dist.ReduceOp.SUM)
         if sums.extras.sample_tokens:
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, {name: entry.get(name) for name in SAMPLES})
+            parts: list[dict[str, Any]] = ranks.gather({name: entry.get(name) for name in SAMPLES})
             held = [part for part in parts if part["sample_index"] is not None]
             for name in SAMPLES:
                 entry[name] = torch.cat([part[name] for part in held])

@@ -21,6 +21,7 @@ import typer
 import expertsmith.api
 import expertsmith.demo  # noqa: F401
 from expertsmith.errors import UsageError, UserError
+from expertsmith.ranks import connected, tells
 from expertsmith.verbs.definition import MISSING, VERBS, Option, Verb, pairs
 from expertsmith.views import show
 from expertsmith.views.encoding import show_on_any_terminal
@@ -92,18 +93,11 @@ def command(verb: Verb) -> Callable[..., None]:
             if where is not None:
                 given["device"] = where
             bar = {"progress": Silent() if quiet or rank > 0 else Bar()} if len(options) < len(verb.options) else {}
-            try:
-                result = now.function(**given, **bar)
-            except UsageError as error:
-                if as_json and rank == 0:
-                    _error_as_json(error.message, error.remedy)
-                raise typer.BadParameter(str(error)) from None
-            except KeyboardInterrupt:
-                if rank == 0:
-                    print(_interrupted(now, given), file=sys.stderr)
-                raise typer.Exit(130) from None
-        if rank == 0:
-            _tell(now, result, given, as_json)
+            result = _called(now, given, bar, rank, as_json)
+            if rank == 0:
+                _tell(now, result, given, as_json)
+        if not now.passed(result):
+            raise typer.Exit(1)
 
     parameters = [_parameter(option) for option in options]
     parameters.append(
@@ -119,14 +113,28 @@ def command(verb: Verb) -> Callable[..., None]:
     return run
 
 
+def _called(verb: Verb, given: Mapping[str, Any], bar: Mapping[str, Any], rank: int, as_json: bool) -> Any:
+    """What the verb returns. How it is used, and what an interrupted run leaves, are said by one rank."""
+    try:
+        return verb.function(**given, **bar)
+    except UsageError as error:
+        if rank > 0:
+            raise typer.Exit(2) from None
+        if as_json:
+            _error_as_json(error.message, error.remedy)
+        raise typer.BadParameter(str(error)) from None
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(_interrupted(verb, given), file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 def _tell(verb: Verb, result: Any, given: Mapping[str, Any], as_json: bool) -> None:
-    """Show a result; exit code 1 where a check failed."""
+    """Show a result."""
     if as_json:
         show.as_json(_versioned(verb, verb.plain(result, given)))
     else:
         verb.show(result, given)
-    if not verb.passed(result):
-        raise typer.Exit(1)
 
 
 def _versioned(verb: Verb, value: Any) -> Any:
@@ -147,12 +155,34 @@ def _interrupted(verb: Verb, given: Mapping[str, Any]) -> str:
     return "interrupted; nothing was kept, and no unfinished output is left"
 
 
-def _ranks(verb: Verb, device: Any) -> Any:
-    if not verb.ranks:
-        return nullcontext((0, None))
-    from expertsmith.calibration.distributed import ranks
+def _several() -> int:
+    """The number of processes that torchrun started for this command, or 0 if there is only this one."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return world if world > 1 else 0
 
-    return ranks(device)
+
+def _ranks(verb: Verb, device: Any) -> Any:
+    """A context that yields (rank, its device or None).
+
+    Raises:
+        UserError: several processes, of a verb that does not share its work out.
+    """
+    if not _several():
+        return nullcontext((0, None))
+    if not verb.ranks:
+        able = ", ".join(name for name in ORDER if VERBS[name].ranks)
+        raise UserError(
+            f"{verb.name} runs as one process, but torchrun started {_several()}",
+            f"run it without torchrun, which is for {able}, or unset WORLD_SIZE",
+        )
+    return connected(device)
+
+
+def _silent() -> bool:
+    """Whether another rank tells why the run failed."""
+    if not _several():
+        return False
+    return not tells()
 
 
 def _parts(option: Option) -> tuple[Any, bool, bool]:
@@ -222,6 +252,8 @@ def main() -> None:
             raise
         _fail(error.message, error.remedy, "--json" in arguments)
     except Exception as error:
+        if not debug and _silent():  # it fails because another rank no longer answers
+            raise SystemExit(1) from None
         told = None if debug else _told(error)
         if told is None:
             raise
@@ -253,8 +285,10 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, remedy: str, as_json: bool) -> NoReturn:
+    if _silent():
+        raise SystemExit(2)
     print(f"error: {UserError(message, remedy)}", file=sys.stderr)
-    if as_json and os.environ.get("RANK", "0") == "0":  # under torchrun every rank fails, and one of them says it to scripts
+    if as_json:
         _error_as_json(message, remedy)
     raise SystemExit(2)
 

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.experts.rules import keep_count
 from expertsmith.planning.plan import Plan, load_plan
+from expertsmith.ranks import ALONE, Ranks, current, refuse_several
 from expertsmith.views.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Comparison:
     progress: Progress
     resume: bool = True
     tasks: Tasks | None = None
+    ranks: Ranks = ALONE  # the first plans, heals and writes; all calibrate and judge
 
     @cached_property
     def calibration(self) -> TokenData | None:
@@ -150,7 +152,9 @@ def compare(
     """See `verbs.compare`."""
     from expertsmith.comparison.results import together
 
-    folder, progress = Path(out), progress or Silent()
+    folder, progress, ranks = Path(out), progress or Silent(), current()
+    if tasks:
+        refuse_several("compare --tasks")
     cells, notes = cells_of(methods, keep, budgets, heal)
     needs = next(
         (cell.heal or cell.contender.label for cell in cells if cell.heal or not cell.contender.method.data_free), None
@@ -167,7 +171,7 @@ def compare(
         if tasks
         else None
     )
-    _prepare(folder, resume, inventory.checkpoint.fingerprint, overwrite)
+    ranks.leading(lambda: _prepare(folder, resume, inventory.checkpoint.fingerprint, overwrite))
     shape = {
         "samples": samples,
         "seq_len": seq_len,
@@ -178,8 +182,9 @@ def compare(
         "batch_tokens": batch_tokens,
     }
     where = {"device": device, "dtype": dtype, "memory": memory}
-    job = Comparison(stages, inventory, data, eval_data, folder, cells, notes, shape, where, progress, resume, asked)
-    held = {cell.name: load(_result(job, cell), job.made_with(cell)) for cell in cells}
+    job = Comparison(stages, inventory, data, eval_data, folder, cells, notes, shape, where, progress, resume, asked, ranks)
+    ranks.agree("model or text", lambda: (inventory.checkpoint.fingerprint, job.text, job.heldout.fingerprint))
+    held = ranks.leading(lambda: {cell.name: load(_result(job, cell), job.made_with(cell)) for cell in cells})
     missing = [cell for cell in cells if not _complete(held[cell.name], asked)]
     if len(missing) < len(cells):
         progress.note(f"{len(cells) - len(missing)} of {len(cells)} cells already exist")
@@ -188,9 +193,13 @@ def compare(
     _heal(job, [cell for cell in missing if cell.heal is not None], planned, held)
     if not any(held.values()):
         raise UserError(f"no method could be compared: {'; '.join(job.notes)}")
-    found = together(job, {name: entry for name, entry in held.items() if entry is not None})
-    write(folder, found)
-    return found
+
+    def ended() -> dict[str, Any]:
+        found = together(job, {name: entry for name, entry in held.items() if entry is not None})
+        write(folder, found)
+        return found
+
+    return ranks.leading(ended)
 
 
 def _complete(held: Mapping[str, Any] | None, tasks: Tasks | None) -> bool:
@@ -254,49 +263,61 @@ def _plan_file(job: Comparison, cell: Cell) -> Path:
 
 def _plans(job: Comparison, missing: Sequence[Cell]) -> dict[str, dict[str, Any]]:
     """Plan name → time and memory of planning, for every plan that a missing cell needs. Refused plans are noted and left out."""
-    from expertsmith.comparison.footprint import footprint
-    from expertsmith.surgery.apply import check_plan
-
     found: dict[str, dict[str, Any]] = {}
     wanted = {cell.plan_name: cell for cell in missing}
     statistics = None
     for name, cell in wanted.items():
-        mark, target = job.folder / WORK / "planned" / f"{name}.json", _plan_file(job, cell)
-        held = load(mark, job.planned_with(cell))
-        if held is not None and target.exists():
-            found[name] = held
-            continue
-        method = cell.contender.method
+        held = job.ranks.leading(partial(_planned, job, cell))
         try:
-            if method.reads == "statistics" and statistics is None:
+            if held is None and cell.contender.method.reads == "statistics" and statistics is None:
                 statistics = _statistics(job)
-            options: dict[str, Any] = {"stats": statistics} if method.reads == "statistics" else {}
-            if method.reads == "model":
-                options = {"data": job.data, **job.shape, **job.where}
-            place = name if method.reads == "model" else cell.contender.method.name  # weights are measured once for all ratios
-            with footprint() as took:
-                made = job.stages.plan(
-                    job.inventory,
-                    method.name,
-                    cell.keep,
-                    budget=cell.budget,
-                    options=cell.contender.options,
-                    out=target,
-                    overwrite=True,
-                    work=job.folder / WORK / place,
-                    progress=job.progress,
-                    **options,
-                )
-            if method.reads == "model":
-                gc.collect()  # free the model that it opened, so that it does not count as the next one's memory
-            check_plan(made, job.inventory)
+            found[name] = held or job.ranks.leading(partial(_plan, job, cell, statistics))
         except UserError as error:
-            target.unlink(missing_ok=True)
             job.notes.append(f"{name}: {error}")
             job.progress.note(job.notes[-1])
-            continue
-        found[name] = save(mark, job.planned_with(cell), {"planning": took})
     return found
+
+
+def _mark(job: Comparison, cell: Cell) -> Path:
+    return job.folder / WORK / "planned" / f"{cell.plan_name}.json"
+
+
+def _planned(job: Comparison, cell: Cell) -> dict[str, Any] | None:
+    """Time and memory of planning, if the plan is there."""
+    return load(_mark(job, cell), job.planned_with(cell)) if _plan_file(job, cell).exists() else None
+
+
+def _plan(job: Comparison, cell: Cell, statistics: Any) -> dict[str, Any]:
+    """Make a plan; returns the time and memory that it took. A refused plan leaves no file."""
+    from expertsmith.comparison.footprint import footprint
+    from expertsmith.surgery.apply import check_plan
+
+    method, target = cell.contender.method, _plan_file(job, cell)
+    options: dict[str, Any] = {"stats": statistics} if method.reads == "statistics" else {}
+    if method.reads == "model":
+        options = {"data": job.data, **job.shape, **job.where}
+    place = cell.plan_name if method.reads == "model" else method.name  # weights are measured once for all ratios
+    try:
+        with footprint() as took:
+            made = job.stages.plan(
+                job.inventory,
+                method.name,
+                cell.keep,
+                budget=cell.budget,
+                options=cell.contender.options,
+                out=target,
+                overwrite=True,
+                work=job.folder / WORK / place,
+                progress=job.progress,
+                **options,
+            )
+        if method.reads == "model":
+            gc.collect()  # free the model that it opened, so that it does not count as the next one's memory
+        check_plan(made, job.inventory)
+    except UserError:
+        target.unlink(missing_ok=True)
+        raise
+    return save(_mark(job, cell), job.planned_with(cell), {"planning": took})
 
 
 def _statistics(job: Comparison) -> Any:
@@ -307,7 +328,7 @@ def _statistics(job: Comparison) -> Any:
     with footprint() as took:
         made = job.stages.calibrate(job.inventory.checkpoint.source, job.data, target, **options)
     mark, made_with = target.with_suffix(".json"), {"model": job.inventory.checkpoint.fingerprint, "data": job.text}
-    if load(mark, made_with) is None:  # else a finished pass was only read, so keep its footprint
+    if job.ranks.first and load(mark, made_with) is None:  # else a finished pass was only read, so keep its footprint
         save(mark, made_with, {"calibration": took})
     return made
 
@@ -325,7 +346,7 @@ def _judge(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any],
         with in_force(reference):
             save(original_file(job), job.original_with, {"tasks": dict(job.tasks.scores(reference))})
     for cell in missing:
-        made = load_plan(_plan_file(job, cell))
+        made = job.ranks.leading(partial(load_plan, _plan_file(job, cell)))
         with merged(model, made, job.inventory), masked(model, made.kept, job.inventory.counts):
             found = _judged(job, model, reference)
         _finish(job, cell, made, planned, held, found)
@@ -333,30 +354,32 @@ def _judge(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any],
 
 def _heal(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any], held: dict[str, Any]) -> None:
     """Judge cells with healing: write, heal, judge and remove one checkpoint at a time."""
-    from expertsmith.comparison.footprint import footprint
-
-    source = job.inventory.checkpoint.source
     for cell in missing:
         if cell.plan_name not in planned:
             continue
-        assert cell.heal is not None
-        name, options = parse_heal(cell.heal)
-        made, written, healed = load_plan(_plan_file(job, cell)), job.folder / WORK / "unhealed", job.folder / WORK / cell.name
-        job.stages.apply(job.inventory, made, written, overwrite=True, progress=job.progress)
-        shape, run = job.shape, {key: job.where[key] for key in ("device", "memory")}
-        with footprint() as took:
-            job_options: dict[str, Any] = {
-                "options": options,
-                "overwrite": True,
-                "resume": job.resume,
-                "progress": job.progress,
-            }
-            report = job.stages.heal(written, source, job.data, healed, method=name, **job_options, **shape, **run)
+        made = job.ranks.leading(partial(load_plan, _plan_file(job, cell)))
+        written, healed = job.folder / WORK / "unhealed", job.folder / WORK / cell.name
+        healing = job.ranks.leading(partial(_healed, job, cell, made, written, healed))
         student = _open(job, take_inventory(open_checkpoint(healed)))
         found = _judged(job, student, _open(job, job.inventory))
-        _finish(job, cell, made, planned, held, {**found, "healing": {**took, "accepted": report["accepted"]}})
-        shutil.rmtree(written)
-        shutil.rmtree(healed)
+        _finish(job, cell, made, planned, held, {**found, "healing": healing})
+        for folder in (written, healed):
+            job.ranks.leading(partial(shutil.rmtree, folder))
+
+
+def _healed(job: Comparison, cell: Cell, plan: Plan, written: Path, healed: Path) -> dict[str, Any]:
+    """Write a cell's checkpoint and heal it; returns the time and memory of healing, and whether the result was accepted."""
+    from expertsmith.comparison.footprint import footprint
+
+    assert cell.heal is not None
+    name, options = parse_heal(cell.heal)
+    job.stages.apply(job.inventory, plan, written, overwrite=True, progress=job.progress)
+    more = {"options": options, "overwrite": True, "resume": job.resume, "progress": job.progress}
+    run = {key: job.where[key] for key in ("device", "memory")}
+    with footprint() as took:
+        source = job.inventory.checkpoint.source
+        report = job.stages.heal(written, source, job.data, healed, method=name, **more, **job.shape, **run)
+    return {**took, "accepted": report["accepted"]}
 
 
 def _open(job: Comparison, inventory: Inventory) -> LoadedModel:
@@ -364,7 +387,7 @@ def _open(job: Comparison, inventory: Inventory) -> LoadedModel:
     from expertsmith.engine.devices import choose_device, choose_memory
 
     where, both = job.where, [inventory.checkpoint, job.inventory.checkpoint]
-    mode = choose_memory(where["memory"], both, choose_device(where["device"]), where["dtype"])
+    mode = choose_memory(where["memory"], both, choose_device(where["device"]), where["dtype"], job.ranks)
     if job.tasks is not None:
         refuse_stream(mode)
     return open_model(inventory, Silent(), device=where["device"], dtype=where["dtype"], memory=mode)
@@ -377,9 +400,8 @@ def _judged(job: Comparison, model: LoadedModel, reference: LoadedModel) -> dict
 
     with ExitStack() as stack:
         stack.enter_context(in_force(reference))
-        quality = measure(
-            model, job.heldout.batches(min(job.shape["batch_tokens"] or JUDGED_TOKENS, JUDGED_TOKENS)), reference, job.progress
-        )
+        batches = job.heldout.batches(min(job.shape["batch_tokens"] or JUDGED_TOKENS, JUDGED_TOKENS))
+        quality = measure(model, batches, reference, job.progress, job.ranks)
         scores = {} if job.tasks is None else {"tasks": dict(job.tasks.scores(model)), "asked": job.tasks.identity}
     return {"quality": quality.to_json(), "rise": _rise(quality), **scores}
 
@@ -400,7 +422,7 @@ def _finish(
     assert made.summary is not None
     summary = {key: list(value) for key, value in made.summary.model_dump().items()}
     more = {"plan": f"{PLANS}/{cell.plan_name}.json", **summary, "planning": planned[cell.plan_name]["planning"], **found}
-    held[cell.name] = save(_result(job, cell), job.made_with(cell), more)
+    held[cell.name] = job.ranks.leading(lambda: save(_result(job, cell), job.made_with(cell), more))
     mean, error = found["rise"]["mean"]
     job.progress.note(f"{cell.name}: {mean:+.4f} ± {error:.4f} nats per token")
 

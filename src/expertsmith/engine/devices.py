@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,12 +14,15 @@ from expertsmith.arch import text_config
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.floats import floats
 from expertsmith.errors import UserError
+from expertsmith.ranks import ALONE, Ranks
 
 Memory = Literal["resident", "stream"]
 
 
-def choose_memory(memory: str, checkpoints: Sequence[Checkpoint], device: torch.device, dtype: str = "auto") -> Memory:
-    """Return the memory mode; `auto` streams if the models together would take more than 70 % of the free memory.
+def choose_memory(
+    memory: str, checkpoints: Sequence[Checkpoint], device: torch.device, dtype: str = "auto", ranks: Ranks = ALONE
+) -> Memory:
+    """Return the memory mode; `auto` streams if the models together would take more than 70 % of the free memory of any of the `ranks`.
 
     Raises:
         UserError: another word than auto, resident or stream.
@@ -33,14 +37,14 @@ def choose_memory(memory: str, checkpoints: Sequence[Checkpoint], device: torch.
         return "stream"
     free = free_memory(device)
     need = sum(floats(entry).numel * torch.empty(0, dtype=dtype_of(dtype, entry)).element_size() for entry in checkpoints)
-    return "resident" if need < 0.7 * free else "stream"
+    return "resident" if all(ranks.gather(need < 0.7 * free)) else "stream"
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of memory that this process can still use on a device."""
+    """Bytes of memory that this process can still use on a device. Processes of torchrun on one machine share its main memory evenly."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return _free_memory()
+    return _free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _free_memory() -> int:

@@ -19,6 +19,7 @@ import torch
 from expertsmith.engine import Batch, LoadedModel, Walk
 from expertsmith.errors import UserError
 from expertsmith.evaluation.paired import ratio
+from expertsmith.ranks import ALONE, Ranks
 from expertsmith.views.notebook import Shown
 from expertsmith.views.progress import Progress, Silent
 
@@ -38,6 +39,17 @@ class DomainQuality:
     agreements: int = 0
     esap_sum: float = 0.0
     rises: dict[int, tuple[int, float]] = field(default_factory=dict)  # sequence → tokens, sum of loss - reference_loss
+
+    def add(self, other: DomainQuality) -> None:
+        """Add the sums over other tokens of the same domain."""
+        self.tokens += other.tokens
+        self.loss_sum += other.loss_sum
+        self.loss_squares += other.loss_squares
+        self.reference_loss_sum += other.reference_loss_sum
+        self.kl_sum += other.kl_sum
+        self.agreements += other.agreements
+        self.esap_sum += other.esap_sum
+        self.rises |= other.rises
 
     def _mean(self, total: float, reference: bool = True) -> float:
         return math.nan if reference and not self.rises else total / max(1, self.tokens)
@@ -140,11 +152,17 @@ class Quality(Shown):
 
 
 def measure(
-    model: LoadedModel, batches: Sequence[Batch], reference: LoadedModel | None = None, progress: Progress | None = None
+    model: LoadedModel,
+    batches: Sequence[Batch],
+    reference: LoadedModel | None = None,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Quality:
     """Evaluate `model` on batches (each token of a row predicts the next one), against `reference` if there is one.
 
-    A resident model runs one batch at a time; a streamed model runs all batches through one layer after another.
+    A resident model runs one batch at a time; a streamed model runs all batches through one layer after another. Each of several `ranks`
+    runs its share of the batches. The sums of all batches are added in the order of the batches, so the result does not depend on the
+    number of ranks.
 
     Raises:
         UserError: the two models have different vocabularies, or there is no token to predict.
@@ -152,24 +170,28 @@ def measure(
     quality = Quality(has_reference=reference is not None)
     models = [model] if reference is None else [model, reference]
     streamed = any(entry.memory == "stream" for entry in models)
-    groups = [list(batches)] if streamed else [[batch] for batch in batches]
-    with (progress or Silent()).task("evaluate", sum(batch.tokens for batch in batches), "tokens") as advance:
+    mine = ranks.share(batches)
+    groups = [mine][: len(mine)] if streamed else [[batch] for batch in mine]
+    parts: list[DomainQuality] = []
+    with (progress or Silent()).task("evaluate", sum(batch.tokens for batch in mine), "tokens") as advance:
         for group in groups:
-            _measure_group(model, reference, group, quality, advance)
+            _measure_group(model, reference, group, parts, advance)
+    for batch, part in zip(batches, ranks.joined(parts), strict=True):
+        quality.domains.setdefault(batch.domain, DomainQuality()).add(part)
     if not any(entry.tokens for entry in quality.domains.values()):
         raise UserError("the evaluation data has no tokens to predict", "give longer text")
     return quality
 
 
 def _measure_group(
-    model: LoadedModel, reference: LoadedModel | None, group: list[Batch], quality: Quality, advance: Any
+    model: LoadedModel, reference: LoadedModel | None, group: list[Batch], parts: list[DomainQuality], advance: Any
 ) -> None:
     with Walk(model, group) as mine:
         if reference is None:
             for _ in mine.layers():
                 pass
             for batch, out in zip(group, mine.outputs(), strict=True):
-                add_batch(quality, batch, out.logits, None)
+                parts.append(_of_batch(batch, out.logits, None))
                 advance(batch.tokens)
             return
         with Walk(reference, group) as theirs:
@@ -183,13 +205,17 @@ def _measure_group(
                         f"the model predicts {out.logits.shape[-1]} tokens, the reference {ref.logits.shape[-1]}",
                         "they need the same vocabulary",
                     )
-                add_batch(quality, batch, out.logits, ref.logits)
+                parts.append(_of_batch(batch, out.logits, ref.logits))
                 advance(batch.tokens)
 
 
 def add_batch(quality: Quality, batch: Batch, logits: torch.Tensor, reference: torch.Tensor | None) -> None:
     """Add the predicted tokens of one batch, from the model's logits and the reference's [rows, length, vocabulary]."""
-    entry = quality.domains.setdefault(batch.domain, DomainQuality())
+    quality.domains.setdefault(batch.domain, DomainQuality()).add(_of_batch(batch, logits, reference))
+
+
+def _of_batch(batch: Batch, logits: torch.Tensor, reference: torch.Tensor | None) -> DomainQuality:
+    entry = DomainQuality()
     predicted = (batch.mask[:, 1:] & batch.mask[:, :-1]).to(logits.device)
     targets = batch.input_ids.to(logits.device)[:, 1:][predicted]
     mine = logits[:, :-1][predicted]
@@ -215,4 +241,5 @@ def add_batch(quality: Quality, batch: Batch, logits: torch.Tensor, reference: t
         entry.esap_sum += float(torch.minimum(p, q).exp().sum(dtype=torch.float64))
     if theirs is not None:
         counts = torch.bincount(rows, minlength=len(batch.sequences))
-        entry.rises |= dict(zip(batch.sequences, zip(counts.tolist(), rises.tolist(), strict=True), strict=True))
+        entry.rises = dict(zip(batch.sequences, zip(counts.tolist(), rises.tolist(), strict=True), strict=True))
+    return entry

@@ -19,14 +19,12 @@ from typing import Any
 
 import torch
 
-from expertsmith.calibration.distributed import check_alike, share, sums
 from expertsmith.checkpoint.floats import bytes_of
 from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of
-from expertsmith.evaluation.quality import Quality, add_batch
+from expertsmith.evaluation.quality import DomainQuality, Quality, add_batch
 from expertsmith.experts.inventory import Inventory
 from expertsmith.healing.experts import LayerExperts, Routed, Skip, Tapped
 from expertsmith.healing.halted import SMALL, Halted
-from expertsmith.healing.judged import summed
 from expertsmith.healing.least_squares import Problem, solve
 from expertsmith.healing.options import LayerLocal, LeastSquares
 from expertsmith.healing.refine import refine
@@ -34,6 +32,7 @@ from expertsmith.healing.streams import Call, HaltingWalk
 from expertsmith.healing.tail import wanted_change
 from expertsmith.healing.work import Work
 from expertsmith.healing.written import into_memory, to_checkpoint
+from expertsmith.ranks import current
 from expertsmith.views.progress import Progress
 
 DOWN = ("down",)
@@ -66,7 +65,8 @@ class Layerwise:
     def run(self) -> Quality:
         """Heal every MoE layer; returns the quality of the healed student against the teacher on the held-out tokens."""
         targets: dict[int, torch.Tensor] = {}
-        batches, own = share(self.batches), share(self.held)
+        ranks = current()
+        batches, own = ranks.share(self.batches), ranks.share(self.held)
         held = [mask.to(self.student.device) for mask in own]
         masks = [batch.mask.to(self.student.device) for batch in batches]
 
@@ -84,7 +84,7 @@ class Layerwise:
         tokens = sum(batch.tokens for batch in batches)
         theirs = Walk(self.teacher, batches, after=keep)
         mine = HaltingWalk(self.student, batches, self.student.moe_layers, halt)
-        quality = Quality(has_reference=True)
+        quality, parts = Quality(has_reference=True), list[Quality]()
         with self.progress.task("heal", tokens * len(self.student.layers), "layer tokens") as advance, theirs, mine:
             self._advance, self._tokens, self._left = advance, tokens, float(tokens)
             for _ in zip(theirs.layers(), mine.layers(), strict=True):
@@ -93,10 +93,14 @@ class Layerwise:
                 self._left = float(tokens)
             outputs = zip(batches, own, mine.outputs(), theirs.outputs(), strict=True)
             for batch, mask, out, reference in outputs:
+                parts.append(Quality())
                 if bool(mask.any()):
                     judged = Batch(batch.input_ids, mask, batch.domain, batch.sequences)
-                    add_batch(quality, judged, out.logits, reference.logits)
-        return summed(quality)
+                    add_batch(parts[-1], judged, out.logits, reference.logits)
+        for part in ranks.joined(parts):
+            for domain, entry in part.domains.items():
+                quality.domains.setdefault(domain, DomainQuality()).add(entry)
+        return quality
 
     def _tick(self, share: float) -> None:
         """Report progress within a layer: an estimated share of its work is done."""
@@ -113,7 +117,7 @@ class Layerwise:
             experts.set_down(expert, down)
         row: dict[str, Any] = {
             "layer": index,
-            "held_out_tokens": int(sums(int(problem.held.sum()), device=problem.held.device)[0]),
+            "held_out_tokens": int(current().total(int(problem.held.sum()))[0]),
             "experts": experts.count,
             "changed": len(solution.down),
             "sweeps": solution.errors,
@@ -131,7 +135,7 @@ class Layerwise:
             if not after < least:  # rounding undid it
                 outputs, after, tensors = self._restore(halted, start)
         row["error_after"] = after
-        check_alike(f"decoder layer {index}: the healed weights", digest(tensors, row))
+        check_alike(index, tensors, row)
         row["seconds"] = round(time.perf_counter() - begin, 3)
         self.work.save(index, tensors, row)
         self.progress.note(f"decoder layer {index}: held-out error {before:.4g} → {after:.4g}")
@@ -159,17 +163,25 @@ def held_mean(halted: Halted, outputs: Sequence[Any]) -> float:
 def mean_of(halted: Halted, error: float) -> float:
     """The mean over the held-out tokens of all ranks of an error summed over this rank's."""
     count = sum(int(mask.sum()) for mask in halted.held)
-    total, tokens = sums(error, count, device=halted.targets[0].device)
+    total, tokens = current().total(error, count)
     return total / tokens
 
 
-def digest(tensors: Mapping[str, torch.Tensor], row: Mapping[str, Any]) -> str:
-    """sha256 over tensors and an entry of the report."""
+def check_alike(index: int, tensors: Mapping[str, torch.Tensor], row: Mapping[str, Any]) -> None:
+    """Check that all ranks have healed a layer to the same tensors, with the same entry of the report.
+
+    Raises:
+        RuntimeError: they have not.
+    """
+    ranks = current()
+    if ranks.world == 1:
+        return
     made = hashlib.sha256(repr(row).encode())
     for name in sorted(tensors):
         made.update(name.encode())
         made.update(bytes_of(tensors[name]))
-    return made.hexdigest()
+    if len(set(ranks.gather(made.hexdigest()))) > 1:
+        raise RuntimeError(f"decoder layer {index}: the healed weights differ between the ranks, so the result would be wrong")
 
 
 def look(halted: Halted, tick: Callable[[float], None]) -> tuple[Problem, float]:
@@ -199,7 +211,7 @@ def look(halted: Halted, tick: Callable[[float], None]) -> tuple[Problem, float]
     strength = torch.cat([part[2] for part in parts])
     seen = strength > 0
     # the strength of a token without an error is unknown: it gets the mean
-    total, known = sums(float(strength.double().sum()), int(seen.sum()), device=strength.device)
+    total, known = current().total(float(strength.double().sum()), int(seen.sum()))
     strength = torch.where(seen, strength, total / known if known else 1.0)
     problem = Problem(routed, torch.cat([part[1] for part in parts]), torch.cat([part[3] for part in parts]), strength)
     return problem, mean_of(halted, error)

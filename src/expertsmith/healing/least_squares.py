@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from expertsmith.calibration.distributed import add_up, sums
 from expertsmith.healing.experts import LayerExperts, Routed
+from expertsmith.ranks import current
 
 RIDGES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 ROWS = 4096  # tokens whose features are held in float64 at a time
@@ -82,7 +82,7 @@ class _Turns:
     """The state of the sweeps: the residual, and every expert's sums."""
 
     def __init__(self, layer: LayerExperts, problem: Problem) -> None:
-        self.layer, self.routed = layer, problem.routed
+        self.layer, self.routed, self.ranks = layer, problem.routed, current()
         self.rest = problem.wanted.clone()
         device = self.rest.device
         strength = torch.ones(len(self.rest), device=device) if problem.strength is None else problem.strength
@@ -114,7 +114,7 @@ class _Turns:
         sizes = torch.bincount(key, minlength=2 * count + 1)[: 2 * count]
         starts = [0, *sizes.cumsum(0).tolist()]
         self.bounds = {e: (starts[2 * e], starts[2 * e + 1], starts[2 * e + 2]) for e in range(count)}
-        add_up([sizes])
+        self.ranks.add_up([sizes])
         both = (sizes.reshape(count, 2) > 0).all(1).tolist()
         self.experts = [e for e in range(count) if both[e]]
         self.rows, self.slots = order // slots, order % slots
@@ -122,7 +122,7 @@ class _Turns:
     def held_error(self) -> float:
         """The squared error of the routed output on the held-out tokens."""
         error = (self.rest[self.held].double().square().sum(1) * self.weight[self.held]).sum()
-        return sums(float(error), device=error.device)[0]
+        return self.ranks.total(float(error))[0]
 
     def _parts(self, expert: int) -> Iterator[tuple[bool, torch.Tensor, torch.Tensor]]:
         """Yield (is held out, tokens, features [tokens, features]) of an expert in parts."""
@@ -152,7 +152,7 @@ class _Turns:
                 one = phi.double()
                 pair[int(held)].addmm_((one * self.weight[rows, None]).T, one)
             self._sums[expert] = _Sums(*pair)
-        add_up([grams])
+        self.ranks.add_up([grams])
         if self.all_at_once:
             made = _factored(grams[:, 0], self.ridges)
             for expert, *factors in zip(group, *made, strict=True):
@@ -172,7 +172,7 @@ class _Turns:
         moments = torch.zeros(2, *self.shape, dtype=torch.float64, device=self.rest.device)  # training, held-out
         for held, rows, phi in self._parts(expert):
             moments[int(held)].addmm_(phi.double().T, self.rest[rows].double() * self.weight[rows, None])
-        add_up([moments])
+        self.ranks.add_up([moments])
         best: list[torch.Tensor] = []  # change of the squared held-out error, lambda, dW^T
         for ridges, factors, failed in self._factors(expert):
             changes = torch.cholesky_solve(moments[0].expand(len(ridges), -1, -1), factors)  # [lambdas, features, outputs]

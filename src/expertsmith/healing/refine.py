@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from expertsmith.calibration.distributed import add_up, of_all, rank_and_world, sums
 from expertsmith.experts.inventory import Inventory
 from expertsmith.healing.halted import Halted
 from expertsmith.healing.options import LayerLocal
 from expertsmith.healing.replay import Replay
 from expertsmith.healing.written import trainable_router
+from expertsmith.ranks import current
 from expertsmith.surgery.merge import router_tensor
 
 RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # tried from the highest down, until one is worse than the one before it
@@ -61,7 +61,7 @@ class _Run:
     """The weights, their start values, and the best so far."""
 
     def __init__(self, halted: Halted, inventory: Inventory, options: LayerLocal, tick: Callable[[float], None]) -> None:
-        self.options, self.tick = options, tick
+        self.options, self.tick, self.ranks = options, tick, current()
         layer = self.experts = halted.experts
         rows = [
             router_tensor(layer.block, claim, layer.record)
@@ -118,18 +118,18 @@ class _Run:
             with torch.enable_grad(), self.experts.fast:
                 loss = (self.replay.errors(rows, number) * self.train.counts[rows.reshape(-1)]).sum() / count
             torch.autograd.backward(loss, inputs=self.weights)
-        if rank_and_world()[1] > 1:
+        if self.ranks.world > 1:
             for weight in self.weights:
                 if weight.grad is None:  # none of the step's tokens is of this rank
                     weight.grad = torch.zeros_like(weight)
-            add_up([weight.grad for weight in self.weights if weight.grad is not None])
+            self.ranks.add_up([weight.grad for weight in self.weights if weight.grad is not None])
 
     @torch.no_grad()
     def _held_error(self) -> float:
         parts, count = self.held.all()
         found = [(self.replay.errors(rows, number) * self.held.counts[rows.reshape(-1)]).sum() for rows, number in parts]
         own = float(torch.stack(found).sum()) if found else 0.0
-        return sums(own, device=self.held.places.device)[0] / count
+        return self.ranks.total(own)[0] / count
 
 
 class _Tokens:
@@ -141,8 +141,8 @@ class _Tokens:
         every = torch.cat([mask.reshape(-1) for mask in masks])
         self.counts = every.float()
         self.places = every.nonzero().squeeze(1)
-        self.rank, self.world = rank_and_world()
-        self.sizes = of_all([int(mask.sum()) for mask in masks])
+        self.ranks = current()
+        self.sizes = self.ranks.joined([int(mask.sum()) for mask in masks])
 
     def all(self) -> tuple[list[Part], int]:
         """All tokens of this rank in parts of a step's size, and the number of those of all ranks."""
@@ -156,7 +156,7 @@ class _Tokens:
 
     def _draw_tokens(self, generator: torch.Generator, share: int) -> Iterator[tuple[list[Part], int]]:
         batch = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))  # of every token
-        own = batch % self.world == self.rank
+        own = batch % self.ranks.world == self.ranks.rank
         places = torch.where(own, own.cumsum(0) - 1, -1)  # of every token, in `self.places`; -1: another rank has it
         places = places[torch.randperm(len(places), generator=generator)[: -(-len(places) // share)]]
         size = min(len(places), -(-self.size // share))
@@ -183,5 +183,5 @@ class _Tokens:
 
     def _own(self, numbers: Iterable[int]) -> list[Part]:
         """This rank's of some batches, which are numbered over all ranks."""
-        own = [number // self.world for number in numbers if number % self.world == self.rank]
+        own = [number // self.ranks.world for number in numbers if number % self.ranks.world == self.ranks.rank]
         return [(self.batches[number], number) for number in own]

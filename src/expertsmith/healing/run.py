@@ -18,7 +18,6 @@ import torch
 
 from expertsmith.arch import record_of
 from expertsmith.calibration.data import TokenData
-from expertsmith.calibration.distributed import gathered, rank_and_world, wait
 from expertsmith.checkpoint import Checkpoint, open_checkpoint
 from expertsmith.checkpoint.floats import Floats, floats, quantisation_of, refuse_unencodable
 from expertsmith.checkpoint.origin import card_metadata, front_matter, name_of, source_of, without_results
@@ -31,7 +30,6 @@ from expertsmith.evaluation.quality import Quality, measure
 from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.healing.distil import Distillation, router_weights
 from expertsmith.healing.experts import LayerExperts
-from expertsmith.healing.judged import measured
 from expertsmith.healing.layerwise import Layerwise
 from expertsmith.healing.lora import Adapted, changed_tensors, noisy_embeddings, peft, rounded
 from expertsmith.healing.options import LAYERWISE, Lora, as_options
@@ -39,6 +37,7 @@ from expertsmith.healing.pair import check_pair
 from expertsmith.healing.streams import held_batches, held_out
 from expertsmith.healing.work import Work
 from expertsmith.healing.written import ROUTER, check_floats, into_memory, to_checkpoint, write_healed
+from expertsmith.ranks import current, refuse_several
 from expertsmith.surgery.mask import in_force
 from expertsmith.surgery.skip import skip_of
 from expertsmith.views.progress import Progress, Silent
@@ -86,26 +85,27 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
             that runs in one process, or more of them than batches; see also `check_start`.
     """
     begin = time.perf_counter()
-    rank, _ = rank_and_world()
-    progress = progress if rank == 0 else Silent()
+    ranks = current()
+    progress = progress if ranks.first else Silent()
+    ranks.agree("model or text", lambda: _made_with(job))
     _as_floats(job)
     check_floats(job.inventory)
     _refuse_what_cannot_train(job)
     others = nullcontext(work_of(job.target) / "healing")
-    with work_beside(job.target, "healing", progress.note) if rank == 0 else others as place:
+    with work_beside(job.target, "healing", progress.note) if ranks.first else others as place:
         report, changed, work = _healed(job, place, progress)
         report["seconds"] = round(time.perf_counter() - begin, 3)
-        if rank == 0:
-            _write(job, job.target, changed, work, report, progress)
+        ranks.leading(lambda: _write(job, job.target, changed, work, report, progress))
     return report
 
 
 def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, Any], Collection[str], Work]:
     """Heal; returns the report, the names of the tensors that changed and improved the model, and a reader of their values."""
     source = job.inventory.checkpoint
+    ranks = current()
     layerwise, trains = job.method in LAYERWISE, job.method != "least_squares"
     where = choose_device(job.device)
-    mode = choose_memory(job.memory, [source, job.teacher], where, job.dtype) if layerwise else "resident"
+    mode = choose_memory(job.memory, [source, job.teacher], where, job.dtype, ranks) if layerwise else "resident"
     student = load_model(source, job.inventory.architecture, memory=mode, device=where, dtype=job.dtype)
     teacher = _teacher(job.teacher, mode, where, job.dtype)
     trained = max(TRAINED_BATCH, job.options.step_tokens) if job.method == "layer_local" else TRAINED_BATCH
@@ -114,13 +114,14 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
     batches = job.data.batches(size, pad_id=pad if isinstance(pad, int) and pad >= 0 else 0)
     held = held_out(job.data, batches)
     _refuse_idle_ranks(batches, size)
-    work = _opened(job, place)
+    work = ranks.leading(lambda: Work(place, _made_with(job), job.resume, job.overwrite))
+    work.writes = ranks.first
     if work.rows:
         progress.note(f"resuming: {len(work.rows)} layers are healed already")
     rule, thresholds = skip_of(source.config) or ("ratio", {})
     skips = {layer: (value, rule) for layer, value in thresholds.items()}
     with in_force(student):
-        before = measured(student, held_batches(batches, held), teacher, progress)
+        before = measure(student, held_batches(batches, held), teacher, progress, ranks)
         training: dict[str, Any] = {}
         if layerwise:
             healing = Layerwise(student, teacher, job.inventory, batches, held, job.options, work, skips, progress)
@@ -128,7 +129,7 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
         else:
             training = _distil(job, student, teacher, batches, held, work, progress)
             after = measure(student, held_batches(batches, held), teacher, progress)
-    changed: Collection[str] = work.names  # of the first rank, which writes
+    changed: Collection[str] = ranks.leading(lambda: work.names)
     report = _report(job, before, after, held, training, [] if training else list(work.rows.values()))
     if not report["accepted"]:
         progress.note(
@@ -137,8 +138,10 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
         changed = []
     elif report["mixed"]:
         progress.note(report["mixed"])
-    if changed and job.requantise and work.writes:
-        again = _requantised(job, changed, work, teacher, (mode, where), held_batches(batches, held), progress)
+    if changed and job.requantise:
+        again = ranks.leading(
+            lambda: _requantised(job, changed, work, teacher, (mode, where), held_batches(batches, held), progress)
+        )
         measure_of = "loss" if report["measure"] == "loss" else "kl"
         kept = _over_all(again["quality"], measure_of) <= _over_all(report["held_out"]["before"], measure_of)
         report["requantised"] = {**again, "accepted": kept}
@@ -150,24 +153,8 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
     return report, changed, work
 
 
-def _opened(job: Healing, place: Path) -> Work:
-    """The finished layers of an interrupted healing, which the first rank may have to clear away before the others look."""
-    rank, _ = rank_and_world()
-    if rank > 0:
-        wait()
-    work = Work(place, _made_with(job), job.resume, job.overwrite, writes=rank == 0)
-    if rank == 0:
-        wait()
-    if len(set(gathered(tuple(work.rows)))) > 1:
-        raise UserError(
-            f"the ranks see different finished layers in {place}",
-            "choose an output on a file system that all of them share, or pass --fresh",
-        )
-    return work
-
-
 def _refuse_idle_ranks(batches: Sequence[Batch], size: int) -> None:
-    world = rank_and_world()[1]
+    world = current().world
     if world > len(batches):
         raise UserError(
             f"the text makes {len(batches)} batches of up to {size} tokens, but there are {world} ranks",
@@ -176,12 +163,8 @@ def _refuse_idle_ranks(batches: Sequence[Batch], size: int) -> None:
 
 
 def _refuse_what_cannot_train(job: Healing) -> None:
-    world = rank_and_world()[1]
-    if world > 1 and job.method not in LAYERWISE:
-        raise UserError(
-            f"{job.method} trains in one process, but there are {world} ranks",
-            "run it without torchrun, or use --method layer_local",
-        )
+    if job.method not in LAYERWISE:
+        refuse_several(f"heal --method {job.method}")
     if job.method != "least_squares" and job.dtype != "float32":
         raise UserError(f"{job.method} trains weights, but --dtype is {job.dtype}", "use --dtype float32")
     if isinstance(job.options, Lora):

@@ -25,17 +25,15 @@ class Work:
     Args:
         resume: continue from the finished layers; otherwise start again.
         overwrite: start again if the folder belongs to a different healing.
-        writes: False on all ranks but the first, which only read; the first has to have opened it before.
 
     Raises:
         UserError: the folder belongs to a different healing, or holds other files.
     """
 
-    def __init__(
-        self, folder: Path, made_with: Mapping[str, Any], resume: bool, overwrite: bool = False, writes: bool = True
-    ) -> None:
-        self.folder, self._made_with, self.writes = folder, made_with, writes
-        if writes and folder.exists() and any(folder.iterdir()):
+    def __init__(self, folder: Path, made_with: Mapping[str, Any], resume: bool, overwrite: bool = False) -> None:
+        self.folder, self._made_with = folder, made_with
+        self.writes = True  # not on ranks but the first, which get what that has opened
+        if folder.exists() and any(folder.iterdir()):
             header = folder / HEADER
             if not header.is_file():
                 raise UserError(f"{folder} contains files that are not an interrupted healing", "move it away")

@@ -10,6 +10,7 @@ skipped slots at zero.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,7 @@ from expertsmith.engine.uneven import SHIM
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.planning.plan import Plan
+from expertsmith.ranks import ALONE, Ranks
 from expertsmith.surgery.apply import check_plan, output_config, output_tensors, output_texts, written
 from expertsmith.surgery.mask import masked
 from expertsmith.surgery.merge import merged
@@ -67,7 +69,7 @@ class Verdict(Shown):
     memory: str = "resident"
 
     def _rows(self) -> list[dict[str, Any]]:
-        return [{**row, "relative": row["difference"] / row["scale"] if row["scale"] else 0.0} for row in self.layers]
+        return [{**row, "relative": _relative(row["difference"], row["scale"])} for row in self.layers]
 
     def _line(self) -> str:
         found = (
@@ -82,7 +84,7 @@ class Verdict(Shown):
         """The largest relative difference over layers and logits."""
         rows = (*self.layers, *self.skipping)
         pairs = [(row["difference"], row["scale"]) for row in rows] + [(self.logits_difference, self.logits_scale)]
-        return max((difference / scale if scale else difference) for difference, scale in pairs)
+        return max(_relative(difference, scale) for difference, scale in pairs)
 
     def to_json(self) -> dict[str, Any]:
         """The verdict as written to verify.json."""
@@ -92,21 +94,51 @@ class Verdict(Shown):
         return held
 
 
+def _relative(difference: float, scale: float) -> float:
+    """difference / scale; infinite if the difference is, also where the scale is too (NaN in both models), which would divide to NaN."""
+    return difference / scale if scale and math.isfinite(difference) else difference
+
+
+@dataclass
+class Outputs:
+    """What the batches of one rank showed: largest difference and largest value by layer and of the logits, and counts of tokens and slots."""
+
+    layers: dict[int, dict[str, float]] = field(default_factory=dict)
+    skipping: dict[int, dict[str, float]] = field(default_factory=dict)
+    counters: dict[int, tuple[int, int]] = field(default_factory=dict)  # layer → slots, slots that ran
+    logits: dict[str, float] = field(default_factory=lambda: {"difference": 0.0, "scale": 0.0})
+    same: int = 0  # tokens with the same most probable next token
+    tokens: int = 0
+
+
 def compare_bytes(
-    plan: Plan, inventory: Inventory, output: Checkpoint, progress: Progress | None = None, pad: bool = False
+    plan: Plan,
+    inventory: Inventory,
+    output: Checkpoint,
+    progress: Progress | None = None,
+    pad: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[int, list[str]]:
-    """(tensors compared, names that differ): dtype, shape and every byte of the output against the plan's byte ranges of the source."""
+    """(tensors compared, names that differ): dtype, shape and every byte of the output against the plan's byte ranges of the source.
+
+    Each of several `ranks` compares its share of the bytes, in tensors that are neighbours in the output's files.
+    """
     wanted = {tensor.name: tensor for tensor in output_tensors(plan, inventory, pad)}
-    wrong = sorted(set(wanted) ^ set(output.tensors))
-    with (progress or Silent()).task("compare bytes", sum(tensor.nbytes for tensor in wanted.values()), "B") as advance:
-        for name in sorted(set(wanted) & set(output.tensors)):
+    there = sorted(
+        set(wanted) & set(output.tensors), key=lambda name: (str(output.tensors[name].file), output.tensors[name].start, name)
+    )
+    mine = [there[position] for position in ranks.share_by_size([wanted[name].nbytes for name in there])]
+    wrong = []
+    with (progress or Silent()).task("compare bytes", sum(wanted[name].nbytes for name in mine), "B") as advance:
+        for name in mine:
             info = output.tensors[name]
             same = (info.dtype, info.shape) == (wanted[name].dtype, wanted[name].shape) and _same_bytes(
                 wanted[name], output, advance
             )
             if not same:
                 wrong.append(name)
-    return len(wanted), wrong
+    different = sorted(name for names in ranks.gather(wrong) for name in names)
+    return len(wanted), sorted(set(wanted) ^ set(output.tensors)) + different
 
 
 def _same_bytes(tensor: OutputTensor, output: Checkpoint, advance: Any) -> bool:
@@ -136,8 +168,10 @@ def verify(
     dtype: str = "float32",
     tolerance: float = 1e-4,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Verdict:
-    """Compare the output checkpoint with the masked source.
+    """Compare the output checkpoint with the masked source. Each of several `ranks` compares its share of the bytes and of the batches, and
+    all return the same verdict.
 
     Raises:
         UserError: the plan is not for this source, or a model cannot be loaded.
@@ -146,16 +180,8 @@ def verify(
     pad = is_padded(output.config)
     check_plan(plan, inventory, pad)
     held = written(plan, inventory, requantise=quantisation_of(output) is not None)
-    tensors, wrong = compare_bytes(plan, held, output, progress, pad)
-    expected = output_config(plan, held, pad)
-    differs = sorted(key for key in {*expected, *output.config} if expected.get(key) != output.config.get(key))
-    for name, text in output_texts(plan, held, pad).items():
-        if not (output.path / name).is_file() or (output.path / name).read_text(encoding="utf-8") != text:
-            differs.append(name)
-    for name in code_files(inventory.checkpoint.path, expected):
-        theirs = output.path / name
-        if name != SHIM and (not theirs.is_file() or theirs.read_bytes() != (inventory.checkpoint.path / name).read_bytes()):
-            differs.append(name)
+    tensors, wrong = compare_bytes(plan, held, output, progress, pad, ranks)
+    differs = ranks.leading(lambda: _differing_texts(plan, held, output, pad))
     verdict = Verdict(
         False, tolerance, tensors, wrong, differs, tokens=sum(batch.tokens for batch in batches), dtype=dtype, memory=memory
     )
@@ -169,22 +195,61 @@ def verify(
     ahead = plan.mtp == "keep" and bool(inventory.mtp_layers)
     if ahead:
         verdict.mtp_not_compared = why_not_played(held) or why_not_played(take_inventory(output))
-    mtp = ahead and verdict.mtp_not_compared is None
-    source = load_model(held.checkpoint, record, memory=memory, device=device, dtype=dtype, config_overrides=overrides, mtp=mtp)
-    pruned = load_model(output, record, memory=memory, device=device, dtype=dtype, mtp=mtp)
-    experts = {entry.layer: entry.num_experts for entry in plan.layers}
-    masks = masked(source, plan.kept, experts)
-    with merged(source, plan, held), masks, progress.task("verify", len(source.layers), "layers") as advance:
-        _compare_forwards(source, pruned, batches, verdict, advance)
-    if plan.skip is not None:
-        verdict.skipping = prove(pruned, batches, plan.thresholds, plan.skip.rule)
+    where: dict[str, Any] = {
+        "memory": memory,
+        "device": device,
+        "dtype": dtype,
+        "mtp": ahead and verdict.mtp_not_compared is None,
+    }
+    mine, part = ranks.share(batches), Outputs()
+    if mine:  # there may be more ranks than batches
+        source = load_model(held.checkpoint, record, config_overrides=overrides, **where)
+        pruned = load_model(output, record, **where)
+        experts = {entry.layer: entry.num_experts for entry in plan.layers}
+        masks = masked(source, plan.kept, experts)
+        with merged(source, plan, held), masks, progress.task("verify", len(source.layers), "layers") as advance:
+            _compare_forwards(source, pruned, mine, part, advance)
+        if plan.skip is not None:
+            _compare_skipping(pruned, mine, plan.thresholds, plan.skip.rule, part)
+    _add_up(verdict, ranks.gather(part))
     verdict.passed = verdict.largest <= tolerance
     return verdict
 
 
-def _compare_forwards(
-    source: LoadedModel, pruned: LoadedModel, batches: Sequence[Batch], verdict: Verdict, advance: Any
-) -> None:
+def _differing_texts(plan: Plan, inventory: Inventory, output: Checkpoint, pad: bool) -> list[str]:
+    """Keys of config.json and names of other small files of the output that are not as planned."""
+    expected, source = output_config(plan, inventory, pad), inventory.checkpoint.path
+    differs = sorted(key for key in {*expected, *output.config} if expected.get(key) != output.config.get(key))
+    for name, text in output_texts(plan, inventory, pad).items():
+        if not (output.path / name).is_file() or (output.path / name).read_text(encoding="utf-8") != text:
+            differs.append(name)
+    for name in code_files(source, expected):
+        theirs = output.path / name
+        if name != SHIM and (not theirs.is_file() or theirs.read_bytes() != (source / name).read_bytes()):
+            differs.append(name)
+    return differs
+
+
+def _add_up(verdict: Verdict, parts: Sequence[Outputs]) -> None:
+    """Put what the ranks found into the verdict: maxima of differences and scales, and shares from sums of counts."""
+    verdict.layers = [{"layer": layer, **row} for layer, row in _largest_rows([part.layers for part in parts]).items()]
+    for layer, row in _largest_rows([part.skipping for part in parts]).items():
+        slots, ran = (sum(part.counters.get(layer, (0, 0))[i] for part in parts) for i in (0, 1))
+        verdict.skipping.append({"layer": layer, **row, "skipped": 1 - ran / slots if slots else 0.0})
+    verdict.logits_difference = max(part.logits["difference"] for part in parts)
+    verdict.logits_scale = max(part.logits["scale"] for part in parts)
+    verdict.top1_agreement = sum(part.same for part in parts) / max(1, sum(part.tokens for part in parts))
+
+
+def _largest_rows(parts: Sequence[Mapping[int, Mapping[str, float]]]) -> dict[int, dict[str, float]]:
+    layers = sorted({layer for part in parts for layer in part})
+    return {
+        layer: {key: max(part[layer][key] for part in parts if layer in part) for key in ("difference", "scale")}
+        for layer in layers
+    }
+
+
+def _compare_forwards(source: LoadedModel, pruned: LoadedModel, batches: Sequence[Batch], found: Outputs, advance: Any) -> None:
     reference: dict[int, torch.Tensor] = {}
     row = {"difference": 0.0, "scale": 0.0}
 
@@ -201,37 +266,32 @@ def _compare_forwards(
 
     with Walk(source, batches, after=keep) as first, Walk(pruned, batches, after=compare) as second:
         for layer, _ in zip(first.layers(), second.layers(), strict=True):
-            verdict.layers.append({"layer": layer, **row})
+            found.layers[layer] = dict(row)
             row.update(difference=0.0, scale=0.0)
             advance(1)
-        same = total = 0
         for batch, a, b in zip(batches, first.outputs(), second.outputs(), strict=True):
             rows = batch.mask.to(a.logits.device)
             x, y = a.logits[rows].float(), b.logits[rows].float()
-            verdict.logits_difference = max(verdict.logits_difference, _largest(x - y))
-            verdict.logits_scale = max(verdict.logits_scale, _largest(x))
-            same += int((x.argmax(-1) == y.argmax(-1)).sum())
-            total += x.shape[0]
-        verdict.top1_agreement = same / max(1, total)
+            found.logits["difference"] = max(found.logits["difference"], _largest(x - y))
+            found.logits["scale"] = max(found.logits["scale"], _largest(x))
+            found.same += int((x.argmax(-1) == y.argmax(-1)).sum())
+            found.tokens += x.shape[0]
 
 
-def prove(model: LoadedModel, batches: Sequence[Batch], thresholds: Mapping[int, float], rule: Rule) -> list[dict[str, float]]:
-    """Compare every layer's skipping forward with the stock forward, on the same inputs and with the weights of skipped slots at zero.
-    Returns for each layer the largest difference, the largest value, and the share of slots that did not run."""
+def _compare_skipping(
+    model: LoadedModel, batches: Sequence[Batch], thresholds: Mapping[int, float], rule: Rule, found: Outputs
+) -> None:
+    """Compare every layer's skipping forward with the stock forward, on the same inputs and with the weights of skipped slots at zero."""
     assert model.architecture is not None
-    rows = {layer: {"layer": layer, "difference": 0.0, "scale": 0.0} for layer in thresholds}
-    counters: dict[int, tuple[int, int]] = {}
-    with skipping(model, thresholds, rule, counters), ExitStack() as stack:
+    found.skipping = {layer: {"difference": 0.0, "scale": 0.0} for layer in thresholds}
+    with skipping(model, thresholds, rule, found.counters), ExitStack() as stack:
         for layer in thresholds:
             experts = experts_of(model.layers[layer], model.architecture)
             stack.callback(setattr, experts, "forward", experts.forward)
-            experts.forward = _compared(experts, experts.forward, thresholds[layer], rule, rows[layer])
+            experts.forward = _compared(experts, experts.forward, thresholds[layer], rule, found.skipping[layer])
         with Walk(model, batches) as walk:
             for _ in walk.layers():
                 pass
-    for layer, (slots, ran) in counters.items():
-        rows[layer]["skipped"] = 1 - ran / slots if slots else 0.0
-    return list(rows.values())
 
 
 def _compared(experts: Any, sparse: Any, threshold: float, rule: Rule, row: dict[str, float]) -> Any:
@@ -248,8 +308,8 @@ def _compared(experts: Any, sparse: Any, threshold: float, rule: Rule, row: dict
             **{name: zeroed if value is weights else value for name, value in kwargs.items()},
         )
         mine: torch.Tensor = sparse(hidden_states, *args, **kwargs)
-        row["difference"] = max(row["difference"], float((dense - mine).abs().max()))
-        row["scale"] = max(row["scale"], float(dense.abs().max()))
+        row["difference"] = max(row["difference"], _largest(dense - mine))
+        row["scale"] = max(row["scale"], _largest(dense))
         return mine
 
     return forward

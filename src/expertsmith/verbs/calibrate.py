@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of, open_model, token_data
+from expertsmith.ranks import current
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.options import Calibrating, Data, Into, Model, Running, Text, part
 from expertsmith.views import show
@@ -67,7 +68,8 @@ def calibrate(
     progress = given["progress"]
     inventory = inventory_of(model, given["allow_pickle"])
     tokens = token_data(inventory.checkpoint.path, inventory.checkpoint.config, data, progress, **part(Text, given))
-    loaded = open_model(inventory, progress, mtp=True, **part(Running, given))
+    ranks = current()
+    loaded = open_model(inventory, progress, mtp=True, ranks=ranks, **part(Running, given))
     extras = Extras(output_sum, all_outputs, sample_tokens, given["seed"])
     size = loaded.batch_tokens(given["batch_tokens"])
     return collect(
@@ -79,4 +81,5 @@ def calibrate(
         resume=given["resume"],
         overwrite=overwrite,
         progress=progress,
+        ranks=ranks,
     )

@@ -22,7 +22,7 @@ def _show(found: Any, given: Mapping[str, Any]) -> None:
     show_comparison(displayed(found), Path(given["out"]))
 
 
-@verb(FLOW, show=_show, keeps=out_and(""))
+@verb(FLOW, show=_show, keeps=out_and(""), ranks=True)
 def compare(
     model: Named,
     methods: Annotated[
@@ -57,6 +57,7 @@ def compare(
     """Compare many methods and ratios from one calibration: one table, and a picture of quality over size. Random draws are always included.
 
     Only plans and numbers are written: each plan is evaluated on the loaded model. An interrupted run resumes after the last finished cell.
+    Calibration and evaluation are data-parallel: torchrun --nproc-per-node N -m expertsmith compare …
 
     [dim]expertsmith compare allenai/OLMoE-1B-7B-0924 -m all -k 0.75 -k 0.5 -d c4.jsonl -e heldout.jsonl -o olmoe-methods[/dim]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Unpack
 from expertsmith.calibration.opening import token_data
 from expertsmith.checkpoint import open_checkpoint, pinned
 from expertsmith.errors import UserError
+from expertsmith.ranks import current, refuse_several
 from expertsmith.verbs.definition import FLOW, Opt, filled, out_and, verb
 from expertsmith.verbs.lint import lint
 from expertsmith.verbs.options import BatchTokens, Data, Drawing, Named, Opened, Resume, Running, part
@@ -135,6 +136,8 @@ def evaluate(
     if (generate or formats) and not (data and generate):
         missing = "--data FILE" if not data else "--generate N"
         raise UserError("--generate needs --data, and --format needs both", f"pass {missing}")
+    if tasks or generate:
+        refuse_several("evaluate --tasks" if tasks else "evaluate --generate")
     opened = [
         open_checkpoint(path, allow_pickle=given["allow_pickle"])
         for path in ([model] if reference is None else [model, reference])
@@ -159,13 +162,17 @@ def evaluate(
         batch_tokens=batch_tokens,
         overlap=1,
     )
+    ranks = current()
+    ranks.agree("model or text", lambda: ([entry.fingerprint for entry in opened], tokens.fingerprint))
     where = choose_device(given["device"])
-    mode = choose_memory(given["memory"], opened, where, given["dtype"])
+    mode = choose_memory(given["memory"], opened, where, given["dtype"], ranks)
     loaded = [load_model(entry, record_of(entry.config), memory=mode, device=where, dtype=given["dtype"]) for entry in opened]
     with ExitStack() as stack:
         for entry in loaded:
             stack.enter_context(in_force(entry))
-        quality = measure(loaded[0], tokens.batches(batch_tokens), loaded[1] if reference is not None else None, progress)
+        quality = measure(
+            loaded[0], tokens.batches(batch_tokens), loaded[1] if reference is not None else None, progress, ranks
+        )
     del loaded, entry  # what is asked next needs one model in memory at a time
     quality.more = ask()
     return quality
@@ -226,6 +233,7 @@ def _show(found: Any, given: Mapping[str, Any]) -> None:
     show=_show,
     plain=lambda found, given: {"model": given["model"], "reference": given["reference"], **found},
     keeps=out_and(""),
+    ranks=True,
 )
 def _evaluate(
     model: Named,
@@ -258,7 +266,8 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Measure perplexity by domain on held-out text, lm-eval tasks, and generated text, next to a reference; with --speed also the speed of both.
 
-    Differences in tasks and texts come with the standard error of the paired differences, document by document.
+    Differences in tasks and texts come with the standard error of the paired differences, document by document. Perplexity is
+    data-parallel: torchrun --nproc-per-node N -m expertsmith evaluate … --data …
 
     [dim]expertsmith evaluate mixtral-half -r mistralai/Mixtral-8x7B-v0.1 --tasks hellaswag,arc_easy --limit 200[/dim]
 
@@ -268,6 +277,7 @@ def _evaluate(
     if speed and given["as_type"] is not None:
         raise UserError("--as has no effect with --speed, because engines load the checkpoint themselves", "leave one out")
     if speed:
+        refuse_several("evaluate --speed")
         where = {"device": given["device"], "dtype": given["dtype"], "progress": given["progress"]}
         found["speed"] = measure_speed(model, reference=reference, **part(Serving, given), **where)  # type: ignore[arg-type]
     if data or tasks or not speed:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of, token_data
 from expertsmith.checkpoint import open_checkpoint
+from expertsmith.ranks import current
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.evaluate import evaluate
 from expertsmith.verbs.options import (
@@ -71,7 +72,6 @@ def heal(
     Raises:
         UserError: a teacher that is not the model which the plan inside `model` was applied to, or does not fit, too little data, or an unknown method or option.
     """
-    from expertsmith.calibration.distributed import rank_and_world, wait
     from expertsmith.checkpoint.hub import check_push
     from expertsmith.checkpoint.hub import push as upload
     from expertsmith.healing.options import parse_healer
@@ -104,11 +104,10 @@ def heal(
     )
     report = run_healing(job, progress)
     if eval_data:
-        wait()  # until the first rank has written what all measure
         asked = {**part(Drawing, given), **part(Opened, given), **run}
         report["quality"] = {
             name: evaluate(path, eval_data, reference=teacher, **asked).to_json()
             for name, path in (("before", model), ("after", out))
         }
-    where = {} if push is None or rank_and_world()[0] > 0 else {"pushed": upload(Path(out), push)}
+    where = {} if push is None else {"pushed": current().leading(lambda: upload(Path(out), push))}
     return {"out": str(out), **report, **where}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of, token_data, window_of
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.checkpoint.output import check_output
+from expertsmith.ranks import current
 from expertsmith.verbs.definition import FLOW, Opt, verb
 from expertsmith.verbs.options import Columns, Data, Dtype, Model, Opened, Placing, PlanGiven, SeqLen
 from expertsmith.views import show
 
 if TYPE_CHECKING:
+    from expertsmith.checkpoint import Checkpoint
+    from expertsmith.engine import Batch
+    from expertsmith.planning.plan import Plan
     from expertsmith.surgery.verify import Verdict
 
 
@@ -24,6 +29,7 @@ class Proving(Placing, Opened, total=False):
     FLOW,
     show=lambda verdict, given: show.show_verdict(verdict, layers=True),
     plain=lambda verdict, given: verdict.to_json(),
+    ranks=True,
     passed=lambda verdict: verdict.passed,
 )
 def verify(
@@ -41,7 +47,7 @@ def verify(
 ) -> Verdict:
     """Prove that OUT is MODEL without the dropped experts: bytes, every layer, logits. Exit code 1 if not.
 
-    Leaves `OUT/expertsmith/verify.json`.
+    Leaves `OUT/expertsmith/verify.json`. Data-parallel: torchrun --nproc-per-node N -m expertsmith verify …
 
     Args:
         plan: None: the plan inside OUT.
@@ -80,10 +86,17 @@ def verify(
         batches = proof.random_batches(
             int(config.get("vocab_size", 2)), tokens, length=min(seq_len or 64, window_of(inventory.checkpoint.config))
         )
+    ranks = current()
+    ranks.agree("model, plan or text", lambda: _seen(inventory.checkpoint, output, loaded, batches))
     where = choose_device(given["device"])
-    mode = choose_memory(given["memory"], [inventory.checkpoint, output], where, dtype)
-    verdict = proof.verify(
-        loaded, inventory, output, batches, memory=mode, device=where, dtype=dtype, tolerance=tolerance, progress=progress
-    )
-    proof.save_verdict(verdict, Path(out))
+    mode = choose_memory(given["memory"], [inventory.checkpoint, output], where, dtype, ranks)
+    options: dict[str, Any] = {"memory": mode, "device": where, "dtype": dtype, "tolerance": tolerance}
+    verdict = proof.verify(loaded, inventory, output, batches, progress=progress, ranks=ranks, **options)
+    ranks.leading(lambda: proof.save_verdict(verdict, Path(out)))
     return verdict
+
+
+def _seen(source: Checkpoint, output: Checkpoint, plan: Plan, batches: Sequence[Batch]) -> list[Any]:
+    """All that a verdict depends on, in a form that ranks can compare."""
+    ids = [batch.input_ids.tolist() for batch in batches]
+    return [source.fingerprint, output.fingerprint, plan.model_dump(), ids]
