@@ -69,11 +69,7 @@ class Ranks:
 
     def summed(self, value: Any) -> Any:
         """The sum of a tensor over the ranks, in place; the same on every rank."""
-        if self.world > 1:
-            import torch.distributed as dist
-
-            with _answered():
-                dist.all_reduce(value)
+        self.add_up([value])
         return value
 
     def over(self, items: Sequence[T], make: Callable[[T], Made]) -> Iterator[tuple[T, Made]]:
@@ -93,6 +89,20 @@ class Ranks:
     def wait(self) -> None:
         """Wait until all ranks are here."""
         self.gather(None)
+
+    def total(self, *mine: float) -> list[float]:
+        """The sums over the ranks of some numbers, the same bits on all."""
+        return [sum(column) for column in zip(*self.gather(mine), strict=True)]
+
+    def add_up(self, tensors: Sequence[Any]) -> None:
+        """Sum tensors over the ranks, in place."""
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+
+        with _answered():
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
 
     def leading(self, work: Callable[[], T]) -> T:
         """What `work` returns on the first rank, for every rank. The others wait; a UserError is raised on all of them."""

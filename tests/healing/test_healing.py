@@ -452,6 +452,15 @@ def test_streamed_is_resident(method, half, checkpoints, texts, tmp_path):
     assert same_tensors(tmp_path / "resident", tmp_path / "stream")
 
 
+def test_streamed_is_resident_where_tokens_mix_behind_the_experts(checkpoints, texts, tmp_path):
+    """There, noise on a token without an error would give it a weight of many tokens."""
+    model = checkpoints("inkling_text")
+    api.apply(model, api.plan(model, "random", 0.5), tmp_path / "half")
+    for memory in ("resident", "stream"):
+        api.heal(tmp_path / "half", model, texts, tmp_path / memory, memory=memory, **SHAPE)
+    assert same_tensors(tmp_path / "resident", tmp_path / "stream")
+
+
 # ---- gradients
 
 

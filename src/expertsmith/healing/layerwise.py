@@ -4,10 +4,14 @@ Both models run the same tokens. The inputs of the student's decoder layer l com
 original's residual stream after layer l: so a later layer corrects errors of earlier ones. The objective is the relative error, the mean over
 tokens of ||target - output||^2 / ||target||^2, because the next norm divides by the length of the stream. A layer's new weights are rounded
 to the checkpoint's dtype, and kept only if this error falls on the held-out tokens.
+
+Under `torchrun` every rank runs both models on its share of the batches. Errors and sums are those of all ranks before anything is decided, so
+all ranks hold the same weights; this is checked after every layer.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +19,9 @@ from typing import Any
 
 import torch
 
+from expertsmith.checkpoint.floats import bytes_of
 from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of
-from expertsmith.evaluation.quality import Quality, add_batch
+from expertsmith.evaluation.quality import DomainQuality, Quality, add_batch
 from expertsmith.experts.inventory import Inventory
 from expertsmith.healing.experts import LayerExperts, Routed, Skip, Tapped
 from expertsmith.healing.halted import SMALL, Halted
@@ -27,6 +32,7 @@ from expertsmith.healing.streams import Call, HaltingWalk
 from expertsmith.healing.tail import wanted_change
 from expertsmith.healing.work import Work
 from expertsmith.healing.written import into_memory, to_checkpoint
+from expertsmith.ranks import current
 from expertsmith.views.progress import Progress
 
 DOWN = ("down",)
@@ -36,7 +42,7 @@ ALL = ("router", "gate", "up", "down")
 
 @dataclass
 class Layerwise:
-    """One healing run: the two models, the data, and the store of finished layers."""
+    """One healing run: the two models, the data of all ranks, and the store of finished layers."""
 
     student: LoadedModel
     teacher: LoadedModel
@@ -59,8 +65,10 @@ class Layerwise:
     def run(self) -> Quality:
         """Heal every MoE layer; returns the quality of the healed student against the teacher on the held-out tokens."""
         targets: dict[int, torch.Tensor] = {}
-        held = [mask.to(self.student.device) for mask in self.held]
-        masks = [batch.mask.to(self.student.device) for batch in self.batches]
+        ranks = current()
+        batches, own = ranks.share(self.batches), ranks.share(self.held)
+        held = [mask.to(self.student.device) for mask in own]
+        masks = [batch.mask.to(self.student.device) for batch in batches]
 
         def keep(layer: int, number: int, output: Any) -> None:
             targets[number] = hidden_of(output)
@@ -73,21 +81,25 @@ class Layerwise:
                 return None
             return self._heal(Halted(layer, experts, calls, [targets.pop(i) for i in range(len(calls))], masks, held))
 
-        tokens = sum(batch.tokens for batch in self.batches)
-        theirs = Walk(self.teacher, self.batches, after=keep)
-        mine = HaltingWalk(self.student, self.batches, self.student.moe_layers, halt)
-        quality = Quality(has_reference=True)
+        tokens = sum(batch.tokens for batch in batches)
+        theirs = Walk(self.teacher, batches, after=keep)
+        mine = HaltingWalk(self.student, batches, self.student.moe_layers, halt)
+        quality, parts = Quality(has_reference=True), list[Quality]()
         with self.progress.task("heal", tokens * len(self.student.layers), "layer tokens") as advance, theirs, mine:
             self._advance, self._tokens, self._left = advance, tokens, float(tokens)
             for _ in zip(theirs.layers(), mine.layers(), strict=True):
                 targets.clear()
                 advance(self._left)
                 self._left = float(tokens)
-            outputs = zip(self.batches, self.held, mine.outputs(), theirs.outputs(), strict=True)
+            outputs = zip(batches, own, mine.outputs(), theirs.outputs(), strict=True)
             for batch, mask, out, reference in outputs:
+                parts.append(Quality())
                 if bool(mask.any()):
                     judged = Batch(batch.input_ids, mask, batch.domain, batch.sequences)
-                    add_batch(quality, judged, out.logits, reference.logits)
+                    add_batch(parts[-1], judged, out.logits, reference.logits)
+        for part in ranks.joined(parts):
+            for domain, entry in part.domains.items():
+                quality.domains.setdefault(domain, DomainQuality()).add(entry)
         return quality
 
     def _tick(self, share: float) -> None:
@@ -105,7 +117,7 @@ class Layerwise:
             experts.set_down(expert, down)
         row: dict[str, Any] = {
             "layer": index,
-            "held_out_tokens": int(problem.held.sum()),
+            "held_out_tokens": int(current().total(int(problem.held.sum()))[0]),
             "experts": experts.count,
             "changed": len(solution.down),
             "sweeps": solution.errors,
@@ -122,7 +134,9 @@ class Layerwise:
             outputs, after, tensors = self._settle(halted, ALL)
             if not after < least:  # rounding undid it
                 outputs, after, tensors = self._restore(halted, start)
-        row |= {"error_after": after, "seconds": round(time.perf_counter() - begin, 3)}
+        row["error_after"] = after
+        check_alike(index, tensors, row)
+        row["seconds"] = round(time.perf_counter() - begin, 3)
         self.work.save(index, tensors, row)
         self.progress.note(f"decoder layer {index}: held-out error {before:.4g} → {after:.4g}")
         return outputs
@@ -143,14 +157,40 @@ class Layerwise:
 
 def held_mean(halted: Halted, outputs: Sequence[Any]) -> float:
     """Mean relative squared error of a layer's output on held-out tokens."""
+    return mean_of(halted, sum(halted.held_error(out, number) for number, out in enumerate(outputs)))
+
+
+def mean_of(halted: Halted, error: float) -> float:
+    """The mean over the held-out tokens of all ranks of an error summed over this rank's."""
     count = sum(int(mask.sum()) for mask in halted.held)
-    return sum(halted.held_error(out, number) for number, out in enumerate(outputs)) / count
+    total, tokens = current().total(error, count)
+    return total / tokens
+
+
+def check_alike(index: int, tensors: Mapping[str, torch.Tensor], row: Mapping[str, Any]) -> None:
+    """Check that all ranks have healed a layer to the same tensors, with the same entry of the report.
+
+    Raises:
+        RuntimeError: they have not.
+    """
+    ranks = current()
+    if ranks.world == 1:
+        return
+    made = hashlib.sha256(repr(row).encode())
+    for name in sorted(tensors):
+        made.update(name.encode())
+        made.update(bytes_of(tensors[name]))
+    if len(set(ranks.gather(made.hexdigest()))) > 1:
+        raise RuntimeError(f"decoder layer {index}: the healed weights differ between the ranks, so the result would be wrong")
 
 
 def look(halted: Halted, tick: Callable[[float], None]) -> tuple[Problem, float]:
     """Run the layer once; returns its least-squares problem, and its held-out error before healing."""
     parts: list[tuple[Routed, torch.Tensor, torch.Tensor, torch.Tensor]] = []
     error = 0.0
+    # a streamed layer's parameters come as they are made; attention that keeps a graph for them may use another kernel than the teacher's, whose
+    # rounding looks like an error where there is none
+    halted.experts.layer.requires_grad_(False)
     for number, call in enumerate(halted.calls):
         found: list[Tapped] = []
         with halted.experts.tapped(found), torch.enable_grad():
@@ -171,10 +211,10 @@ def look(halted: Halted, tick: Callable[[float], None]) -> tuple[Problem, float]
     strength = torch.cat([part[2] for part in parts])
     seen = strength > 0
     # the strength of a token without an error is unknown: it gets the mean
-    strength = torch.where(seen, strength, strength[seen].mean() if bool(seen.any()) else 1.0)
-    count = sum(int(mask.sum()) for mask in halted.held)
+    total, known = current().total(float(strength.double().sum()), int(seen.sum()))
+    strength = torch.where(seen, strength, total / known if known else 1.0)
     problem = Problem(routed, torch.cat([part[1] for part in parts]), torch.cat([part[3] for part in parts]), strength)
-    return problem, error / count
+    return problem, mean_of(halted, error)
 
 
 def joined(parts: Sequence[Routed]) -> Routed:

@@ -11,6 +11,9 @@ held-out tokens is left unchanged. Sums and solves use float64.
 
 Phi^T Phi is the same in every sweep, so it is summed and factored once, for several experts and all lambdas in one call, and kept while memory
 allows. A sweep never synchronizes with the device: the device decides which steps are made.
+
+Under `torchrun` every rank holds its own tokens, and R of these. What sums over tokens is summed over the ranks before it is used, so all ranks
+factor the same matrices, choose the same lambdas and make the same steps.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 
 from expertsmith.healing.experts import LayerExperts, Routed
+from expertsmith.ranks import current
 
 RIDGES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 ROWS = 4096  # tokens whose features are held in float64 at a time
@@ -67,10 +71,10 @@ def solve(layer: LayerExperts, problem: Problem, sweeps: int = 2, tick: Callable
 
 @dataclass
 class _Sums:
-    """Phi^T Phi of an expert over its held-out and its training tokens; factors of the latter if they all fit in memory."""
+    """Phi^T Phi of an expert over its training and its held-out tokens; factors of the former if they all fit in memory."""
 
-    held: torch.Tensor
     gram: torch.Tensor
+    held: torch.Tensor
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
@@ -78,7 +82,7 @@ class _Turns:
     """The state of the sweeps: the residual, and every expert's sums."""
 
     def __init__(self, layer: LayerExperts, problem: Problem) -> None:
-        self.layer, self.routed = layer, problem.routed
+        self.layer, self.routed, self.ranks = layer, problem.routed, current()
         self.rest = problem.wanted.clone()
         device = self.rest.device
         strength = torch.ones(len(self.rest), device=device) if problem.strength is None else problem.strength
@@ -86,7 +90,8 @@ class _Turns:
         self.held = problem.held.nonzero().squeeze(1)
         self.ridges = torch.tensor(RIDGES, dtype=torch.float64, device=device)
         self._sort(problem)
-        width = layer.down(0).shape[1]
+        outputs, width = layer.down(0).shape
+        self.shape = width, outputs
         size = width**2 * 8
         number = AT_ONCE // (len(RIDGES) * size)  # experts whose factors are made together; 0: not even those of one
         self.all_at_once = number > 0
@@ -106,15 +111,18 @@ class _Turns:
         expert = problem.routed.expert
         key = torch.where(expert < 0, 2 * count, 2 * expert + problem.held[:, None]).reshape(-1)
         order = torch.argsort(key, stable=True)
-        ends = torch.bincount(key, minlength=2 * count + 1)[: 2 * count].cumsum(0).tolist()
-        starts = [0, *ends]
+        sizes = torch.bincount(key, minlength=2 * count + 1)[: 2 * count]
+        starts = [0, *sizes.cumsum(0).tolist()]
         self.bounds = {e: (starts[2 * e], starts[2 * e + 1], starts[2 * e + 2]) for e in range(count)}
-        self.experts = [e for e, (first, middle, last) in self.bounds.items() if first < middle < last]
+        self.ranks.add_up([sizes])
+        both = (sizes.reshape(count, 2) > 0).all(1).tolist()
+        self.experts = [e for e in range(count) if both[e]]
         self.rows, self.slots = order // slots, order % slots
 
     def held_error(self) -> float:
         """The squared error of the routed output on the held-out tokens."""
-        return float((self.rest[self.held].double().square().sum(1) * self.weight[self.held]).sum())
+        error = (self.rest[self.held].double().square().sum(1) * self.weight[self.held]).sum()
+        return self.ranks.total(float(error))[0]
 
     def _parts(self, expert: int) -> Iterator[tuple[bool, torch.Tensor, torch.Tensor]]:
         """Yield (is held out, tokens, features [tokens, features]) of an expert in parts."""
@@ -137,15 +145,16 @@ class _Turns:
             return
         if not self.keeps_sums:
             self._sums.clear()
-        for expert in group:
-            both: dict[bool, torch.Tensor] = {}
+        width = self.shape[0]
+        grams = torch.zeros(len(group), 2, width, width, dtype=torch.float64, device=self.rest.device)  # training, held-out
+        for expert, pair in zip(group, grams, strict=True):
             for held, rows, phi in self._parts(expert):
                 one = phi.double()
-                gram = (one * self.weight[rows, None]).T @ one
-                both[held] = both[held] + gram if held in both else gram
-            self._sums[expert] = _Sums(both[True], both[False])
+                pair[int(held)].addmm_((one * self.weight[rows, None]).T, one)
+            self._sums[expert] = _Sums(*pair)
+        self.ranks.add_up([grams])
         if self.all_at_once:
-            made = _factored(torch.stack([self._sums[expert].gram for expert in group]), self.ridges)
+            made = _factored(grams[:, 0], self.ridges)
             for expert, *factors in zip(group, *made, strict=True):
                 self._sums[expert].factors = (factors[0], factors[1])
 
@@ -160,14 +169,14 @@ class _Turns:
 
     def step(self, expert: int) -> None:
         """Make one expert's step if it lowers the held-out error."""
-        moments: dict[bool, torch.Tensor] = {}
+        moments = torch.zeros(2, *self.shape, dtype=torch.float64, device=self.rest.device)  # training, held-out
         for held, rows, phi in self._parts(expert):
-            moment = phi.double().T @ (self.rest[rows].double() * self.weight[rows, None])
-            moments[held] = moments[held] + moment if held in moments else moment
+            moments[int(held)].addmm_(phi.double().T, self.rest[rows].double() * self.weight[rows, None])
+        self.ranks.add_up([moments])
         best: list[torch.Tensor] = []  # change of the squared held-out error, lambda, dW^T
         for ridges, factors, failed in self._factors(expert):
-            changes = torch.cholesky_solve(moments[False].expand(len(ridges), -1, -1), factors)  # [lambdas, features, outputs]
-            gained = (changes * (self._sums[expert].held @ changes - 2 * moments[True])).sum((1, 2))
+            changes = torch.cholesky_solve(moments[0].expand(len(ridges), -1, -1), factors)  # [lambdas, features, outputs]
+            gained = (changes * (self._sums[expert].held @ changes - 2 * moments[1])).sum((1, 2))
             gained = torch.where((failed == 0) & gained.isfinite(), gained, torch.inf)
             at = gained.argmin(0, keepdim=True)
             found = [values.index_select(0, at)[0] for values in (gained, ridges, changes)]

@@ -4,11 +4,14 @@ The loss needs this layer only: its inputs and targets are known, and everything
 Gradients flow through the routing weights, not through the expert choice. The optimizer is Adam with linear decay of the learning rate to 0.
 The held-out tokens choose the rate and the stopping point, and the start weights are a candidate. A trial of a rate takes a fifth of the
 steps, each a quarter as large, on a quarter of the tokens, the same for all rates.
+
+Under `torchrun` all ranks draw the same steps from the tokens of all, and each runs those that are its own; gradients and held-out errors are
+summed. So the ranks take the steps that one process would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from expertsmith.healing.halted import Halted
 from expertsmith.healing.options import LayerLocal
 from expertsmith.healing.replay import Replay
 from expertsmith.healing.written import trainable_router
+from expertsmith.ranks import current
 from expertsmith.surgery.merge import router_tensor
 
 RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # tried from the highest down, until one is worse than the one before it
@@ -57,7 +61,7 @@ class _Run:
     """The weights, their start values, and the best so far."""
 
     def __init__(self, halted: Halted, inventory: Inventory, options: LayerLocal, tick: Callable[[float], None]) -> None:
-        self.options, self.tick = options, tick
+        self.options, self.tick, self.ranks = options, tick, current()
         layer = self.experts = halted.experts
         rows = [
             router_tensor(layer.block, claim, layer.record)
@@ -114,42 +118,54 @@ class _Run:
             with torch.enable_grad(), self.experts.fast:
                 loss = (self.replay.errors(rows, number) * self.train.counts[rows.reshape(-1)]).sum() / count
             torch.autograd.backward(loss, inputs=self.weights)
+        if self.ranks.world > 1:
+            for weight in self.weights:
+                if weight.grad is None:  # none of the step's tokens is of this rank
+                    weight.grad = torch.zeros_like(weight)
+            self.ranks.add_up([weight.grad for weight in self.weights if weight.grad is not None])
 
     @torch.no_grad()
     def _held_error(self) -> float:
         parts, count = self.held.all()
         found = [(self.replay.errors(rows, number) * self.held.counts[rows.reshape(-1)]).sum() for rows, number in parts]
-        return float(torch.stack(found).sum()) / count
+        own = float(torch.stack(found).sum()) if found else 0.0
+        return self.ranks.total(own)[0] / count
 
 
 class _Tokens:
-    """The tokens that count, and how steps draw them: any tokens together, or whole batches."""
+    """The tokens that count, and how steps draw them: any tokens together, or whole batches. All ranks draw the same; a step's parts are this
+    rank's of it, and its number of tokens is that of all ranks."""
 
     def __init__(self, masks: Sequence[torch.Tensor], replay: Replay, size: int) -> None:
         self.batches, self.by_token, self.size = replay.batches, replay.by_token, size
         every = torch.cat([mask.reshape(-1) for mask in masks])
         self.counts = every.float()
         self.places = every.nonzero().squeeze(1)
-        self.sizes = [int(mask.sum()) for mask in masks]
+        self.ranks = current()
+        self.sizes = self.ranks.joined([int(mask.sum()) for mask in masks])
 
     def all(self) -> tuple[list[Part], int]:
-        """Yield all tokens in parts of a step's size, with their number."""
+        """All tokens of this rank in parts of a step's size, and the number of those of all ranks."""
         if self.by_token:
-            return [(part[None], 0) for part in torch.split(self.places, self.size)], len(self.places)
-        return [(self.batches[number], number) for number, size in enumerate(self.sizes) if size], sum(self.sizes)
+            return [(part[None], 0) for part in torch.split(self.places, self.size) if len(part)], sum(self.sizes)
+        return self._own(number for number, size in enumerate(self.sizes) if size), sum(self.sizes)
 
     def draw(self, generator: torch.Generator, share: int) -> Iterator[tuple[list[Part], int]]:
-        """Yield the parts of a step and their number of tokens, in random order, without end; from one of every `share` tokens."""
+        """Yield the parts of a step and its number of tokens, in random order, without end; from one of every `share` tokens."""
         return self._draw_tokens(generator, share) if self.by_token else self._draw_batches(generator, share)
 
     def _draw_tokens(self, generator: torch.Generator, share: int) -> Iterator[tuple[list[Part], int]]:
-        chosen = torch.randperm(len(self.places), generator=generator)[: -(-len(self.places) // share)]
-        places = self.places[chosen.to(self.places.device)]
+        batch = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))  # of every token
+        own = batch % self.ranks.world == self.ranks.rank
+        places = torch.where(own, own.cumsum(0) - 1, -1)  # of every token, in `self.places`; -1: another rank has it
+        places = places[torch.randperm(len(places), generator=generator)[: -(-len(places) // share)]]
         size = min(len(places), -(-self.size // share))
         while True:
-            order = torch.randperm(len(places), generator=generator).to(places.device)
-            for part in torch.split(order, size)[: len(places) // size]:
-                yield [(places[part][None], 0)], size
+            drawn = places[torch.randperm(len(places), generator=generator)][: len(places) // size * size].numpy()
+            counts = (drawn >= 0).reshape(-1, size).sum(1).tolist()
+            found = self.places[torch.from_numpy(drawn[drawn >= 0]).to(self.places.device)]
+            for part in torch.split(found, counts):
+                yield [(part[None], 0)] if len(part) else [], size
 
     def _draw_batches(self, generator: torch.Generator, share: int) -> Iterator[tuple[list[Part], int]]:
         usable = [number for number, size in enumerate(self.sizes) if size]
@@ -162,5 +178,10 @@ class _Tokens:
             for place in torch.randperm(len(usable), generator=generator).tolist():
                 taken.append(usable[place])
                 if sum(self.sizes[number] for number in taken) >= size:
-                    yield [(self.batches[number], number) for number in taken], sum(self.sizes[number] for number in taken)
+                    yield self._own(taken), sum(self.sizes[number] for number in taken)
                     taken = []
+
+    def _own(self, numbers: Iterable[int]) -> list[Part]:
+        """This rank's of some batches, which are numbered over all ranks."""
+        own = [number // self.ranks.world for number in numbers if number % self.ranks.world == self.ranks.rank]
+        return [(self.batches[number], number) for number in own]

@@ -18,6 +18,7 @@ from torch import nn
 
 from expertsmith.engine import hidden_of
 from expertsmith.healing.halted import SMALL, Halted
+from expertsmith.ranks import current
 
 SAME = 1e-4  # squared distance, relative, between a layer's output and that of its replay on tokens in another order
 Span = tuple[int, int]  # rows and length of a batch
@@ -71,7 +72,7 @@ class Replay:
         self._arguments = {
             name: _kept([_named(call)[name] for call in self.calls], self.spans) for name in _named(self.calls[0])
         }
-        self.by_token = self._works_by_token(outputs, halted.masks[0])
+        self.by_token = all(current().gather(self._works_by_token(outputs, halted.masks[0])))
 
     def _record(self, layer: nn.Module, weights: Sequence[nn.Parameter]) -> torch.Tensor:
         """Store the outputs that do not change; returns the layer's output on the first batch."""

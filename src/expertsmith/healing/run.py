@@ -1,4 +1,7 @@
-"""Open the models, heal with the chosen method, measure, and write the healed checkpoint and its report."""
+"""Open the models, heal with the chosen method, measure, and write the healed checkpoint and its report.
+
+Under `torchrun` all ranks call `heal`; the first alone writes. All read the finished layers of an interrupted healing.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,9 +37,10 @@ from expertsmith.healing.pair import check_pair
 from expertsmith.healing.streams import held_batches, held_out
 from expertsmith.healing.work import Work
 from expertsmith.healing.written import ROUTER, check_floats, into_memory, to_checkpoint, write_healed
+from expertsmith.ranks import current, refuse_several
 from expertsmith.surgery.mask import in_force
 from expertsmith.surgery.skip import skip_of
-from expertsmith.views.progress import Progress
+from expertsmith.views.progress import Progress, Silent
 
 REPORT = "expertsmith/heal.json"
 TRAINED_BATCH = 512  # tokens: small batches are what a step of training is put together from
@@ -76,25 +81,31 @@ def heal(job: Healing, progress: Progress) -> dict[str, Any]:
     """Write the healed checkpoint; returns its report (`expertsmith/heal.json`).
 
     Raises:
-        UserError: a format that cannot be requantised, too little data, or a work folder of a different healing; see also `check_start`.
+        UserError: a format that cannot be requantised, too little data, or a work folder of a different healing; several ranks for a method
+            that runs in one process, or more of them than batches; see also `check_start`.
     """
     begin = time.perf_counter()
+    ranks = current()
+    progress = progress if ranks.first else Silent()
+    ranks.agree("model or text", lambda: _made_with(job))
     _as_floats(job)
     check_floats(job.inventory)
     _refuse_what_cannot_train(job)
-    with work_beside(job.target, "healing", progress.note) as place:
+    others = nullcontext(work_of(job.target) / "healing")
+    with work_beside(job.target, "healing", progress.note) if ranks.first else others as place:
         report, changed, work = _healed(job, place, progress)
         report["seconds"] = round(time.perf_counter() - begin, 3)
-        _write(job, job.target, changed, work, report, progress)
+        ranks.leading(lambda: _write(job, job.target, changed, work, report, progress))
     return report
 
 
 def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, Any], Collection[str], Work]:
     """Heal; returns the report, the names of the tensors that changed and improved the model, and a reader of their values."""
     source = job.inventory.checkpoint
+    ranks = current()
     layerwise, trains = job.method in LAYERWISE, job.method != "least_squares"
     where = choose_device(job.device)
-    mode = choose_memory(job.memory, [source, job.teacher], where, job.dtype) if layerwise else "resident"
+    mode = choose_memory(job.memory, [source, job.teacher], where, job.dtype, ranks) if layerwise else "resident"
     student = load_model(source, job.inventory.architecture, memory=mode, device=where, dtype=job.dtype)
     teacher = _teacher(job.teacher, mode, where, job.dtype)
     trained = max(TRAINED_BATCH, job.options.step_tokens) if job.method == "layer_local" else TRAINED_BATCH
@@ -102,13 +113,15 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
     pad = getattr(student.config.get_text_config(), "pad_token_id", None)
     batches = job.data.batches(size, pad_id=pad if isinstance(pad, int) and pad >= 0 else 0)
     held = held_out(job.data, batches)
-    work = Work(place, _made_with(job), job.resume, job.overwrite)
+    _refuse_idle_ranks(batches, size)
+    work = ranks.leading(lambda: Work(place, _made_with(job), job.resume, job.overwrite))
+    work.writes = ranks.first
     if work.rows:
         progress.note(f"resuming: {len(work.rows)} layers are healed already")
     rule, thresholds = skip_of(source.config) or ("ratio", {})
     skips = {layer: (value, rule) for layer, value in thresholds.items()}
     with in_force(student):
-        before = measure(student, held_batches(batches, held), teacher, progress)
+        before = measure(student, held_batches(batches, held), teacher, progress, ranks)
         training: dict[str, Any] = {}
         if layerwise:
             healing = Layerwise(student, teacher, job.inventory, batches, held, job.options, work, skips, progress)
@@ -116,7 +129,7 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
         else:
             training = _distil(job, student, teacher, batches, held, work, progress)
             after = measure(student, held_batches(batches, held), teacher, progress)
-    changed: Collection[str] = work.names
+    changed: Collection[str] = ranks.leading(lambda: work.names)
     report = _report(job, before, after, held, training, [] if training else list(work.rows.values()))
     if not report["accepted"]:
         progress.note(
@@ -126,10 +139,12 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
     elif report["mixed"]:
         progress.note(report["mixed"])
     if changed and job.requantise:
-        measured = _requantised(job, changed, work, teacher, (mode, where), held_batches(batches, held), progress)
+        again = ranks.leading(
+            lambda: _requantised(job, changed, work, teacher, (mode, where), held_batches(batches, held), progress)
+        )
         measure_of = "loss" if report["measure"] == "loss" else "kl"
-        kept = _over_all(measured["quality"], measure_of) <= _over_all(report["held_out"]["before"], measure_of)
-        report["requantised"] = {**measured, "accepted": kept}
+        kept = _over_all(again["quality"], measure_of) <= _over_all(report["held_out"]["before"], measure_of)
+        report["requantised"] = {**again, "accepted": kept}
         if not kept:
             progress.note(
                 "quantised again, the healed weights are worse on the held-out tokens than before: the weights stay as they were"
@@ -138,7 +153,18 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
     return report, changed, work
 
 
+def _refuse_idle_ranks(batches: Sequence[Batch], size: int) -> None:
+    world = current().world
+    if world > len(batches):
+        raise UserError(
+            f"the text makes {len(batches)} batches of up to {size} tokens, but there are {world} ranks",
+            "run fewer ranks, or pass a smaller --batch-tokens or more text",
+        )
+
+
 def _refuse_what_cannot_train(job: Healing) -> None:
+    if job.method not in LAYERWISE:
+        refuse_several(f"heal --method {job.method}")
     if job.method != "least_squares" and job.dtype != "float32":
         raise UserError(f"{job.method} trains weights, but --dtype is {job.dtype}", "use --dtype float32")
     if isinstance(job.options, Lora):

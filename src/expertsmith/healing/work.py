@@ -32,6 +32,7 @@ class Work:
 
     def __init__(self, folder: Path, made_with: Mapping[str, Any], resume: bool, overwrite: bool = False) -> None:
         self.folder, self._made_with = folder, made_with
+        self.writes = True  # not on ranks but the first, which get what that has opened
         if folder.exists() and any(folder.iterdir()):
             header = folder / HEADER
             if not header.is_file():
@@ -83,7 +84,10 @@ class Work:
         return found
 
     def save(self, layer: int, tensors: Mapping[str, torch.Tensor], row: Mapping[str, Any]) -> None:
-        """Store a finished layer and its entry of the report."""
+        """Store a finished layer and its entry of the report; a rank that does not write keeps the entry only."""
+        if not self.writes:
+            self.rows[layer] = dict(row)
+            return
         self.opened()
         target = self._path(layer)
         partial = target.with_suffix(".partial")

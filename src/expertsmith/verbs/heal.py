@@ -7,6 +7,7 @@ from typing import Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of, token_data
 from expertsmith.checkpoint import open_checkpoint
+from expertsmith.ranks import current
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.evaluate import evaluate
 from expertsmith.verbs.options import (
@@ -31,7 +32,7 @@ class Healing(Text, Placing, Opened, total=False):
     """Text, and where the two models are."""
 
 
-@verb(FLOW, show=lambda report, given: show.show_healing(report), keeps=out_and("work"))
+@verb(FLOW, show=lambda report, given: show.show_healing(report), keeps=out_and("work"), ranks=True)
 def heal(
     model: Annotated[str | Path, Opt("The compressed checkpoint.", argument=True, metavar="OUT", kind=str)],
     teacher: Annotated[str | Path, Opt("The original model.", "--teacher", "-t", kind=str)],
@@ -58,7 +59,7 @@ def heal(
     [dim]expertsmith heal mixtral-half --teacher mistralai/Mixtral-8x7B-v0.1 -m layer_local -d c4.jsonl -o mixtral-half-healed[/dim]
 
     Returns the report, which is also in `OUT/expertsmith/heal.json`. Finished layers are in OUT2.work until the end, so that an
-    interrupted run resumes from there.
+    interrupted run resumes from there. Data-parallel, for least_squares and layer_local: torchrun --nproc-per-node N -m expertsmith heal …
 
     Args:
         model: a pruned, merged or converted checkpoint.
@@ -108,5 +109,5 @@ def heal(
             name: evaluate(path, eval_data, reference=teacher, **asked).to_json()
             for name, path in (("before", model), ("after", out))
         }
-    where = {} if push is None else {"pushed": upload(Path(out), push)}
+    where = {} if push is None else {"pushed": current().leading(lambda: upload(Path(out), push))}
     return {"out": str(out), **report, **where}
