@@ -128,6 +128,20 @@ def choose(tab, name: str, label: str, inside: str = "#bar") -> None:
     tab.locator(f"{inside} select[data-choice={name}]").select_option(label=label)
 
 
+WIDE = "document.querySelector('#plot-usage .main-svg').getBoundingClientRect().width"
+
+
+def first_screen(tab, title: str) -> None:
+    """A figure within the first screen of a laptop, and a list of contents whose entries lead somewhere."""
+    figure = tab.locator("header .plot, header figure, #figure-size").first
+    assert figure.bounding_box()["y"] < 500, "the figure is in sight"
+    links = tab.locator("nav.contents a")
+    assert title in links.all_text_contents()
+    assert tab.evaluate(
+        "[...document.querySelectorAll('nav.contents a')].every((a) => document.querySelector(a.getAttribute('href')))"
+    )
+
+
 def test_size(large):
     """Under 10 MB for 26 layers of 64 experts, and nothing in it points elsewhere."""
     text = large.read_text(encoding="utf-8")
@@ -151,6 +165,9 @@ def test_every_figure_is_drawn(width, scheme, visit):
     tab = visit(width, scheme)
     scroll(tab)
     figures = tab.evaluate("present.map((figure) => figure.id)")
+    if width > 1000:
+        tab.evaluate("scrollTo(0, 0)")
+        first_screen(tab, "What experts are used for")
     assert {"usage", "flows", "special", "stability", "super", "tokens", "matrix", "depth", "pca", "match", "r2", "scatter", "ranks", "rho", "health", "saliency", "lost", "lostmap", "budget", "turn"} == set(figures)  # fmt: skip
     for name in figures:
         if name != "tokens":
@@ -169,6 +186,8 @@ def test_every_figure_is_drawn(width, scheme, visit):
 def test_every_figure_is_printed_without_scrolling(scheme, visit, tmp_path):
     """In light colours, not wider than the paper; then the page is as it was."""
     tab = visit(1280, scheme)
+    tab.locator("#plot-usage .main-svg").first.wait_for()
+    before = tab.evaluate(WIDE)
     tab.evaluate("""() => {
         globalThis.seen = null;
         const widths = () => [...document.querySelectorAll(".plot")].map((plot) => plot.querySelector(".main-svg, table")?.getBoundingClientRect().width ?? 0);
@@ -180,19 +199,21 @@ def test_every_figure_is_printed_without_scrolling(scheme, visit, tmp_path):
     assert seen["drawn"] == tab.evaluate("present.length") == len(seen["widths"])
     assert not seen["dark"]
     assert all(0 < width <= 1280 for width in seen["widths"])
-    assert tab.evaluate("document.querySelector('#plot-usage .main-svg').getBoundingClientRect().width") > 660
+    assert tab.evaluate(WIDE) == before != 660
     assert tab.evaluate("dark()") == (scheme == "dark")
 
 
 def test_a_browser_that_tells_of_paper_by_the_medium_only(visit):
     tab = visit()
+    tab.locator("#plot-usage .main-svg").first.wait_for()
+    before = tab.evaluate(WIDE)
     tab.emulate_media(media="print")
     tab.wait_for_function("drawn.size === present.length")
     assert set(
         tab.evaluate("present.filter((f) => !f.html).map((f) => document.getElementById('plot-' + f.id).layout.width)")
     ) == {660}
     tab.emulate_media(media="screen")
-    tab.wait_for_function("document.getElementById('plot-usage').getBoundingClientRect().width > 660")
+    tab.wait_for_function(f"{WIDE} === {before}")
     assert tab.evaluate("document.getElementById('plot-usage').layout.width ?? 1000") != 660
 
 
@@ -320,6 +341,8 @@ def test_a_comparison_is_drawn(width, scheme, visit, compared):
     names = tab.evaluate("document.getElementById('plot-size').data.filter((t) => t.showlegend !== false).map((t) => t.name)")
     assert set(names) == {"reap", "frequency", "random, mean of 3"}
     assert tab.locator("table.numbers").count() == 2
+    if width > 1000:
+        first_screen(tab, "Keep 0.5")
     assert tab.locator("table.numbers tr").count() == 2 * (2 + 3)
     colour = tab.evaluate("document.getElementById('plot-size').layout.paper_bgcolor")
     assert colour == ("#181e2a" if scheme == "dark" else "#ffffff")

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from expertsmith.views.pages import asset, filled
+from expertsmith.views.pages import asset, contents, filled
 from expertsmith.views.show import byte_count
 
 Section = tuple[str, str, str]  # id, title, HTML
@@ -34,12 +34,6 @@ def sheet(
         "SCRIPT": asset("sheet.js"),
     }
     return filled(asset("sheet.html"), parts)
-
-
-def contents(entries: Iterable[tuple[str, str]]) -> str:
-    """The list of contents: (id, title) of each section."""
-    links = "".join(f'<li><a href="#{key}">{escape(title)}</a></li>' for key, title in entries)
-    return f'<nav class="contents" aria-label="Contents"><ul>{links}</ul></nav>'
 
 
 def write(path: Path, text: str) -> None:
