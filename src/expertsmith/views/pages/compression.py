@@ -10,11 +10,7 @@ from expertsmith.views.pages.evaluation import by_domain, rise, rises
 from expertsmith.views.show import byte_count, count, layer_reason, ranges, reason_title
 
 Found = Mapping[str, Any]
-WORDS = {
-    "error": ("bad", "refuses it"),
-    "warning": ("fair", "with a warning"),
-    "": ("good", "no obstacle found"),
-}  # lint's worst level
+WORDS = {"error": "refuses it", "warning": "with a warning", "": "no obstacle found"}  # lint's worst level for an engine
 
 
 def page(found: Found, made: Found) -> str:
@@ -160,11 +156,11 @@ def _levels(found: Found) -> dict[str, str]:
 
 def _serving(found: Found) -> tuple[str, str, str, str, list[str]]:
     held, engines = _levels(found), found["lint"]["engines"]
-    fine = [engine for engine, level in held.items() if level != "error"]
-    worst = "error" if not fine else "warning" if any(held.values()) else ""
-    lines = [f"{engines[engine]}: {WORDS[level][1]}" for engine, level in held.items()]
-    badge = {"error": "refused", "warning": "warnings", "": "no obstacle"}[worst]
-    return "Will it serve?", WORDS[worst][0], badge, f"{len(fine)} of {len(held)} engines, by lint", lines
+    refusing = sum(level == "error" for level in held.values())
+    kind = "bad" if refusing == len(held) else "fair" if any(held.values()) else "good"
+    badge = f"{refusing} refuse{'s' * (refusing == 1)}" if refusing else "warnings" if any(held.values()) else "no obstacle"
+    lines = [f"{engines[engine]}: {WORDS[level]}" for engine, level in held.items()]
+    return "Will it serve?", kind, badge, f"{len(held) - refusing} of {len(held)} engines, by lint", lines
 
 
 def _figure(found: Found) -> str:

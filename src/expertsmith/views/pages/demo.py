@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PALETTE = ("#4269d0", "#ff9f43", "#8a929e", "#3ca951", "#a463f2", "#e15759")
 STYLE = """
+.bars { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); gap: .6rem 1.2rem }
 .maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem } .best { font-weight: 700 }
 .drawing .share { fill: var(--accent) } .drawing .stays { stroke: var(--ink); stroke-width: 1.8 }
 """
@@ -59,38 +60,36 @@ def write_report(path: Path, result: dict[str, Any], statistics: Statistics, row
 
 
 def _bars(result: dict[str, Any]) -> str:
+    """A panel a domain, all on one scale; on a phone one below the other."""
     base, rows, domains = result["rows"][0]["loss"], result["rows"][1:], result["domains"]
     top = max(0.1, *(row["loss"][name] - base[name] for row in rows for name in domains))
-    width, height, left, bottom, above = 880, 300, 46, 34, 16
-    scale = (height - bottom - above) / top
-    group = (width - left) / len(domains)
-    bar = min(34.0, (group - 30) / len(rows))
-    parts = []
-    step = next(s for s in (0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0) if top / s <= 6)
-    for tick in range(int(top / step) + 1):
-        y = height - bottom - tick * step * scale
-        parts.append(
-            f'<line class="rule" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/><text class="axis" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick * step:g}</text>'
-        )
-    for g, name in enumerate(domains):
-        start = left + g * group + (group - bar * len(rows)) / 2
-        for i, row in enumerate(rows):
-            rise = round(row["loss"][name] - base[name], 3) + 0.0  # no minus zero
-            size = max(1.0, rise * scale)
-            title = f"{row['label']} on {name}: {rise:+.3f} nats, perplexity {row['perplexity'][name]:.1f}"
-            parts.append(
-                f'<rect x="{start + i * bar + 1.5:.1f}" y="{height - bottom - size:.1f}" width="{bar - 3:.1f}" height="{size:.1f}" rx="2" fill="{PALETTE[i % len(PALETTE)]}"><title>{escape(title)}</title></rect>'
-                f'<text class="axis" x="{start + i * bar + bar / 2:.1f}" y="{height - bottom - size - 4:.1f}" text-anchor="middle" style="font-size:10px">{round(rise, 2) + 0.0:.2f}</text>'
-            )
-        parts.append(
-            f'<text x="{left + (g + 0.5) * group:.1f}" y="{height - 10}" text-anchor="middle">on {escape(name)}</text>'
-        )
     legend = "".join(
         f'<span><span class="dot" style="background:{PALETTE[i % len(PALETTE)]}"></span>{escape(row["label"])}</span>'
         for i, row in enumerate(rows)
     )
-    svg = figures.panel("Increase of the held-out loss by domain and choice", parts, height, width)
-    return f'<div class="legend">{legend}</div>{svg}'
+    return f'<div class="legend">{legend}</div><div class="bars">{"".join(_bars_of(name, rows, base[name], top) for name in domains)}</div>'
+
+
+def _bars_of(name: str, rows: Sequence[dict[str, Any]], base: float, top: float) -> str:
+    width, height, left, bottom, above = 300, 260, 32, 30, 18
+    scale, bar = (height - bottom - above) / top, (width - left - 12) / len(rows)
+    step = next(s for s in (0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0) if top / s <= 6)
+    parts = []
+    for tick in range(int(top / step) + 1):
+        y = height - bottom - tick * step * scale
+        parts.append(
+            f'<line class="rule" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/><text class="axis" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick * step:g}</text>'
+        )
+    for i, row in enumerate(rows):
+        rise = round(row["loss"][name] - base, 3) + 0.0  # no minus zero
+        size, x = max(1.0, rise * scale), left + 6 + i * bar
+        told = f"{row['label']} on {name}: {rise:+.3f} nats, perplexity {row['perplexity'][name]:.1f}"
+        parts.append(
+            f'<rect x="{x + 2:.1f}" y="{height - bottom - size:.1f}" width="{bar - 4:.1f}" height="{size:.1f}" rx="2" fill="{PALETTE[i % len(PALETTE)]}"><title>{escape(told)}</title></rect>'
+            f'<text class="axis" x="{x + bar / 2:.1f}" y="{height - bottom - size - 4:.1f}" text-anchor="middle">{round(rise, 2) + 0.0:.2f}</text>'
+        )
+    parts.append(f'<text x="{(left + width) / 2:.1f}" y="{height - 8}" text-anchor="middle">on {escape(name)}</text>')
+    return figures.panel(f"Increase of the held-out loss on {name}, by choice", parts, height, width)
 
 
 def _why(result: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -64,7 +64,7 @@ def differences(title: str, rows: Sequence[tuple[str, str, float, float | None]]
     return panel(title, parts, 22 + ROW * len(rows))
 
 
-def kept_map(layers: Sequence[Mapping[str, Any]], ranges: Any) -> str:
+def kept_map(layers: Sequence[Mapping[str, Any]], ranges: Callable[[list[int]], str]) -> str:
     """A row a layer, a cell an expert of the source: kept, merged into a kept one, or removed. One path a row and kind keeps it small.
 
     Args:
@@ -91,11 +91,11 @@ def kept_map(layers: Sequence[Mapping[str, Any]], ranges: Any) -> str:
             ("merged", merged),
             ("gone", set(range(entry["num_experts"])) - kept - merged),
         ):
-            if members:
-                path = "".join(
-                    f"M{left + e * cell:.1f} {y:.1f}h{cell - gap:.1f}v{tall - 2:.1f}h-{cell - gap:.1f}z"
-                    for e in sorted(members)
-                )
+            path = "".join(
+                f"M{left + first * cell:.1f} {y:.1f}h{size * cell - gap:.1f}v{tall - 2:.1f}h-{size * cell - gap:.1f}z"
+                for first, size in _runs(members, 1 if cell >= 10 else most)
+            )
+            if path:
                 parts.append(f'<path class="{kind}" d="{path}"/>')
         told = f"{name}: keeps {len(kept)} of {entry['num_experts']} experts: {ranges(entry['keep'])}"
         parts.append(
@@ -109,3 +109,14 @@ def kept_map(layers: Sequence[Mapping[str, Any]], ranges: Any) -> str:
     drawn = panel("Kept experts of each layer", parts, height, width)
     fixed = drawn.replace('class="drawing"', f'class="drawing" style="width:{width:g}px;max-width:none"', 1)
     return f'<div class="legend">{legend}</div><div class="card wide map">{fixed}</div>'
+
+
+def _runs(ids: Iterable[int], longest: int) -> list[tuple[int, int]]:
+    """(first, number) of consecutive ids, at most `longest` of them."""
+    made: list[tuple[int, int]] = []
+    for i in sorted(ids):
+        if made and sum(made[-1]) == i and made[-1][1] < longest:
+            made[-1] = (made[-1][0], made[-1][1] + 1)
+        else:
+            made.append((i, 1))
+    return made
