@@ -1,4 +1,4 @@
-"""The pages of `expertsmith analyze` and `compare` in a browser without network: drawn, answering to their selectors, light and dark.
+"""The pages in a browser without network: drawn, answering to their selectors, light and dark, on a phone and on paper.
 
 Needs Chromium (`apt-get install chromium`) and playwright; where they are missing the tests are skipped, but in CI (CI=true) they fail.
 """
@@ -385,3 +385,64 @@ def test_its_measures_and_hover_are_those_of_the_file(visit, compared, tmp_path)
             tab.locator("#figure-size .tools button", has_text=kind).click()
         held.value.save_as(tmp_path / kind)
         assert head in (tmp_path / kind).read_bytes()[:200]
+
+
+# ---- the pages of `compress`, `evaluate` and `demo`, which are drawn without a script
+
+
+@pytest.fixture(scope="module")
+def still(look, data, tmp_path_factory) -> dict[str, Path]:
+    """The pages by the name of their command. That of the demo is made of made-up numbers."""
+    from expertsmith.calibration.stats import load_statistics
+    from expertsmith.views.pages.demo import write_report
+
+    folder, model = tmp_path_factory.mktemp("still"), look.parent / "model"
+    done = api.compress(model, "reap", 0.5, folder / "out", data=data, eval_data=data, **CALIBRATION)
+    api.evaluate(folder / "out", data, reference=model, generate=4, report=folder / "evaluate.html", seq_len=24, device="cpu")
+    labels = {
+        "all (the original)": None,
+        "easy_ep for a": "a",
+        "reap for a": "a",
+        "random (mean of 3)": None,
+        "easy_ep for b": "b",
+    }
+    rows = [
+        {"label": label, "domain": domain, "loss": {"a": 2 + i, "b": 3 - i / 9}, "perplexity": {"a": 7.4 + i, "b": 20.0}, "verify": "passed", "routed": 0.5, "plan": None}
+        for i, (label, domain) in enumerate(labels.items())
+    ]  # fmt: skip
+    result = {"summary": "On a, half costs.", "target": "a", "domains": ["a", "b"], "rows": rows, "seconds": 1.0}
+    write_report(folder / "demo.html", result, load_statistics(look / "stats"), rows)
+    return {"compress": Path(done["report"]), "evaluate": folder / "evaluate.html", "demo": folder / "demo.html"}
+
+
+@pytest.mark.parametrize("name", ["compress", "evaluate", "demo"])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_a_still_page_answers_first_and_fits(name, width, scheme, visit, still):
+    tab = visit(width, scheme, still[name])
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    title = {"compress": "Kept experts of each layer", "evaluate": "Text by domain", "demo": "Perplexity on held-out text"}[
+        name
+    ]
+    assert title in tab.locator("nav.contents a").all_text_contents()
+    figure = tab.locator("header svg").first.bounding_box()
+    assert figure["y"] < 844, "in the first screen of a phone or of a laptop"
+    smallest = tab.evaluate(
+        "Math.min(...[...document.querySelectorAll('header svg text')].map((t) => t.getBoundingClientRect().height))"
+    )
+    assert smallest > 9, "the figure can be read"
+    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 150) == (scheme == "dark")
+    tab.locator("#theme").click()
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != background
+
+
+@pytest.mark.parametrize("name", ["compress", "evaluate", "demo"])
+def test_a_still_page_on_paper(name, visit, still):
+    """White, and nothing is cut off at the width of A4."""
+    tab = visit(718, "dark", still[name])
+    tab.emulate_media(media="print")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert tab.evaluate("getComputedStyle(document.querySelector('h1')).color") == "rgb(28, 34, 48)"
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 718
+    assert tab.evaluate("[...document.querySelectorAll('.wide')].every((box) => box.scrollWidth <= box.clientWidth + 1)")
+    assert not tab.locator("#theme").is_visible()
