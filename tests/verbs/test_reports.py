@@ -214,10 +214,11 @@ def test_a_map_of_many_experts_is_small():
 
 def test_differences_are_to_scale():
     """From -1 to +3 on 416 units: zero is at 2 + 104, a unit is 104."""
-    text = differences("d", [("a", "-1", -1.0, None), ("b", "+3", 2.0, 1.0)])
+    text = differences("d", [("a", "-1", -1.0, None), ("b", "+2.4", 2.4, 0.6), ("c", "+1", 1.0, 0.5)])
     assert '<rect class="better" x="2.0" y="41" width="104.0"' in text
-    assert '<rect class="worse" x="106.0" y="87" width="208.0"' in text
-    assert 'd="M210.0 94H418.0' in text
+    assert '<rect class="worse" x="106.0" y="87" width="249.6"' in text
+    assert 'd="M293.2 94H418.0' in text
+    assert '<rect class="is" x="106.0" y="133" width="104.0"' in text, "two standard errors: may be chance"
 
 
 def test_a_command_has_what_differs_from_the_defaults():

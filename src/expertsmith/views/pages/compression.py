@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from expertsmith.views.pages import figures, sheet
-from expertsmith.views.pages.evaluation import by_domain, rise, rises
+from expertsmith.views.pages.evaluation import COLOURS, by_domain, noise, rise, rises
 from expertsmith.views.show import byte_count, count, layer_reason, ranges, reason_title
 
 Found = Mapping[str, Any]
@@ -58,7 +58,7 @@ def _changes(found: Found) -> str:
     if not quality:
         return "the loss was not measured"
     value = quality["mean"]["rise"]
-    return f"the loss on {_text_of(quality)} {'rises' if value >= 0 else 'falls'} by {rise(abs(value), quality['mean']['rise_se'], '')} nats per token"
+    return f"the loss on {_text_of(quality)} {'rises' if value >= 0 else 'falls'} by {rise(abs(value), quality['mean']['rise_se'], '')} nats per token{noise(quality['mean'])}"
 
 
 def _text_of(quality: Found) -> str:
@@ -177,7 +177,9 @@ def _figure(found: Found) -> str:
     )
     if not quality:
         return figures.figure("<b>What is left.</b> The loss was not measured.", sizes)
-    caption = f"<b>What is left, and what it costs</b> on {_text_of(quality)}, ± paired standard error over sequences; lower is better."
+    caption = (
+        f"<b>What is left, and what it costs</b> on {_text_of(quality)}, ± paired standard error over sequences. {COLOURS}"
+    )
     return figures.figure(caption, sizes, rises(quality))
 
 

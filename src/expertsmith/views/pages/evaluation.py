@@ -10,6 +10,8 @@ from expertsmith.views.show import SPEEDS, WRITTEN, estimate, metric_name, speed
 
 Found = Mapping[str, Any]
 
+COLOURS = "Red is worse, green is better, by more than two standard errors."
+
 
 def page(found: Found, model: str, reference: str | None, made: Found) -> str:
     """The whole page as text.
@@ -19,7 +21,11 @@ def page(found: Found, model: str, reference: str | None, made: Found) -> str:
         made: how it was made, see `verbs.made`.
     """
     panels = [*_of_text(found), *_of_tasks(found), *_of_speed(found), *_of_generation(found)]
-    against = "Against the reference, ± paired standard error." if reference else "± standard error; no reference was given."
+    against = (
+        f"Against the reference, ± paired standard error. {COLOURS}"
+        if reference
+        else "± standard error; no reference was given."
+    )
     first = figures.figure(f"<b>The answer.</b> {against}", *panels[:2])
     parts = [_text(found), _tasks(found), _generation(found), _speed(found)]
     sections = [part for part in parts if part]
@@ -40,6 +46,12 @@ def sheet_name(source: str) -> str:
 def rise(value: float, error: float | None, sign: str = "+") -> str:
     """A difference in nats per token with its standard error."""
     return f"{value:{sign}.3f} ± {error:.3f}" if error is not None else f"{value:{sign}.3f} (one sequence: no standard error)"
+
+
+def noise(mean: Found) -> str:
+    """The end of a sentence about a rise that may be chance."""
+    unclear = mean["rise_se"] is not None and abs(mean["rise"]) <= figures.CLEAR * mean["rise_se"]
+    return ", which is within two standard errors" if unclear else ""
 
 
 def _short(value: float, error: float | None) -> str:
@@ -106,9 +118,8 @@ def _sentences(found: Found) -> list[str]:
         where = next(iter(domains)) if len(domains) == 1 else f"{len(domains)} domains"
         if "kl" in mean:
             value, error = mean["rise"], mean["rise_se"]
-            clear = "" if error is None or abs(value) > 2 * error else ", which is within two standard errors"
             made.append(
-                f"On {where}, the loss is {rise(abs(value), error, '')} nats per token {'above' if value >= 0 else 'below'} the reference's{clear}; "
+                f"On {where}, the loss is {rise(abs(value), error, '')} nats per token {'above' if value >= 0 else 'below'} the reference's{noise(mean)}; "
                 f"both predict the same next token at {100 * mean['top1_agreement']:.1f} % of the tokens."
             )
         else:

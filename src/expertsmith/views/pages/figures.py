@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 WIDTH = 420  # of a panel: a phone shows it nearly as it is
+CLEAR = 2.0  # standard errors, as `evaluation.paired.CLEAR`
 ROW = 46  # a line of text and the bar below it
 
 
@@ -42,7 +43,8 @@ def differences(title: str, rows: Sequence[tuple[str, str, float, float | None]]
     """Bars from a zero line to either side, with a standard error where it is known: (name, text, difference, error) of each.
 
     Args:
-        better: "lower" or "higher" differences are coloured as better, the others as worse; "" leaves them uncoloured.
+        better: "lower" or "higher" differences are coloured as better, the others as worse; "" colours none. A difference within two standard
+            errors is not coloured.
     """
     reach = [(value - (error or 0.0), value + (error or 0.0)) for _, _, value, error in rows]
     low, high = min([0.0, *(a for a, _ in reach)]), max([1e-12, *(b for _, b in reach)])
@@ -51,7 +53,8 @@ def differences(title: str, rows: Sequence[tuple[str, str, float, float | None]]
     parts = [heading(title), f'<line class="rule" x1="{zero:.1f}" x2="{zero:.1f}" y1="20" y2="{22 + ROW * len(rows)}"/>']
     for place, (name, text, value, error) in enumerate(rows):
         y, end = 22 + place * ROW, zero + value * scale
-        kind = "is" if not better or not value else "better" if (value < 0) == (better == "lower") else "worse"
+        unclear = not better or not value or abs(value) <= CLEAR * (error or 0.0)
+        kind = "is" if unclear else "better" if (value < 0) == (better == "lower") else "worse"
         parts.append(
             f'<text x="0" y="{y + 13}">{escape(name)}</text><text x="{WIDTH}" y="{y + 13}" text-anchor="end">{escape(text)}</text>'
             f'<rect class="{kind}" x="{min(zero, end):.1f}" y="{y + 19}" width="{max(1.0 if value else 0.0, abs(end - zero)):.1f}" height="14" rx="2"><title>{escape(f"{name}: {text}")}</title></rect>'
@@ -82,7 +85,7 @@ def kept_map(layers: Sequence[Mapping[str, Any]], ranges: Callable[[list[int]], 
     gap = 2 if cell >= 10 else 0.5
     for row, entry in enumerate(layers):
         y = top + row * tall
-        name = f"layer {entry['layer']}"
+        name = f"{'MTP' if entry.get('mtp') else 'layer'} {entry['layer']}"
         parts.append(f'<text class="axis" x="{left - 8}" y="{y + tall / 2 + 4:.1f}" text-anchor="end">{name}</text>')
         kept = set(entry["keep"])
         merged = {e for group in entry.get("merge", ()) for e in group["from"]} - kept
