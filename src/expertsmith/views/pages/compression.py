@@ -260,7 +260,7 @@ def _engines(found: Found) -> sheet.Section:
         own = [finding for finding in held["findings"] if finding["engine"] == engine]
         rows += [(version, finding["level"], _told(finding)) for finding in own] or [(version, "", "nothing found")]
     text = "What lint knows from the engines' sources about this config and these tensor headers. It does not start an engine."
-    drawn = sheet.table(["engine, the version that was read", "level", "finding"], rows).replace('"numbers"', '"words"')
+    drawn = sheet.table(["engine, the version that was read", "level", "finding"], rows, "words")
     return "serving", "Engines", sheet.paragraph(text) + drawn
 
 

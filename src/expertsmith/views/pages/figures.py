@@ -11,9 +11,10 @@ CLEAR = 2.0  # standard errors, as `evaluation.paired.CLEAR`
 ROW = 46  # a line of text and the bar below it
 
 
-def panel(label: str, parts: Sequence[str], height: float, width: float = WIDTH) -> str:
-    """An SVG picture that has a name and scales with the page."""
-    return f'<svg class="drawing" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+def panel(label: str, parts: Sequence[str], height: float, width: float = WIDTH, fixed: bool = False) -> str:
+    """An SVG picture that has a name, and scales with the page unless it is `fixed`."""
+    style = f' style="width:{width:g}px;max-width:none"' if fixed else ""
+    return f'<svg class="drawing"{style} viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
 
 
 def figure(caption: str, *panels: str) -> str:
@@ -78,6 +79,7 @@ def kept_map(layers: Sequence[Mapping[str, Any]], ranges: Callable[[list[int]], 
     cell = min(20.0, max(3.0, 820 / most))
     tall, left, top = min(20.0, max(9.0, cell)), 66, 20
     step = max(1, round(most / 16)) if cell < 16 else 1
+    every = 1 if tall >= 12 else 2  # layer names need 12 units
     parts = [
         f'<text class="axis" x="{left + (e + 0.5) * cell:.1f}" y="13" text-anchor="middle">{e}</text>'
         for e in range(0, most, step)
@@ -86,7 +88,8 @@ def kept_map(layers: Sequence[Mapping[str, Any]], ranges: Callable[[list[int]], 
     for row, entry in enumerate(layers):
         y = top + row * tall
         name = f"{'MTP' if entry.get('mtp') else 'layer'} {entry['layer']}"
-        parts.append(f'<text class="axis" x="{left - 8}" y="{y + tall / 2 + 4:.1f}" text-anchor="end">{name}</text>')
+        if not row % every:
+            parts.append(f'<text class="axis" x="{left - 8}" y="{y + tall / 2 + 4:.1f}" text-anchor="end">{name}</text>')
         kept = set(entry["keep"])
         merged = {e for group in entry.get("merge", ()) for e in group["from"]} - kept
         for kind, members in (
@@ -109,9 +112,8 @@ def kept_map(layers: Sequence[Mapping[str, Any]], ranges: Callable[[list[int]], 
         del words["merged"]
     legend = "".join(f'<span><span class="dot {kind}"></span>{text}</span>' for kind, text in words.items())
     width, height = left + most * cell, top + len(layers) * tall + 4
-    drawn = panel("Kept experts of each layer", parts, height, width)
-    fixed = drawn.replace('class="drawing"', f'class="drawing" style="width:{width:g}px;max-width:none"', 1)
-    return f'<div class="legend">{legend}</div><div class="card wide map">{fixed}</div>'
+    drawn = panel("Kept experts of each layer", parts, height, width, fixed=True)
+    return f'<div class="legend">{legend}</div><div class="card wide map">{drawn}</div>'
 
 
 def _runs(ids: Iterable[int], longest: int) -> list[tuple[int, int]]:

@@ -53,11 +53,11 @@ def answer(question: str, kind: str, badge: str, big: str, lines: Iterable[str])
     )
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of numbers from plain texts; a wide one scrolls by itself."""
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
+    """A table of numbers (or "words") from plain texts; a wide one scrolls by itself."""
     head = "".join(f"<th>{escape(text)}</th>" for text in columns)
     lines = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows)
-    return f'<div class="card wide"><table class="numbers"><tr>{head}</tr>{lines}</table></div>'
+    return f'<div class="card wide"><table class="{kind}"><tr>{head}</tr>{lines}</table></div>'
 
 
 def bullets(texts: Iterable[str]) -> str:
