@@ -1,4 +1,4 @@
-"""The pages of `expertsmith analyze` and `compare` in a browser without network: drawn, answering to their selectors, light and dark.
+"""The pages in a browser without network: drawn, answering to their selectors, light and dark, on a phone and on paper.
 
 Needs Chromium (`apt-get install chromium`) and playwright; where they are missing the tests are skipped, but in CI (CI=true) they fail.
 """
@@ -129,6 +129,20 @@ def choose(tab, name: str, label: str, inside: str = "#bar") -> None:
     tab.locator(f"{inside} select[data-choice={name}]").select_option(label=label)
 
 
+WIDE = "document.querySelector('#plot-usage .main-svg').getBoundingClientRect().width"
+
+
+def first_screen(tab, title: str) -> None:
+    """A figure within the first screen of a laptop, and a list of contents whose entries lead somewhere."""
+    figure = tab.locator("header .plot, header figure, #figure-size").first
+    assert figure.bounding_box()["y"] < 500, "the figure is in sight"
+    links = tab.locator("nav.contents a")
+    assert title in links.all_text_contents()
+    assert tab.evaluate(
+        "[...document.querySelectorAll('nav.contents a')].every((a) => document.querySelector(a.getAttribute('href')))"
+    )
+
+
 def test_size(large):
     """Under 10 MB for 26 layers of 64 experts, and nothing in it points elsewhere."""
     text = large.read_text(encoding="utf-8")
@@ -152,6 +166,9 @@ def test_every_figure_is_drawn(width, scheme, visit):
     tab = visit(width, scheme)
     scroll(tab)
     figures = tab.evaluate("present.map((figure) => figure.id)")
+    if width > 1000:
+        tab.evaluate("scrollTo(0, 0)")
+        first_screen(tab, "What experts are used for")
     assert {"usage", "flows", "special", "stability", "super", "tokens", "matrix", "depth", "pca", "match", "r2", "scatter", "ranks", "rho", "health", "saliency", "lost", "lostmap", "budget", "turn"} == set(figures)  # fmt: skip
     for name in figures:
         if name != "tokens":
@@ -170,6 +187,8 @@ def test_every_figure_is_drawn(width, scheme, visit):
 def test_every_figure_is_printed_without_scrolling(scheme, visit, tmp_path):
     """In light colours, not wider than the paper; then the page is as it was."""
     tab = visit(1280, scheme)
+    tab.locator("#plot-usage .main-svg").first.wait_for()
+    before = tab.evaluate(WIDE)
     tab.evaluate("""() => {
         globalThis.seen = null;
         const widths = () => [...document.querySelectorAll(".plot")].map((plot) => plot.querySelector(".main-svg, table")?.getBoundingClientRect().width ?? 0);
@@ -181,19 +200,21 @@ def test_every_figure_is_printed_without_scrolling(scheme, visit, tmp_path):
     assert seen["drawn"] == tab.evaluate("present.length") == len(seen["widths"])
     assert not seen["dark"]
     assert all(0 < width <= 1280 for width in seen["widths"])
-    assert tab.evaluate("document.querySelector('#plot-usage .main-svg').getBoundingClientRect().width") > 660
+    assert tab.evaluate(WIDE) == before != 660
     assert tab.evaluate("dark()") == (scheme == "dark")
 
 
 def test_a_browser_that_tells_of_paper_by_the_medium_only(visit):
     tab = visit()
+    tab.locator("#plot-usage .main-svg").first.wait_for()
+    before = tab.evaluate(WIDE)
     tab.emulate_media(media="print")
     tab.wait_for_function("drawn.size === present.length")
     assert set(
         tab.evaluate("present.filter((f) => !f.html).map((f) => document.getElementById('plot-' + f.id).layout.width)")
     ) == {660}
     tab.emulate_media(media="screen")
-    tab.wait_for_function("document.getElementById('plot-usage').getBoundingClientRect().width > 660")
+    tab.wait_for_function(f"{WIDE} === {before}")
     assert tab.evaluate("document.getElementById('plot-usage').layout.width ?? 1000") != 660
 
 
@@ -417,6 +438,8 @@ def test_a_comparison_is_drawn(width, scheme, visit, compared):
     names = tab.evaluate("document.getElementById('plot-size').data.filter((t) => t.showlegend !== false).map((t) => t.name)")
     assert set(names) == {"reap", "frequency", "random, mean of 3"}
     assert tab.locator("table.numbers").count() == 2
+    if width > 1000:
+        first_screen(tab, "Keep 0.5")
     assert tab.locator("table.numbers tr").count() == 2 * (2 + 3)
     colour = tab.evaluate("document.getElementById('plot-size').layout.paper_bgcolor")
     assert colour == ("#181e2a" if scheme == "dark" else "#ffffff")
@@ -459,3 +482,64 @@ def test_its_measures_and_hover_are_those_of_the_file(visit, compared, tmp_path)
             tab.locator("#figure-size .tools button", has_text=kind).click()
         held.value.save_as(tmp_path / kind)
         assert head in (tmp_path / kind).read_bytes()[:200]
+
+
+# ---- the pages of `compress`, `evaluate` and `demo`, which are drawn without a script
+
+
+@pytest.fixture(scope="module")
+def still(look, data, tmp_path_factory) -> dict[str, Path]:
+    """The pages by the name of their command. That of the demo is made of made-up numbers."""
+    from expertsmith.calibration.stats import load_statistics
+    from expertsmith.views.pages.demo import write_report
+
+    folder, model = tmp_path_factory.mktemp("still"), look.parent / "model"
+    done = api.compress(model, "reap", 0.5, folder / "out", data=data, eval_data=data, **CALIBRATION)
+    api.evaluate(folder / "out", data, reference=model, generate=4, report=folder / "evaluate.html", seq_len=24, device="cpu")
+    labels = {
+        "all (the original)": None,
+        "easy_ep for a": "a",
+        "reap for a": "a",
+        "random (mean of 3)": None,
+        "easy_ep for b": "b",
+    }
+    rows = [
+        {"label": label, "domain": domain, "loss": {"a": 2 + i, "b": 3 - i / 9}, "perplexity": {"a": 7.4 + i, "b": 20.0}, "verify": "passed", "routed": 0.5, "plan": None}
+        for i, (label, domain) in enumerate(labels.items())
+    ]  # fmt: skip
+    result = {"summary": "On a, half costs.", "target": "a", "domains": ["a", "b"], "rows": rows, "seconds": 1.0}
+    write_report(folder / "demo.html", result, load_statistics(look / "stats"), rows)
+    return {"compress": Path(done["report"]), "evaluate": folder / "evaluate.html", "demo": folder / "demo.html"}
+
+
+@pytest.mark.parametrize("name", ["compress", "evaluate", "demo"])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_a_still_page_answers_first_and_fits(name, width, scheme, visit, still):
+    tab = visit(width, scheme, still[name])
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    title = {"compress": "Kept experts of each layer", "evaluate": "Text by domain", "demo": "Perplexity on held-out text"}[
+        name
+    ]
+    assert title in tab.locator("nav.contents a").all_text_contents()
+    figure = tab.locator("header svg").first.bounding_box()
+    assert figure["y"] < 844, "in the first screen of a phone or of a laptop"
+    smallest = tab.evaluate(
+        "Math.min(...[...document.querySelectorAll('header svg text')].map((t) => t.getBoundingClientRect().height))"
+    )
+    assert smallest > 9, "the figure can be read"
+    background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 150) == (scheme == "dark")
+    tab.locator("#theme").click()
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != background
+
+
+@pytest.mark.parametrize("name", ["compress", "evaluate", "demo"])
+def test_a_still_page_on_paper(name, visit, still):
+    """White, and nothing is cut off at the width of A4."""
+    tab = visit(718, "dark", still[name])
+    tab.emulate_media(media="print")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert tab.evaluate("getComputedStyle(document.querySelector('h1')).color") == "rgb(28, 34, 48)"
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 718
+    assert tab.evaluate("[...document.querySelectorAll('.wide')].every((box) => box.scrollWidth <= box.clientWidth + 1)")
+    assert not tab.locator("#theme").is_visible()

@@ -90,11 +90,21 @@ def expected(model: Path, reference: Path | None, rows: list[list[int]]) -> dict
         found |= {
             "reference_loss": np.mean(reference_losses),
             "reference_perplexity": math.exp(np.mean(reference_losses)),
+            "rise": np.mean(losses) - np.mean(reference_losses),
+            "rise_se": paired_error(np.subtract(losses, reference_losses), [len(row) - 1 for row in rows]),
             "kl": np.mean(kl),
             "top1_agreement": np.mean(agree),
             "esap": np.mean(overlap),
         }
     return found
+
+
+def paired_error(differences: np.ndarray, lengths: list[int]) -> float:
+    """The error of the ratio estimator: sqrt(S / (S - 1) sum_s (d_s - r n_s)^2) / N, over S sequences of n_s tokens."""
+    mean, count = differences.mean(), len(lengths)
+    parts = np.split(differences, np.cumsum(lengths)[:-1])
+    squares = sum((part.sum() - mean * len(part)) ** 2 for part in parts)
+    return math.sqrt(count / (count - 1) * squares) / len(differences)
 
 
 def stream_of(token_file: Path, domain: str) -> list[int]:
@@ -112,7 +122,8 @@ def windows(stream: list[int], predicted: int) -> list[list[int]]:
 
 def test_a_model_against_a_reference(pair, token_file, data):
     base, noisy = pair
-    found = api.evaluate(noisy, data, reference=base, **CPU).to_json()["domains"]
+    whole = api.evaluate(noisy, data, reference=base, **CPU).to_json()
+    found = whole["domains"]
     assert list(found) == ["a", "b"]
     for domain in ("a", "b"):
         rows = windows(stream_of(token_file, domain), 16)
@@ -122,6 +133,7 @@ def test_a_model_against_a_reference(pair, token_file, data):
         assert found[domain]["tokens"] == len(stream_of(token_file, domain)) - 1  # every token but the first is predicted once
         assert 0.001 < found[domain]["kl"] < 5  # the noise matters, or this test would show nothing
         assert 0 < found[domain]["top1_agreement"] < 1
+    assert whole["mean"]["rise_se"] == pytest.approx(math.sqrt(sum(row["rise_se"] ** 2 for row in found.values())) / 2)
 
 
 def test_a_model_alone(pair, token_file, data):
@@ -138,8 +150,10 @@ def test_the_mean_is_over_domains_not_tokens(pair, token_file):
     found = api.evaluate(pair[1], data, reference=pair[0], **CPU).to_json()
     rows = found["domains"]
     assert rows["a"]["tokens"] < rows["b"]["tokens"] / 2
-    for key in ("loss", "reference_loss", "kl", "top1_agreement", "esap"):
+    for key in ("loss", "reference_loss", "rise", "kl", "top1_agreement", "esap"):
         assert found["mean"][key] == pytest.approx((rows["a"][key] + rows["b"][key]) / 2)
+    assert rows["a"]["rise_se"] is None, "one sequence has no standard error"
+    assert found["mean"]["rise_se"] is None
     assert found["mean"]["perplexity"] == pytest.approx(math.exp(found["mean"]["loss"]))
     assert json.loads(json.dumps(found)) == found
 
@@ -182,11 +196,11 @@ def test_pinsker_and_bounds(pair, data):
 # ---- what must not matter
 
 
-def batch_of(*rows: list[int], domain: str = "a", pad: int = 0) -> Batch:
+def batch_of(*rows: list[int], domain: str = "a", pad: int = 0, first: int = 0) -> Batch:
     length = max(map(len, rows))
     ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
     mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
-    return Batch(ids, mask, domain, list(range(len(rows))))
+    return Batch(ids, mask, domain, list(range(first, first + len(rows))))
 
 
 ROWS = ([5, 9, 33, 7, 64, 3, 3, 21, 90, 14], [8, 70, 41, 2])
@@ -196,7 +210,7 @@ ROWS = ([5, 9, 33, 7, 64, 3, 3, 21, 90, 14], [8, 70, 41, 2])
 def test_padding_does_not_count(pair, pad):
     model, reference = (load_model(open_checkpoint(path), families()["mixtral"]) for path in reversed(pair))
     together = measure(model, [batch_of(*ROWS, pad=pad)], reference).to_json()["domains"]["a"]
-    alone = measure(model, [batch_of(row) for row in ROWS], reference).to_json()["domains"]["a"]
+    alone = measure(model, [batch_of(row, first=i) for i, row in enumerate(ROWS)], reference).to_json()["domains"]["a"]
     assert together["tokens"] == alone["tokens"] == 9 + 3
     assert together == pytest.approx(alone, rel=1e-5)
 

@@ -216,7 +216,7 @@ def test_json_of_every_command_is_all_there_is_on_stdout(capfd, checkpoints, dat
     assert found["verify"]["passed"] is True
     assert found["verify"] == json.loads((tmp_path / "out" / "expertsmith" / "verify.json").read_text())
     assert set(found["evaluate"]) == {"model", "reference", "domains", "mean"}
-    assert set(found["compress"]) == {"out", "plan", "notes", "verify", "quality", "seconds"}
+    assert set(found["compress"]) == {"out", "model", "plan", "notes", "verify", "quality", "lint", "seconds", "report"}
     assert set(found["compress"]["seconds"]) == {"calibrate", "plan", "apply", "verify", "evaluate"}
     assert found["inspect"] == json.loads(json.dumps(api.inspect(str(source))))
     assert set(found["lint"]) == {"model", "findings"}

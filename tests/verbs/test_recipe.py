@@ -163,6 +163,7 @@ def everything(source: Path, data: list[str], root: Path) -> dict:
     shape = {"seq_len": 24, "samples": 4}
     recipe["dtype"] = "float32"
     recipe["analyze"] = {"out": str(root / "look")}
+    recipe["evaluate"]["report"] = str(root / "report.html")
     recipe["skip"] = {"data": data, "out": str(root / "skip"), "measure": False, **shape}
     recipe["heal"] = {"data": data, "out": str(root / "healed"), **shape}
     recipe["compare"] = {"methods": ["aimer"], "keep": [0.5], "data": data, "eval_data": data, "out": str(root / "c"), **shape}
@@ -176,6 +177,9 @@ def test_a_recipe_run_again_keeps_what_did_not_change_and_says_so(checkpoints, d
     code, first, err = run_cli(capsys, "run", path, "--json")
     assert code == 0, err
     assert ran == ["calibrate", "analyze", "plan", "apply", "verify", "evaluate", "skip", "heal", "evaluate", "compare"]
+    reports = [tmp_path / "work" / name for name in ("report.html", "report_healed.html")]
+    for page, where in zip(reports, ("out", "healed"), strict=True):
+        assert f"<h1>{where} next to mixtral</h1>" in page.read_text()
     ran.clear()
     code, again, err = run_cli(capsys, "run", path, "--json")
     assert code == 0, err
@@ -183,8 +187,11 @@ def test_a_recipe_run_again_keeps_what_did_not_change_and_says_so(checkpoints, d
     assert json.loads(again) == json.loads(first)
     for name in ("calibrate", "plan", "apply", "verify", "evaluate", "skip", "heal", "evaluate_healed", "compare", "analyze"):
         assert f"{name}: finished before, kept" in err
+    reports[1].unlink()
     code, shown, err = run_cli(capsys, "run", path, "-q")
-    assert (code, ran) == (0, []), err
+    assert (code, ran) == (0, ["evaluate"]), err
+    assert reports[1].exists(), "a page that is gone is made again"
+    ran.clear()
     assert "healed by least_squares" in shown
     code, _, err = run_cli(capsys, "run", path, "-q", "--overwrite")
     assert code == 0, err
@@ -209,6 +216,19 @@ def test_a_change_is_refused_with_what_changed_and_made_with_overwrite(checkpoin
     ran.clear()
     assert api.run(written(tmp_path, recipe), overwrite=True)["plan"].uniform_count == 5
     assert ran == ["calibrate", "plan", "apply", "verify", "evaluate"]
+
+
+def test_a_report_in_the_way_is_refused_before_anything_runs(checkpoints, data, tmp_path, monkeypatch):
+    recipe = whole(checkpoints("mixtral"), data, tmp_path / "work")
+    recipe["evaluate"]["report"] = str(tmp_path / "page.html")
+    recipe["heal"] = {"data": data, "out": str(tmp_path / "healed")}
+    ran = verbs_run(monkeypatch)
+    for name, step in (("page", "evaluate"), ("page_healed", "evaluate_healed")):
+        (tmp_path / f"{name}.html").write_text("mine")
+        with pytest.raises(UserError, match=rf"{step}: .*{name}\.html exists already"):
+            api.run(written(tmp_path, recipe))
+        (tmp_path / f"{name}.html").unlink()
+    assert ran == []
 
 
 def test_data_that_changed_is_no_finished_step(checkpoints, data, tmp_path):

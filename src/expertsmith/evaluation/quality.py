@@ -110,12 +110,16 @@ class DomainQuality:
         """Standard error of `rise` over sequences, paired; see `paired.ratio`."""
         return ratio(list(self.rises.values()))[1]
 
-    def to_json(self, reference: bool) -> dict[str, float | int]:
-        """The means, with their units as in the module docstring, and the standard error of the loss."""
+    def to_json(self, reference: bool) -> dict[str, Any]:
+        """The means, with their units as in the module docstring, and the standard errors of the loss and of its rise above the reference's
+        (`rise_se` is None for a single sequence)."""
         names = ["tokens", "loss", "loss_se", "perplexity"]
-        if reference:
-            names += ["reference_loss", "reference_perplexity", "kl", "top1_agreement", "esap"]
-        return {name: getattr(self, name) for name in names}
+        if not reference:
+            return {name: getattr(self, name) for name in names}
+        names += ["reference_loss", "reference_perplexity", "rise"]
+        error = self.rise_se if len(self.rises) > 1 else None
+        rest = {name: getattr(self, name) for name in ("kl", "top1_agreement", "esap")}
+        return {**{name: getattr(self, name) for name in names}, "rise_se": error, **rest}
 
 
 @dataclass(repr=False)
@@ -139,15 +143,18 @@ class Quality(Shown):
         return ", ".join([*told, *self.more])
 
     def to_json(self) -> dict[str, Any]:
-        """Results by domain, their unweighted mean over domains (perplexity: exp of the mean loss), and the other measurements."""
+        """Results by domain, their unweighted mean over domains (perplexity: exp of the mean loss; `rise_se`: that of the mean of
+        independent domains, sqrt(sum se^2) / domains), and the other measurements."""
         if not self.domains:
             return dict(self.more)
         rows = {name: entry.to_json(self.has_reference) for name, entry in self.domains.items()}
-        keys = [
-            key for key in next(iter(rows.values())) if key not in ("tokens", "perplexity", "reference_perplexity", "loss_se")
-        ]
-        mean: dict[str, float] = {key: sum(row[key] for row in rows.values()) / len(rows) for key in keys}
+        apart = ("tokens", "perplexity", "reference_perplexity", "loss_se", "rise_se")
+        keys = [key for key in next(iter(rows.values())) if key not in apart]
+        mean: dict[str, Any] = {key: sum(row[key] for row in rows.values()) / len(rows) for key in keys}
         mean["perplexity"] = math.exp(min(mean["loss"], 700.0))
+        if self.has_reference:
+            errors = [row["rise_se"] for row in rows.values()]
+            mean["rise_se"] = None if None in errors else math.hypot(*errors) / len(errors)
         return {"domains": rows, "mean": mean, **self.more}
 
 

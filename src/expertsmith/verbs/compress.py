@@ -17,6 +17,8 @@ from expertsmith.verbs.calibrate import calibrate
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.evaluate import evaluate
 from expertsmith.verbs.heal import heal as heal_model
+from expertsmith.verbs.lint import lint
+from expertsmith.verbs.made import how_made
 from expertsmith.verbs.options import (
     SPECS,
     Budget,
@@ -49,6 +51,8 @@ from expertsmith.verbs.verify import verify
 from expertsmith.views import show
 from expertsmith.views.progress import timed
 
+REPORT = "expertsmith/report.html"  # in the output, beside plan.json and verify.json
+
 
 def _show(result: Any, given: Mapping[str, Any]) -> None:
     show.show_plan(result["plan"])
@@ -61,15 +65,20 @@ def _show(result: Any, given: Mapping[str, Any]) -> None:
         own = "the calibration text itself (too optimistic; pass --eval-data)"
         show.show_quality(result["quality"], "held-out text" if result["quality"]["held_out"] else own)
     show.line("seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
+    show.line(f"[bold]{show.escape(result['report'])}[/bold]  (what was cut, its cost and proof, as a page)")
     show.line(
         f"[bold]{show.escape(result['out'])}[/bold]  (plan inside: expertsmith/plan.json; {show.escape(str(work_of(Path(result['out']))))} is removed)"
     )
 
 
+def _plain(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {**result, "plan": result["plan"].to_json(), "verify": result["verify"].to_json()}
+
+
 @verb(
     FLOW,
     show=_show,
-    plain=lambda result, given: {**result, "plan": result["plan"].to_json(), "verify": result["verify"].to_json()},
+    plain=lambda result, given: _plain(result),
     passed=lambda result: result["verify"].passed,
     keeps=out_and("work"),
 )
@@ -124,6 +133,8 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
 ) -> dict[str, Any]:
     """Calibrate, plan, apply, verify and evaluate in one command.
 
+    OUT/expertsmith/report.html shows the result on one page: what was cut, what it cost, whether it is proven, which engines serve it.
+
     Statistics, measured weights and the unhealed checkpoint are in OUT.work until the end; the same command resumes an interrupted run from there.
     To try several methods or ratios, run calibrate once and pass --stats.
 
@@ -142,6 +153,7 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
 
     Returns what was done, found and measured.
     """
+    asked = {name: value for name, value in locals().items() if name != "given"} | given
     from expertsmith.calibration.spec import refuse_missing
     from expertsmith.checkpoint.writer import prepare_target
     from expertsmith.surgery.card import model_card
@@ -244,13 +256,29 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
         (target / "README.md").write_text(card if report is None else _healed(card, report), encoding="utf-8")
     result = {
         "out": str(target),
+        "model": inventory.checkpoint.source,
         "plan": made,
         "notes": [*notes, *said],
         "verify": verdict,
         "quality": quality,
         "seconds": seconds,
     }
-    return result if report is None else {**result, "heal": report}
+    return _reported(result if report is None else {**result, "heal": report}, asked)
+
+
+def _reported(result: dict[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The result with what lint finds, and the page that shows all of it. `asked`: the options of `compress`."""
+    from expertsmith.lint import ENGINES
+    from expertsmith.views.pages import compression, sheet
+
+    page = Path(result["out"]) / REPORT
+    findings = lint(result["out"], allow_pickle=asked["allow_pickle"])
+    result["lint"] = {"engines": ENGINES, "findings": [finding.to_json() for finding in findings]}
+    if not result["quality"]:
+        result["not_measured"] = "no text was given" if asked["measure"] else "--no-measure"
+    result["report"] = str(page)
+    sheet.write(page, compression.page(_plain(result), how_made("compress", asked, result["seconds"])))
+    return result
 
 
 def _healed(card: str, report: Mapping[str, Any]) -> str:

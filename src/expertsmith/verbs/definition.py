@@ -8,6 +8,7 @@ An option is `Annotated[type, Opt(help, …)]`; several that go together are a `
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial, wraps
@@ -235,6 +236,34 @@ def filled(function: F, headers_only: bool = False) -> F:
     ]
     run.__signature__ = signature.replace(parameters=[*shown, *more])  # type: ignore[attr-defined]
     return run  # type: ignore[return-value]
+
+
+def command_line(name: str, given: Mapping[str, Any]) -> str:
+    """The command that gives a verb these options: those that differ from their defaults. An object without a file is shown as <its name>."""
+    words = ["expertsmith", name]
+    for option in VERBS[name].options:
+        value = given.get(option.name, option.default)
+        default = option.default if option.opt.cli is MISSING else option.opt.cli
+        if option.name == "progress" or value is None or value is MISSING:
+            continue
+        values = [f"{key}={held}" for key, held in value.items()] if isinstance(value, Mapping) else value
+        several = isinstance(values, (list, tuple))
+        if (several and not values) or (not option.opt.argument and _plain(value) and value == default):
+            continue
+        flags = [flag for flag in option.opt.flags if flag.startswith("--")] or [f"--{option.name.replace('_', '-')}"]
+        yes, _, no = flags[0].partition("/")
+        if isinstance(value, bool):
+            words.append(yes if value else no or f"--no-{yes.lstrip('-')}")
+            continue
+        for entry in values if several else [value]:
+            text = str(entry) if _plain(entry) else f"<{option.name}>"
+            words += [text] if option.opt.argument else [flags[0], text]
+    return shlex.join(words)
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value can be written on a command line."""
+    return isinstance(value, (str, Path, int, float, list, tuple))
 
 
 def out_and(*suffixes: str) -> Callable[[Mapping[str, Any]], list[Path]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, Unpack
 
 from expertsmith.calibration.opening import token_data
-from expertsmith.checkpoint import open_checkpoint, pinned
+from expertsmith.checkpoint import Checkpoint, open_checkpoint, pinned
 from expertsmith.errors import UserError
 from expertsmith.ranks import current, refuse_several
 from expertsmith.verbs.definition import FLOW, Opt, filled, out_and, verb
@@ -49,6 +50,12 @@ Answers = Annotated[
         writes="into",
     ),
 ]
+
+ReportFile = Annotated[
+    str | Path | None,
+    Opt("Also write the result as one HTML page.", "--report", metavar="FILE", kind=Path, writes="file"),
+]
+ReplaceReport = Annotated[bool, Opt("Replace an existing report.", "--overwrite")]
 
 
 class Judging(Drawing, Running, Opened, total=False):
@@ -103,6 +110,8 @@ def evaluate(
     formats: Sequence[str] = (),
     out: Answers = None,
     resume: Resume = True,
+    report: ReportFile = None,
+    overwrite: ReplaceReport = False,
     batch_tokens: BatchTokens = 4096,
     **given: Unpack[Judging],
 ) -> Quality:
@@ -119,17 +128,16 @@ def evaluate(
         generate: new tokens of greedy runs from prompts of `data`; 0: none.
         formats: `[DOMAIN=]REGEX` that an answer is to match, for data with prompt and response.
         out: a folder that keeps the answers to every finished task, so that a further run (`resume`) goes on from there.
+        report: an HTML page of the result, written at the end; `overwrite` replaces one that exists.
 
     Raises:
         UserError: nothing to measure, lm-eval or a task's data missing, unknown tasks, models of different vocabularies.
     """
-    from expertsmith.arch import record_of
+    asked = {name: value for name, value in locals().items() if name != "given"} | given
     from expertsmith.comparison.judging import asking
-    from expertsmith.engine.devices import choose_device, choose_memory
-    from expertsmith.engine.loading import load_model
-    from expertsmith.evaluation.quality import Quality, measure
-    from expertsmith.surgery.mask import in_force
+    from expertsmith.evaluation.quality import Quality
 
+    begin = time.perf_counter()
     progress = given["progress"]
     if not data and not tasks:
         raise UserError("nothing to measure", "pass --data FILE for text, or --tasks NAME for lm-eval tasks")
@@ -149,13 +157,26 @@ def evaluate(
         part(Running, given),
         {"batch_tokens": batch_tokens, "folder": None if out is None else Path(out), "resume": resume, "progress": progress},
     )
-    if not data:
-        return Quality(more=ask())
+    quality = _of_text(opened, data, batch_tokens, given) if data else Quality()
+    quality.more = ask()
+    if report is not None and current().first:
+        _write_report(report, quality.to_json(), asked, time.perf_counter() - begin)
+    return quality
+
+
+def _of_text(opened: Sequence[Checkpoint], data: Sequence[str], batch_tokens: int, given: Mapping[str, Any]) -> Quality:
+    """The quality of the first model on text, next to the second if there is one; no model is in memory afterwards."""
+    from expertsmith.arch import record_of
+    from expertsmith.engine.devices import choose_device, choose_memory
+    from expertsmith.engine.loading import load_model
+    from expertsmith.evaluation.quality import measure
+    from expertsmith.surgery.mask import in_force
+
     tokens = token_data(
         opened[0].path,
         opened[0].config,
         data,
-        progress,
+        given["progress"],
         **part(Drawing, given),
         pack=True,
         overlong="truncate",
@@ -170,12 +191,18 @@ def evaluate(
     with ExitStack() as stack:
         for entry in loaded:
             stack.enter_context(in_force(entry))
-        quality = measure(
-            loaded[0], tokens.batches(batch_tokens), loaded[1] if reference is not None else None, progress, ranks
-        )
-    del loaded, entry  # what is asked next needs one model in memory at a time
-    quality.more = ask()
-    return quality
+        other = loaded[1] if len(loaded) > 1 else None
+        return measure(loaded[0], tokens.batches(batch_tokens), other, given["progress"], ranks)
+
+
+def _write_report(file: str | Path, found: Mapping[str, Any], asked: Mapping[str, Any], seconds: float) -> None:
+    """Write what was found as a page. `asked`: the options of `evaluate`."""
+    from expertsmith.verbs.made import how_made
+    from expertsmith.views.pages import evaluation, sheet
+
+    model, reference = str(asked["model"]), asked["reference"]
+    made = how_made("evaluate", asked, {"in all": seconds})
+    sheet.write(Path(file), evaluation.page(found, model, None if reference is None else str(reference), made))
 
 
 def speed(
@@ -225,6 +252,8 @@ def _show(found: Any, given: Mapping[str, Any]) -> None:
         show.show_speed(found["speed"])
     if "mean" in found or "tasks" in found or "generation" in found:
         show.show_evaluation({key: value for key, value in found.items() if key != "speed"}, given["model"])
+    if given["report"] is not None:
+        show.line(f"[bold]{show.escape(str(given['report']))}[/bold]")
 
 
 @verb(
@@ -258,6 +287,8 @@ def _evaluate(
     ] = (),
     out: Answers = None,
     resume: Resume = True,
+    report: ReportFile = None,
+    overwrite: ReplaceReport = False,
     batch_tokens: BatchTokens = 4096,
     speed: Annotated[
         bool, Opt("Measure speed and memory in an engine, alternating with the reference; --data is then optional.", "--speed")
@@ -273,6 +304,8 @@ def _evaluate(
 
     [dim]expertsmith evaluate mixtral-half -r mistralai/Mixtral-8x7B-v0.1 --speed --engine vllm --batch 8[/dim]
     """
+    asked = {name: value for name, value in locals().items() if name != "given"} | given
+    begin = time.perf_counter()
     found: dict[str, Any] = {}
     if speed and given["as_type"] is not None:
         raise UserError("--as has no effect with --speed, because engines load the checkpoint themselves", "leave one out")
@@ -296,6 +329,8 @@ def _evaluate(
             **part(Judging, given),
         )
         found |= quality.to_json()
+    if report is not None:
+        _write_report(report, found, asked, time.perf_counter() - begin)
     return found
 
 

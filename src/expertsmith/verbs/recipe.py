@@ -380,7 +380,11 @@ def _needs(recipe: Recipe, model: str) -> dict[str, dict[str, Any]]:
 
 
 def _out(recipe: Recipe, name: str) -> str | None:
-    out = getattr(getattr(recipe, name, None), "out", None)
+    """What a step writes: its output, or the report of `evaluate` (after healing: NAME_healed.html)."""
+    section = getattr(recipe, name.removesuffix("_healed"), None)
+    out = getattr(section, "out", None) or getattr(section, "report", None)
+    if out is not None and name.endswith("_healed"):
+        return str(Path(out).with_stem(f"{Path(out).stem}_healed"))
     return None if out is None else str(out)
 
 
@@ -395,11 +399,14 @@ def _check_outputs(recipe: Recipe, steps: Steps, needs: Mapping[str, Any], kept:
         out = _out(recipe, name)
         if out is None or name in kept:
             continue
-        given = dict(getattr(recipe, name))
+        verb = name.removesuffix("_healed")
+        given = dict(getattr(recipe, verb))
         given["overwrite"] = bool(given.get("overwrite")) or steps.replace
+        if given.get("report"):
+            given["report"] = out
         try:
-            check_outputs(VERBS[name].options, given)
-            if any(option.opt.writes == "folder" for option in VERBS[name].options):
+            check_outputs(VERBS[verb].options, given)
+            if any(option.opt.writes == "folder" for option in VERBS[verb].options):
                 prepare_target(Path(out), None, given["overwrite"])
         except UserError as error:
             faults.append(f"{name}: {error.message}{steps.why(name, needs[name], out)}; {error.remedy}")
@@ -476,6 +483,8 @@ class _Job:
             options["overwrite"] = True
         if self.anew and "resume" in named:
             options["resume"] = False
+        if options.get("report"):
+            options["report"] = _out(self.recipe, name)
         return options
 
     @property

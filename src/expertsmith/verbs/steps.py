@@ -120,7 +120,7 @@ class Steps:
 
 def made_with(section: Mapping[str, Any], more: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """All that a step depends on: its options, the files that they name, and the steps before it."""
-    options = {key: value for key, value in section.items() if key not in ("out", "overwrite")}
+    options = {key: value for key, value in section.items() if key not in ("out", "report", "overwrite")}
     files = {text: _files(place) for text, place in _named(options)}
     before = {name: hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest() for name, held in after.items()}
     held: dict[str, Any] = json.loads(

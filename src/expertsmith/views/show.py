@@ -12,7 +12,7 @@ from expertsmith.views.encoding import is_unicode
 
 if TYPE_CHECKING:
     from expertsmith.methods.base import Method
-    from expertsmith.planning.plan import LayerPlan, Plan
+    from expertsmith.planning.plan import Plan
     from expertsmith.surgery.verify import Verdict
 
 NEEDS = {  # what a method reads → what its user needs
@@ -62,13 +62,14 @@ def table_of(*columns: str, title: str = "", header: bool = True) -> Any:
 
 def show_plan(made: Plan) -> None:
     """Print the kept and merged experts of every layer, and how close the decision was."""
-    merges = any(entry.merge for entry in made.layers)
-    columns = ["layer", "kept experts", *(["merged experts"] if merges else []), _reason_title(made)]
+    layers = made.to_json()["layers"]
+    merges = any(entry.get("merge") for entry in layers)
+    columns = ["layer", "kept experts", *(["merged experts"] if merges else []), reason_title(layers[0])]
     table = table_of(*columns, title=f"{made.method.name}: kept experts")
-    for entry in made.layers:
-        groups = "  ".join(f"{m.into} ← {ranges([e for e in m.sources if e != m.into])}" for m in entry.merge)
-        cells = [str(entry.layer), f"{len(entry.keep):>3} of {entry.num_experts}: {ranges(entry.keep)}"]
-        table.add_row(*cells, *([groups] if merges else []), _reason(entry))
+    for entry in layers:
+        groups = "  ".join(f"{m['into']} ← {ranges([e for e in m['from'] if e != m['into']])}" for m in entry.get("merge", ()))
+        cells = [str(entry["layer"]), f"{len(entry['keep']):>3} of {entry['num_experts']}: {ranges(entry['keep'])}"]
+        table.add_row(*cells, *([groups] if merges else []), layer_reason(entry))
     line(table)
     for note in made.notes:
         line(f"[yellow]note[/yellow] {escape(note)}")
@@ -77,18 +78,19 @@ def show_plan(made: Plan) -> None:
         line(f"{count(p[0])} → {count(p[1])} parameters, {byte_count(b[0])} → {byte_count(b[1])} ({100 * b[1] / b[0]:.0f} %)")
 
 
-def _reason_title(made: Plan) -> str:
-    why = made.layers[0].why or {}
+def reason_title(entry: dict[str, Any]) -> str:
+    """The heading of `layer_reason` for a plan whose first layer is `entry`, as in plan.json."""
+    why = entry.get("why") or {}
     if "subset_losses" in why:
         return "loss of the block / next best subset tried"
     if "height" in why:
         return "next removal / last removal / threshold"
-    return "saliency: lowest kept / highest dropped" if made.layers[0].saliency else ""
+    return "saliency: lowest kept / highest dropped" if entry.get("saliency") else ""
 
 
-def _reason(entry: LayerPlan) -> str:
-    """How close the decision was: the numbers on both sides of it."""
-    why, values, gone = entry.why or {}, entry.saliency or [], entry.num_experts - len(entry.keep)
+def layer_reason(entry: dict[str, Any]) -> str:
+    """How close the decision for a layer was: the numbers on both sides of it."""
+    why, values, gone = entry.get("why") or {}, entry.get("saliency") or [], entry["num_experts"] - len(entry["keep"])
     if "subset_losses" in why:
         others = [row["loss"] for row in why["subset_losses"][1:2]]
         return f"{why['loss']:.4g} / {others[0]:.4g}" if others else f"{why['loss']:.4g}"
@@ -96,8 +98,8 @@ def _reason(entry: LayerPlan) -> str:
         height = why["height"]
         cells = (height[gone] if gone < len(height) else None, height[gone - 1] if gone else None, why.get("threshold"))
         return " / ".join("–" if value is None else f"{value:.4g}" for value in cells)
-    dropped = [values[e] for e in range(entry.num_experts) if e not in entry.keep] if values else []
-    return f"{min(values[e] for e in entry.keep):.4g} / {max(dropped):.4g}" if dropped else ""
+    dropped = [values[e] for e in range(entry["num_experts"]) if e not in entry["keep"]] if values else []
+    return f"{min(values[e] for e in entry['keep']):.4g} / {max(dropped):.4g}" if dropped else ""
 
 
 def show_methods(methods: list[Method]) -> None:
@@ -332,15 +334,8 @@ def show_tasks(found: dict[str, Any]) -> None:
     table = table_of("task", "metric", "n", *columns, title=f"lm-eval tasks{limited}, ± standard error")
     _numbers_whole(table, len(columns))
     for row in found["rows"]:
-        metric = row["metric"] + ("" if row["filter"] == "none" else f" ({row['filter']})")
-        arrow = {True: " ↑", False: " ↓"}.get(row["higher_is_better"], "")
-        shots = f" ({row['shots']} shots)" if row["shots"] else ""
-        table.add_row(
-            escape(row["task"] + shots),
-            escape(metric) + arrow,
-            f"{row['documents']:,}",
-            *_estimate(row, row["higher_is_better"]),
-        )
+        cells = (escape(task_name(row)), escape(metric_name(row)), f"{row['documents']:,}")
+        table.add_row(*cells, *_estimate(row, row["higher_is_better"]))
     line(table)
     for name, cut in {row["task"]: row["cut"] for row in found["rows"] if row["cut"]}.items():
         line(
@@ -353,21 +348,25 @@ def show_tasks(found: dict[str, Any]) -> None:
         )
 
 
+def task_name(row: dict[str, Any]) -> str:
+    """A task and its number of shots."""
+    return str(row["task"]) + (f" ({row['shots']} shots)" if row["shots"] else "")
+
+
+def metric_name(row: dict[str, Any]) -> str:
+    """A metric of a task, its filter, and which way is better."""
+    arrow = {True: " ↑", False: " ↓"}.get(row["higher_is_better"], "")
+    return str(row["metric"]) + ("" if row["filter"] == "none" else f" ({row['filter']})") + arrow
+
+
 def show_generation(found: dict[str, Any]) -> None:
     """Print the measures of generated text by domain, next to the reference's."""
     against = "difference" in next(iter(found["domains"].values()))["length"]
     columns = ["original", "here", "difference", ""] if against else ["here"]
     table = table_of("domain", "measure", *columns, title=f"Greedy decoding of {found['new_tokens']} tokens, ± standard error")
     _numbers_whole(table, len(columns))
-    wanted = {
-        "repetition": ("repeated 4-grams", False),
-        "loops": ("ends in a loop", False),
-        "ended": ("reaches the end of text", None),
-        "length": ("tokens", None),
-        "format": ("has the answer format", True),
-    }
     for domain, row in found["domains"].items():
-        for key, (what, better) in wanted.items():
+        for key, (what, better) in WRITTEN.items():
             if key not in row:
                 continue
             notes = {
@@ -392,8 +391,8 @@ def _periods(periods: dict[str, float | None]) -> str:
     return f" (median period {' → '.join('–' if value is None else f'{value:g}' for value in held)})" if any(held) else ""
 
 
-def _estimate(row: dict[str, Any], higher_is_better: bool | None, digits: int = 3) -> list[str]:
-    """The cells of an estimate: reference, value, difference, and the meaning of a difference beyond two standard errors."""
+def estimate(row: dict[str, Any], higher_is_better: bool | None = None, digits: int = 3) -> list[str]:
+    """An estimate as plain texts: the value; or reference, value, difference, and the meaning of a difference beyond two standard errors."""
 
     def cell(value: float | None, error: float | None, sign: str = "") -> str:
         if value is None:
@@ -402,15 +401,25 @@ def _estimate(row: dict[str, Any], higher_is_better: bool | None, digits: int = 
 
     mine = cell(row["value"], row["se"])
     if "difference" not in row:
-        return [f"[bold]{mine}[/bold]"]
-    difference = cell(row["difference"], row["difference_se"], "+")
+        return [mine]
     word = ""
     if row["clear"]:
-        word = "[yellow]differs[/yellow]"
+        word = "differs"
         if higher_is_better is not None:
-            word = "[green]better[/green]" if (row["difference"] > 0) == higher_is_better else "[red]worse[/red]"
-        difference = f"[bold]{difference}[/bold]"
-    return [cell(row["reference"], row["reference_se"]), mine, difference, word]
+            word = "better" if (row["difference"] > 0) == higher_is_better else "worse"
+    return [cell(row["reference"], row["reference_se"]), mine, cell(row["difference"], row["difference_se"], "+"), word]
+
+
+def _estimate(row: dict[str, Any], higher_is_better: bool | None, digits: int = 3) -> list[str]:
+    """`estimate` with colours."""
+    texts = estimate(row, higher_is_better, digits)
+    if len(texts) == 1:
+        return [f"[bold]{texts[0]}[/bold]"]
+    theirs, mine, difference, word = texts
+    colour = {"differs": "yellow", "better": "green", "worse": "red"}
+    return (
+        [theirs, mine, f"[bold]{difference}[/bold]", f"[{colour[word]}]{word}[/]"] if word else [theirs, mine, difference, ""]
+    )
 
 
 def show_quality(quality: dict[str, Any], title: str) -> None:
@@ -443,35 +452,34 @@ def show_quality(quality: dict[str, Any], title: str) -> None:
 def show_speed(found: dict[str, Any]) -> None:
     """Print speed, memory and energy of a model in an engine, next to its reference."""
     setting = found["setting"]
-    names = [name for name in ("reference", "model", "ratios") if name in found]
+    names, rows = speed_cells(found)
     title = (
         f"{setting['engine']}, batch {setting['batch']}, {setting['prompt_len']} + {setting['new_tokens']} tokens, {setting['dtype']}; "
         f"medians of {setting['rounds']} alternating rounds"
     )
-    ranges = found.get("ratio_ranges", {})
-    table = table_of("", *(name.replace("ratios", "ratio \\[least, largest]") for name in names), title=title)
-    for key, what, unit in (
-        ("prefill_tokens_per_second", "prefill, tokens/s", "{:.1f}".format),
-        ("decode_tokens_per_second", "decode, tokens/s", "{:.1f}".format),
-        ("time_to_first_token", "time to first token, s", "{:.3f}".format),
-        ("peak_memory", "peak memory of the process", byte_count),
-        ("gpu_memory", "peak GPU memory", byte_count),
-        ("weight_bytes", "weights", byte_count),
-        ("watt_hours_per_1000_tokens", "Wh per 1000 new tokens", "{:.4f}".format),
-    ):
-        if found["model"].get(key):
-            cells = [
-                f"[bold]{found[name][key]:.2f} ×[/bold]" + (" \\[{:.2f}, {:.2f}]".format(*ranges[key]) if key in ranges else "")
-                if name == "ratios"
-                else unit(found[name][key])
-                for name in names
-            ]
-            table.add_row(what, *cells)
+    table = table_of("", *map(escape, names), title=title)
+    for what, *cells in rows:
+        ratio = f"[bold]{escape(cells.pop())}[/bold]" if "ratios" in found else None
+        table.add_row(what, *cells, *([ratio] if ratio else []))
     line(table)
-    if ranges:
+    if "ratio_ranges" in found:
         line("[dim]ratio: the median over the rounds of the ratio within a round, not the ratio of the two medians[/dim]")
     if "energy" in found:
         line(f"[yellow]note[/yellow] energy: {escape(found['energy'])}")
+
+
+def speed_cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The headings and rows of a speed measurement as plain texts: reference if there is one, model, ratio."""
+    names = [name for name in ("reference", "model", "ratios") if name in found]
+    spread = found.get("ratio_ranges", {})
+
+    def cell(name: str, key: str, unit: Any) -> str:
+        if name != "ratios":
+            return str(unit(found[name][key]))
+        return f"{found[name][key]:.2f} ×" + (" [{:.2f}, {:.2f}]".format(*spread[key]) if key in spread else "")
+
+    rows = [[what, *(cell(name, key, unit) for name in names)] for key, what, unit in SPEEDS if found["model"].get(key)]
+    return [name.replace("ratios", "ratio [least, largest]") for name in names], rows
 
 
 def byte_count(number: float) -> str:
@@ -488,6 +496,24 @@ def count(number: float) -> str:
         if number >= factor:
             return f"{number / factor:.2f} {unit}"
     return f"{number:.0f}"
+
+
+SPEEDS = (  # key of a speed measurement, its name, and how a value is written
+    ("prefill_tokens_per_second", "prefill, tokens/s", "{:.1f}".format),
+    ("decode_tokens_per_second", "decode, tokens/s", "{:.1f}".format),
+    ("time_to_first_token", "time to first token, s", "{:.3f}".format),
+    ("peak_memory", "peak memory of the process", byte_count),
+    ("gpu_memory", "peak GPU memory", byte_count),
+    ("weight_bytes", "weights", byte_count),
+    ("watt_hours_per_1000_tokens", "Wh per 1000 new tokens", "{:.4f}".format),
+)
+WRITTEN = {  # measure of generated text → its name, and whether more is better
+    "repetition": ("repeated 4-grams", False),
+    "loops": ("ends in a loop", False),
+    "ended": ("reaches the end of text", None),
+    "length": ("tokens", None),
+    "format": ("has the answer format", True),
+}
 
 
 def _from_to(numbers: Iterable[int]) -> str:

@@ -1,9 +1,11 @@
-"""HTML pages that work offline: one file each, with style, script and plotly.js inside. Content is plain data, as in the JSON beside it."""
+"""HTML pages that work offline: one file each, with style and script inside, and plotly.js where figures answer to selectors. Content is plain
+data, as in the JSON beside it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from html import escape
 from importlib.resources import files
 from typing import Any
 
@@ -16,6 +18,12 @@ def filled(template: str, parts: Mapping[str, str]) -> str:
         key, _, tail = piece.partition("}}")
         made += [parts[key], tail]
     return "".join(made)
+
+
+def contents(entries: Iterable[tuple[str, str]]) -> str:
+    """The list of contents: (id, title) of each section."""
+    links = "".join(f'<li><a href="#{key}">{escape(title)}</a></li>' for key, title in entries)
+    return f'<nav class="contents" aria-label="Contents"><ul>{links}</ul></nav>'
 
 
 def embedded(value: Any) -> str:

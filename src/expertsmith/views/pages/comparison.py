@@ -6,20 +6,30 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from expertsmith.views.pages import asset, embedded, filled, plotly
+from expertsmith.views.pages import asset, contents, embedded, filled, plotly
 from expertsmith.views.pictures import DARK, LIGHT, line_name, looks
 from expertsmith.views.wording import Row, cells, columns, heading, how, original_cells, sentences, title
+
+FIRST = 3  # sentences before the figure: with more of them, the first screen would not have it
 
 
 def page(found: Mapping[str, Any]) -> str:
     """The whole page as text."""
-    name = str(found["model"]["source"])
+    name, said = str(found["model"]["source"]), sentences(found)
+
+    def told(texts: Sequence[str]) -> str:
+        return "".join(f"<p>{escape(text)}</p>" for text in texts)
+
     parts = {
         "TITLE": escape(f"{name}: methods side by side"),
         "NAME": escape(name),
         "STYLE": asset("page.css") + asset("compare.css"),
-        "SUMMARY": "".join(f"<p>{escape(text)}</p>" for text in sentences(found)),
-        "TABLES": "".join(_table(group, found) for group in found["groups"]),
+        "SUMMARY": told(said[:FIRST]),
+        "MORE": told(said[FIRST:]),
+        "CONTENTS": contents(
+            [*((f"table-{i}", title(group)) for i, group in enumerate(found["groups"])), ("made", "How it was made, and notes")]
+        ),
+        "TABLES": "".join(_table(i, group, found) for i, group in enumerate(found["groups"])),
         "NOTES": "".join(f"<li>{escape(text)}</li>" for text in (*how(found), *found["notes"])),
         "MADE_BY": escape(found["made_by"]),
         "DATA": embedded(_data(found)),
@@ -29,7 +39,7 @@ def page(found: Mapping[str, Any]) -> str:
     return filled(asset("compare.html"), parts)
 
 
-def _table(group: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def _table(place: int, group: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     rows = group["rows"]
     head = "".join(f"<th>{escape(text)}</th>" for text in columns(found, rows))
     lines = ['<tr class="original">' + "".join(f"<td>{escape(text)}</td>" for text in original_cells(found, rows)) + "</tr>"]
@@ -39,7 +49,7 @@ def _table(group: Mapping[str, Any], found: Mapping[str, Any]) -> str:
             f"<td>{f'<b>{escape(text)}</b>' if best else escape(text)}</td>" for text, best in cells(row, found, rows)
         )
         lines.append(f'<tr{kind} title="{escape(row["title"])}">{texts}</tr>')
-    return f'<h3>{escape(heading(group, rows))}</h3><div class="card wide"><table class="numbers"><tr>{head}</tr>{"".join(lines)}</table></div>'
+    return f'<h3 id="table-{place}">{escape(heading(group, rows))}</h3><div class="card wide"><table class="numbers"><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
 def _data(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,14 +87,24 @@ if (!bar.children.length) bar.remove();
 const sight = new IntersectionObserver((entries) => {
   for (const entry of entries) if (entry.isIntersecting) { sight.unobserve(entry.target); draw(present.find((figure) => "figure-" + figure.id === entry.target.id)); }
 }, { rootMargin: "600px" });
+// the first screen has the figure that says most: what was removed, or what the experts are used for
+const opening = present.find((figure) => figure.id === "dropped") ?? present[0];
+if (opening) { const box = card(opening); document.getElementById("opening").append(box); sight.observe(box); }
 for (const [key, [title, text]] of Object.entries(SECTIONS)) {
-  const held = present.filter((figure) => figure.section === key);
+  const held = present.filter((figure) => figure.section === key && figure !== opening);
   if (!held.length) continue;
   const section = document.createElement("section");
+  section.id = "section-" + key;
+  section.dataset.title = title;
   section.innerHTML = `<h2>${esc(title)}</h2><p class="soft">${esc(text)}</p><div class="cards"></div>`;
   const halves = held.filter((figure) => !figure.full);
   if (halves.length % 2) halves.at(-1).full = true; // no hole in the grid
   for (const figure of held) { const box = card(figure); section.lastChild.append(box); sight.observe(box); }
   document.getElementById("main").append(section);
+}
+for (const section of document.querySelectorAll("section[data-title]")) {
+  const entry = document.createElement("li"), link = document.createElement("a");
+  link.href = "#" + section.id; link.textContent = section.dataset.title;
+  entry.append(link); document.getElementById("contents").append(entry);
 }
 onPaper(() => { for (const figure of present) if (printing || drawn.has(figure.id)) draw(figure); });
