@@ -346,7 +346,7 @@ def test_verbs_of_one_process_are_refused_under_torchrun(rank, capsys, monkeypat
     assert code == 2
     told = (
         "inspect runs as one process, but torchrun started 2",
-        "run it without torchrun, which is for calibrate, verify, evaluate, compare, convert, or unset WORLD_SIZE",
+        "run it without torchrun, which is for calibrate, plan, verify, evaluate, compare, convert, heal, or unset WORLD_SIZE",
     )
     assert err == ("" if rank else f"error: {told[0]}; {told[1]}\n")
     assert out == "" if rank else (strict(out)["error"], strict(out)["remedy"]) == told

@@ -27,7 +27,7 @@ MADE = {"by": "expertsmith 1", "command": "expertsmith compress", "settings": {"
 @pytest.fixture(scope="module")
 def compressed(checkpoints, data, tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("compressed") / "out"
-    return api.compress(checkpoints("mixtral"), "reap", 0.5, out, data=data, eval_data=data, heal=None, **CALIBRATION)
+    return api.compress(checkpoints("mixtral"), "reap", 0.5, out=out, data=data, eval_data=data, heal=None, **CALIBRATION)
 
 
 def text_of(html: str) -> str:
@@ -84,7 +84,7 @@ def test_the_rest_of_the_page(compressed, checkpoints, data):
 def test_what_was_not_measured_is_said_with_the_option(compressed, checkpoints, data, tmp_path):
     said = {}
     for name, options in {"none": {}, "off": {"data": data, "measure": False}}.items():
-        result = api.compress(checkpoints("mixtral"), "random", 4, tmp_path / name, **options)
+        result = api.compress(checkpoints("mixtral"), "random", 4, out=tmp_path / name, **options)
         said[name] = first_screen(Path(result["report"]).read_text())
         assert "the loss was not measured" in said[name]
     assert "What it cost Loss not measured no text was given: pass --eval-data FILE" in said["none"]
@@ -124,7 +124,7 @@ def test_engines_that_refuse(compressed):
 
 def test_healing_is_shown_and_the_proof_is_of_before_it(checkpoints, data, tmp_path):
     options = {**CALIBRATION, "batch_tokens": 48}
-    done = api.compress(checkpoints("mixtral"), "reap", 4, tmp_path / "out", data=data, eval_data=data, heal="least_squares", **options)  # fmt: skip
+    done = api.compress(checkpoints("mixtral"), "reap", 4, out=tmp_path / "out", data=data, eval_data=data, heal="least_squares", **options)  # fmt: skip
     html = Path(done["report"]).read_text()
     assert "it was proven before healing" in first_screen(html)
     for name, row in done["heal"]["held_out"]["after"]["domains"].items():

@@ -329,7 +329,7 @@ def _evaluate(
             **part(Judging, given),
         )
         found |= quality.to_json()
-    if report is not None:
+    if report is not None and current().first:
         _write_report(report, found, asked, time.perf_counter() - begin)
     return found
 
