@@ -494,7 +494,7 @@ def still(look, data, tmp_path_factory) -> dict[str, Path]:
     from expertsmith.views.pages.demo import write_report
 
     folder, model = tmp_path_factory.mktemp("still"), look.parent / "model"
-    done = api.compress(model, "reap", 0.5, folder / "out", data=data, eval_data=data, **CALIBRATION)
+    done = api.compress(model, "reap", 0.5, out=folder / "out", data=data, eval_data=data, **CALIBRATION)
     api.evaluate(folder / "out", data, reference=model, generate=4, report=folder / "evaluate.html", seq_len=24, device="cpu")
     labels = {
         "all (the original)": None,

@@ -496,9 +496,10 @@ def test_verify_sees_wrong_experts(checkpoints, tmp_path):
         verify.load_model(c, inventory.architecture, dtype="float32")
         for c in (inventory.checkpoint, open_checkpoint(tmp_path / "out"))
     ]
-    verdict = verify.Verdict(False, 1e-4, 0)
+    verdict, found = verify.Verdict(False, 1e-4, 0), verify.Outputs()
     with verify.masked(loaded[0], other.kept, 8):
-        verify._compare_forwards(*loaded, batches, verdict, lambda n: None)
+        verify._compare_forwards(*loaded, batches, found, lambda n: None)
+    verify._add_up(verdict, [found])
     assert verdict.largest > 1e-2
 
 

@@ -581,7 +581,21 @@ def _text_loss(quality: dict) -> float:
 
 
 def test_compress_heals(checkpoints, texts, tmp_path, capsys):
-    arguments = ["compress", checkpoints("mixtral"), "-m", "frequency", "-k", 4, "-d", texts[0], "--seq-len", 24, "--no-pack"]
+    arguments = [
+        "compress",
+        checkpoints("mixtral"),
+        "-m",
+        "frequency",
+        "-k",
+        4,
+        "-d",
+        texts[0],
+        "-e",
+        texts[0],
+        "--seq-len",
+        24,
+        "--no-pack",
+    ]
     code, out, err = run_cli(
         capsys, *arguments, "--heal", "least_squares", "-o", tmp_path / "out", "--device", "cpu", "--json", "-q"
     )

@@ -19,7 +19,9 @@ from expertsmith.analysis import similarity as sim
 from expertsmith.analysis.sources import LayerWeights
 
 Array = np.ndarray[Any, Any]
-STRIPE = 2**20  # elements of all experts together that are processed at once, so that they stay in the cache
+STRIPE = (
+    2**20
+)  # elements of all experts together that are processed at once: what a CPU's cache holds; 64 times as many on a GPU
 NULL_PAIRS = 4
 
 
@@ -33,24 +35,35 @@ class Sampling:
 
 
 class _Role:
-    """All experts' matrices of one projection, in their stored dtype."""
+    """All experts' matrices of one projection, in their stored dtype, on a device."""
 
-    def __init__(self, weights: LayerWeights, role: str, advance: Callable[[float], object]) -> None:
+    def __init__(self, weights: LayerWeights, role: str, advance: Callable[[float], object], device: torch.device) -> None:
         self.held: list[torch.Tensor] = []
         for matrix in weights.experts(role):
-            self.held.append(matrix.to(weights.dtype).contiguous())
+            self.held.append(matrix.to(weights.dtype).contiguous().to(device))
             advance(1)
         self.experts, (self.neurons, self.width) = len(self.held), self.held[0].shape
+        self.device = device
 
-    def rows(self, expert: int, places: Array | None = None) -> Array:
+    def rows(self, expert: int, places: Array | None = None) -> torch.Tensor:
         value = self.held[expert]
-        return (value if places is None else value[torch.from_numpy(places)]).float().numpy()
+        return (value if places is None else value[torch.from_numpy(places).to(self.device)]).float()
+
+    def stripe(self, rows: int) -> int:
+        """How many neurons of `rows` matrices are processed at once."""
+        return max(1, STRIPE * (1 if self.device.type == "cpu" else 64) // (rows * self.width))
 
 
 def measure_layer(
-    weights: LayerWeights, sampling: Sampling | None = None, advance: Callable[[float], object] = lambda _: None
+    weights: LayerWeights,
+    sampling: Sampling | None = None,
+    advance: Callable[[float], object] = lambda _: None,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """The static measures of a layer (names: `catalogue.STATIC`). `advance` is called with 1 for every expert matrix read.
+
+    Products of matrices run on `device`; what comes back are sums, Gram matrices and, for each sampled pair, the products of its neurons.
+    Assignments, eigenvalues and correlations are small and run on the CPU.
 
     Raises:
         UserError: NaN or inf in a weight, or packed weights.
@@ -68,7 +81,9 @@ def measure_layer(
     joint: dict[tuple[int, int], Array] = {}
     neuron_cosines = {}
     for role in weights.roles:
-        measured = _measure_role(_Role(weights, role, advance), shared.get(role), dense.get(role), sampling, joint)
+        measured = _measure_role(
+            _Role(weights, role, advance, torch.device(device)), shared.get(role), dense.get(role), sampling, joint
+        )
         found["projections"][role] = measured
         count = len(measured["norm"])
         neuron_cosines[role] = measured["neuron_cosine"][:count, :count]
@@ -97,15 +112,16 @@ def _projection(held: _Role, shared: torch.Tensor | None, dense: torch.Tensor | 
     """Whole-matrix and mean-neuron cosines and norms, in one pass over stripes of neurons."""
     n = held.experts
     whole = dense is not None and dense.shape == held.held[0].shape
-    members = [*held.held, *([dense] if whole and dense is not None else [])]
-    gram = np.zeros((len(members), len(members)))
-    sums = np.zeros((n, held.width))
-    rows = max(1, STRIPE // (len(members) * held.width))
+    members = [*held.held, *([dense.to(held.device)] if whole and dense is not None else [])]
+    products = torch.zeros(len(members), len(members), dtype=torch.float64, device=held.device)
+    sums = torch.zeros(n, held.width, dtype=torch.float64, device=held.device)
+    rows = held.stripe(len(members))
     for start in range(0, held.neurons, rows):
         part = torch.stack([member[start : start + rows].float().reshape(-1) for member in members])
-        gram += (part @ part.T).double().numpy()
-        sums += part[:n].reshape(n, -1, held.width).sum(1, dtype=torch.float64).numpy()
-    means = [sums / held.neurons]
+        products += (part @ part.T).double()
+        sums += part[:n].reshape(n, -1, held.width).sum(1, dtype=torch.float64)
+    gram = products.cpu().numpy()
+    means = [sums.cpu().numpy() / held.neurons]
     others = []
     for name, extra in (("shared", shared), ("dense", dense)):
         if extra is not None and extra.shape[1] == held.width:
@@ -139,15 +155,15 @@ def _components(held: _Role, sampling: Sampling) -> dict[str, Any]:
     if n < 2:
         return {"pca": np.zeros((n, 2)), "pca_explained": [0.0, 0.0]}
     places = np.sort(np.random.default_rng(sampling.seed).choice(held.neurons, size, replace=False))
-    spread = np.zeros((n, n))
-    rows = max(1, STRIPE // (n * held.width))
+    spread = torch.zeros(n, n, dtype=torch.float64, device=held.device)
+    rows = held.stripe(n)
     for start in range(0, size, rows):
-        part = torch.stack([torch.from_numpy(held.rows(e, places[start : start + rows])).reshape(-1) for e in range(n)])
+        part = torch.stack([held.rows(e, places[start : start + rows]).reshape(-1) for e in range(n)])
         part -= part.mean(0)
         scale = part.square().sum(0).div_(n - 1).sqrt_()
         part /= torch.where(scale > 0, scale, 1.0)
-        spread += (part @ part.T).double().numpy()
-    coordinates, explained = sim.principal(spread * (held.neurons / size))
+        spread += (part @ part.T).double()
+    coordinates, explained = sim.principal(spread.cpu().numpy() * (held.neurons / size))
     return {"pca": coordinates, "pca_explained": explained}
 
 
@@ -157,12 +173,14 @@ def _ranks(held: _Role, sampling: Sampling) -> dict[str, Any]:
     size = min(sampling.neurons, held.neurons)
     random = np.random.default_rng(sampling.seed)
     draws = 1 if size == held.neurons else min(2, held.neurons // size)
-    ranks = np.zeros((held.experts, draws))
     order = random.permutation(held.neurons)
+    grams = []
     for expert in range(held.experts):
         for draw in range(draws):
-            rows = held.rows(expert, np.sort(order[draw * size : (draw + 1) * size])).astype(np.float64)
-            ranks[expert, draw] = sim.effective_rank(rows @ rows.T if size <= held.width else rows.T @ rows)
+            rows = held.rows(expert, np.sort(order[draw * size : (draw + 1) * size])).double()
+            grams.append(rows @ rows.T if size <= held.width else rows.T @ rows)
+    fetched = torch.stack(grams).cpu().numpy()
+    ranks = np.array([sim.effective_rank(gram) for gram in fetched]).reshape(held.experts, draws)
     error = np.abs(ranks[:, 0] - ranks[:, 1]) / 2 if draws > 1 else np.zeros(held.experts)
     return {"effective_rank": ranks.mean(1), "effective_rank_error": error, "effective_rank_of": min(size, held.width)}
 
@@ -176,22 +194,22 @@ def _matching(held: _Role, sampling: Sampling, joint: dict[tuple[int, int], Arra
     random = np.random.default_rng(sampling.seed + 1)
     size = min(sampling.neurons, held.neurons)
     places = np.sort(random.choice(held.neurons, size, replace=False))
-    shuffle = random.permutation(held.width)
+    shuffle = torch.from_numpy(random.permutation(held.width)).to(held.device)
     rows: list[sim.Matching] = []
     null: list[float] = []
-    current, other = -1, np.zeros((0, 0), dtype=np.float32)
+    current, other = -1, torch.zeros(0, 0)
     for a, b in pairs:
         if b != current:
             current, other = b, held.rows(b)
         own = held.rows(a, places)
-        norms_a, norms_b = (np.linalg.norm(value, axis=1).astype(np.float64) for value in (own, other))
-        products = (own @ other.T).astype(np.float64)
+        norms_a, norms_b = (_fetched(torch.linalg.vector_norm(value, dim=1)) for value in (own, other))
+        products = _fetched(own @ other.T)
         rows.append(sim.match(products, norms_a, norms_b, places))
         scale = np.outer(norms_a, norms_b)
         cosines = np.divide(products, scale, out=np.zeros_like(scale), where=scale > 0).astype(np.float32)
         joint[a, b] = joint[a, b] + cosines if (a, b) in joint else cosines
         if len(null) < NULL_PAIRS:
-            null.append(sim.match((own[:, shuffle] @ other.T).astype(np.float64), norms_a, norms_b, places).mean)
+            null.append(sim.match(_fetched(own[:, shuffle] @ other.T), norms_a, norms_b, places).mean)
     means = [row.mean for row in rows]
     return {
         "match": {
@@ -209,6 +227,11 @@ def _matching(held: _Role, sampling: Sampling, joint: dict[tuple[int, int], Arra
     }
 
 
+def _fetched(values: torch.Tensor) -> Array:
+    """Values of a device as float64."""
+    return values.double().cpu().numpy()
+
+
 def _joint_order(products: Array) -> tuple[Array, Array]:
     rows, columns = linear_sum_assignment(products, maximize=True)
     return rows, columns
@@ -224,12 +247,11 @@ def _dense_match(held: _Role, dense: torch.Tensor | None, sampling: Sampling) ->
         return {}
     size = min(sampling.neurons, held.neurons)
     places = np.sort(np.random.default_rng(sampling.seed).choice(held.neurons, size, replace=False))
-    unit = torch.nn.functional.normalize(dense, dim=1)
+    unit = torch.nn.functional.normalize(dense.to(held.device), dim=1)
     nearest = [
-        float((torch.nn.functional.normalize(torch.from_numpy(held.rows(e, places)), dim=1) @ unit.T).amax(1).mean())
-        for e in range(held.experts)
+        (torch.nn.functional.normalize(held.rows(e, places), dim=1) @ unit.T).amax(1).mean() for e in range(held.experts)
     ]
-    return {"dense_match": nearest}
+    return {"dense_match": torch.stack(nearest).cpu().tolist()}
 
 
 def _router_expert(row_cosine: Array, neuron_cosines: dict[str, Array], seed: int) -> dict[str, Any]:

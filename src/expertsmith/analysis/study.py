@@ -44,6 +44,7 @@ class Material:
     reference: Statistics | None = None
     reference_name: str = ""
     decode: Callable[[int], str] | None = None
+    device: str = "cpu"
     progress: Progress = field(default_factory=Silent)
 
 
@@ -106,7 +107,7 @@ def _static(material: Material, layers: Mapping[int, dict[str, Any]]) -> None:
     total = sum(inventory.experts_in(layer) * len(weights[layer].roles) for layer in layers)
     with material.progress.task("weights", total, "expert matrices") as advance:
         for layer, entry in layers.items():
-            entry["static"] = measure_layer(weights[layer], material.sampling, advance)
+            entry["static"] = measure_layer(weights[layer], material.sampling, advance, material.device)
 
 
 def _model(inventory: Inventory) -> dict[str, Any]:

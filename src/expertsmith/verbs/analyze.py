@@ -86,6 +86,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     from expertsmith.calibration.all_experts import sample_layers
     from expertsmith.calibration.data import load_tokenizer
     from expertsmith.calibration.spec import refuse_missing
+    from expertsmith.engine.devices import choose_device
     from expertsmith.planning.build import matching_statistics
 
     progress, target = given["progress"], Path(out)
@@ -94,7 +95,8 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     inventory = inventory_of(model, given["allow_pickle"])
     refuse_other_model(target / folder.MEASURES, "analysis", inventory.checkpoint.fingerprint, overwrite)
     study.refuse_single(inventory)
-    material = study.Material(inventory, Sampling(neurons, pairs, given["seed"]), progress=progress)
+    where = str(choose_device(given["device"]))
+    material = study.Material(inventory, Sampling(neurons, pairs, given["seed"]), device=where, progress=progress)
     if all_experts and not data:
         raise UserError("--all-experts runs the model on text", "pass --data FILE")
     if reference is None and (plan is not None or reference_stats is not None):
