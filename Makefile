@@ -1,19 +1,22 @@
 # Two commands for a newcomer, each with its whole set-up (needs Python >= 3.11 with pip, and make):
 #   make demo    the flow on the built-in model; leaves demo-output/report.html
-#   make test    the tests
+#   make test    the tests (`make test-slow`: those that start processes, drive a browser or run whole jobs)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-fast test-newest lint types imports docs docs-serve docs-reference check format engines clean
+.PHONY: demo test test-slow test-fast test-newest lint types imports docs docs-serve docs-reference check format engines clean
 
 demo: $(VENV)/.ready
 	$(BIN)/expertsmith demo -o demo-output --overwrite
 
 test: $(VENV)/.ready-dev
-	$(BIN)/pytest -n auto --dist loadgroup
+	$(BIN)/pytest -n auto --dist loadgroup -m "not slow"
+
+test-slow: $(VENV)/.ready-dev
+	$(BIN)/pytest -n auto --dist loadgroup -m slow
 
 # for daily work: one family of each kind, without what trains, converts, starts processes or runs whole jobs
 test-fast: $(VENV)/.ready-dev
@@ -45,7 +48,7 @@ docs-serve: $(VENV)/.ready-dev
 docs-reference: $(VENV)/.ready-dev
 	$(BIN)/python scripts/reference.py
 
-check: lint types imports docs test
+check: lint types imports docs test test-slow
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .

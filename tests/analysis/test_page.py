@@ -20,6 +20,8 @@ from expertsmith import api
 from expertsmith.views.pages.analysis import SERIES, compact, page, write_page
 from expertsmith.views.pictures import DASHES, LIGHT, MARKERS, looks_of
 
+pytestmark = pytest.mark.slow
+
 LAYERS, EXPERTS = 5, 16
 MANY_LAYERS, MANY_EXPERTS = 26, 64
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip

@@ -438,6 +438,7 @@ def test_disk_too_small_is_seen_before_writing(capsys, mixtral, plan_file, tmp_p
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.slow
 def test_real_full_disk(mixtral, plan_file, tmp_path):
     """A file-size limit of the system half way through a shard: exit code, message, nothing left."""
     code = (

@@ -445,6 +445,7 @@ JOBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is copied")
 @pytest.mark.parametrize("name", JOBS)
 def test_a_killed_run_resumes_to_the_same_bytes(name, source, text, tmp_path_factory):

@@ -409,6 +409,7 @@ def test_streaming_gives_the_same_numbers(checkpoints, data, tmp_path):
     assert [row["quality"] for row in all_rows(resident)] == [row["quality"] for row in all_rows(streamed)]
 
 
+@pytest.mark.slow
 def test_tasks_get_columns(tmp_path, monkeypatch, capsys):
     """A score a task of every cell and of the original; cells of other tasks, or of none, are judged again, and the scores are those of `evaluate`."""
     pytest.importorskip("lm_eval")

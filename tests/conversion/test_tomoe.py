@@ -487,6 +487,7 @@ def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240, check=False)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_one_process_trains(loaded, dense, tmp_path):
     one = run_training(loaded, tmp_path / "one", SHARED).state_dict()
     script = tmp_path / "ranks.py"
@@ -500,6 +501,7 @@ def test_two_ranks_train_what_one_process_trains(loaded, dense, tmp_path):
         assert (one[name] - two[name]).abs().max() <= 1e-5, name
 
 
+@pytest.mark.slow
 def test_conversion_on_two_ranks(dense, texts, tmp_path):
     """The command as the help says it; one rank writes."""
     line: list[object] = [

@@ -193,6 +193,7 @@ def same_tensors(found: Checkpoint, wanted: Checkpoint) -> None:
     assert all(torch.equal(found.read(name), wanted.read(name)) for name in wanted.tensors)
 
 
+@pytest.mark.slow
 def test_without_expertsmith(written, tmp_path):
     """Another process, in which expertsmith cannot be imported."""
     script = tmp_path / "load.py"

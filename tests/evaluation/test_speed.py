@@ -20,6 +20,8 @@ from expertsmith.evaluation.serving import Setting
 from expertsmith.evaluation.speed import alternate
 from expertsmith.views.progress import Silent
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pair(checkpoints, tmp_path_factory) -> tuple[Path, Path]:

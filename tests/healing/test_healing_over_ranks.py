@@ -27,6 +27,8 @@ from expertsmith.healing.layerwise import check_alike
 from expertsmith.healing.run import _refuse_idle_ranks
 from expertsmith.ranks import _NOW, Ranks, current
 
+pytestmark = pytest.mark.slow
+
 METHODS = {"least_squares": {"sweeps": 2}, "layer_local": {"sweeps": 2, "steps": 20, "step_tokens": 64}}
 SHAPE = {"seq_len": 24, "pack": False, "batch_tokens": 72, "device": "cpu"}
 

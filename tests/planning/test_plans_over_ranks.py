@@ -28,6 +28,8 @@ from expertsmith.methods.expert_sparsity import every_subset
 from expertsmith.planning.plan import Plan, parse_plan
 from expertsmith.ranks import connected, current
 
+pytestmark = pytest.mark.slow
+
 SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "exact": ("mixtral", {}),
     "greedy": ("olmoe", {"search": "greedy"}),

@@ -24,6 +24,8 @@ from expertsmith.ranks import _NOW, ALONE, Ranks, current, own_device
 SCRIPT = """
 import json, os, sys
 
+pytestmark = pytest.mark.slow
+
 rank, folder, lines = int(os.environ["RANK"]), sys.argv[1], json.loads(sys.argv[2])
 
 def reads_only(event, args):
