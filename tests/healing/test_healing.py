@@ -425,7 +425,7 @@ class Counted(Silent):
     @contextmanager
     def task(self, label: str, total: float, unit: str):
         self.seen[label] = ([], total)
-        yield self.seen[label][0].append
+        yield lambda amount, earlier=False: self.seen[label][0].append(amount)
 
 
 class Noted(Silent):

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 
 from conftest import run_cli
+from expertsmith import api
 from expertsmith.errors import UserError
 from expertsmith.views.progress import Silent
 from expertsmith.views.tracking import tracked
@@ -57,6 +58,16 @@ def test_a_training_is_logged_step_by_step(fake, capsys, dense, texts, tmp_path)
     assert [step for step, _ in one.rows] == [1, 2, 3]
     assert all({"kl", "seconds"} <= set(values) for _, values in one.rows)
     assert "kl_written" in one.rows[-1][1]
+
+
+def test_a_healing_is_logged_layer_by_layer(fake, checkpoints, texts, tmp_path):
+    source = checkpoints("mixtral")
+    api.apply(source, api.plan(source, "random", 4), tmp_path / "half")
+    api.heal(tmp_path / "half", source, texts, tmp_path / "healed", track="trackio", seq_len=40, pack=False, device="cpu")
+    (one,) = fake.made
+    assert (one.config["verb"], one.config["method"], one.finished) == ("heal", "least_squares", True)
+    assert [layer for layer, _ in one.rows] == [0, 1, 2]
+    assert all(values["error_after"] <= values["error_before"] for _, values in one.rows)
 
 
 def test_tensorboard_writes_to_runs(tmp_path, monkeypatch):

@@ -126,6 +126,7 @@ class Distillation:
                 )
                 resumed = None
                 for step, loss, optimizer in run:
+                    self.progress.log({"held_out_loss": loss, "learning_rate": rate}, facts["phase"] * self.steps + step)
                     if full:
                         facts["curve"].append([step, loss])
                         if loss < facts["best"]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,10 +34,10 @@ from expertsmith.healing.tail import wanted_change
 from expertsmith.healing.work import Work
 from expertsmith.healing.written import into_memory, to_checkpoint
 from expertsmith.ranks import current
-from expertsmith.views.progress import Progress
+from expertsmith.views.progress import Progress, timed
 
 DOWN = ("down",)
-LOOK, SOLVE, REFINE = 0.1, 0.2, 0.6  # shares of a layer's time, for the bar
+SHARES = {"look": 0.1, "solve": 0.2, "refine": 0.6}  # of a layer's time, for the bar, until a layer was measured
 ALL = ("router", "gate", "up", "down")
 
 
@@ -56,6 +57,8 @@ class Layerwise:
     _advance: Callable[[float], object] = lambda _: None
     _tokens: int = 0
     _left: float = 0.0
+    _resumed: bool = False  # the layer was healed by an interrupted run
+    _shares: Mapping[str, float] = field(default_factory=lambda: SHARES)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -78,6 +81,7 @@ class Layerwise:
             experts = LayerExperts(self.student.layers[layer], self.student.architecture, self.skips.get(layer))
             if layer in self.work.rows:
                 into_memory(experts, self.inventory, layer, self.work.tensors(layer), self.roles)
+                self._resumed = True
                 return None
             return self._heal(Halted(layer, experts, calls, [targets.pop(i) for i in range(len(calls))], masks, held))
 
@@ -89,8 +93,8 @@ class Layerwise:
             self._advance, self._tokens, self._left = advance, tokens, float(tokens)
             for _ in zip(theirs.layers(), mine.layers(), strict=True):
                 targets.clear()
-                advance(self._left)
-                self._left = float(tokens)
+                advance(self._left, earlier=self._resumed)
+                self._left, self._resumed = float(tokens), False
             outputs = zip(batches, own, mine.outputs(), theirs.outputs(), strict=True)
             for batch, mask, out, reference in outputs:
                 parts.append(Quality())
@@ -102,17 +106,26 @@ class Layerwise:
                 quality.domains.setdefault(domain, DomainQuality()).add(entry)
         return quality
 
-    def _tick(self, share: float) -> None:
-        """Report progress within a layer: an estimated share of its work is done."""
-        amount = min(share * self._tokens, self._left)
-        self._left -= amount
-        self._advance(amount)
+    @contextmanager
+    def _stage(self, name: str, seconds: dict[str, float]) -> Iterator[Callable[[float], None]]:
+        """Yield a function that reports a share of a stage of a layer; the stage takes the share of the layer that it took in the last layer."""
+
+        def tick(share: float) -> None:
+            amount = min(share * self._shares[name] * self._tokens, self._left)
+            self._left -= amount
+            self._advance(amount)
+
+        with timed(seconds, name):
+            yield tick
 
     def _heal(self, halted: Halted) -> list[Any]:
         begin = time.perf_counter()
         experts, index = halted.experts, halted.index
-        problem, before = look(halted, lambda share: self._tick(LOOK * share))
-        solution = solve(experts, problem, self.options.sweeps, lambda share: self._tick(SOLVE * share))
+        seconds: dict[str, float] = {}
+        with self._stage("look", seconds) as tick:
+            problem, before = look(halted, tick)
+        with self._stage("solve", seconds) as tick:
+            solution = solve(experts, problem, self.options.sweeps, tick)
         for expert, down in solution.down.items():
             experts.set_down(expert, down)
         row: dict[str, Any] = {
@@ -130,13 +143,16 @@ class Layerwise:
         row["error_least_squares"] = after
         if isinstance(self.options, LayerLocal):
             start, least = tensors, after
-            row["refined"] = refine(halted, self.inventory, self.options, lambda share: self._tick(REFINE * share))
+            with self._stage("refine", seconds) as tick:
+                row["refined"] = refine(halted, self.inventory, self.options, tick)
             outputs, after, tensors = self._settle(halted, ALL)
             if not after < least:  # rounding undid it
                 outputs, after, tensors = self._restore(halted, start)
         row["error_after"] = after
         check_alike(index, tensors, row)
         row["seconds"] = round(time.perf_counter() - begin, 3)
+        self._shares = {name: value / max(row["seconds"], 1e-3) for name, value in seconds.items()}
+        self.progress.log({"error_before": before, "error_after": after, "seconds": row["seconds"]}, index)
         self.work.save(index, tensors, row)
         self.progress.note(f"decoder layer {index}: held-out error {before:.4g} → {after:.4g}")
         return outputs

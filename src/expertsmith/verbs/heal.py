@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Unpack
 
@@ -23,9 +24,11 @@ from expertsmith.verbs.options import (
     Requantise,
     Resume,
     Text,
+    Track,
     part,
 )
 from expertsmith.views import show
+from expertsmith.views.tracking import tracked
 
 
 class Healing(Text, Placing, Opened, total=False):
@@ -49,6 +52,7 @@ def heal(
     resume: Resume = True,
     overwrite: Overwrite = False,
     push: Push = None,
+    track: Track = None,
     **given: Unpack[Healing],
 ) -> dict[str, Any]:
     """Recover the quality of a compressed model. Changes that are worse on held-out tokens are rejected.
@@ -102,7 +106,9 @@ def heal(
         overwrite=overwrite,
         **run,
     )
-    report = run_healing(job, progress)
+    settings = {"verb": "heal", "model": str(model), "teacher": str(teacher), "method": method, **asdict(chosen)}
+    with tracked(progress, track if current().first else None, settings) as told:
+        report = run_healing(job, told)
     if eval_data:
         asked = {**part(Drawing, given), **part(Opened, given), **run}
         report["quality"] = {
