@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-slow test-fast test-newest lint types imports docs docs-serve docs-reference check format engines clean
+.PHONY: demo test test-slow test-gpu test-fast test-newest lint types imports docs docs-serve docs-reference check format engines clean
 
 demo: $(VENV)/.ready
 	$(BIN)/expertsmith demo -o demo-output --overwrite
@@ -17,6 +17,12 @@ test: $(VENV)/.ready-dev
 
 test-slow: $(VENV)/.ready-dev
 	$(BIN)/pytest -n auto --dist loadgroup -m slow
+
+# the tests that run a model, on CUDA (float32 without TF32, which torch leaves off)
+test-gpu: $(VENV)/.ready-dev
+	EXPERTSMITH_DEVICE=cuda $(BIN)/pytest -n 4 --dist loadgroup -m "not slow" tests/surgery tests/calibration tests/healing tests/engine \
+		tests/methods tests/experts tests/checkpoint/test_float_view.py tests/evaluation/test_evaluate.py tests/comparison \
+		tests/planning/test_planning.py tests/analysis/test_analyze.py
 
 # for daily work: one family of each kind, without what trains, converts, starts processes or runs whole jobs
 test-fast: $(VENV)/.ready-dev

@@ -16,12 +16,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 
 from expertsmith.arch import families  # noqa: E402
+from expertsmith.engine import load_model  # noqa: E402
 from tiny import (  # noqa: E402
     PARTS,
     TINY_DENSE,
     tiny_config,
 )
 
+DEVICE = os.environ.get("EXPERTSMITH_DEVICE", "cpu")  # `make test-gpu`: cuda
+if DEVICE != "cpu":
+    if not torch.cuda.is_available():
+        pytest.exit(f"EXPERTSMITH_DEVICE is {DEVICE}, but torch sees no GPU", returncode=2)
+    load_model.__kwdefaults__["device"] = DEVICE  # of tests that load a model themselves
 ONLY = os.environ.get("EXPERTSMITH_FAMILIES", "").split()  # `make test-fast`: one family of each kind
 RUN = [  # families with a class of their own; the others are in test_aliases.py
     name
@@ -171,7 +177,7 @@ def testbed() -> Path:
     return Path(root)
 
 
-CALIBRATION = {"seq_len": 24, "pack": False, "batch_tokens": 72, "device": "cpu"}
+CALIBRATION = {"seq_len": 24, "pack": False, "batch_tokens": 72, "device": DEVICE}
 
 
 def run_cli(capture, *arguments: object) -> tuple[int, str, str]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import expertsmith
-from conftest import CALIBRATION, SUPPORTED, run_cli, save_tiny
+from conftest import CALIBRATION, DEVICE, SUPPORTED, run_cli, save_tiny
 from expertsmith import api
 from expertsmith.analysis.study import plain
 from expertsmith.arch import families
@@ -67,7 +67,7 @@ def test_every_family_has_both_kinds_of_measures(model_type, checkpoints, data, 
 def mixtral_sample(checkpoints, data):
     """(model, samples by layer, tokens) of the tiny Mixtral."""
     inventory = take_inventory(open_checkpoint(checkpoints("mixtral")))
-    model = open_model(inventory, Silent(), device="cpu", dtype="float32", memory="resident")
+    model = open_model(inventory, Silent(), device=DEVICE, dtype="float32", memory="resident")
     tokens = token_data(inventory.checkpoint.path, inventory.checkpoint.config, data, Silent(), seq_len=24, pack=False)
     samples = list(
         sample_layers(model, tokens, rules={n: inventory.rules_of(n) for n in inventory.layers}, max_tokens=0, batch_tokens=72)
@@ -114,7 +114,7 @@ def test_all_experts_pass_is_that_of_a_plain_loop(mixtral_sample):
 def test_the_sample_does_not_depend_on_batches_or_memory(checkpoints, data, mixtral_sample):
     _, whole, tokens = mixtral_sample
     inventory = take_inventory(open_checkpoint(checkpoints("mixtral")))
-    streamed = open_model(inventory, Silent(), device="cpu", dtype="float32", memory="stream")
+    streamed = open_model(inventory, Silent(), device=DEVICE, dtype="float32", memory="stream")
     rules = {n: inventory.rules_of(n) for n in inventory.layers}
     other = {s.layer: s for s in sample_layers(streamed, tokens, rules=rules, max_tokens=0, batch_tokens=24)}
     for layer, sample in whole.items():
@@ -131,7 +131,7 @@ def test_activations_of_experts_of_unknown_layout_lead_to_their_outputs(model_ty
     from expertsmith.engine.experts import run_all
 
     inventory = take_inventory(open_checkpoint(checkpoints(model_type)))
-    model = open_model(inventory, Silent(), device="cpu", dtype="float32", memory="resident")
+    model = open_model(inventory, Silent(), device=DEVICE, dtype="float32", memory="resident")
     layer, arch = inventory.layers[0], inventory.architecture
     block = RoutedBlock(model.layers[layer], arch, inventory.rules_of(layer), router_extras(arch, inventory.config))
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
@@ -162,7 +162,7 @@ def test_without_text_the_static_part_comes(checkpoints, tmp_path, capsys):
 def test_json_on_stdout_is_the_file(checkpoints, data, tmp_path, capsys):
     options = [item for spec in data for item in ("-d", spec)]
     code, out, _ = run_cli(
-        capsys, "analyze", checkpoints("mixtral"), "-o", tmp_path / "o", *options, "--seq-len", 24, "--no-pack", "--device", "cpu", "--json", "-q"
+        capsys, "analyze", checkpoints("mixtral"), "-o", tmp_path / "o", *options, "--seq-len", 24, "--no-pack", "--device", DEVICE, "--json", "-q"
     )  # fmt: skip
     assert code == 0
     assert json.loads(out) == json.loads((tmp_path / "o" / "measures.json").read_text())
@@ -171,7 +171,7 @@ def test_json_on_stdout_is_the_file(checkpoints, data, tmp_path, capsys):
 def test_terminal_shows_summary_verdicts_and_files(checkpoints, data, tmp_path, capsys):
     options = [item for spec in data for item in ("-d", spec)]
     code, out, _ = run_cli(
-        capsys, "analyze", checkpoints("qwen2_moe"), "-o", tmp_path / "o", *options, "--seq-len", 24, "--no-pack", "--all-experts", 16, "--device", "cpu"
+        capsys, "analyze", checkpoints("qwen2_moe"), "-o", tmp_path / "o", *options, "--seq-len", 24, "--no-pack", "--all-experts", 16, "--device", DEVICE
     )  # fmt: skip
     assert code == 0
     assert "3 layers of 8 routed experts" in out
@@ -286,7 +286,7 @@ def test_a_converted_model_is_its_dense_model_cut_up(experts, shared, tmp_path):
         top_k=1,
         measure=False,
         seq_len=24,
-        device="cpu",
+        device=DEVICE,
     )
     found = api.analyze(tmp_path / "moe", tmp_path / "o", dense=tmp_path / "dense", data=data, all_experts=8, **OPTIONS)
     for entry in found["layers"]:

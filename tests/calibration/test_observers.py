@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import CALIBRATION, SUPPORTED, random_model, save_tiny
+from conftest import CALIBRATION, DEVICE, SUPPORTED, random_model, save_tiny
 from expertsmith import api
 from expertsmith.arch import families
 from expertsmith.calibration.observers import RATIO_BINS, LayerSums, _Watch, choose_sample
@@ -308,7 +308,7 @@ def test_skip_class_of_zaya_is_not_counted(data, tmp_path):
     assert any(0 < count < tokens for count in routed)
     made = api.plan(tmp_path / "zaya", "frequency", 4, stats=stats)
     api.apply(tmp_path / "zaya", made, tmp_path / "out")
-    assert api.verify(tmp_path / "zaya", tmp_path / "out", tokens=256, device="cpu").passed
+    assert api.verify(tmp_path / "zaya", tmp_path / "out", tokens=256, device=DEVICE).passed
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(0, 60), st.integers(0, 5))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CALIBRATION
+from conftest import CALIBRATION, DEVICE
 from expertsmith import api
 from expertsmith.calibration import stats
 from expertsmith.errors import UserError
@@ -143,7 +143,7 @@ def test_ranks_give_the_same_statistics_and_plan(ranks, checkpoints, data, tmp_p
         "calibrate",
         str(source),
     ]
-    command += ["-o", str(tmp_path / "many"), "--seq-len", "24", "--no-pack", "--batch-tokens", "72", "--device", "cpu", "-q"]
+    command += ["-o", str(tmp_path / "many"), "--seq-len", "24", "--no-pack", "--batch-tokens", "72", "--device", DEVICE, "-q"]
     command += ["--sample-tokens", "9", "--output-sum"]
     for spec in data:
         command += ["-d", spec]

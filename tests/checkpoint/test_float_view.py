@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
-from conftest import SUPPORTED, run_cli, save_tiny
+from conftest import DEVICE, SUPPORTED, run_cli, save_tiny
 from expertsmith import api
 from expertsmith.arch import families
 from expertsmith.calibration.observers import Batch
@@ -29,7 +29,7 @@ from quantise import KINDS, WIDE, quantise_checkpoint
 pytest.importorskip("compressed_tensors")
 pytest.importorskip("bitsandbytes")
 
-SMALL = {"seq_len": 16, "pack": False, "batch_tokens": 64, "device": "cpu"}
+SMALL = {"seq_len": 16, "pack": False, "batch_tokens": 64, "device": DEVICE}
 # every format once, and the common ones in families with shared experts, low-rank attention and fused experts
 FUSED = ("mxfp4", "fp8_fused", "fp8_fused_tensor")
 CASES = [(kind, "gpt_oss" if kind in FUSED else "mixtral") for kind in KINDS] + [
@@ -185,7 +185,7 @@ def test_pruned_and_proved(kind, family, made, few, tmp_path):
     plan = api.plan(source, "reap", 0.5, stats=tmp_path / "stats")
     api.apply(source, plan, tmp_path / "out")
     assert_bytes_of_the_source(source, tmp_path / "out", plan.kept)
-    verdict = api.verify(source, tmp_path / "out", tokens=32, memory="stream", device="cpu")
+    verdict = api.verify(source, tmp_path / "out", tokens=32, memory="stream", device=DEVICE)
     assert verdict.passed
     assert verdict.largest < 1e-5
     found, before = (quantisation_of(open_checkpoint(path)) for path in (tmp_path / "out", source))
@@ -202,7 +202,7 @@ def test_a_code_that_is_another_is_found(kind, made, tmp_path):
     name = next(name for name in tensors if ".experts.0.w2.weight" in name and "scale" not in name and "shape" not in name)
     tensors[name].view(torch.uint8).reshape(-1)[0] ^= 1
     save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
-    verdict = api.verify(source, tmp_path / "out", tokens=32, memory="stream", device="cpu")
+    verdict = api.verify(source, tmp_path / "out", tokens=32, memory="stream", device=DEVICE)
     assert not verdict.passed
     assert name in verdict.wrong_tensors
 
@@ -238,7 +238,7 @@ def test_written_as_plain_bfloat16(kind, family, made, tmp_path):
 @pytest.mark.parametrize(("kind", "family"), [("fp8_block", "mixtral"), ("mxfp4", "gpt_oss")])
 def test_moeits_and_analyze(kind, family, made, few, tmp_path):
     source, written = made(kind, family)
-    options = {"seq_len": 16, "pack": False, "device": "cpu", "memory": "stream", "dtype": "float32"}
+    options = {"seq_len": 16, "pack": False, "device": DEVICE, "memory": "stream", "dtype": "float32"}
     one, other = (api.plan(model, "moeits", 0.5) for model in (source, written))
     assert one.kept == other.kept
     found, plain = (
@@ -273,7 +273,7 @@ def test_merged_in_bfloat16(kind, family, made, few, tmp_path):
     api.apply(source, plan, tmp_path / "out")
     out = open_checkpoint(tmp_path / "out")
     assert quantisation_of(out) is None
-    assert api.verify(source, tmp_path / "out", tokens=32, memory="stream", device="cpu").passed
+    assert api.verify(source, tmp_path / "out", tokens=32, memory="stream", device=DEVICE).passed
 
 
 @pytest.mark.parametrize(("kind", "family"), MERGED)
@@ -289,7 +289,7 @@ def test_merged_and_quantised_again(kind, family, made, few, tmp_path):
     notes = api.apply(source, plan, tmp_path / "out", requantise=True)
     assert any("quantised" in note for note in notes)
     assert quantisation_of(open_checkpoint(tmp_path / "out")).title == found.title
-    assert api.verify(source, tmp_path / "out", tokens=32, memory="stream", device="cpu").passed
+    assert api.verify(source, tmp_path / "out", tokens=32, memory="stream", device=DEVICE).passed
 
 
 def test_requantise_where_it_means_nothing(made, tmp_path):
@@ -304,7 +304,7 @@ def test_requantise_where_it_means_nothing(made, tmp_path):
 def test_commands_on_a_quantised_checkpoint(made, few, tmp_path, capsys):
     """compress and dequantise as they are typed."""
     source, _ = made("fp8_block", "qwen3_moe")
-    options = ["--seq-len", "16", "--no-pack", "--device", "cpu", "--memory", "stream", "-q"]
+    options = ["--seq-len", "16", "--no-pack", "--device", DEVICE, "--memory", "stream", "-q"]
     arguments = ["compress", source, "-m", "reap", "-k", "0.5", "-d", few[0], "-o", tmp_path / "out", *options]
     code, _, err = run_cli(capsys, *arguments)
     assert code == 0, err
@@ -343,7 +343,7 @@ def test_every_family(model_type, kind, checkpoints, few, tmp_path):
     api.calibrate(source, few, tmp_path / "stats", memory="stream", dtype="float32", **SMALL)
     plan = api.plan(source, "reap", 0.5, stats=tmp_path / "stats")
     api.apply(source, plan, tmp_path / "out")
-    verdict = api.verify(source, tmp_path / "out", tokens=16, memory="stream", device="cpu")
+    verdict = api.verify(source, tmp_path / "out", tokens=16, memory="stream", device=DEVICE)
     assert verdict.passed
     assert verdict.largest < 2e-5
     assert layer_path(tmp_path / "stats", plan.layers[0].layer).exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CALIBRATION, run_cli
+from conftest import CALIBRATION, DEVICE, run_cli
 from expertsmith import api
 from expertsmith.comparison import run
 from expertsmith.comparison.cells import Cell, cells_of, contenders, short_names
@@ -123,7 +123,7 @@ def test_a_cell_is_judged_as_its_written_checkpoint_would_be(found, checkpoints,
     for number, row in enumerate(rows):
         out = tmp_path / str(number)
         api.apply(source, folder / row["plan"], out)
-        quality = api.evaluate(out, data, reference=source, seq_len=24, dtype="float32", device="cpu")
+        quality = api.evaluate(out, data, reference=source, seq_len=24, dtype="float32", device=DEVICE)
         for name, theirs in quality.to_json()["domains"].items():
             mine = row["quality"]["domains"][name]
             assert mine == pytest.approx(theirs, rel=2e-5, abs=2e-6), row["method"]
@@ -142,7 +142,7 @@ def test_a_healed_cell_is_what_heal_makes(checkpoints, data, tmp_path):
     row = next(row for row in all_rows(made) if row["method"] == "reap" and row["heal"])
     api.apply(source, folder / row["plan"], tmp_path / "pruned")
     api.heal(tmp_path / "pruned", source, data, tmp_path / "healed", options={"sweeps": 1}, **SHAPE)
-    theirs = api.evaluate(tmp_path / "healed", data, reference=source, seq_len=24, dtype="float32", device="cpu").to_json()
+    theirs = api.evaluate(tmp_path / "healed", data, reference=source, seq_len=24, dtype="float32", device=DEVICE).to_json()
     assert row["quality"]["mean"] == pytest.approx(theirs["mean"], rel=1e-6)
     assert row["healing"]["seconds"] > 0
     assert not list((folder / "work").glob("*least_squares*"))
@@ -418,7 +418,7 @@ def test_tasks_get_columns(tmp_path, monkeypatch, capsys):
     folder, asked = Path(__file__).parent.parent.parent / "examples" / "tasks", []
     real = tasks.answer
     monkeypatch.setattr(tasks, "answer", lambda found, name, *rest: (asked.append(name), real(found, name, *rest))[1])
-    shape = {"seq_len": 24, "device": "cpu", "dtype": "float32", "samples": 2, "batch_tokens": 512}
+    shape = {"seq_len": 24, "device": DEVICE, "dtype": "float32", "samples": 2, "batch_tokens": 512}
     arguments = ("demo", ["reap"], [0.5], ["demo:code/calib"], ["demo:code/heldout"], tmp_path / "out")
     api.compare(*arguments, **shape)
     made = api.compare(*arguments, tasks=["everyday"], task_path=[folder], limit=4, **shape)
@@ -427,7 +427,7 @@ def test_tasks_get_columns(tmp_path, monkeypatch, capsys):
     assert name.startswith("everyday ")
     row = next(row for row in all_rows(made) if row["method"] == "reap")
     api.apply("demo", tmp_path / "out" / row["plan"], tmp_path / "half")
-    options = {"tasks": ["everyday"], "task_path": [folder], "limit": 4, "device": "cpu", "dtype": "float32"}
+    options = {"tasks": ["everyday"], "task_path": [folder], "limit": 4, "device": DEVICE, "dtype": "float32"}
     found = api.evaluate(tmp_path / "half", reference="demo", **options).to_json()["tasks"]["rows"]
     judged = next(entry for entry in found if f"everyday {entry['metric']}" == name)
     assert (judged["value"], judged["reference"]) == pytest.approx((row["tasks"][name], made["original"]["tasks"][name]))
@@ -458,7 +458,7 @@ def test_a_method_that_refuses_is_noted_and_the_others_go_on(checkpoints, data, 
 
 
 def test_the_command(checkpoints, data, tmp_path, capsys):
-    arguments = ["compare", checkpoints("mixtral"), "-m", "reap", "-k", "0.5", "-d", data[0], "-e", data[0], "--seq-len", "24", "--no-pack", "--device", "cpu", "-q"]  # fmt: skip
+    arguments = ["compare", checkpoints("mixtral"), "-m", "reap", "-k", "0.5", "-d", data[0], "-e", data[0], "--seq-len", "24", "--no-pack", "--device", DEVICE, "-q"]  # fmt: skip
     code, out, _ = run_cli(capsys, *arguments, "-o", tmp_path / "out")
     assert code == 0
     assert "random, mean of 3" in out

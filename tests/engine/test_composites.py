@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import CALIBRATION, COMPOSITES, loaded_plainly, random_model, run_cli
+from conftest import CALIBRATION, COMPOSITES, DEVICE, loaded_plainly, random_model, run_cli
 from expertsmith import api
 from expertsmith.arch import text_config
 from expertsmith.checkpoint import open_checkpoint
@@ -135,7 +135,7 @@ def test_the_language_model_is_pruned_and_nothing_else_changes(name, memory, sou
     notes = api.apply(source, api.plan(source, "reap", 4, stats=stats), tmp_path / "out")
     assert sum("judged by text" in note for note in notes) == 1
     assert "judged by text" in (tmp_path / "out" / "README.md").read_text()
-    verdict = api.verify(source, tmp_path / "out", tokens=128, memory=memory, device="cpu")
+    verdict = api.verify(source, tmp_path / "out", tokens=128, memory=memory, device=DEVICE)
     assert verdict.passed
     assert verdict.not_compared is None
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
@@ -163,7 +163,7 @@ def test_different_numbers_a_layer(name, sources, tmp_path):
     plan = parse_plan(raw, "the plan")
     if name in ("dots3_note",):
         api.apply(source, plan, tmp_path / "out")
-        assert api.verify(source, tmp_path / "out", tokens=64, device="cpu").passed
+        assert api.verify(source, tmp_path / "out", tokens=64, device=DEVICE).passed
         return
     with pytest.raises(UserError, match="cannot have different numbers of experts: transformers"):
         api.apply(source, plan, tmp_path / "out")
@@ -181,7 +181,7 @@ def test_a_talker_and_a_vision_tower_with_experts_of_their_own(sources, tmp_path
     save_file({**tensors, **talker}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text((source / "config.json").read_text())
     api.apply(folder, api.plan(folder, "aimer", 4), tmp_path / "out")
-    assert api.verify(folder, tmp_path / "out", tokens=64, device="cpu").passed
+    assert api.verify(folder, tmp_path / "out", tokens=64, device=DEVICE).passed
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(after[name], tensor) for name, tensor in talker.items())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -202,7 +202,7 @@ def test_the_language_model_under_its_old_name(sources, tmp_path):
     save_file(load_file(source / "model.safetensors"), folder / "model.safetensors", {"format": "pt"})
     api.apply(folder, api.plan(folder, "aimer", 4), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["llm_config"]["n_routed_experts"] == 4
-    assert api.verify(folder, tmp_path / "out", tokens=64, device="cpu").passed
+    assert api.verify(folder, tmp_path / "out", tokens=64, device=DEVICE).passed
 
 
 @pytest.mark.parametrize("model_type", ["ernie4_5_vl_moe", "ernie4_5_moe_vl"])

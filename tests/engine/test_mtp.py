@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import CALIBRATION, auto_class, run_cli
+from conftest import CALIBRATION, DEVICE, auto_class, run_cli
 from expertsmith import api
 from expertsmith.arch import families, text_config
 from expertsmith.checkpoint import open_checkpoint
@@ -22,7 +22,7 @@ from mtp import UNDER_MTP, WITH_EXPERTS, save_with_mtp
 from quantise import quantise_checkpoint
 
 DEPTH = 3
-RUN = {"memory": "resident", "device": "cpu"}
+RUN = {"memory": "resident", "device": DEVICE}
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +269,7 @@ def test_methods(method, memory, sources, tmp_path):
     assert [len(entry.keep) for entry in plan.layers if entry.mtp] == [4]
     assert any("chosen by their weights alone" in note for note in plan.notes) == (method == "expert_sparsity")
     api.apply(source, plan, tmp_path / "out")
-    assert api.verify(source, tmp_path / "out", tokens=128, memory=memory, device="cpu").passed
+    assert api.verify(source, tmp_path / "out", tokens=128, memory=memory, device=DEVICE).passed
 
 
 def test_statistics_of_an_older_version(calibrated, tmp_path):
@@ -397,14 +397,20 @@ def test_healing_and_skipping_leave_it_as_it_was_pruned(calibrated, tmp_path):
     source, plan, _, _ = calibrated("deepseek_v3")
     api.apply(source, plan, tmp_path / "out")
     api.heal(
-        tmp_path / "out", source, [f"a={_data(tmp_path)}"], tmp_path / "healed", method="least_squares", seq_len=5, device="cpu"
+        tmp_path / "out",
+        source,
+        [f"a={_data(tmp_path)}"],
+        tmp_path / "healed",
+        method="least_squares",
+        seq_len=5,
+        device=DEVICE,
     )
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "healed"))
     ahead = [name for name in before if f"layers.{DEPTH}." in name]
     assert ahead
     assert all(torch.equal(before[name], after[name]) for name in ahead)
     assert set(before) == set(after)
-    api.skip(source, [f"a={_data(tmp_path)}"], tmp_path / "skips", plan=plan, device="cpu", seq_len=5, measure=False)
+    api.skip(source, [f"a={_data(tmp_path)}"], tmp_path / "skips", plan=plan, device=DEVICE, seq_len=5, measure=False)
     made = load_plan(tmp_path / "skips" / "expertsmith" / "plan.json")
     assert [entry.skip_threshold is None for entry in made.layers] == [bool(entry.mtp) for entry in made.layers]
     assert api.verify(source, tmp_path / "skips", tokens=64, **RUN).passed
@@ -413,12 +419,12 @@ def test_healing_and_skipping_leave_it_as_it_was_pruned(calibrated, tmp_path):
 def test_analysis_and_comparison_look_at_the_decoder_layers(sources, calibrated, tmp_path):
     source, plan, _, _ = calibrated("deepseek_v3")
     data = [f"a={_data(tmp_path)}"]
-    found = api.analyze(source, tmp_path / "look", data=data, seq_len=5, device="cpu")
+    found = api.analyze(source, tmp_path / "look", data=data, seq_len=5, device=DEVICE)
     assert [row["layer"] for row in found["layers"]] == take_inventory(open_checkpoint(source)).layers
     api.apply(source, plan, tmp_path / "half")
-    cut = api.analyze(tmp_path / "half", tmp_path / "cut", data=data, reference=source, seq_len=5, device="cpu")
+    cut = api.analyze(tmp_path / "half", tmp_path / "cut", data=data, reference=source, seq_len=5, device=DEVICE)
     assert cut
-    rows = api.compare(source, ["reap"], [4], data, data, tmp_path / "c", seq_len=5, samples=4, device="cpu")
+    rows = api.compare(source, ["reap"], [4], data, data, tmp_path / "c", seq_len=5, samples=4, device=DEVICE)
     assert rows
 
 
@@ -431,7 +437,7 @@ def test_command_line(calibrated, tmp_path, capsys):
     assert code == 2
     assert "keep or drop" in err
     code, out, _ = run_cli(
-        capsys, "compress", source, "-m", "aimer", "-k", "0.5", "--mtp", "drop", "-o", tmp_path / "o", "--device", "cpu", "-q"
+        capsys, "compress", source, "-m", "aimer", "-k", "0.5", "--mtp", "drop", "-o", tmp_path / "o", "--device", DEVICE, "-q"
     )
     assert code == 0
     assert "were removed" in out

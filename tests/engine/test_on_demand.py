@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conftest import CALIBRATION, COMPOSITES, SUPPORTED
+from conftest import CALIBRATION, COMPOSITES, DEVICE, SUPPORTED
 from expertsmith import api
 from expertsmith.arch import families
 from expertsmith.calibration.stats import layer_path, load_statistics
@@ -42,7 +42,7 @@ def test_statistics_and_proof_are_those_of_whole_layers(model_type, checkpoints,
             assert np.abs(value - other[name]).max() <= 1e-6 * np.abs(value).max(), name
     made = api.plan(source, "ean", 0.5, stats=whole)
     api.apply(source, made, tmp_path / "out")
-    verdict = api.verify(source, tmp_path / "out", tokens=64, memory="stream", device="cpu")
+    verdict = api.verify(source, tmp_path / "out", tokens=64, memory="stream", device=DEVICE)
     assert verdict.passed
     assert verdict.largest < 2e-5
 
@@ -53,7 +53,7 @@ def test_merging_needs_whole_layers(checkpoints, data, tmp_path, monkeypatch):
     made = api.plan(source, "m_smoe", 0.5, data=data, out=tmp_path / "plan.json", **CALIBRATION)
     api.apply(source, made, tmp_path / "out")
     monkeypatch.setattr(loading, "SHARE_OF_A_LAYER", 0.0)
-    assert api.verify(source, tmp_path / "out", tokens=64, memory="stream", device="cpu").passed
+    assert api.verify(source, tmp_path / "out", tokens=64, memory="stream", device=DEVICE).passed
 
 
 def test_only_experts_with_tokens_are_read(checkpoints, data, tmp_path, monkeypatch):

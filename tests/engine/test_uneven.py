@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 
-from conftest import CALIBRATION, SUPPORTED, save_tiny
+from conftest import CALIBRATION, DEVICE, SUPPORTED, save_tiny
 from expertsmith.arch import families
 from expertsmith.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from expertsmith.engine import load, load_model
@@ -301,7 +301,7 @@ def test_apply_verify_and_lint(model_type, padded, written, tmp_path):
     source = inventory.checkpoint.path
     notes = api.apply(source, plan_of(inventory, kept), tmp_path / "out", pad=padded)
     assert any("dead experts" in note if padded else "expertsmith.load" in note for note in notes)
-    verdict = api.verify(source, tmp_path / "out", tokens=128, device="cpu")
+    verdict = api.verify(source, tmp_path / "out", tokens=128, device=DEVICE)
     assert verdict.passed, verdict
     assert verdict.largest < CLOSE
     found = {finding.rule.id for finding in api.lint(tmp_path / "out")}

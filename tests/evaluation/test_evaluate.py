@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import random_model, save_tiny
+from conftest import DEVICE, random_model, save_tiny
 from expertsmith import api
 from expertsmith.arch import families
 from expertsmith.checkpoint import open_checkpoint
@@ -19,7 +19,7 @@ from expertsmith.engine import Batch, load_model
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import measure
 
-CPU = {"device": "cpu", "memory": "resident", "seq_len": 16}
+CPU = {"device": DEVICE, "memory": "resident", "seq_len": 16}
 
 
 @pytest.fixture(scope="module")
@@ -287,14 +287,14 @@ def test_a_window_has_no_more_tokens_than_the_model_has_positions(tmp_path, toke
     monkeypatch.setattr(walk.Batch, "inputs", watched)
     for options in ({"seq_len": 16}, {"seq_len": None}):
         lengths.clear()
-        found = api.evaluate(tmp_path / "short", [str(token_file / "a.jsonl")], device="cpu", **options)
+        found = api.evaluate(tmp_path / "short", [str(token_file / "a.jsonl")], device=DEVICE, **options)
         assert found.domains["default"].tokens == len(stream_of(token_file, "a")) - 1
         assert max(lengths) <= 16
 
 
 def test_a_window_that_is_too_long_is_refused_with_the_length_that_was_asked_for(pair, data):
     with pytest.raises(UserError, match=r"--seq-len 300 is longer than the model's window of 256 positions; use --seq-len 256"):
-        api.evaluate(pair[0], data, device="cpu", seq_len=300)
+        api.evaluate(pair[0], data, device=DEVICE, seq_len=300)
 
 
 def test_nothing_to_predict_is_refused(pair, tmp_path):

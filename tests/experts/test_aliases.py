@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import expertsmith
-from conftest import CALIBRATION, logits, random_model, run_cli, save_tiny
+from conftest import CALIBRATION, DEVICE, logits, random_model, run_cli, save_tiny
 from expertsmith import api
 from expertsmith.arch import families
 from expertsmith.calibration.stats import layer_path
@@ -136,7 +136,7 @@ def test_the_result_is_what_the_family_gives_and_loads_as_the_source_did(name, s
 @ALIASES
 def test_merging_healing_skipping_and_evaluation(name, sources, data, tmp_path):
     source, as_type = sources[name]
-    here = {"as_type": as_type, "device": "cpu"}
+    here = {"as_type": as_type, "device": DEVICE}
     shape = {"seq_len": 24, "pack": False, "batch_tokens": 72}
     made = api.plan(source, "hc_smoe", 0.5, data=data, out=tmp_path / "plan.json", as_type=as_type, **CALIBRATION)
     api.apply(source, made, tmp_path / "merged", as_type=as_type)
@@ -372,7 +372,7 @@ def test_auto_map_goes_where_transformers_has_the_family(sources, tmp_path):
     came = sorted(file.name for file in (tmp_path / "out").glob("*.py"))
     assert came == ["processing_foo.py", "tokenization_foo.py"]  # the tokenizer and the processor are still theirs
     assert any(all(name in note for name in came) for note in notes)
-    assert api.verify(source, tmp_path / "out", device="cpu").passed
+    assert api.verify(source, tmp_path / "out", device=DEVICE).passed
     assert torch.isfinite(logits(tmp_path / "out")).all()
 
 
@@ -425,7 +425,7 @@ def test_a_recipe_treats_a_model_as_another(sources, data, tmp_path):
     steps = {
         "model": str(source),
         "as": as_type,
-        "device": "cpu",
+        "device": DEVICE,
         "calibrate": {"data": data, "out": str(tmp_path / "stats"), "seq_len": 24, "pack": False},
         "plan": {"method": "reap", "keep": 4, "out": str(tmp_path / "plan.json")},
         "apply": {"out": str(tmp_path / "out")},

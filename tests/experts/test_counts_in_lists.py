@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import expertsmith
-from conftest import logits, run_cli
+from conftest import DEVICE, logits, run_cli
 from expertsmith import api
 from expertsmith.arch import config_first, families
 from expertsmith.checkpoint import open_checkpoint
@@ -58,7 +58,7 @@ def test_equal_numbers_are_one(model_type: str, checkpoints: Any, tmp_path: Path
     api.apply(plain, planned(usual, keep), tmp_path / "usual")
     assert counts_in(tmp_path / "out", model_type) == ([3] * 3, [2] * 3)
     assert not list((tmp_path / "out").glob("*.py"))
-    verdict = api.verify(source, tmp_path / "out", tokens=128, device="cpu")
+    verdict = api.verify(source, tmp_path / "out", tokens=128, device=DEVICE)
     assert verdict.passed, verdict
     ids = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
@@ -83,12 +83,12 @@ def test_layers_of_their_own(model_type: str, memory: str, checkpoints: Any, tmp
     assert written.counts == {layer: top_k[layer] + 1 for layer in layers}
     assert counts_in(out, model_type)[0] == [written.counts.get(layer, max(written.counts.values())) for layer in range(3)]
     assert counts_in(out, model_type)[1] == [1, 3, 2]
-    verdict = api.verify(source, out, tokens=128, device="cpu", memory=memory)
+    verdict = api.verify(source, out, tokens=128, device=DEVICE, memory=memory)
     assert verdict.passed, verdict
     # a plan for the result, in which layers have numbers of their own, and its proof
     again = {layer: list(range(top_k[layer])) for layer in layers}
     api.apply(out, planned(written, again), tmp_path / "less")
-    assert api.verify(out, tmp_path / "less", tokens=128, device="cpu", memory=memory).passed
+    assert api.verify(out, tmp_path / "less", tokens=128, device=DEVICE, memory=memory).passed
     with pytest.raises(UserError, match=r"keeps 1 of 4 experts, but the router needs 3 \(top_k=3\)"):
         api.apply(out, planned(written, {**again, 1: [0]}), tmp_path / "refused")
 

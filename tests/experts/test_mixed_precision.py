@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import run_cli, save_tiny
+from conftest import DEVICE, run_cli, save_tiny
 from expertsmith import api
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
@@ -219,16 +219,16 @@ def test_an_applied_plan(mixed: Path, tmp_path: Path) -> None:
 
     whole = (out / "hf_quant_config.json").read_text()
     (out / "hf_quant_config.json").write_text(whole.replace("experts.1.", "experts.2."))
-    verdict = api.verify(inventory, out, plan=plan, tokens=64, device="cpu")
+    verdict = api.verify(inventory, out, plan=plan, tokens=64, device=DEVICE)
     assert (verdict.passed, verdict.config_differs) == (False, ["hf_quant_config.json"])
     (out / "hf_quant_config.json").unlink()
-    assert api.verify(inventory, out, plan=plan, tokens=64, device="cpu").config_differs == ["hf_quant_config.json"]
+    assert api.verify(inventory, out, plan=plan, tokens=64, device=DEVICE).config_differs == ["hf_quant_config.json"]
     (out / "hf_quant_config.json").write_text(whole)
     text = (out / "config.json").read_text()
     (out / "config.json").write_text(text.replace("experts.0.down_proj", "experts.1.down_proj"))
-    assert api.verify(inventory, out, plan=plan, tokens=64, device="cpu").config_differs == ["quantization_config"]
+    assert api.verify(inventory, out, plan=plan, tokens=64, device=DEVICE).config_differs == ["quantization_config"]
     (out / "config.json").write_text(text)
-    assert api.verify(inventory, out, plan=plan, tokens=64, device="cpu").passed
+    assert api.verify(inventory, out, plan=plan, tokens=64, device=DEVICE).passed
 
 
 def test_completeness_is_judged_on_the_float_weights(mixed: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import SUPPORTED, run_cli, save_tiny
+from conftest import DEVICE, SUPPORTED, run_cli, save_tiny
 from expertsmith import api
 from expertsmith.arch import families
 from expertsmith.calibration.data import TokenData
@@ -32,7 +32,7 @@ from tiny import tiny_config
 
 CORE = ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "dbrx", "llama4_text", "longcat_flash", "gemma4_text"]
 EVERY = pytest.mark.parametrize("model_type", SUPPORTED)
-SHAPE = {"seq_len": 24, "pack": False, "batch_tokens": 300, "device": "cpu"}
+SHAPE = {"seq_len": 24, "pack": False, "batch_tokens": 300, "device": DEVICE}
 # the tails of these layers are no function of the token alone, or weight the routed output very unevenly
 HARD = {"inkling_text", "inkling2_text", "ernie4_5_moe", "flint"}
 
@@ -293,7 +293,7 @@ def test_skip_thresholds_are_in_force(checkpoints, texts, tmp_path):
         quantile=0.8,
         statistic="quantile",
         measure=False,
-        device="cpu",
+        device=DEVICE,
         seq_len=24,
         pack=False,
     )
@@ -322,9 +322,9 @@ def test_bfloat16_and_shards_stay(checkpoints, texts, tmp_path):
         assert load_file(noisy / name).keys() == load_file(tmp_path / "healed" / name).keys()
     assert differing(noisy, tmp_path / "healed")
     quality = api.evaluate(
-        tmp_path / "healed", texts, reference=tmp_path / "bf16", dtype="float32", device="cpu", seq_len=24
+        tmp_path / "healed", texts, reference=tmp_path / "bf16", dtype="float32", device=DEVICE, seq_len=24
     ).to_json()
-    before = api.evaluate(noisy, texts, reference=tmp_path / "bf16", dtype="float32", device="cpu", seq_len=24).to_json()
+    before = api.evaluate(noisy, texts, reference=tmp_path / "bf16", dtype="float32", device=DEVICE, seq_len=24).to_json()
     assert quality["mean"]["kl"] < 0.5 * before["mean"]["kl"]
     assert report["data"]["held_out_tokens"] > 0
 
@@ -546,8 +546,8 @@ def test_lora_is_merged(model_type, checkpoints, texts, tmp_path):
     inventory = take_inventory(open_checkpoint(tmp_path / "half"))
     roles = {claim.info.name: claim for claim in inventory.claims}
     assert {roles[name].kind for name in changed} >= {"stacked", "other"}
-    quality = api.evaluate(tmp_path / "healed", texts, reference=checkpoints(model_type), device="cpu", seq_len=24).to_json()
-    before = api.evaluate(tmp_path / "half", texts, reference=checkpoints(model_type), device="cpu", seq_len=24).to_json()
+    quality = api.evaluate(tmp_path / "healed", texts, reference=checkpoints(model_type), device=DEVICE, seq_len=24).to_json()
+    before = api.evaluate(tmp_path / "half", texts, reference=checkpoints(model_type), device=DEVICE, seq_len=24).to_json()
     assert quality["mean"]["kl"] < before["mean"]["kl"]
 
 
@@ -597,7 +597,7 @@ def test_compress_heals(checkpoints, texts, tmp_path, capsys):
         "--no-pack",
     ]
     code, out, err = run_cli(
-        capsys, *arguments, "--heal", "least_squares", "-o", tmp_path / "out", "--device", "cpu", "--json", "-q"
+        capsys, *arguments, "--heal", "least_squares", "-o", tmp_path / "out", "--device", DEVICE, "--json", "-q"
     )
     assert code == 0, err
     result = json.loads(out)
@@ -613,7 +613,7 @@ def test_compress_heals(checkpoints, texts, tmp_path, capsys):
 
 
 def test_the_command(half, checkpoints, texts, tmp_path, capsys):
-    common = ["heal", half, "-t", checkpoints("mixtral"), "--seq-len", 24, "--no-pack", "--device", "cpu"]
+    common = ["heal", half, "-t", checkpoints("mixtral"), "--seq-len", 24, "--no-pack", "--device", DEVICE]
     code, out, err = run_cli(capsys, *common, "-d", texts[0], "-o", tmp_path / "json", "--json")
     assert code == 0, err
     assert json.loads(out)["out"] == str(tmp_path / "json")
@@ -638,7 +638,7 @@ def test_the_command(half, checkpoints, texts, tmp_path, capsys):
     ],
 )
 def test_bad_options(arguments, message, half, checkpoints, texts, tmp_path, capsys):
-    common = ["heal", half, "-t", checkpoints("mixtral"), "-d", texts[0], "--seq-len", 24, "--no-pack", "--device", "cpu"]
+    common = ["heal", half, "-t", checkpoints("mixtral"), "-d", texts[0], "--seq-len", 24, "--no-pack", "--device", DEVICE]
     code, _, err = run_cli(capsys, *common, "-o", tmp_path / "out", *arguments)
     assert code == 2
     assert message in err
@@ -722,7 +722,7 @@ def test_trained_models(model_type, testbed, tmp_path):
     model, corpus = testbed / "models" / model_type, testbed / "data" / "corpus"
     names = ("math", "spanish")
     calib = [f"{name}={corpus / name / 'calib.jsonl'}" for name in names]
-    shape = {"samples": 24, "seq_len": 128, "device": "cpu"}
+    shape = {"samples": 24, "seq_len": 128, "device": DEVICE}
     stats = api.calibrate(model, calib, tmp_path / "stats", dtype="float32", **shape)
     api.apply(model, api.plan(model, "reap", 0.5, stats=stats), tmp_path / "half")
     held = [f"{name}={corpus / name / 'heldout.jsonl'}" for name in names]
@@ -740,7 +740,7 @@ def test_trained_models_in_fp8_keep_what_healing_gains(model_type, testbed, tmp_
     corpus = testbed / "data" / "corpus"
     calib = [f"{name}={corpus / name / 'calib.jsonl'}" for name in ("math", "spanish")]
     held = [f"{name}={corpus / name / 'heldout.jsonl'}" for name in ("math", "spanish")]
-    shape = {"samples": 24, "seq_len": 128, "device": "cpu"}
+    shape = {"samples": 24, "seq_len": 128, "device": DEVICE}
     model = tmp_path / "fp8"
     quantise_checkpoint(testbed / "models" / model_type, model, "fp8_block_128")
     for file in ("tokenizer.json", "tokenizer_config.json"):

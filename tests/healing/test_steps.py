@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import SUPPORTED
+from conftest import DEVICE, SUPPORTED
 from expertsmith import api
 from expertsmith.healing import layerwise, least_squares, refine
 from expertsmith.healing.experts import Routed
@@ -37,7 +37,7 @@ def at_every_layer(check, model_type, checkpoints, tmp_path, monkeypatch, **opti
     monkeypatch.setattr(layerwise, "refine", instead)
     model = checkpoints(model_type)
     api.apply(model, api.plan(model, "random", 0.5), tmp_path / "half")
-    shape = {"seq_len": 24, "pack": False, "batch_tokens": 130, "device": "cpu"}
+    shape = {"seq_len": 24, "pack": False, "batch_tokens": 130, "device": DEVICE}
     data = [f"a={tmp_path / 'a.jsonl'}"]
     api.heal(tmp_path / "half", model, data, tmp_path / "out", method="layer_local", options=options, **shape)
     assert seen

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from conftest import CALIBRATION, SUPPORTED
+from conftest import CALIBRATION, DEVICE, SUPPORTED
 from expertsmith import api
 from expertsmith.calibration.stats import LayerStatistics
 from expertsmith.checkpoint import OutputTensor, open_checkpoint, write_checkpoint
@@ -416,7 +416,7 @@ def test_from_calibration_to_verified_checkpoint(method, options, model_type, ca
     assert sum(len(entry.merge) for entry in plan.layers) > 0
     assert all(len(entry.keep) == 4 and len(set(entry.why["labels"])) == 4 for entry in plan.layers)
     apply_plan(plan, inventory_of(source), tmp_path / "out")
-    verdict = api.verify(source, tmp_path / "out", tokens=128, device="cpu")
+    verdict = api.verify(source, tmp_path / "out", tokens=128, device=DEVICE)
     assert verdict.passed, verdict
     assert verdict.largest < 2e-5
 

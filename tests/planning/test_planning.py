@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import CALIBRATION, run_cli, save_tiny
+from conftest import CALIBRATION, DEVICE, run_cli, save_tiny
 from expertsmith import api
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
@@ -620,7 +620,7 @@ def test_skip_after_a_plan(checkpoints, data, tmp_path, capsys, monkeypatch):
 def test_recipe_with_a_threshold(checkpoints, data, tmp_path):
     recipe = {
         "model": str(checkpoints("mixtral")),
-        "device": "cpu",
+        "device": DEVICE,
         "plan": {"method": "moeits", "out": str(tmp_path / "p.json"), "options": {"factor": 1.0}},
         "apply": {"out": str(tmp_path / "out")},
         "verify": {"tokens": 128},

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import expertsmith
-from conftest import SUPPORTED, random_model
+from conftest import DEVICE, SUPPORTED, random_model
 from expertsmith import api
 from expertsmith.arch import families, text_config
 from expertsmith.checkpoint import open_checkpoint
@@ -120,7 +120,7 @@ def test_output_in_several_shards(model_type, checkpoints, tmp_path):
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == many.nbytes == one.nbytes
     assert all(torch.equal(many.read(name), one.read(name)) for name in one.tensors)
-    assert api.verify(source, tmp_path / "many", tokens=64, device="cpu").passed
+    assert api.verify(source, tmp_path / "many", tokens=64, device=DEVICE).passed
     for file in (tmp_path / "many").glob("*.safetensors"):  # stock readers want the format in the metadata
         raw = file.read_bytes()
         header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
@@ -146,7 +146,7 @@ def test_fused_checkpoints_are_sliced_too(model_type, tmp_path):
     for name in ("per_expert", "fused"):
         plan = api.plan(tmp_path / name, "random", 4)
         api.apply(tmp_path / name, plan, tmp_path / f"{name}-out")
-        assert api.verify(tmp_path / name, tmp_path / f"{name}-out", tokens=64, device="cpu").passed
+        assert api.verify(tmp_path / name, tmp_path / f"{name}-out", tokens=64, device=DEVICE).passed
     assert any(".experts.gate_up_proj" in n for n in open_checkpoint(tmp_path / "fused-out").tensors)
 
 
@@ -164,7 +164,7 @@ def test_config_keeps_the_sources_key_names(checkpoints, tmp_path):
         after = json.loads((tmp_path / f"{key}-out" / "config.json").read_text())
         assert after == {**config, key: 4}
         assert list(after) == list(config)
-        assert api.verify(source, tmp_path / f"{key}-out", tokens=64, device="cpu").passed
+        assert api.verify(source, tmp_path / f"{key}-out", tokens=64, device=DEVICE).passed
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_expert_groups_stay_equal_or_are_flattened(model_type, checkpoints, tmp_
     record = families()[model_type]
     config = text_config(json.loads((tmp_path / "flat" / "config.json").read_text()))
     assert config[record.group_key] == config[record.top_group_key] == 1
-    assert api.verify(source, tmp_path / "flat", tokens=128, device="cpu").passed
+    assert api.verify(source, tmp_path / "flat", tokens=128, device=DEVICE).passed
 
 
 def test_global_budget_is_planned_and_its_unequal_counts_are_refused(checkpoints, data, tmp_path):

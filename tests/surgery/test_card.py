@@ -10,7 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from conftest import CALIBRATION, run_cli
+from conftest import CALIBRATION, DEVICE, run_cli
 from expertsmith import api
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.checkpoint.origin import card_metadata, front_matter, name_of, repository, source_of
@@ -140,7 +140,7 @@ def test_measured_quality_stands_in_the_metadata(snapshot, data, tmp_path):
     assert [(row.dataset_name, row.metric_type) for row in rows] == [("a (held-out text)", "perplexity"), ("b (held-out text)", "perplexity")]  # fmt: skip
     text = (tmp_path / "out" / "README.md").read_text()
     assert all(f"{row.metric_value:.2f} (base" in text for row in rows)
-    shape = {"seq_len": 24, "batch_tokens": 72, "device": "cpu", "pack": False}
+    shape = {"seq_len": 24, "batch_tokens": 72, "device": DEVICE, "pack": False}
     api.heal(tmp_path / "out", snapshot, data, tmp_path / "healed", **shape)
     assert card(tmp_path / "healed")["base_model"] == "owner/some--model"
     assert "model-index" not in (tmp_path / "healed" / "README.md").read_text()  # that was before it was healed
@@ -151,7 +151,7 @@ def test_a_healed_model_of_others_gets_a_card_of_its_own(checkpoints, data, tmp_
     source = checkpoints("mixtral")
     api.apply(source, api.plan(source, "random", 4), tmp_path / "half")
     (tmp_path / "half" / "README.md").write_text("---\nlicense: mit\n---\n# Best of all models: 99 % on everything\n")
-    api.heal(tmp_path / "half", source, data, tmp_path / "out", seq_len=24, batch_tokens=72, device="cpu", pack=False)
+    api.heal(tmp_path / "half", source, data, tmp_path / "out", seq_len=24, batch_tokens=72, device=DEVICE, pack=False)
     text = (tmp_path / "out" / "README.md").read_text()
     assert "99 %" not in text
     assert card(tmp_path / "out")["license"] == "mit"
@@ -162,7 +162,7 @@ def test_converted_models_have_it_too(dense, tmp_path):
     source = tmp_path / "hub" / "models--owner--small" / "snapshots" / HASH
     shutil.copytree(dense("llama"), source)
     (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    api.convert(source, "random", tmp_path / "out", top_k=8, measure=False, device="cpu")
+    api.convert(source, "random", tmp_path / "out", top_k=8, measure=False, device=DEVICE)
     found = card(tmp_path / "out")
     assert (found["base_model"], found["license"]) == ("owner/small", "apache-2.0")
     assert "# small as a Mixture of Experts" in (tmp_path / "out" / "README.md").read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import CALIBRATION, COMPOSITES, SUPPORTED, loaded_plainly
+from conftest import CALIBRATION, COMPOSITES, DEVICE, SUPPORTED, loaded_plainly
 from expertsmith import api
 from expertsmith.arch import config_first, families, text_config
 from expertsmith.calibration.stats import layer_path, load_statistics
@@ -129,7 +129,7 @@ def test_masked_original_equals_the_written_checkpoint(model_type, memory, check
     source = checkpoints(model_type)
     made = api.plan(source, "ean", 0.5, stats=statistics(model_type))
     api.apply(source, made, tmp_path / "out")
-    verdict = api.verify(source, tmp_path / "out", tokens=256, memory=memory, device="cpu")
+    verdict = api.verify(source, tmp_path / "out", tokens=256, memory=memory, device=DEVICE)
     assert verdict.passed, verdict
     assert verdict.largest < 2e-5
     assert verdict.top1_agreement == 1.0
@@ -159,7 +159,7 @@ def test_every_method_gives_a_checkpoint_that_verifies(model_type, checkpoints, 
             continue
         seen.add(key)
         api.apply(source, made, tmp_path / name)
-        verdict = api.verify(source, tmp_path / name, tokens=64, memory="stream", device="cpu")
+        verdict = api.verify(source, tmp_path / name, tokens=64, memory="stream", device=DEVICE)
         assert verdict.passed, name
         assert verdict.largest < 2e-5, name
 
@@ -205,7 +205,7 @@ def test_budgets_that_leave_layers_different_numbers(model_type, checkpoints, st
                 api.apply(source, made, tmp_path / name)
             continue
         api.apply(source, made, tmp_path / name)
-        assert api.verify(source, tmp_path / name, tokens=64, memory="stream", device="cpu").passed, name
+        assert api.verify(source, tmp_path / name, tokens=64, memory="stream", device=DEVICE).passed, name
         even = plan_by(
             name,
             source,
@@ -232,7 +232,7 @@ def test_skip_thresholds_are_written_proven_and_put_in_force(model_type, checkpo
             api.skip(source, data, tmp_path / "out", **options)
         return
     api.skip(source, data, tmp_path / "out", **options)
-    verdict = api.verify(source, tmp_path / "out", tokens=128, memory="stream", device="cpu")
+    verdict = api.verify(source, tmp_path / "out", tokens=128, memory="stream", device=DEVICE)
     assert verdict.passed
     assert verdict.skipping
     assert max(row["difference"] / row["scale"] for row in verdict.skipping) < 1e-5
