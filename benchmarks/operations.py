@@ -123,8 +123,30 @@ def measure(folder: Path, options: argparse.Namespace) -> list[list[object]]:
     with counting() as mode:
         list(search_layers(model, tokens, choose, rules=rules, batch_tokens=size))
     rows.append(row(f"search, greedy {options.experts} → {count}, a layer", mode, options.layers))
+    rows += healing(path, folder, options)
     shutil.rmtree(path)
     return rows
+
+
+def healing(path: Path, folder: Path, options: argparse.Namespace) -> list[list[object]]:
+    """`least_squares` a layer, and a step of `layer_local`: the difference of two runs that differ in their number of steps only."""
+    from expertsmith import api
+
+    data = [str(folder / "data.jsonl")]
+    api.apply(path, api.plan(path, "random", options.experts // 2), folder / "half")
+    found = {}
+    for steps in (0, 8, 16):
+        method = "layer_local" if steps else "least_squares"
+        chosen: dict[str, Any] = {"steps": steps, "learning_rate": 1e-3, "step_tokens": 512} if steps else {}
+        with counting() as found[steps]:
+            api.heal(
+                folder / "half", path, data, folder / f"healed{steps}", method=method, options=chosen, seq_len=64, device="cpu"
+            )
+    step = Count(found[16].launched - found[8].launched, found[16].waited - found[8].waited)
+    return [
+        row("heal least_squares, a layer (loading and writing included)", found[0], options.layers),
+        row("heal layer_local, a step of a layer", step, 8 * options.layers),
+    ]
 
 
 def main() -> None:
