@@ -479,3 +479,20 @@ def test_damaged_gguf_files_are_refused(name, gguf_file, tmp_path):
     with pytest.raises(UserError, match=rf"{name}|lacks"):
         api.convert(gguf_file, "random", tmp_path / "out", gguf_file=name)
     assert not (tmp_path / "out.dense").exists()
+
+
+@pytest.mark.parametrize(("pack", "sequences"), [(False, 16), (True, 16 * 40 // 50 + 1)])
+def test_text_is_packed_as_calibrate_does(pack, sequences, dense, tmp_path):
+    """16 records of 40 tokens: a sequence each, or windows of 50."""
+    from expertsmith.views.progress import Silent
+
+    file = tmp_path / "a.jsonl"
+    rows = [{"input_ids": [3 + (7 * i + j) % 90 for j in range(40)]} for i in range(16)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = []
+    progress = Silent()
+    progress.note = said.append
+    api.convert(
+        dense("llama"), "cmoe", tmp_path / "out", experts=4, top_k=2, data=[str(file)], seq_len=50, pack=pack, measure=False, progress=progress
+    )  # fmt: skip
+    assert any(f"in {sequences} sequences" in line for line in said)

@@ -144,7 +144,7 @@ def _tokens(request: Request, source: Checkpoint, progress: Progress) -> TokenDa
         columns=request.columns,
         seed=request.seed,
         overlong="truncate",
-        pack=True,
+        pack=request.pack,
     )
 
 

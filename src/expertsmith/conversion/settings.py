@@ -128,6 +128,7 @@ class Request:
     measure: bool = True
     samples: int | None = None
     seq_len: int | None = None
+    pack: bool | None = None
     columns: Mapping[str, str] | None = None
     seed: int = 42
     gguf_file: str | None = None

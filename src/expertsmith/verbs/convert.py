@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from expertsmith.calibration.opening import beside
 from expertsmith.checkpoint.work import work_of
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
-from expertsmith.verbs.options import Columns, Data, EvalData, Out, Overwrite, Track
+from expertsmith.verbs.options import Columns, Data, EvalData, Out, Overwrite, Pack, Track
 from expertsmith.views import show
 from expertsmith.views.progress import Progress
 from expertsmith.views.tracking import tracked
@@ -97,6 +97,7 @@ def convert(
     seq_len: Annotated[
         int | None, Opt("Tokens per sequence. Default: 512, or the model's window if less.", shown=False, least=2)
     ] = None,
+    pack: Pack = None,
     columns: Columns = None,
     seed: Annotated[int, Opt("Seed of the sampling.")] = 42,
     gguf_file: Annotated[

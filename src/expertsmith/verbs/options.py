@@ -173,6 +173,16 @@ SeqLen = Annotated[
     int | None,
     Opt("Longest sequence in tokens. Default: 2048, or the model's window if less.", shown=False, least=2, panel=TEXT),
 ]
+Pack = Annotated[
+    bool | None,
+    Opt(
+        "Join texts into full sequences, or one record per sequence. Default: texts are packed, demonstrations are not.",
+        "--pack/--no-pack",
+        default=None,
+        shown=False,
+        panel=TEXT,
+    ),
+]
 Dtype = Annotated[str, Opt("auto (as stored), float32 or bfloat16.", panel=MACHINE)]
 
 
@@ -249,16 +259,7 @@ class Drawing(TypedDict, total=False):
 class Text(Drawing, total=False):
     """How text becomes sequences and batches."""
 
-    pack: Annotated[
-        bool | None,
-        Opt(
-            "Join texts into full sequences, or one record per sequence. Default: texts are packed, demonstrations are not.",
-            "--pack/--no-pack",
-            default=None,
-            shown=False,
-            panel=TEXT,
-        ),
-    ]
+    pack: Pack
     overlong: Annotated[
         Literal["refuse", "truncate", "drop"],
         Opt("A record longer than the window, without packing: refuse, truncate or drop.", default="refuse", panel=TEXT),
