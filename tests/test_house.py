@@ -37,3 +37,11 @@ def code_of(path: Path) -> str:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
+
+
+def test_the_root_holds_rooms():
+    root = Path(__file__).parent.parent / "src" / "expertsmith"
+    assert {path.name for path in root.glob("*.py")} == {"__init__.py", "__main__.py", "errors.py"}
+    rooms = {path.parent.name for path in root.glob("*/__init__.py")}
+    described = (root.parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The rooms")[1].split("```")[1]
+    assert {room for room in rooms if f"  {room}/" not in described} == set()
