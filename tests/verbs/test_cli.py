@@ -817,3 +817,22 @@ def test_help_has_what_is_needed_first_and_the_rest_in_panels(capsys):
     first = out[places[1] : min(places[2:])]
     assert all(flag in first for flag in ("--method", "--keep", "--out", "--fit", "--data", "--eval-data"))
     assert not any(flag in first for flag in ("--seq-len", "--device", "--budget", "--json", "--allow-pickle"))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (["plan", "demo", "--bogus"], "No such option: --bogus"),
+        (["compress"], "Missing argument 'MODEL'"),
+        (["nothing"], "No such command 'nothing'"),
+        (["calibrate", "demo", "-d", "x", "-o", "o", "--samples", "0"], "not in the range"),
+    ],
+)
+def test_what_the_parser_refuses_is_json_too(capsys, line, says):
+    code, out, err = run(capsys, *line, "--json")
+    assert code == 2
+    assert says in err
+    found = strict(out)
+    assert (found["format"], found["version"]) == ("expertsmith.error", 1)
+    assert says in found["error"]
+    assert run(capsys, *line)[:2] == (2, "")

@@ -51,6 +51,7 @@ ORDER = [
     "run",
 ]  # of the help, by the groups in which it shows them
 JSON = typer.Option("--json", help="Print one machine-readable object on stdout, and nothing else.", rich_help_panel=JOB)
+Refused: type[Exception] = typer.BadParameter.__mro__[2]  # what Typer's parser raises: click's ClickException
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO)
 QUIET = typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=JOB)
@@ -94,7 +95,7 @@ def command(verb: Verb) -> Callable[..., None]:
             if where is not None:
                 given["device"] = where
             bar = {"progress": Silent() if quiet or rank > 0 else Bar()} if len(options) < len(verb.options) else {}
-            result = _called(now, given, bar, rank, as_json)
+            result = _called(now, given, bar, rank)
             if rank == 0:
                 _tell(now, result, given, as_json)
         if not now.passed(result):
@@ -114,16 +115,16 @@ def command(verb: Verb) -> Callable[..., None]:
     return run
 
 
-def _called(verb: Verb, given: Mapping[str, Any], bar: Mapping[str, Any], rank: int, as_json: bool) -> Any:
+def _called(verb: Verb, given: Mapping[str, Any], bar: Mapping[str, Any], rank: int) -> Any:
     """What the verb returns. How it is used, and what an interrupted run leaves, are said by one rank."""
     try:
         return verb.function(**given, **bar)
     except UsageError as error:
         if rank > 0:
             raise typer.Exit(2) from None
-        if as_json:
-            _error_as_json(error.message, error.remedy)
-        raise typer.BadParameter(str(error)) from None
+        wrong = typer.BadParameter(str(error))
+        wrong.parts = (error.message, error.remedy)  # type: ignore[attr-defined]  # for --json
+        raise wrong from None
     except KeyboardInterrupt:
         if rank == 0:
             print(_interrupted(verb, given), file=sys.stderr)
@@ -247,7 +248,11 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(arguments, prog_name="expertsmith")
+        code = app(arguments, prog_name="expertsmith", standalone_mode=False)
+        if isinstance(code, int) and code:
+            raise SystemExit(code)
+    except Refused as error:
+        _refuse(error, "--json" in arguments)
     except UserError as error:
         if debug:
             raise
@@ -262,6 +267,16 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _refuse(error: Any, as_json: bool) -> NoReturn:
+    """Say what is wrong with the command line itself, as Typer does."""
+    from typer.rich_utils import rich_format_error
+
+    rich_format_error(error)
+    if as_json and tells():
+        _error_as_json(*getattr(error, "parts", (error.format_message(), "")))
+    raise SystemExit(error.exit_code)
 
 
 def _told(error: Exception) -> str | None:
