@@ -825,7 +825,7 @@ def test_help_has_what_is_needed_first_and_the_rest_in_panels(capsys):
         (["plan", "demo", "--bogus"], "No such option: --bogus"),
         (["compress"], "Missing argument 'MODEL'"),
         (["nothing"], "No such command 'nothing'"),
-        (["calibrate", "demo", "-d", "x", "-o", "o", "--samples", "0"], "not in the range"),
+        (["calibrate", "demo", "-d", "x", "-o", "o", "--samples", "0"], "greater than or equal to 1"),
     ],
 )
 def test_what_the_parser_refuses_is_json_too(capsys, line, says):
