@@ -531,9 +531,11 @@ def test_outputs_of_all_experts_are_those_of_the_experts_own_forward(model_type)
     x = torch.randn(11, width, generator=torch.Generator().manual_seed(0))
     dims = 3 if model_type == "dbrx" else 2
     with torch.no_grad():
-        total = outputs_of_all(experts, x, 8, record, dims)
+        scores = torch.rand(11, 8, generator=torch.Generator().manual_seed(1))
+        total, scored = outputs_of_all(experts, x, scores, record, dims)
         raw = run_all(experts, x, 8, record, dims).double()
     assert (total - raw.sum(1)).abs().max() < 1e-6 * raw.abs().max()
+    assert (scored - torch.einsum("eth,te->eh", raw, scores.double())).abs().max() < 1e-6 * raw.abs().max()
     one = torch.zeros(len(x), 1, dtype=torch.long)
     if record.call == "routed":
         with torch.no_grad():
@@ -551,7 +553,7 @@ def test_gram_of_router_logits_and_outputs_over_all_tokens(checkpoints, data, tm
     last = max(stats.layers)
     block = model.model.layers[last].mlp
     rows = [json.loads(line)["input_ids"] for line in Path(data[0].partition("=")[2]).read_text().splitlines()]
-    gram, sums = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(8, 32, dtype=torch.float64)
+    gram, sums, scored = (torch.zeros(8, width, dtype=torch.float64) for width in (8, 32, 32))
     for ids in rows:
         caught = []
         handle = block.gate.register_forward_hook(lambda m, a, o, caught=caught: caught.append((a[0], o[0])))
@@ -562,10 +564,13 @@ def test_gram_of_router_logits_and_outputs_over_all_tokens(checkpoints, data, tm
         gram += logits.double().T @ logits.double()
         for e in range(8):
             gate, up = (x @ block.experts.gate_up_proj[e].T).chunk(2, -1)
-            sums[e] += ((torch.nn.functional.silu(gate) * up) @ block.experts.down_proj[e].T).double().sum(0).detach()
+            raw = ((torch.nn.functional.silu(gate) * up) @ block.experts.down_proj[e].T).double().detach()
+            sums[e] += raw.sum(0)
+            scored[e] += logits.double().softmax(-1)[:, e].detach() @ raw
     entry = stats.layers[last].domains["a"]
     assert np.abs(entry["logit_gram"] - gram.numpy()).max() < 1e-5 * np.abs(gram.numpy()).max()
-    assert np.abs(entry["all_output_sum"] - sums.numpy()).max() < 1e-5 * np.abs(sums.numpy()).max()
+    for name, wanted in (("all_output_sum", sums.numpy()), ("all_scored_output_sum", scored.numpy())):
+        assert np.abs(entry[name] - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3", "longcat_flash", "zaya", "gemma4_text", "dbrx"])

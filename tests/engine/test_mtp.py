@@ -259,7 +259,7 @@ def test_drop_leaves_it_out(model_type, calibrated, tmp_path):
 
 
 @pytest.mark.parametrize("memory", ["resident", "stream"])
-@pytest.mark.parametrize("method", ["aimer", "moeits", "expert_sparsity", "hc_smoe", "easy_ep"])
+@pytest.mark.parametrize("method", ["aimer", "moeits", "expert_sparsity", "hc_smoe", "merge_moe", "easy_ep"])
 def test_methods(method, memory, sources, tmp_path):
     """Every kind of method chooses as many experts there as config.json will say."""
     source, data = sources("glm4_moe")[0], [f"a={_data(tmp_path)}"]

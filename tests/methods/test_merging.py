@@ -28,7 +28,7 @@ from expertsmith.experts.rules import Rules
 from expertsmith.experts.weights import split
 from expertsmith.methods import find
 from expertsmith.methods.base import Facts
-from expertsmith.methods.merging import agglomerate, cut, join_dominants, k_means, logit_similarity, m_smoe_budget, shares
+from expertsmith.methods.merging import agglomerate, cut, join_dominants, k_means, m_smoe_budget, shares, similarity_of
 from expertsmith.planning.plan import LayerPlan, Merge, Method, Plan, Source
 from expertsmith.surgery.apply import apply_plan
 from expertsmith.surgery.mask import masked
@@ -170,7 +170,7 @@ def test_m_smoe_by_hand():
     """Usage order 2, 0, 3, 1. Dominants 2 and 0 (labels 0 and 1); 3 is like 0, and 1 is like both alike: the most used takes it."""
     logits = np.array([[1.0, 1.0, 0.0, 2.0], [0.0, 1.0, 1.0, 0.0]])  # [tokens, experts]
     statistics = layer_statistics(logit_gram=logits.T @ logits, selections=[6, 1, 9, 4])
-    similarity = logit_similarity(logits.T @ logits)
+    similarity = similarity_of(logits.T @ logits)
     assert similarity[3, 0] == pytest.approx(1.0)
     assert similarity[3, 2] == pytest.approx(0.5)
     assert similarity[1, 0] == similarity[1, 2] == pytest.approx((1 / math.sqrt(2) + 1) / 2)
@@ -187,11 +187,11 @@ def test_m_smoe_by_hand():
 
 def test_similarity_is_the_cosine_over_tokens():
     logits = np.random.default_rng(0).normal(size=(50, 6)) + 1
-    found = logit_similarity(logits.T @ logits)
+    found = similarity_of(logits.T @ logits)
     for i, j in itertools.product(range(6), repeat=2):
         cosine = logits[:, i] @ logits[:, j] / np.linalg.norm(logits[:, i]) / np.linalg.norm(logits[:, j])
         assert found[i, j] == pytest.approx((cosine + 1) / 2 if i != j else 1.0)
-    assert np.isfinite(logit_similarity(np.zeros((3, 3)))).all()
+    assert np.isfinite(similarity_of(np.zeros((3, 3)))).all()
 
 
 def test_capacity_turns_experts_away():

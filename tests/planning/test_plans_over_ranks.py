@@ -42,7 +42,7 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "one token": ("mixtral", {"tokens": 1}),  # of one domain: a rank has none, and most sets tie
 }
 WEIGHTS = {"moeits": None, "aimer": 0.5, "random": 0.5}
-FROM_STATISTICS = {"frequency": 0.5, "m_smoe": 0.5}
+FROM_STATISTICS = {"frequency": 0.5, "m_smoe": 0.5, "merge_moe": 0.5}
 
 
 def made(sources: dict[str, str], data: list[str], statistics: str, folder: Path) -> dict[str, Plan]:

@@ -54,6 +54,7 @@ STATISTICS = {
     "easy_ep_by_sequence": Statistic("[sequences, E]", ACTIVATION, "easy_ep of every sequence"),
     "output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of raw outputs f over the tokens routed to the expert", "--output-sum"),
     "all_output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of raw outputs f(x) over all tokens x, routed to the expert or not", "--all-outputs"),
+    "all_scored_output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of s f(x) over all tokens x, s the expert's full router score (softmax or sigmoid over all experts)", "--all-outputs"),
     "sample_inputs": Statistic("[n, hidden]", ACTIVATION, "block inputs of a seeded sample of tokens", "--sample-tokens"),
     "sample_outputs": Statistic("[n, hidden]", ACTIVATION, "routed outputs of the same tokens", "--sample-tokens"),
     "sample_index": Statistic("[n, 2]", "position", "sequence and place in it of the same tokens", "--sample-tokens"),
@@ -289,9 +290,11 @@ class _Watch:
             total = torch.segment_reduce(raw, "sum", lengths=lengths, axis=0, unsafe=True)[:-1].double()
             sums["output_sum"] = sums["output_sum"] + total if "output_sum" in sums else total
         if extras.all_outputs:
-            rows = x[batch.mask.reshape(-1).to(x.device)]
-            total = outputs_of_all(self.experts, rows, self.sums.num_experts, self.arch, self.dims)
-            sums["all_output_sum"] = sums["all_output_sum"] + total if "all_output_sum" in sums else total
+            valid = batch.mask.reshape(-1).to(x.device)
+            scores = full_scores(self.router_output, self.arch).float()[valid, : self.sums.num_experts]
+            totals = outputs_of_all(self.experts, x[valid], scores, self.arch, self.dims)
+            for name, value in zip(("all_output_sum", "all_scored_output_sum"), totals, strict=True):
+                sums[name] = sums[name] + value if name in sums else value.clone()
         if extras.sample_tokens:
             wanted = self.sums.chosen[batch.domain]
             length = batch.input_ids.shape[1]

@@ -129,29 +129,33 @@ def _combine(
 AT_ONCE = 2**24  # elements of hidden activations
 
 
-def outputs_of_all(experts: Any, x: torch.Tensor, count: int, architecture: Architecture, dims: int = 2) -> torch.Tensor:
-    """The sum [count, hidden], float64, over the tokens x [T, hidden] of every expert's raw output. `dims`: axes of the experts' input.
+def outputs_of_all(
+    experts: Any, x: torch.Tensor, scores: torch.Tensor, architecture: Architecture, dims: int = 2
+) -> torch.Tensor:
+    """[2, count, hidden], float64: the sum over the tokens x [T, hidden] of every expert's raw output, and of that output times the expert's
+    score, from `scores` [T, count], float32. `dims`: axes of the experts' input.
 
-    The down projection is linear. So if the experts' layout is known, it is applied once, to the sum of hidden activations, in float32:
+    The down projection is linear. So if the experts' layout is known, it is applied once, to the sums of hidden activations, in float32:
     one third fewer products, equal up to rounding.
     """
+    count = scores.shape[1]
     if is_on_demand(experts):
-        sums = [outputs_of_all(part, x, len(held), architecture, dims) for held, part in parts(experts)]
-        return torch.cat([*sums, sums[0].new_zeros(count - experts.num_experts, sums[0].shape[-1])])
+        sums = [outputs_of_all(part, x, scores[:, held.start : held.stop], architecture, dims) for held, part in parts(experts)]
+        return torch.cat([*sums, sums[0].new_zeros(2, count - experts.num_experts, sums[0].shape[-1])], 1)
     linear = is_grouped(experts) and not getattr(experts, "has_post_expert_norm", False)
     total: Any = 0.0
     width = experts.down_proj.numel() // experts.down_proj.shape[0] // x.shape[-1] * 2 if linear else x.shape[-1]
     rows = max(1, AT_ONCE // (count * max(width, x.shape[-1])))
-    for chunk in torch.split(x, rows):
-        if not linear:
-            total = total + run_all(experts, chunk, count, architecture, dims).double().sum(1)
-            continue
-        total = total + hidden_of_all(experts, chunk, count).sum(1, dtype=torch.float64)
+    for chunk, score in zip(torch.split(x, rows), torch.split(scores, rows), strict=True):
+        every = hidden_of_all(experts, chunk, count) if linear else run_all(experts, chunk, count, architecture, dims)
+        scored = every * score.T.unsqueeze(-1)
+        total = total + torch.stack([part.sum(1, dtype=torch.float64) for part in (every, scored)])
     if linear:
         down = experts.down_proj if experts.is_transposed else experts.down_proj.transpose(1, 2)  # [E, neurons, hidden]
-        total = torch.stack([(total[e].float() @ down[e].float()).double() for e in range(count)])
+        total = torch.stack([(total[:, e].float() @ down[e].float()).double() for e in range(count)], 1)
         if experts.has_bias:
-            total = total + x.shape[0] * experts.down_proj_bias.double()
+            times = torch.stack((torch.full_like(scores[0], len(x), dtype=torch.float64), scores.sum(0, dtype=torch.float64)))
+            total = total + times.unsqueeze(-1) * experts.down_proj_bias.double()
     result: torch.Tensor = total
     return result
 

@@ -90,7 +90,8 @@ class Order:
 class Method:
     """A registered method.
 
-    `measure` turns a layer's `Projections` into arrays that are costly to compute and are stored next to the plan. `allot` turns the
+    `measure` turns a layer's `Projections` into arrays that are costly to compute and are stored next to the plan; a method that reads
+    statistics gets them as its second argument. `allot` turns the
     statistics of all layers into counts for budget "global". `budgets`: the first is the default.
     """
 

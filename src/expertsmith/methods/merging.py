@@ -79,8 +79,9 @@ def hc_smoe(
             labels = cut(steps, len(members), count)
         return labels, [_centre(features, labels, label) for label in range(count)]
 
-    why = {"clustering": linkage if clustering == "hierarchical" else clustering, "heights": heights}
-    return _choice(facts, keep_count, use, cluster, weights, why, align=align, router=router, log_count=log_count)
+    why = {"usage": use.tolist(), "clustering": linkage if clustering == "hierarchical" else clustering, "heights": heights}
+    how = {"align": "weights" if align else "none", "router": router, "log_count": log_count}
+    return merged_choice(facts, keep_count, cluster, lambda sources: shares(use[sources], weights), how, why)
 
 
 def m_smoe_allot(statistics: Mapping[int, LayerStatistics], average: float) -> dict[int, int]:
@@ -122,18 +123,17 @@ def m_smoe(
     there is no training afterwards. The global budget is `m_smoe_budget`.
     """
     use = usage(statistics)
-    similarity = logit_similarity(statistics.total("logit_gram"))
-    if capacity and capacity * keep_count < facts.num_experts:
-        raise UserError(
-            f"layer {facts.layer}: {keep_count} clusters of at most {capacity} cannot contain {facts.num_experts} experts",
-            f"use -O capacity={-(-facts.num_experts // keep_count)} or more, or 0 for no limit",
-        )
+    similarity = similarity_of(statistics.total("logit_gram"))
+    refuse_capacity(facts, keep_count, capacity)
 
     def cluster(members: Sequence[int], count: int) -> tuple[list[int], list[int]]:
         ids = list(members)
         return join_dominants(use[ids], similarity[np.ix_(ids, ids)], count, capacity)
 
-    return _choice(facts, keep_count, use, cluster, weights, {}, align=align, router=router, log_count=log_count)
+    how = {"align": "weights" if align else "none", "router": router, "log_count": log_count}
+    return merged_choice(
+        facts, keep_count, cluster, lambda sources: shares(use[sources], weights), how, {"usage": use.tolist()}
+    )
 
 
 def m_smoe_budget(usages: Mapping[int, Array], average: float) -> dict[int, int]:
@@ -174,8 +174,9 @@ def usage(statistics: LayerStatistics) -> Array:
     return selections / max(1.0, float(selections.sum()))
 
 
-def logit_similarity(gram: Array) -> Array:
-    """s_ij = (cos + 1) / 2 in [0, 1] from the Gram matrix [E, E] of router logits summed over tokens; norms are at least 1e-7, s_ii = 1."""
+def similarity_of(gram: Array) -> Array:
+    """s_ij = (cos + 1) / 2 in [0, 1] from the Gram matrix [E, E] of the experts' vectors (of router logits: summed over tokens); norms are
+    at least 1e-7, s_ii = 1."""
     norms = np.maximum(np.sqrt(np.diagonal(gram)), EPSILON)
     similarity: Array = (gram / np.outer(norms, norms) + 1) / 2
     np.fill_diagonal(similarity, 1.0)
@@ -283,19 +284,33 @@ def _centre(features: Array, labels: Sequence[int], label: int) -> int:
     return members[int(np.flatnonzero(distance <= distance.min() * (1 + ROUNDING))[0])]
 
 
-def _choice(
+def refuse_capacity(facts: Facts, keep_count: int, capacity: int) -> None:
+    """Refuse clusters (0: of any size) that cannot contain all experts.
+
+    Raises:
+        UserError: fewer places than experts.
+    """
+    if capacity and 0 < capacity * keep_count < facts.num_experts:
+        raise UserError(
+            f"layer {facts.layer}: {keep_count} clusters of at most {capacity} cannot contain {facts.num_experts} experts",
+            f"use -O capacity={-(-facts.num_experts // keep_count)} or more, or 0 for no limit",
+        )
+
+
+def merged_choice(
     facts: Facts,
     keep_count: int,
-    use: Array,
     cluster: Callable[[Sequence[int], int], tuple[list[int], list[int]]],
-    weights: Weights,
+    weights: Callable[[list[int]], list[float]],
+    how: Mapping[str, object],
     why: Mapping[str, object],
-    *,
-    align: bool,
-    router: Router,
-    log_count: bool,
 ) -> Choice:
-    """Cluster every expert_group separately. `cluster` returns labels, and for each label the index in `members` of its centre."""
+    """Cluster every expert_group separately. `cluster` returns labels, and for each label the index in `members` of its centre; `weights`
+    returns the shares of a cluster's members; `how` are further fields of every merge in the plan.
+
+    Raises:
+        UserError: a number of clusters that the layer or its expert_groups cannot have.
+    """
     groups = groups_of(facts.rules)
     if not 1 <= keep_count <= facts.num_experts:
         raise UserError(
@@ -308,7 +323,7 @@ def _choice(
             f"keep a multiple of {len(groups)}, or plan with --router-groups flatten",
         )
     if keep_count == facts.num_experts:
-        return Choice(list(range(keep_count)), [], {"labels": list(range(keep_count)), "usage": use.tolist()})
+        return Choice(list(range(keep_count)), [], {"labels": list(range(keep_count)), **why})
     keep, merge, labels = [], [], [0] * facts.num_experts
     for number, members in enumerate(groups):
         own, centres = cluster(members, keep_count // len(groups))
@@ -319,8 +334,5 @@ def _choice(
             keep.append(into)
             sources = [members[place] for place, mine in enumerate(own) if mine == label]
             if len(sources) > 1:
-                entry = {"into": into, "from": sources, "weights": shares(use[sources], weights)}
-                merge.append({**entry, "align": "weights" if align else "none", "router": router, "log_count": log_count})
-    return Choice(
-        sorted(keep), sorted(merge, key=lambda entry: entry["into"]), {"labels": labels, "usage": use.tolist(), **why}
-    )
+                merge.append({"into": into, "from": sources, "weights": weights(sources), **how})
+    return Choice(sorted(keep), sorted(merge, key=lambda entry: entry["into"]), {"labels": labels, **why})

@@ -314,10 +314,15 @@ def _by_order(job: Job) -> dict[int, LayerPlan]:
             least = job.rules[layer].least
             said.append((f"the threshold would keep fewer experts than the router needs, so {least} are kept", layer))
         entries[layer] = LayerPlan(layer=layer, num_experts=n, keep=[e for e in range(n) if e not in gone], why=why)
+    _say(job, said)
+    return entries
+
+
+def _say(job: Job, said: Sequence[tuple[str, int]]) -> None:
+    """Note every text once, with the layers that it is about."""
     for text in dict.fromkeys(text for text, _ in said):
         where = [layer for other, layer in said if other == text]
         job.notes.append(f"{_place(where, job)}: {text}")
-    return entries
 
 
 def _place(layers: list[int], job: Job) -> str:
@@ -430,15 +435,20 @@ def _by_choice(job: Job) -> dict[int, LayerPlan]:
     else:
         counts = {layer: job.count(layer) for layer in layers}
     entries = {}
+    measured = dict(_measured(job)) if job.method.measure else {}
+    said: list[tuple[str, int]] = []
 
     def cluster(layer: int) -> Choice:
-        choice: Choice = job.method.function(_statistics(job, layer), job.facts(layer), counts[layer], **job.values)
+        weights = (measured[layer],) if job.method.measure else ()
+        choice: Choice = job.method.function(_statistics(job, layer), *weights, job.facts(layer), counts[layer], **job.values)
         return choice
 
     with job.progress.task("cluster", len(layers), "layers") as advance:
         for layer, choice in current().over(layers, cluster):
             entries[layer] = _entry(job, layer, choice, _usage(job, layer))
+            said += [(text, layer) for text in choice.why.get("warnings", ())]
             advance(1)
+    _say(job, said)
     return entries
 
 

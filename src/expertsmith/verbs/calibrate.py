@@ -40,7 +40,7 @@ def calibrate(
         bool, Opt("Also sum the raw outputs of every expert over its routed tokens.", "--output-sum")
     ] = False,
     all_outputs: Annotated[
-        bool, Opt("Also run every expert on every token and sum the outputs (for hc_smoe).", "--all-outputs")
+        bool, Opt("Also run every expert on every token and sum the outputs (for hc_smoe and ream).", "--all-outputs")
     ] = False,
     sample_tokens: Annotated[int, Opt("Also keep block inputs and outputs of this many tokens per domain.", least=0)] = 0,
     overwrite: Annotated[bool, Opt("Replace the statistics of another calibration.", "--overwrite")] = False,
@@ -56,7 +56,7 @@ def calibrate(
         seq_len: tokens a sequence at most; None: 2048 or the model's window, whichever is less.
         pack: join texts into full sequences; None: texts yes, demonstrations (messages, prompt + response) no.
         output_sum: also sum the raw outputs of every expert over the tokens routed to it.
-        all_outputs: also sum them over all tokens: every expert runs on every token (needed by hc_smoe).
+        all_outputs: also sum them over all tokens: every expert runs on every token (needed by hc_smoe and ream).
         sample_tokens: also keep the block's inputs and outputs of this many tokens a domain.
         memory: "resident", "stream" (one decoder layer at a time) or "auto".
         resume: complete a folder that an interrupted run left; otherwise start again.
