@@ -42,9 +42,11 @@ class Cell:
     heal: str | None = None
 
     @property
-    def reads_text(self) -> bool:
-        """Whether its plan depends on calibration text."""
-        return not self.contender.method.data_free or self.budget in SEARCHED
+    def reader(self) -> str | None:
+        """What of its plan reads calibration text: the method, or the budget; None if nothing does."""
+        if not self.contender.method.data_free:
+            return self.contender.label
+        return f"budget {self.budget}" if self.budget in SEARCHED else None
 
     @property
     def plan_name(self) -> str:

@@ -104,7 +104,7 @@ class Comparison:
         """Everything that a plan depends on."""
         return {
             "model": self.inventory.checkpoint.fingerprint,
-            "data": self.text if cell.reads_text else None,
+            "data": self.text if cell.reader else None,
             "dtype": self.where["dtype"],
             "method": cell.contender.method.name,
             "options": dict(cell.contender.options),
@@ -157,7 +157,7 @@ def compare(
     if tasks:
         refuse_several("compare --tasks")
     cells, notes = cells_of(methods, keep, budgets, heal)
-    needs = next((cell.heal or cell.plan_name for cell in cells if cell.heal or cell.reads_text), None)
+    needs = next(filter(None, (cell.heal or cell.reader for cell in cells)), None)
     if needs and not data:
         raise UserError(f"{needs} needs calibration text", "pass --data FILE")
     if not eval_data:
