@@ -436,6 +436,18 @@ def test_a_work_folder_is_shared_by_plans(mixtral, data, tmp_path, monkeypatch):
         planned(mixtral, "aimer", None, data[:1], work=tmp_path / "work")
 
 
+def test_scores_of_flattened_groups_are_not_those_of_groups(checkpoints, data, tmp_path, monkeypatch):
+    options = {"work": tmp_path / "work", "options": {"population": 2, "elites": 1, "generations": 1}}
+    source = take_inventory(open_checkpoint(checkpoints("deepseek_v3")))
+    planned(source, "aimer", None, data, **options)
+    score, asked = Overlap.of, []
+    monkeypatch.setattr(Overlap, "of", lambda self, change: asked.append(1) or score(self, change))
+    planned(source, "aimer", None, data, **options)
+    assert not asked
+    planned(source, "aimer", None, data, router_groups="flatten", **options)
+    assert asked
+
+
 # ---- the verbs
 
 

@@ -386,7 +386,8 @@ def _earlier(job: Job, judge: Judge) -> tuple[dict[str, float], Callable[[str, f
     path = folder / "scores.jsonl"
 
     def held() -> dict[str, float]:
-        _prepare(folder, job, {"text": judge.fingerprint, "dtype": dtype, "exact": judge.exact})
+        groups = {str(n): rules.groups for n, rules in job.rules.items()}
+        _prepare(folder, job, {"text": judge.fingerprint, "dtype": dtype, "exact": judge.exact, "groups": groups})
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # a killed run may have left half a line
         path.write_text("".join(whole), encoding="utf-8")
