@@ -297,6 +297,11 @@ def _new(scores: Scores, best: Sequence[Removals], others: Sequence[Removals], m
 SEARCHED: dict[str, Callable[..., Removals]] = {"sensitivity": sensitivity, "esap": esap}
 
 
+def option_names(budget: str | None) -> list[str]:
+    """The options of a budget; only searched ones have any."""
+    return list(SEARCHED[budget].__kwdefaults__ or ()) if budget in SEARCHED else []
+
+
 def parse_options(budget: str | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """(options of the method, options of a searched budget with their defaults; None for another budget), from those of both together.
 

@@ -160,9 +160,12 @@ class PlanStep(PLAN):  # type: ignore[misc]
     @model_validator(mode="after")
     def _known_options(self) -> PlanStep:
         from expertsmith.methods import find
+        from expertsmith.planning import budgets
 
         method, options = find(self.method), self.options or {}
-        _all_faults([partial(method.parse_options, {name: given}) for name, given in options.items()])
+        own = [name for name in options if name not in budgets.option_names(self.budget)]
+        search = partial(budgets.parse_options, self.budget, options)
+        _all_faults([search, *(partial(method.parse_options, {name: options[name]}) for name in own)])
         return self
 
 
