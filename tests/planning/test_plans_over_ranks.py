@@ -57,6 +57,10 @@ def made(sources: dict[str, str], data: list[str], statistics: str, folder: Path
     for name, keep in FROM_STATISTICS.items():
         found[name] = api.plan(sources["mixtral"], name, keep, stats=statistics, device="cpu")
     found["from data"] = api.plan(sources["mixtral"], "frequency", 0.5, data=data, out=folder / "data.json", **CALIBRATION)
+    quick = {"population": 6, "elites": 2, "generations": 3}
+    found["searched"] = api.plan(
+        sources["mixtral"], "aimer", 0.5, budget="esap", options=quick, data=data, work=folder / "esap work", **CALIBRATION
+    )
     again = folder / "again.json"
     found["resumed"] = api.plan(sources["deepseek_v3"], "moeits", 4, out=again, work=folder / "moeits work", device="cpu")
     return found
@@ -174,7 +178,7 @@ def test_searches_find_what_one_process_finds(name, two):
         assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
-@pytest.mark.parametrize("name", [*WEIGHTS, *FROM_STATISTICS, "from data", "resumed"])
+@pytest.mark.parametrize("name", [*WEIGHTS, *FROM_STATISTICS, "from data", "resumed", "searched"])
 def test_other_plans_have_the_same_bytes(name, two):
     alone, (first, _), folder = two
     assert first["plans"][name] == alone[name].dumps()

@@ -336,7 +336,12 @@ FAULTS = {  # what: (change, what the message has to say)
     "a word for memory": (lambda r: r.update(memory="big"), ["memory", "'auto', 'resident' or 'stream'"]),
     "a word for dtype": (lambda r: r.update(dtype="float31"), ["dtype", "float32"]),
     "a word for device": (lambda r: r.update(device="tpu9"), ["device", "cpu"]),
-    "a word for budget": (lambda r: r["plan"].update(budget="fair"), ["plan.budget", "'uniform', 'global' or 'threshold'"]),
+    "a word for budget": (lambda r: r["plan"].update(budget="fair"), ["plan.budget", "'uniform', 'global'"]),
+    "a searched budget without text": (lambda r: r["plan"].update(budget="esap"), ["plan: budget esap runs the model on text"]),
+    "a wrong option of a searched budget": (
+        lambda r: r["plan"].update(budget="esap", options={"generations": 0, "wieghted": 1}),
+        ["generations of budget esap is 0", "did you mean weighted"],
+    ),
     "an unknown method": (lambda r: r["plan"].update(method="raep", options={}), ["plan", "did you mean reap"]),
     "an unknown option of the method": (lambda r: r["plan"].update(options={"wieghted": 1}), ["plan", "did you mean weighted"]),
     "a wrong value of an option": (lambda r: r["plan"].update(options={"weighted": "perhaps"}), ["plan", "true or false"]),
@@ -408,6 +413,20 @@ def test_faults_of_the_chain_are_reported_together(tmp_path):
     message = refusal(tmp_path, {"model": "m", "apply": {"out": "o"}, "verify": {}})
     assert "apply: there is no plan section" in message
     assert "nothing to do" in message
+
+
+def test_a_searched_budget_has_options(tmp_path):
+    options = {"generations": 3, "population": 64, "elites": 40, "weighted": True}
+    plan = {
+        "method": "ean",
+        "keep": 0.5,
+        "out": "p.json",
+        "budget": "esap",
+        "data": ["a.jsonl"],
+        "options": options,
+        "stats": "s",
+    }
+    assert load_recipe(written(tmp_path, {"model": "m", "plan": plan})).plan.options == options
 
 
 @pytest.mark.parametrize("method", sorted(methods()))

@@ -68,6 +68,18 @@ class TokenData:
                 digest.update(torch.tensor(row, dtype=torch.int64).numpy().tobytes())
         return f"sha256:{digest.hexdigest()}"
 
+    def first(self, count: int) -> TokenData:
+        """At most `count` of the sequences: the first of each domain, then the second of each, and so on."""
+        places = sorted((place, number) for number, rows in enumerate(self.sequences.values()) for place in range(len(rows)))[
+            :count
+        ]
+        taken = {
+            domain: [rows[place] for place, other in places if other == number]
+            for number, (domain, rows) in enumerate(self.sequences.items())
+        }
+        left = {domain: rows for domain, rows in taken.items() if rows}
+        return TokenData(left, {domain: self.packed[domain] for domain in left})
+
     def batches(self, batch_tokens: int, pad_id: int = 0) -> list[Batch]:
         """Batches of one domain each, with at most `batch_tokens` positions including padding, but at least one row. The longest rows
         come first, so that rows of similar length share a batch."""

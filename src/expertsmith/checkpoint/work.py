@@ -14,7 +14,9 @@ ABOUT = """This is the unfinished work of an expertsmith command that writes {ou
 The same command goes on from here, and removes this folder when it is done.
 If you do not want to go on, delete the folder.
 """
-PARTS = frozenset({"statistics", "measured", "healing", "training", "unhealed", "pruned", "trial", "writing", "replaced"})
+PARTS = frozenset(
+    {"statistics", "measured", "searched", "healing", "training", "unhealed", "pruned", "trial", "writing", "replaced"}
+)
 BEFORE = {"statistics": "stats", "measured": "measured", "healing": "healing", "training": "training"}  # part → its old suffix
 
 

@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from expertsmith.errors import UserError
 from expertsmith.experts.rules import parse_keep
 from expertsmith.healing.options import as_options, parse_healer
 from expertsmith.methods import Method, find, methods
 from expertsmith.methods.base import Budget
+from expertsmith.planning.budgets import SEARCHED
 
 CELLS, WORK = "cells", "work"  # folders of a comparison
 BASELINE, SEEDS = "random", (0, 1, 2)
@@ -39,6 +40,13 @@ class Cell:
     keep: float | int | None
     budget: Budget
     heal: str | None = None
+
+    @property
+    def reader(self) -> str | None:
+        """What of its plan reads calibration text: the method, or the budget; None if nothing does."""
+        if not self.contender.method.data_free:
+            return self.contender.label
+        return f"budget {self.budget}" if self.budget in SEARCHED else None
 
     @property
     def plan_name(self) -> str:
@@ -118,7 +126,7 @@ def cells_of(
     Raises:
         UserError: as `contenders`, `parse_keep` and `parse_heal`; an unknown budget; no method besides the random draws.
     """
-    allowed = ("uniform", "global", "threshold")
+    allowed = get_args(Budget)
     for budget in budgets:
         if budget not in allowed:
             raise UserError(f"there is no budget {budget!r}", f"choose {' or '.join(allowed)}")

@@ -23,6 +23,7 @@ from expertsmith.comparison.results import original_file, statistics_folder
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.experts.rules import keep_count
+from expertsmith.planning.budgets import SEARCHED
 from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.ranks import ALONE, Ranks, current, refuse_several
 from expertsmith.views.progress import Progress, Silent
@@ -103,7 +104,7 @@ class Comparison:
         """Everything that a plan depends on."""
         return {
             "model": self.inventory.checkpoint.fingerprint,
-            "data": None if cell.contender.method.data_free else self.text,
+            "data": self.text if cell.reader else None,
             "dtype": self.where["dtype"],
             "method": cell.contender.method.name,
             "options": dict(cell.contender.options),
@@ -156,9 +157,7 @@ def compare(
     if tasks:
         refuse_several("compare --tasks")
     cells, notes = cells_of(methods, keep, budgets, heal)
-    needs = next(
-        (cell.heal or cell.contender.label for cell in cells if cell.heal or not cell.contender.method.data_free), None
-    )
+    needs = next(filter(None, (cell.heal or cell.reader for cell in cells)), None)
     if needs and not data:
         raise UserError(f"{needs} needs calibration text", "pass --data FILE")
     if not eval_data:
@@ -234,6 +233,7 @@ def _check(inventory: Inventory, cells: Sequence[Cell]) -> None:
     rules = {layer: inventory.rules_of(layer) for layer in inventory.layers}
     if any(cell.budget != "uniform" for cell in cells):
         check_uneven(inventory)
+    if any(cell.budget in ("global", "threshold") for cell in cells):
         refuse_groups(rules)
     for share in dict.fromkeys(cell.keep for cell in cells if cell.keep is not None):
         for layer, entry in rules.items():
@@ -294,8 +294,9 @@ def _plan(job: Comparison, cell: Cell, statistics: Any) -> dict[str, Any]:
 
     method, target = cell.contender.method, _plan_file(job, cell)
     options: dict[str, Any] = {"stats": statistics} if method.reads == "statistics" else {}
-    if method.reads == "model":
-        options = {"data": job.data, **job.shape, **job.where}
+    runs = method.reads == "model" or cell.budget in SEARCHED
+    if runs:
+        options |= {"data": job.data, **job.shape, **job.where}
     place = cell.plan_name if method.reads == "model" else method.name  # weights are measured once for all ratios
     try:
         with footprint() as took:
@@ -311,7 +312,7 @@ def _plan(job: Comparison, cell: Cell, statistics: Any) -> dict[str, Any]:
                 progress=job.progress,
                 **options,
             )
-        if method.reads == "model":
+        if runs:
             gc.collect()  # free the model that it opened, so that it does not count as the next one's memory
         check_plan(made, job.inventory)
     except UserError:

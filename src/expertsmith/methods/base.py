@@ -29,7 +29,7 @@ from expertsmith.registry import unknown
 Array = np.ndarray[Any, Any]
 Reads = Literal["statistics", "weights", "arrays", "model", "nothing"]
 Gives = Literal["saliency", "order", "choice"]
-Budget = Literal["uniform", "global", "threshold"]
+Budget = Literal["uniform", "global", "threshold", "sensitivity", "esap"]
 
 
 class AtLeast(NamedTuple):
@@ -140,17 +140,25 @@ class Method:
         Raises:
             UserError: an unknown option, a value of the wrong type, or one below its bound.
         """
-        hints = {
-            name: kind for function in self._functions for name, kind in get_type_hints(function, include_extras=True).items()
-        }
-        values = dict(self.options)
-        for name, value in given.items():
-            if name not in values:
-                if not values:
+        for name in given:
+            if name not in self.options:
+                if not self.options:
                     raise UserError(f"method {self.name} has no options, but {name!r} was given")
-                raise unknown(f"option of {self.name}", name, values)
-            values[name] = convert(self.name, name, value, hints[name])
-        return values
+                raise unknown(f"option of {self.name}", name, self.options)
+        return {key: value for function in self._functions for key, value in parse(self.name, function, given).items()}
+
+
+def parse(owner: str, function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a function with their values: defaults, overridden by those of `given`, converted by the signature's types.
+
+    Raises:
+        UserError: a value of the wrong type, or one below its bound.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    return {
+        name: convert(owner, name, given[name], hints[name]) if name in given else default
+        for name, default in _keywords(function).items()
+    }
 
 
 def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
@@ -166,7 +174,7 @@ def method(
     ties: Literal["keep_lower", "keep_higher"] = "keep_higher",
     cost: str = "",
     limits: str = "",
-    budgets: tuple[Budget, ...] = ("uniform", "global"),
+    budgets: tuple[Budget, ...] = ("uniform", "global", "sensitivity", "esap"),
     **more: Any,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Register a function as a method. `ties`: which of two equally salient experts is kept, the lower or the higher id; `more`: other

@@ -186,7 +186,7 @@ def choose(path: Path, tau: float, most: int) -> tuple[int, bool]:
     gives="order",
     cost="every pair of experts of a layer is compared once, on all cores or on the GPU; stored next to the plan",
     limits="Ignores what experts compute; two experts that differ by a permutation of neurons look unrelated. Its own threshold gives layers different counts.",
-    budgets=("threshold", "uniform", "global"),
+    budgets=("threshold", "uniform", "global", "sensitivity", "esap"),
     measure=measure,
 )
 def moeits(arrays: Mapping[str, Array], facts: Facts, *, factor: float = 1.5, weights: str = "preset") -> Order:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 from expertsmith.calibration import stats as storage
@@ -17,6 +18,7 @@ from expertsmith.experts.inventory import Inventory
 from expertsmith.experts.rules import Rules, keep_count, most_salient, over_layers, refuse_groups
 from expertsmith.methods.base import Array, Budget, Choice, Facts, Method, Order
 from expertsmith.methods.information import Counting
+from expertsmith.planning.budgets import SEARCHED, Judge, Removals, Scores, Search, rounds, space_of
 from expertsmith.planning.plan import CalibrationData, LayerPlan, Merge, Plan, Source, Summary
 from expertsmith.planning.plan import Method as MethodEntry
 from expertsmith.ranks import current
@@ -35,7 +37,7 @@ MEASURED = "expertsmith.measured"
 class Job:
     """The inputs of a plan. `work`: folder for results that are costly to recompute, reused with `resume`. `open` loads model and tokens if
     the method runs the model. `mtp`: whether multi-token prediction is kept; its layers are planned after `layers`, which are by default
-    the decoder layers with experts. `device`: where weights are measured."""
+    the decoder layers with experts. `device`: where weights are measured. `search`: for a budget that is searched."""
 
     inventory: Inventory
     method: Method
@@ -54,6 +56,8 @@ class Job:
     mtp: Literal["keep", "drop"] = "keep"
     layers: list[int] = field(default_factory=list)
     device: str = "cpu"
+    search: Search | None = None
+    found: dict[str, Any] = field(default_factory=dict)  # what the plan says about the search
 
     def __post_init__(self) -> None:
         self.layers = self.layers or self.inventory.layers
@@ -112,7 +116,7 @@ def make_plan(job: Job, router_groups: Any, uniform: bool, options: Mapping[str,
     if ahead:
         entries = {**entries, **_ahead(job, ahead, max(len(entry.keep) for entry in entries.values()), router_groups)}
     _warn(entries, job)
-    used = {"budget": job.budget, **({"keep": job.keep} if job.keep is not None else {}), **job.values, **options}
+    used = {"budget": job.budget, **({"keep": job.keep} if job.keep is not None else {}), **job.values, **options, **job.found}
     calibration = job.tokens
     if job.statistics:
         calibration = CalibrationData(fingerprint=job.statistics.header["data"]["fingerprint"], tokens=job.statistics.tokens)
@@ -197,6 +201,7 @@ def _even_out(job: Job, uneven: Mapping[int, LayerPlan], counts: Mapping[int, in
     found = f"{job.budget} kept {min(counts.values())} to {max(counts.values())} experts per layer, {total} in all"
     job.keep, job.budget, job.resume = count, "uniform", True  # the measurements made before are reused
     job.notes.clear()  # those of the discarded plan
+    job.found.clear()
     entries = _entries(job)
     note = f"{found}; uniform keeps {count} in each of {len(counts)}, {count * len(counts)} in all"
     before, after = (_kept_share(plan, job) for plan in (uneven, entries))
@@ -230,11 +235,14 @@ def _kept_share(entries: Mapping[int, LayerPlan], job: Job) -> float | None:
 def _by_saliency(job: Job) -> dict[int, LayerPlan]:
     saliency = {layer: _finite(job, layer, scores) for layer, scores in _scores(job)}
     assert job.keep is not None
+
+    def best(counts: Mapping[int, int]) -> dict[int, list[int]]:
+        return {n: most_salient(saliency[n], count, job.rules[n], job.method.ties) for n, count in counts.items()}
+
     if job.budget == "uniform":
-        kept = {
-            layer: most_salient(values, job.count(layer), job.rules[layer], job.method.ties)
-            for layer, values in saliency.items()
-        }
+        kept = best({layer: job.count(layer) for layer in saliency})
+    elif job.budget in SEARCHED:
+        kept = best(_searched(job, best, {layer: len(values) for layer, values in saliency.items()}))
     else:
         kept = over_layers(saliency, job.keep, job.rules, job.method.ties)
     return {
@@ -297,6 +305,14 @@ def _by_order(job: Job) -> dict[int, LayerPlan]:
         removed = {layer: order.stop for layer, order in orders.items()}
     elif job.budget == "uniform":
         removed = {layer: job.rules[layer].num_experts - job.count(layer) for layer in orders}
+    elif job.budget in SEARCHED:
+
+        def left(counts: Mapping[int, int]) -> dict[int, list[int]]:
+            gone = {n: orders[n].experts[: job.rules[n].num_experts - count] for n, count in counts.items()}
+            return {n: [e for e in range(job.rules[n].num_experts) if e not in gone[n]] for n in counts}
+
+        counts = _searched(job, left, {layer: len(order.experts) for layer, order in orders.items()})
+        removed = {layer: job.rules[layer].num_experts - count for layer, count in counts.items()}
     else:
         refuse_groups(job.rules)
         total = sum(job.rules[layer].num_experts - job.count(layer) for layer in orders)
@@ -323,6 +339,101 @@ def _say(job: Job, said: Sequence[tuple[str, int]]) -> None:
     for text in dict.fromkeys(text for text, _ in said):
         where = [layer for other, layer in said if other == text]
         job.notes.append(f"{_place(where, job)}: {text}")
+
+
+def _searched(
+    job: Job, kept: Callable[[Mapping[int, int]], dict[int, list[int]]], removable: Mapping[int, int]
+) -> dict[int, int]:
+    """Experts that each layer keeps, by a budget that runs the masked model; the uniform budget's if that is no worse.
+
+    Args:
+        kept: experts to keep by layer → their ids, by the method.
+        removable: experts that the method can remove at most, by layer.
+    """
+    search = job.search
+    assert search is not None
+    space = space_of({layer: job.count(layer) for layer in removable}, job.rules, removable)
+
+    def counts(removals: Removals) -> dict[int, int]:
+        taken = zip(space.layers, removals, strict=True)
+        return {layer: job.rules[layer].num_experts - removed * space.unit for layer, removed in taken}
+
+    if not space.free:
+        job.notes.append(f"budget {job.budget}: no other distribution over the layers is possible, so it is the uniform one")
+        return counts(space.uniform)
+    judge = search.judge(search.values["samples"])
+    known, save = _earlier(job, judge)
+    with job.progress.task("search", rounds(job.budget, search.values, len(space.layers)), "plans") as advance:
+        scores = Scores(
+            space,
+            lambda removals: kept(counts(removals)),
+            judge.score,
+            Random(search.seed),
+            job.progress.note,
+            advance,
+            known,
+            save,
+        )
+        found = SEARCHED[job.budget](scores, **search.values)
+        best, uniform = scores(found), scores(space.uniform)
+    if best <= uniform:
+        found = space.uniform
+    _tell(job, judge, scores, found)
+    return counts(found)
+
+
+def _earlier(job: Job, judge: Judge) -> tuple[dict[str, float], Callable[[str, float], None]]:
+    """Scores that an interrupted run has left in the work folder, and what adds one."""
+    assert job.search is not None
+    folder, dtype = job.search.folder, job.search.dtype
+    if folder is None:
+        return {}, lambda key, score: None
+    path = folder / "scores.jsonl"
+
+    def held() -> dict[str, float]:
+        groups = {str(n): rules.groups for n, rules in job.rules.items()}
+        _prepare(folder, job, {"text": judge.fingerprint, "dtype": dtype, "exact": judge.exact, "groups": groups})
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a killed run may have left half a line
+        path.write_text("".join(whole), encoding="utf-8")
+        return dict(json.loads(line) for line in whole)
+
+    def save(key: str, score: float) -> None:
+        if current().first:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([key, score]) + "\n")
+
+    return current().leading(held), save
+
+
+def _tell(job: Job, judge: Judge, scores: Scores, found: Removals) -> None:
+    """What the plan says about a search: its settings and result in the options, and notes for its reader."""
+    assert job.search is not None
+    space = scores.space
+    best, uniform = scores(found), scores(space.uniform)
+    job.found["search"] = {
+        **job.search.values,
+        "seed": job.search.seed,
+        "data": judge.fingerprint,
+        "tokens": judge.tokens,
+        "exact": judge.exact,
+        "scored": len(scores.seen),
+        "esap": best,
+        "uniform_esap": uniform,
+    }
+    told = f"on {judge.tokens:,} predicted tokens; {len(scores.seen)} distributions of experts over layers were scored"
+    if found == space.uniform:
+        job.notes.append(f"budget {job.budget} found nothing better than uniform (ESAP {uniform:.4f} {told}), so it is uniform")
+    else:
+        job.notes.append(f"budget {job.budget}: ESAP {best:.4f}, uniform {uniform:.4f} ({told})")
+    if not judge.exact:
+        job.notes.append(
+            "ESAP is an upper bound: of the original's distributions the 256 most probable tokens were stored, and the others as one"
+        )
+    if job.statistics is not None and job.statistics.header["data"]["fingerprint"] == judge.source:
+        job.notes.append(
+            "the experts per layer were searched on the calibration text, so ESAP flatters this plan; evaluate it on held-out text"
+        )
 
 
 def _place(layers: list[int], job: Job) -> str:

@@ -42,7 +42,11 @@ def compare(
     *,
     budgets: Annotated[
         Sequence[str],
-        Opt("uniform, global or threshold (the methods' own, without --keep). Repeatable.", "--budget", shown=False),
+        Opt(
+            "uniform, global, threshold (the methods' own, without --keep), sensitivity or esap (searched on --data). Repeatable.",
+            "--budget",
+            shown=False,
+        ),
     ] = ("uniform",),
     heal: Annotated[
         Sequence[str],
@@ -65,7 +69,7 @@ def compare(
         methods: `NAME[:KEY=VALUE,…]` each, or "all".
         keep: ratios or counts.
         eval_data: held-out text, `[DOMAIN=]SOURCE[:N]` each.
-        budgets: "uniform", "global" or "threshold" (the methods' own, without keep).
+        budgets: "uniform", "global", "threshold" (the methods' own, without keep), "sensitivity" or "esap" (searched on `data`, with their usual options).
         heal: ways of healing, `NAME[:KEY=VALUE,…]`, each beside the cell without.
 
     A cell's plan is in `out/plans` (apply it to get that model). It is evaluated on the loaded original with the plan's experts masked and

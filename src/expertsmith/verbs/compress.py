@@ -46,7 +46,7 @@ from expertsmith.verbs.options import (
     Uniform,
     part,
 )
-from expertsmith.verbs.plan import fitting, plan, request
+from expertsmith.verbs.plan import check_search, fitting, plan, request
 from expertsmith.verbs.verify import verify
 from expertsmith.views import show
 from expertsmith.views.progress import timed
@@ -167,11 +167,13 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
     said: list[str] = []
     method, keep = _usual(method, keep, fit, budget, data, stats, domains, said)
     fitted = fitting(inventory, fit, context, keep, budget, uniform, router_groups, mtp)
-    chosen = request(inventory, method, fitted.keep if fitted else keep, budget, options, router_groups)[0]
-    if not chosen.data_free or heal is not None or (measure and (eval_data or data)):
+    chosen, *_, searching = request(inventory, method, fitted.keep if fitted else keep, budget, options, router_groups)
+    check_search(inventory, budget or "", data, uniform)
+    reads_text = not chosen.data_free or searching is not None
+    if reads_text or heal is not None or (measure and (eval_data or data)):
         refuse_without_class(inventory.architecture, f"{inventory.checkpoint.source}/config.json")
     _check_heal(heal, data, inventory, requantise, fitted is not None)
-    calibrates = heal is not None or (stats is None and not chosen.data_free)
+    calibrates = heal is not None or searching is not None or (stats is None and not chosen.data_free)
     split = measure and calibrates and not eval_data
     texts, judged = _apart(data, said) if split else (list(data), list(eval_data))
     for line in said:
@@ -241,7 +243,7 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
                 )
     quality = None
     if measure and (judged or texts):
-        held_out = bool(judged) or (heal is None and chosen.data_free)
+        held_out = bool(judged) or (heal is None and not reads_text)
         with timed(seconds, "evaluate"):
             found = evaluate(
                 target,

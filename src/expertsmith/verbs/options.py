@@ -110,7 +110,7 @@ Domains = Annotated[Sequence[str], Opt("Use only this domain of the statistics. 
 Budget = Annotated[
     str | None,
     Opt(
-        "uniform: every layer keeps the same number; global: the layers share one total; threshold: the method's own. Default: the method's usual.",
+        "uniform: every layer keeps the same number; global: the layers share one total; threshold: the method's own; sensitivity, esap: searched on --data, with the uniform total. Default: the method's usual.",
         shown=False,
         panel=CHOICE,
     ),

@@ -37,9 +37,12 @@ from expertsmith.verbs.options import (
 )
 from expertsmith.views import show
 
+JUDGED_TOKENS = 4096  # tokens that run at once when logits over the vocabulary are in memory
+
 if TYPE_CHECKING:
     from expertsmith.methods.base import Budget as BudgetName
     from expertsmith.methods.base import Method
+    from expertsmith.planning.budgets import Judge
     from expertsmith.planning.fit import Fit as Fitted
     from expertsmith.planning.plan import Plan
 
@@ -105,9 +108,10 @@ def plan(  # noqa: C901  (a case a kind of method)
         context: tokens of that KV cache; 0 counts the weights only.
         stats: statistics of `calibrate`; without them `data` is calibrated first.
         domains: use only these domains of the statistics.
-        budget: "uniform" (every layer alike), "global" (the layers share one total) or "threshold" (the method's own); None: the method's usual.
+        budget: "uniform" (every layer alike), "global" (the layers share one total), "threshold" (the method's own), "sensitivity" (from what each
+            layer costs alone, measured on `data`) or "esap" (an evolutionary search on `data`); None: the method's usual.
         uniform: of a budget that leaves layers different numbers, make the nearest plan with one number, and note what that costs.
-        options: the method's own options, see `expertsmith methods`.
+        options: the method's own options, see `expertsmith methods`, and those of a searched budget.
         router_groups: "keep" drops the same number from every expert_group; "flatten" gives up the groups (n_group = 1).
         mtp: "keep" prunes multi-token-prediction layers with the others, to the same number of experts; "drop" leaves them out.
         work: folder that keeps what is costly to compute again (statistics of `data`, measured weights, finished searches); default: in
@@ -117,6 +121,7 @@ def plan(  # noqa: C901  (a case a kind of method)
         UserError: unknown method or option, a keep that the router cannot work with, a memory into which nothing or everything fits, statistics of another model, a file that fits no format.
     """
     from expertsmith.planning import build as planning
+    from expertsmith.planning.budgets import Search
 
     current().wait()  # until every rank has found that the output is not there yet
     if (method is None) == (from_file is None):
@@ -132,31 +137,30 @@ def plan(  # noqa: C901  (a case a kind of method)
         return made
     fitted = fitting(inventory, fit, context, keep, budget, uniform, router_groups, mtp)
     keep = fitted.keep if fitted else keep
-    chosen, values, share, chosen_budget, rules = request(inventory, method, keep, budget, options, router_groups)
+    chosen, values, share, chosen_budget, rules, searching = request(inventory, method, keep, budget, options, router_groups)
     if share is not None:
         progress.note(_said(share, rules.values()))
-    if domains and (chosen.reads == "model" or chosen.data_free):
-        raise UserError(f"method {method} reads no statistics, so --domain has no effect", "remove --domain")
     calibrates = chosen.reads == "statistics" and stats is None
-    if calibrates and not data:
-        raise UserError(
-            f"method {method} needs calibration", "pass --stats STATS (made by `expertsmith calibrate`) or --data FILE"
-        )
-    if chosen.reads == "model" and not data:
-        raise UserError(f"method {method} runs the model on text", "pass --data FILE")
+    _refuse_textless(chosen, calibrates, data, domains)
+    check_search(inventory, chosen_budget, data, uniform)
     job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress)
     job.mtp, job.device = mtp, given["device"]
     job.batch_tokens = given["batch_tokens"]
     job.resume = given["resume"]
     if chosen.reads == "model":
         job.open = partial(model_and_tokens, inventory, data, given, router_groups)
-    with _work(chosen, calibrates, work, out, progress) as place:
+    with ExitStack() as held:
+        place = held.enter_context(_work("statistics" if calibrates else "measured", calibrates, work, out, progress))
         if calibrates:
             assert place is not None
             options = {**given, "all_outputs": chosen.all_outputs, "overwrite": overwrite}
             stats = calibrate(inventory.checkpoint.source, data, place, **options)
         else:
             job.work = place
+        if searching is not None:
+            place = held.enter_context(_work("searched", calibrates, work and Path(work) / "searched", out, progress))
+            judge = partial(_judge, inventory, data, given, router_groups)
+            job.search = Search(searching, given["seed"], judge, given["dtype"], place)
         if chosen.reads == "statistics":
             assert stats is not None
             job.statistics = planning.statistics_for(inventory, chosen, stats, domains)
@@ -176,14 +180,13 @@ def _save(made: Plan, out: str | Path | None) -> None:
 
 
 @contextmanager
-def _work(
-    chosen: Method, calibrates: bool, work: str | Path | None, out: str | Path | None, progress: Any
-) -> Iterator[Path | None]:
-    """Where a plan's costly results lie: statistics of its data, or what its method measures. The first rank makes and removes it."""
-    if work is not None or (out is None and not calibrates):
+def _work(part: str, always: bool, work: str | Path | None, out: str | Path | None, progress: Any) -> Iterator[Path | None]:
+    """Where a plan's costly results lie: statistics of its data, what its method measures, or scores of a search. The first rank makes and removes
+    it. `always`: also for a plan that is not written."""
+    if work is not None or (out is None and not always):
         yield None if work is None else Path(work)
         return
-    target, part = Path(out or "plan.json"), "statistics" if calibrates else "measured"
+    target = Path(out or "plan.json")
     with ExitStack() as held:
         if current().first:
             held.enter_context(work_beside(target, part, progress.note))
@@ -246,14 +249,16 @@ def request(
     budget: str | None,
     options: Mapping[str, Any] | None,
     router_groups: str,
-) -> tuple[Method, dict[str, Any], float | int | None, BudgetName, dict[int, Rules]]:
-    """Everything that was asked for, checked before anything is computed."""
+) -> tuple[Method, dict[str, Any], float | int | None, BudgetName, dict[int, Rules], dict[str, Any] | None]:
+    """Everything that was asked for, checked before anything is computed. The last are the options of a searched budget, None with another."""
     from expertsmith import methods as registered
+    from expertsmith.planning import budgets
     from expertsmith.planning import build as planning
     from expertsmith.surgery.uneven import refuse_padded
 
     chosen = registered.find(method)
-    values = chosen.parse_options(options or {})
+    own, searching = budgets.parse_options(budget, options or {})
+    values = chosen.parse_options(own)
     share = None if keep is None else parse_keep(keep)
     refuse_padded(inventory)
     chosen_budget = planning.choose_budget(chosen, budget, share)
@@ -262,7 +267,52 @@ def request(
         where = inventory.checkpoint.source
         for layer, entry in rules.items():
             keep_count(share, entry, where if len(set(rules.values())) == 1 else f"decoder layer {layer} of {where}")
-    return chosen, values, share, chosen_budget, rules
+    return chosen, values, share, chosen_budget, rules, searching
+
+
+def _refuse_textless(chosen: Method, calibrates: bool, data: Sequence[str], domains: Sequence[str]) -> None:
+    if domains and (chosen.reads == "model" or chosen.data_free):
+        raise UserError(f"method {chosen.name} reads no statistics, so --domain has no effect", "remove --domain")
+    if calibrates and not data:
+        raise UserError(
+            f"method {chosen.name} needs calibration", "pass --stats STATS (made by `expertsmith calibrate`) or --data FILE"
+        )
+    if chosen.reads == "model" and not data:
+        raise UserError(f"method {chosen.name} runs the model on text", "pass --data FILE")
+
+
+def check_search(inventory: Inventory, budget: str, data: Sequence[str], uniform: bool) -> None:
+    """Refuse a searched budget without text, or one whose plan could not be applied."""
+    from expertsmith.planning.budgets import SEARCHED
+    from expertsmith.surgery.uneven import check_uneven
+
+    if budget not in SEARCHED:
+        return
+    if not data:
+        raise UserError(f"budget {budget} runs the model on text", "pass --data FILE (the calibration text will do)")
+    if not uniform:
+        check_uneven(inventory)
+
+
+def _judge(inventory: Inventory, data: Sequence[str], given: Mapping[str, Any], router_groups: str, samples: int) -> Judge:
+    """What scores plans of a searched budget: the model with routers masked, held against itself on `samples` sequences of the text."""
+    from expertsmith.evaluation.overlap import Overlap
+    from expertsmith.planning.budgets import Judge
+    from expertsmith.surgery.mask import masked
+
+    model, tokens = model_and_tokens(inventory, data, given, router_groups)
+    text = tokens.first(samples)
+    ranks = current()
+    ranks.agree("text", lambda: text.fingerprint)
+    given["progress"].note(f"search: {sum(map(len, text.sequences.values()))} of its sequences")
+    size = min(given["batch_tokens"] or JUDGED_TOKENS, JUDGED_TOKENS)
+    overlap = Overlap(model, text.batches(size), ranks)
+    counts = {layer: inventory.experts_in(layer) for layer in inventory.layers}
+
+    def score(kept: Mapping[int, Sequence[int]]) -> float:
+        return overlap.of(masked(model, kept, counts))
+
+    return Judge(score, text.fingerprint, tokens.fingerprint, overlap.tokens, overlap.exact)
 
 
 def _said(share: float | int, rules: Iterable[Rules]) -> str:

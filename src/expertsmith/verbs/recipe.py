@@ -84,7 +84,7 @@ def _sensible_keep(value: float | int | str) -> float | int | str:
 
 Specs = Annotated[list[str], AfterValidator(_specs)]  # [DOMAIN=]SOURCE[:N] each
 Share = Annotated[float | int | str, AfterValidator(_sensible_keep)]
-BudgetName = Literal["uniform", "global", "threshold"]
+BudgetName = Literal["uniform", "global", "threshold", "sensitivity", "esap"]
 
 
 class _Step(BaseModel):
@@ -160,9 +160,12 @@ class PlanStep(PLAN):  # type: ignore[misc]
     @model_validator(mode="after")
     def _known_options(self) -> PlanStep:
         from expertsmith.methods import find
+        from expertsmith.planning import budgets
 
         method, options = find(self.method), self.options or {}
-        _all_faults([partial(method.parse_options, {name: given}) for name, given in options.items()])
+        own = [name for name in options if name not in budgets.option_names(self.budget)]
+        search = partial(budgets.parse_options, self.budget, options)
+        _all_faults([search, *(partial(method.parse_options, {name: options[name]}) for name in own)])
         return self
 
 
@@ -281,6 +284,8 @@ def _plan_faults(there: Mapping[str, Any]) -> list[str]:
         faults.append(f"plan: method {method.name} needs statistics: add a calibrate section or plan.stats")
     if method and method.reads == "model" and not plan.get("data"):
         faults.append(f"plan: method {method.name} needs text: add plan.data")
+    if plan.get("budget") in ("sensitivity", "esap") and not plan.get("data"):
+        faults.append(f"plan: budget {plan['budget']} runs the model on text: add plan.data")
     calibrate = there["calibrate"] if isinstance(there.get("calibrate"), Mapping) else None
     if method and method.all_outputs and calibrate is not None and not plan.get("stats") and not calibrate.get("all_outputs"):
         faults.append(
