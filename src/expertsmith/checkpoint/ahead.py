@@ -24,6 +24,16 @@ class _Reader(Checkpoint):
     memory: Callable[[int], Any] = field(kw_only=True)
     stopped: bool = field(default=False, kw_only=True)
 
+    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """See `Checkpoint.read`. After an error, nothing more is read."""
+        try:
+            if self.stopped:
+                raise CancelledError
+            return super().read(name, first, last)
+        except BaseException:
+            self.stopped = True
+            raise
+
     def _bytes(self, info: TensorInfo, start: int, nbytes: int) -> Any:
         buffer = self.memory(nbytes)
         view = memoryview(buffer)
@@ -77,7 +87,7 @@ class EarlyReads(Checkpoint):
         """Drop tensors that were read ahead, once for each use."""
         for name in names:
             self._uses[name] -= 1
-            if self._uses[name] <= 0:
+            if self._uses[name] == 0:
                 self._reads.pop(name, None)
 
     def stop(self) -> None:

@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from expertsmith.arch import Architecture, config_first, config_get, text_config
 from expertsmith.arch.base import MTP_PATTERN, roles_of
 from expertsmith.checkpoint import Checkpoint
-from expertsmith.checkpoint.ahead import EarlyReads, early
 from expertsmith.checkpoint.floats import Floats, filled, floats
 from expertsmith.engine.devices import Memory, choose_device, dtype_of, free_memory
 from expertsmith.engine.experts import install
@@ -27,6 +26,7 @@ from expertsmith.engine.layout import experts_of, has_experts, is_grouped
 from expertsmith.engine.mtp import Ahead, ahead_of, known_names, lengthen, why_not_played
 from expertsmith.engine.on_demand import Source, remove
 from expertsmith.engine.pages import own_pages, trim
+from expertsmith.engine.read_ahead import ReadAhead
 from expertsmith.engine.stock import Naming, ignored, naming, quietly, read_in, renamer, splits, without_initialisation
 from expertsmith.engine.trial import why_not_run
 from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
@@ -35,9 +35,6 @@ from expertsmith.experts.inventory import Inventory, take_inventory
 
 MOST_TOKENS, LEAST_TOKENS, BUFFER = 8192, 512, 16 * 2**20  # of a batch; bytes
 SHARE_OF_A_LAYER = 0.25  # of the free memory, at most, for the experts of one decoder layer
-SHARE_READ_AHEAD = (
-    0.25  # of the free main memory, at most, for the stored bytes of the next decoder layer; two models may read ahead
-)
 CHECKED_AT_ONCE = 2**22  # elements
 _RUNS: set[str] = set()  # configs whose models can run, as tried by this process
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # safetensors' names
@@ -69,9 +66,7 @@ class LoadedModel:
     _checked: set[int] = field(default_factory=set, repr=False)
     _names: Mapping[str, str | None] = field(default_factory=dict)  # of multi-token prediction: tensor → its name in the module
     ahead: Ahead | None = None
-    _early: tuple[Checkpoint, EarlyReads] | None = (
-        None  # a view of `weights`, and its reads from disk, which can begin early (stream)
-    )
+    _reads: ReadAhead | None = None  # the reads of the layers' weights (stream)
     _experts: Inventory | None = None  # to read routed experts on demand; None: they are loaded with their layer
 
     @property
@@ -123,7 +118,8 @@ class LoadedModel:
             try:
                 self._load(index)
             finally:
-                self.stop_reading()
+                if self._reads is not None:
+                    self._reads.end()
         if index not in self._checked or self.memory == "stream":
             _align(self.layers[index])
         if index not in self._checked:
@@ -131,21 +127,15 @@ class LoadedModel:
             self._checked.add(index)
 
     def read_ahead(self, index: int) -> None:
-        """Begin to read the stored bytes of decoder layer `index` in the background (stream), for the next `bring`. They are the only memory
-        that this takes. Nothing is read ahead if they are more than `SHARE_READ_AHEAD` of the free main memory, or experts are read on
-        demand."""
-        if self._early is None or self._experts is not None:
-            return
-        parts = [part for name in self._groups.get(index, []) for part in self.weights.parts(name)]
-        _, reads = self._early
-        size = sum(reads.tensors[name].nbytes for name in set(parts))
-        if size <= SHARE_READ_AHEAD * free_memory(torch.device("cpu")):
-            reads.begin(parts)
+        """Begin to read decoder layer `index` in the background, for the next `bring` (stream). Experts that are read on demand are not read
+        ahead, nor is a layer beside them: memory is short."""
+        if self._reads is not None and self._experts is None:
+            self._reads.begin(index)
 
     def stop_reading(self) -> None:
-        """Stop reading ahead, and drop what was read and not used."""
-        if self._early is not None:
-            self._early[1].stop()
+        """Stop reading ahead, and return the memory that it took."""
+        if self._reads is not None:
+            self._reads.close()
 
     def release(self, index: int) -> None:
         """Release the weights of decoder layer `index` (stream)."""
@@ -182,18 +172,11 @@ class LoadedModel:
         assert self._experts is not None
         return {claim.info.name for claims in self._experts.expert_claims(index) for claim in claims}
 
-    def _take(self, name: str) -> torch.Tensor:
-        if self._early is None:
-            return self.weights.read(name)
-        view, reads = self._early
-        found = view.read(name)
-        reads.used(view.parts(name))
-        return found
-
     def _read_in(self, names: Sequence[str], where: str) -> None:
         """Load tensors of the checkpoint into the module, with transformers' own renaming and fusing."""
         assert self._naming is not None
-        state = {self._names.get(name) or name: _Unread(self._take, name) for name in names}
+        take = self._reads.take if self._reads is not None else self.weights.read
+        state = {self._names.get(name) or name: _Unread(take, name) for name in names}
         with own_pages():
             outcome = read_in(self._naming, state, self.device)
         _refuse_mismatched(outcome.mismatched)
@@ -312,10 +295,10 @@ def load_model(
     path = layers_of(module, architecture.layers if architecture else "model.layers")
     layers = list(module.get_submodule(path))  # type: ignore[arg-type]
     loaded = LoadedModel(module, layers, checkpoint, architecture, memory, target, chosen, weights)
-    loaded._early = early(weights) if memory == "stream" else None
     loaded._prefix = f"{path}."
     loaded._names = known_names(whole) if whole is not None else {}
     buffers = _group_names(loaded)
+    loaded._reads = ReadAhead(weights, loaded._groups, target) if memory == "stream" else None
     if stock:
         # some families initialise buffers again after loading (Zaya's balancing biases in transformers 5.23): use the checkpoint's values
         loaded._read_in(buffers, "of the routers")
