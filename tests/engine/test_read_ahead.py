@@ -16,7 +16,7 @@ from expertsmith import api
 from expertsmith.arch import families
 from expertsmith.checkpoint import ahead, open_checkpoint
 from expertsmith.checkpoint.reader import Checkpoint
-from expertsmith.engine import Batch, Walk, load_model, read_ahead
+from expertsmith.engine import Batch, Walk, devices, load_model, read_ahead
 from expertsmith.errors import UserError
 from quantise import WIDE, quantise_checkpoint
 
@@ -262,6 +262,20 @@ def test_a_layer_that_does_not_fit_beside_another_is_not_read_ahead(streamed, co
     with Walk(streamed, batches()) as walk:
         list(walk.layers())
     assert any(in_thread for _, in_thread in counted)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_that_a_control_group_holds_count_as_free(version, tmp_path, monkeypatch):
+    """Of 1000 bytes 900 are used, 600 of them by files read long ago: 700 are free."""
+    folder = tmp_path if version == 2 else tmp_path / "memory"
+    folder.mkdir(exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for name, number in zip(names, (1000, 900), strict=True):
+        (folder / name).write_text(f"{number}\n")
+    held = "inactive_file 600\n" if version == 2 else "inactive_file 5\ntotal_inactive_file 600\n"
+    (folder / "memory.stat").write_text(f"anon 300\n{held}")
+    monkeypatch.setattr(devices, "GROUP", tmp_path)
+    assert devices._free_memory() == 700
 
 
 def test_pinned_memory_is_used_again(deep):
