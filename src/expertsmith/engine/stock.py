@@ -10,12 +10,10 @@ checkpoint into a module. `tests/surgery/test_families.py` tests that the result
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -87,7 +85,7 @@ def read_in(naming: Naming, state: Mapping[str, Any], device: torch.device) -> O
 
     # loading marks the entries as used and as active; what they hold is copied by transformers before it is filled
     options = LoadStateDictConfig(
-        weight_mapping=list(map(_quick, naming.mapping)),
+        weight_mapping=list(map(copy, naming.mapping)),
         dtype=naming.dtype,
         dtype_plan=naming.dtype_plan,
         device_map={"": device},
@@ -95,33 +93,6 @@ def read_in(naming: Naming, state: Mapping[str, Any], device: torch.device) -> O
     with quietly(), _one_by_one():
         info, _ = convert_and_load_state_dict_in_model(naming.module, dict(state), options)
     return Outcome(list(info.mismatched_keys), dict(info.conversion_errors), set(info.missing_keys))
-
-
-def _quick(entry: Any) -> Any:
-    """A copy of an entry of a mapping, of which deep copies are cheap."""
-    from transformers.core_model_loading import WeightConverter
-
-    made = copy(entry)
-    if type(made) is WeightConverter:
-        made.__class__ = _quick_converter()
-    return made
-
-
-@cache
-def _quick_converter() -> Any:
-    """A class of converters whose deep copy is new only in what loading fills. transformers makes one for every tensor, and uses the first of each
-    parameter's; of experts that are stored one by one, the others take a third of the time of loading a layer."""
-    from transformers.core_model_loading import WeightConverter
-
-    class Quick(WeightConverter):  # type: ignore[misc]
-        __slots__ = ()
-
-        def __deepcopy__(self, _: Any) -> Any:
-            made = copy(self)
-            made.collected_tensors, made.layer_targets = defaultdict(list), defaultdict(set)
-            return made
-
-    return Quick
 
 
 def grouped_linear(
