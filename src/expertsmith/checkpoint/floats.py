@@ -108,6 +108,13 @@ class Floats(Checkpoint):
             whole[begin - first : end - first] = decode(entry, self.raw.read, begin, end, kind)
         return whole
 
+    def parts(self, name: str) -> list[str]:
+        """See `Checkpoint`: codes and scales of a quantised weight, nothing for zeros."""
+        if name in self.zeros:
+            return []
+        entry = self.stored.get(name)
+        return [name] if entry is None else [part.name for part in entry.parts.values()]
+
     def encoded(self, name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Encode new values of a quantised weight (or of rows of it) in its own format: tensor on disk → new content,
         for the tensors that change.

@@ -135,20 +135,35 @@ class Checkpoint:
             shape, start, nbytes = (last - first, *shape[1:]), start + first * row, (last - first) * row
         if not nbytes:
             return torch.empty(shape, dtype=getattr(torch, dtype))
-        buffer = _fresh(nbytes)
-        with open(info.file, "rb", buffering=0) as stream:
-            stream.seek(start)
-            view = memoryview(buffer)
-            while view:
-                count = stream.readinto(view)
-                if not count:
-                    raise UserError(f"{info.file.name} ended in the middle of {name}", "download the shard again")
-                view = view[count:]
-        return torch.frombuffer(buffer, dtype=getattr(torch, dtype)).reshape(shape)
+        return torch.frombuffer(self._bytes(info, start, nbytes), dtype=getattr(torch, dtype)).reshape(shape)
+
+    def _bytes(self, info: TensorInfo, start: int, nbytes: int) -> Any:
+        buffer = fresh(nbytes)
+        fill(memoryview(buffer), info, start)
+        return buffer
+
+    def parts(self, name: str) -> list[str]:
+        """The tensors on disk that a tensor is made from: itself, unless the checkpoint is a view of another."""
+        return [name]
 
 
-def _fresh(nbytes: int) -> bytearray | mmap.mmap:
-    """Memory for one tensor; a large one gets its own pages. These return to the system when the tensor is freed, while a heap with
+def fill(view: memoryview, info: TensorInfo, start: int) -> None:
+    """Fill a buffer with the bytes of a tensor's file from byte `start` on.
+
+    Raises:
+        UserError: the file ends before.
+    """
+    with open(info.file, "rb", buffering=0) as stream:
+        stream.seek(start)
+        while view:
+            count = stream.readinto(view)
+            if not count:
+                raise UserError(f"{info.file.name} ended in the middle of {info.name}", "download the shard again")
+            view = view[count:]
+
+
+def fresh(nbytes: int) -> bytearray | mmap.mmap:
+    """New memory for one tensor; a large one gets its own pages. These return to the system when the tensor is freed, while a heap with
     longer-lived blocks in between would keep its largest size. They are also aligned, so no copy is needed for alignment."""
     if nbytes < OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return bytearray(nbytes)

@@ -17,12 +17,14 @@ from expertsmith.errors import UserError
 from expertsmith.ranks import ALONE, Ranks
 
 Memory = Literal["resident", "stream"]
+GROUP = Path("/sys/fs/cgroup")
 
 
 def choose_memory(
     memory: str, checkpoints: Sequence[Checkpoint], device: torch.device, dtype: str = "auto", ranks: Ranks = ALONE
 ) -> Memory:
     """Return the memory mode; `auto` streams if the models together would take more than 70 % of the free memory of any of the `ranks`.
+    A streamed model holds one decoder layer, and in main memory at most the stored bytes of the next (`engine.read_ahead`).
 
     Raises:
         UserError: another word than auto, resident or stream.
@@ -54,8 +56,8 @@ def _free_memory() -> int:
     free = psutil.virtual_memory().available
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         with contextlib.suppress(OSError, ValueError):  # no such control group, or "max"
-            root = Path("/sys/fs/cgroup")
-            free = min(free, int((root / limit).read_text()) - int((root / used).read_text()))
+            left = int((GROUP / limit).read_text()) - int((GROUP / used).read_text())
+            free = min(free, left + _reclaimable((GROUP / used).parent / "memory.stat"))
     with contextlib.suppress(ImportError):  # Windows has no limits of this kind
         import resource
 
@@ -65,6 +67,16 @@ def _free_memory() -> int:
             if soft != resource.RLIM_INFINITY:
                 free = min(free, soft - held)
     return max(0, free)
+
+
+def _reclaimable(file: Path) -> int:
+    """Bytes of a control group that hold files read long ago. They count as used, but the system gives them up; after a model was read, they
+    fill the group to its limit."""
+    try:
+        entries = dict(line.split() for line in file.read_text().splitlines())
+    except OSError:
+        return 0
+    return int(entries.get("total_inactive_file", entries.get("inactive_file", 0)))
 
 
 def choose_device(device: str) -> torch.device:

@@ -26,6 +26,7 @@ from expertsmith.engine.layout import experts_of, has_experts, is_grouped
 from expertsmith.engine.mtp import Ahead, ahead_of, known_names, lengthen, why_not_played
 from expertsmith.engine.on_demand import Source, remove
 from expertsmith.engine.pages import own_pages, trim
+from expertsmith.engine.read_ahead import ReadAhead
 from expertsmith.engine.stock import Naming, ignored, naming, quietly, read_in, renamer, splits, without_initialisation
 from expertsmith.engine.trial import why_not_run
 from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
@@ -65,6 +66,7 @@ class LoadedModel:
     _checked: set[int] = field(default_factory=set, repr=False)
     _names: Mapping[str, str | None] = field(default_factory=dict)  # of multi-token prediction: tensor → its name in the module
     ahead: Ahead | None = None
+    _reads: ReadAhead | None = None  # the reads of the layers' weights (stream)
     _experts: Inventory | None = None  # to read routed experts on demand; None: they are loaded with their layer
 
     @property
@@ -113,12 +115,27 @@ class LoadedModel:
     def bring(self, index: int) -> None:
         """Load decoder layer `index` and check that its weights are finite."""
         if self.memory == "stream":
-            self._load(index)
+            try:
+                self._load(index)
+            finally:
+                if self._reads is not None:
+                    self._reads.end()
         if index not in self._checked or self.memory == "stream":
             _align(self.layers[index])
         if index not in self._checked:
             _check_finite(self.layers[index], f"decoder layer {index}", selection=self._selection_biases)
             self._checked.add(index)
+
+    def read_ahead(self, index: int) -> None:
+        """Begin to read decoder layer `index` in the background, for the next `bring` (stream). Experts that are read on demand are not read
+        ahead, nor is a layer beside them: memory is short."""
+        if self._reads is not None and self._experts is None:
+            self._reads.begin(index)
+
+    def stop_reading(self) -> None:
+        """Stop reading ahead, and return the memory that it took."""
+        if self._reads is not None:
+            self._reads.close()
 
     def release(self, index: int) -> None:
         """Release the weights of decoder layer `index` (stream)."""
@@ -158,7 +175,8 @@ class LoadedModel:
     def _read_in(self, names: Sequence[str], where: str) -> None:
         """Load tensors of the checkpoint into the module, with transformers' own renaming and fusing."""
         assert self._naming is not None
-        state = {self._names.get(name) or name: _Unread(self.weights, name) for name in names}
+        take = self._reads.take if self._reads is not None else self.weights.read
+        state = {self._names.get(name) or name: _Unread(take, name) for name in names}
         with own_pages():
             outcome = read_in(self._naming, state, self.device)
         _refuse_mismatched(outcome.mismatched)
@@ -193,11 +211,11 @@ class _Unread:
     """A tensor of the checkpoint that is read when transformers takes it (`tensor[...]`, as with a safetensors slice), and not kept. So
     only the tensors being fused (experts' gate and up projections) are in memory twice, not the whole layer."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        self.checkpoint, self.name = checkpoint, name
+    def __init__(self, take: Callable[[str], torch.Tensor], name: str) -> None:
+        self.take, self.name = take, name
 
     def __getitem__(self, _: Any) -> torch.Tensor:
-        return self.checkpoint.read(self.name)
+        return self.take(self.name)
 
 
 def transformers_config(checkpoint: Checkpoint) -> Any:
@@ -280,6 +298,7 @@ def load_model(
     loaded._prefix = f"{path}."
     loaded._names = known_names(whole) if whole is not None else {}
     buffers = _group_names(loaded)
+    loaded._reads = ReadAhead(weights, loaded._groups, target) if memory == "stream" else None
     if stock:
         # some families initialise buffers again after loading (Zaya's balancing biases in transformers 5.23): use the checkpoint's values
         loaded._read_in(buffers, "of the routers")

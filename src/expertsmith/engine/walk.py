@@ -102,6 +102,7 @@ class Walk:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.model.stop_reading()
         self._lanes.close()
         for index, layer in enumerate(self.doors):
             layer.__dict__.pop("forward", None)
@@ -118,10 +119,11 @@ class Walk:
             self._resume(number)  # up to the door of the first layer that runs
         last = len(self.model.layers) - 1 if until is None else until
         for index in range(self.skip, last + 1):
-            if not self._ahead:
-                self.model.bring(index)
-            elif index + 1 < len(self.doors):
-                self.model.bring(index + 1)
+            wanted = index + self._ahead
+            if wanted < len(self.doors):
+                self.model.bring(wanted)
+            if wanted < min(last + self._ahead, len(self.doors) - 1):
+                self.model.read_ahead(wanted + 1)
             self._pass(index)
             self.model.release(index)
             yield index
