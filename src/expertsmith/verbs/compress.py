@@ -170,6 +170,8 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
     chosen = request(inventory, method, fitted.keep if fitted else keep, budget, options, router_groups)[0]
     if not chosen.data_free or heal is not None or (measure and (eval_data or data)):
         refuse_without_class(inventory.architecture, f"{inventory.checkpoint.source}/config.json")
+    if chosen.constants and (heal is not None or fitted):
+        raise UserError(f"method {method} cannot be combined with {'--heal' if heal else '--fit'}", "leave it out")
     _check_heal(heal, data, inventory, requantise, fitted is not None)
     calibrates = heal is not None or (stats is None and not chosen.data_free)
     split = measure and calibrates and not eval_data
@@ -192,6 +194,7 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
                     texts,
                     work["statistics"],
                     all_outputs=chosen.all_outputs,
+                    output_moments=chosen.output_moments,
                     overwrite=overwrite,
                     **given,
                 )

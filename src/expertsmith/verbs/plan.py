@@ -51,7 +51,7 @@ def _show(made: Any, given: Mapping[str, Any]) -> None:
 
 
 @verb(FLOW, show=_show, plain=lambda made, given: made.to_json(), keeps=out_and("work"), ranks=True)
-def plan(  # noqa: C901  (a case a kind of method)
+def plan(
     model: Model,
     method: Annotated[str | None, Opt("How experts are scored; see `expertsmith methods`.", "--method", "-m")] = None,
     keep: Keep = None,
@@ -135,15 +135,8 @@ def plan(  # noqa: C901  (a case a kind of method)
     chosen, values, share, chosen_budget, rules = request(inventory, method, keep, budget, options, router_groups)
     if share is not None:
         progress.note(_said(share, rules.values()))
-    if domains and (chosen.reads == "model" or chosen.data_free):
-        raise UserError(f"method {method} reads no statistics, so --domain has no effect", "remove --domain")
     calibrates = chosen.reads == "statistics" and stats is None
-    if calibrates and not data:
-        raise UserError(
-            f"method {method} needs calibration", "pass --stats STATS (made by `expertsmith calibrate`) or --data FILE"
-        )
-    if chosen.reads == "model" and not data:
-        raise UserError(f"method {method} runs the model on text", "pass --data FILE")
+    _check_inputs(chosen, calibrates, data, domains, fit)
     job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress)
     job.mtp, job.device = mtp, given["device"]
     job.batch_tokens = given["batch_tokens"]
@@ -153,7 +146,12 @@ def plan(  # noqa: C901  (a case a kind of method)
     with _work(chosen, calibrates, work, out, progress) as place:
         if calibrates:
             assert place is not None
-            options = {**given, "all_outputs": chosen.all_outputs, "overwrite": overwrite}
+            options = {
+                **given,
+                "all_outputs": chosen.all_outputs,
+                "output_moments": chosen.output_moments,
+                "overwrite": overwrite,
+            }
             stats = calibrate(inventory.checkpoint.source, data, place, **options)
         else:
             job.work = place
@@ -168,6 +166,20 @@ def plan(  # noqa: C901  (a case a kind of method)
             fitted.check(made, inventory)
         _save(made, out)
     return made
+
+
+def _check_inputs(chosen: Method, calibrates: bool, data: Sequence[str], domains: Sequence[str], fit: str | None) -> None:
+    method = chosen.name
+    if domains and (chosen.reads == "model" or chosen.data_free):
+        raise UserError(f"method {method} reads no statistics, so --domain has no effect", "remove --domain")
+    if calibrates and not data:
+        raise UserError(
+            f"method {method} needs calibration", "pass --stats STATS (made by `expertsmith calibrate`) or --data FILE"
+        )
+    if chosen.reads == "model" and not data:
+        raise UserError(f"method {method} runs the model on text", "pass --data FILE")
+    if chosen.constants:
+        _refuse_fit(fit, None, f"method {method}, whose constants it does not count")
 
 
 def _save(made: Plan, out: str | Path | None) -> None:
@@ -250,6 +262,7 @@ def request(
     """Everything that was asked for, checked before anything is computed."""
     from expertsmith import methods as registered
     from expertsmith.planning import build as planning
+    from expertsmith.surgery.novices import check_novices
     from expertsmith.surgery.uneven import refuse_padded
 
     chosen = registered.find(method)
@@ -257,7 +270,11 @@ def request(
     share = None if keep is None else parse_keep(keep)
     refuse_padded(inventory)
     chosen_budget = planning.choose_budget(chosen, budget, share)
-    rules = planning.rules_of(inventory, router_groups)
+    if chosen.constants:
+        check_novices(inventory)
+        if router_groups == "flatten":
+            raise UserError(f"method {method} leaves the router unchanged, so its groups stay", "leave --router-groups out")
+    rules = planning.rules_of(inventory, "flatten" if chosen.constants else router_groups)
     if share is not None:
         where = inventory.checkpoint.source
         for layer, entry in rules.items():
