@@ -185,7 +185,7 @@ class Plan(Shown, _Strict):
     layers: list[LayerPlan]
     summary: Summary | None = None
     notes: list[str] = Field(default_factory=list)
-    _constants: dict[int, Array] = PrivateAttr(default_factory=dict)
+    _constants: dict[int, bytes] = PrivateAttr(default_factory=dict)  # not arrays, which have no single answer to ==
 
     @model_validator(mode="after")
     def _layers(self) -> Plan:
@@ -270,7 +270,8 @@ class Plan(Shown, _Strict):
                 f"the plan makes experts of layer {layer} constants, but their values are missing",
                 f"keep the file NAME{CONSTANTS} next to the plan NAME.json",
             )
-        return self._constants[layer]
+        held: Array = np.frombuffer(self._constants[layer], dtype="<f4").reshape(-1, self.novices[layer].width)
+        return held
 
     def with_constants(self, found: Mapping[int, Array], where: str) -> Plan:
         """The same plan with the constants of its layers; checked against it.
@@ -286,7 +287,7 @@ class Plan(Shown, _Strict):
                     "make the plan again, or restore the file",
                 )
         made = self.model_copy()
-        made._constants = {layer: found[layer] for layer in self.novices}
+        made._constants = {layer: np.ascontiguousarray(found[layer], dtype="<f4").tobytes() for layer in self.novices}
         return made
 
     @property
