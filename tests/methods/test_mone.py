@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,11 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from conftest import CALIBRATION, SUPPORTED
+from conftest import CALIBRATION, SUPPORTED, run_cli
 from expertsmith import api
 from expertsmith.arch import families
 from expertsmith.calibration.stats import LayerStatistics
 from expertsmith.checkpoint import open_checkpoint
-from expertsmith.cli import main
 from expertsmith.engine import load_model
 from expertsmith.engine.layout import experts_of, routing_of
 from expertsmith.engine.uneven import SHIM
@@ -27,6 +27,7 @@ from expertsmith.experts.rules import Rules
 from expertsmith.methods import find
 from expertsmith.methods.base import Facts
 from expertsmith.planning.build import load_statistics, statistics_for
+from expertsmith.planning.interchange import export
 from expertsmith.planning.plan import constants_file, load_plan, parse_plan
 from expertsmith.surgery.novices import check_novices, replaced
 
@@ -121,7 +122,7 @@ def test_statistics_against_brute_force(model_type, checkpoints, statistics, tex
     experts.forward = forward
     with torch.no_grad():
         for text in texts:
-            for line in open(text.partition("=")[2]):
+            for line in Path(text.partition("=")[2]).read_text().splitlines():
                 model.module(torch.tensor([json.loads(line)["input_ids"][: SHAPE["seq_len"]]]), use_cache=False)
         count, width = inventory.experts_in(layer), seen[0][0].shape[-1]
         wanted = {name: np.zeros((count, width)) for name in ("output_sum", "output_sq_sum", "weighted_sq_output_sum")}
@@ -250,14 +251,16 @@ def test_the_constants_are_proven(written, tmp_path):
     held[name][0, 0] += 1e-3
     save_file(held, file, metadata={"format": "pt"})
     verdict = api.verify(source, tmp_path / "changed", tokens=64, device="cpu")
-    assert not verdict.passed and verdict.wrong_tensors == [name]
+    assert not verdict.passed
+    assert verdict.wrong_tensors == [name]
 
 
 def test_plan_file(written, tmp_path):
     """The plan is read back with its constants; without them apply says what is missing, and other values are refused."""
     source, file, _ = written("mixtral")
     plan = load_plan(file)
-    assert plan == load_plan(file) and plan.novices
+    assert plan == load_plan(file)
+    assert plan.novices
     shutil.copy(file, tmp_path / "alone.json")
     with pytest.raises(UserError, match="their values are missing"):
         api.apply(source, tmp_path / "alone.json", tmp_path / "out")
@@ -303,8 +306,9 @@ def test_lint_says_which_engines_cannot_load_it(written, capsys):
     }
     assert found["transformers-constants"] == "warning"
     assert not {name for name in found if "uneven" in name or "count" in name}
-    assert main(["lint", str(out), "--engine", "vllm"]) == 1
-    assert "experts are constants" in " ".join(capsys.readouterr().out.split())
+    code, told, _ = run_cli(capsys, "lint", out, "--engine", "vllm")
+    assert code == 1
+    assert "experts are constants" in " ".join(told.split())
 
 
 def test_what_reads_such_a_checkpoint_refuses_it(written, texts, tmp_path):
@@ -318,7 +322,7 @@ def test_what_reads_such_a_checkpoint_refuses_it(written, texts, tmp_path):
             call()
     assert "constants" in api.inspect(out)["notes"]
     with pytest.raises(UserError, match="makes experts constants"):
-        api.export_plan(plan, "mask")
+        export(load_plan(plan), "mask")
     with pytest.raises(UserError, match="cannot have skip thresholds"):
         api.skip(source, texts, tmp_path / "k", plan=plan)
 

@@ -17,7 +17,7 @@ from expertsmith.methods.base import Array, Facts, mean, method
 def constants(statistics: LayerStatistics, *, constant: Literal["gated", "mean"] = "gated") -> Array:
     """The constant of every expert [E, d].
 
-    "mean" is the paper's: sum f_j / N_j. "gated" minimises the error that the layer sees, sum ||g_j (f_j - c_j)||^2: sum g_j^2 f_j / sum g_j^2.
+    "mean" is the expert's mean output: sum f_j / N_j. "gated" minimises the error that the layer sees, sum ||g_j (f_j - c_j)||^2: sum g_j^2 f_j / sum g_j^2.
     Zero for an expert without tokens.
     """
     if constant == "mean":
@@ -37,11 +37,11 @@ def constants(statistics: LayerStatistics, *, constant: Literal["gated", "mean"]
 def mone(statistics: LayerStatistics, facts: Facts, *, gate: Literal["all", "routed"] = "all") -> Array:
     """phi_j = || standard deviation of f_j over X_j ||_2 * r_j, the standard deviation by dimension (divisor N_j).
 
-    gate=all: r_j = sum of g_j over X_j / T, as in the authors' code. gate=routed: r_j = the mean of g_j over X_j. The experts with the
-    lowest phi are not removed, but return a constant: the router stays unchanged.
+    gate=all: r_j = sum of g_j over X_j / T, as in the authors' code. gate=routed: r_j = the mean of g_j over X_j.
+    The experts with the lowest phi are not removed: each returns a constant, and the router stays unchanged. constant=gated: sum g_j^2 f_j /
+    sum g_j^2, which has the least squared error in the layer's output; constant=mean: sum f_j / N_j. Both are zero for an expert without tokens.
 
-    Deviation from the authors' code: its variance skips each expert's first batch; here it is exact, from float64 sums. Options and
-    constants: constant=gated (default) or mean (the paper's).
+    Deviation from the authors' code: its variance skips each expert's first batch; here it is exact, from float64 sums.
     """
     tokens = statistics.total("selections")
     first = mean(statistics.total("output_sum"), tokens[:, None])
