@@ -149,7 +149,9 @@ def test_json_in_the_pages_is_json():
     assert made.merges
 
 
-@pytest.mark.parametrize("kind", ["Plan", "Method", "Source", "CalibrationData", "LayerPlan", "Merge", "Skip", "Summary"])
+@pytest.mark.parametrize(
+    "kind", ["Plan", "Method", "Source", "CalibrationData", "LayerPlan", "Merge", "Novices", "Skip", "Summary"]
+)
 def test_the_plan_page_names_every_key(kind):
     text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
     section = re.search(rf"^## {kind}\n(.*?)(?=^## |\Z)", text, re.S | re.M)

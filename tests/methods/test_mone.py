@@ -194,7 +194,8 @@ def test_every_family(model_type, written):
     assert difference(logits(api.load(out)), wanted) < 2e-5
     for memory in ("resident", "stream"):
         verdict = api.verify(source, out, tokens=128, device="cpu", memory=memory)
-        assert verdict.passed and verdict.largest < 2e-5, verdict
+        assert verdict.passed, verdict
+        assert verdict.largest < 2e-5
     plan = load_plan(plan_file)
     before = take_inventory(open_checkpoint(source))
     after = take_inventory(open_checkpoint(out), novices=True)
@@ -336,7 +337,7 @@ def test_bad_requests(checkpoints, statistics, texts, tmp_path):
     with pytest.raises(UserError, match="unchanged"):
         api.plan(source, "mone", 0.5, stats=statistics("mixtral"), router_groups="flatten")
     with pytest.raises(UserError, match="constants it does not count"):
-        api.plan(source, "mone", None, fit="1GB", stats=statistics("mixtral"))
+        api.plan(source, "mone", None, fit="340kB", stats=statistics("mixtral"))
     with pytest.raises(UserError, match="option constant"):
         api.plan(source, "mone", 0.5, stats=statistics("mixtral"), options={"constant": "median"})
     with pytest.raises(UserError, match="cannot be combined with --heal"):

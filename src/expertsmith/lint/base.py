@@ -10,7 +10,7 @@ from typing import Any, Literal
 from expertsmith.arch import config_first, config_get
 from expertsmith.checkpoint.floats import quantisation_config, quantisation_of
 from expertsmith.errors import UserError
-from expertsmith.experts.inventory import MTP_KEYS, Inventory
+from expertsmith.experts.inventory import MTP_KEYS, Inventory, novices_of
 
 Level = Literal["error", "warning", "info"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "info")
@@ -305,9 +305,8 @@ def pruned_attention(s: Subject) -> str | None:
 
 def constants(s: Subject) -> str | None:
     """Experts are constants."""
-    if s.inventory is None or not s.inventory.novices:
-        return None
-    return f"{sum(s.inventory.novices.values())} experts are constants (expertsmith_novices in config.json)"
+    count = sum(novices_of(s.config).values())
+    return f"{count} experts are constants (expertsmith_novices in config.json)" if count else None
 
 
 def padded(s: Subject) -> str | None:
