@@ -178,7 +178,9 @@ def test_reap_golden_example():
     layer = LayerStatistics(0, {"d": {name: value.numpy() for name, value in sums.items()}})
     facts = Facts(0, 2, {"d": [2]})
     score = {
-        name: m.function(layer, facts) for name, m in methods().items() if m.reads == "statistics" and m.gives == "saliency"
+        name: m.function(layer, facts)
+        for name, m in methods().items()
+        if m.reads == "statistics" and m.gives == "saliency" and not m.output_moments
     }
     assert score["frequency"].tolist() == [2, 0]
     assert score["ean"].tolist() == [18, 0]
