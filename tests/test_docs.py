@@ -165,7 +165,7 @@ def test_the_plan_page_knows_every_part_of_a_plan():
         for name, value in vars(plan_format).items()
         if inspect.isclass(value) and issubclass(value, plan_format._Strict) and value is not plan_format._Strict
     }
-    assert kinds == {"Plan", "Method", "Source", "CalibrationData", "LayerPlan", "Merge", "Skip", "Summary"}
+    assert kinds == {"Plan", "Method", "Source", "CalibrationData", "LayerPlan", "Merge", "Novices", "Skip", "Summary"}
 
 
 def test_recipes_in_the_pages_are_valid(tmp_path):
