@@ -76,6 +76,7 @@ SKIP = replace(PLAIN, extras={"skip": {"rule": "tail", "thresholds": {"0": 0.2, 
 EVEN = replace(PLAIN, declared={0: 32, 1: 32}, extras={"alive": {"0": 32, "1": 32}})  # per_layer_config that changes nothing
 GREEDY = replace(put(V2, topk_method="greedy"), groups=1, top_groups=1)
 
+CONSTANT = replace(PLAIN, config={"expertsmith_novices": {"0": {"kept": [0, 2], "novices": [1, 3], "width": 8}}})
 PRUNED = replace(PLAIN, config={"expertsmith_attention": {"query_key": [[0, 4]], "value_width": [None]}})
 
 
@@ -119,6 +120,7 @@ CASES: dict[str, tuple[Subject, Subject]] = {
     "transformers-count": (replace(PLAIN, counts={0: 32, 1: 60}), PLAIN),
     "transformers-uneven": (UNEVEN, EVEN),
     "transformers-attention": (PRUNED, PLAIN),
+    "transformers-constants": (CONSTANT, PLAIN),
     "transformers-skip": (SKIP, ALIVE),
     "transformers-top-k": (replace(PLAIN, top_k=33), replace(PLAIN, top_k=32)),
     "transformers-groups": (replace(V3, num_experts=100), replace(V3, num_experts=104)),
@@ -132,6 +134,7 @@ CASES: dict[str, tuple[Subject, Subject]] = {
     "vllm-registry": (replace(PLAIN, architectures=("Dots1ForCausalLM",)), PLAIN),
     "vllm-uneven": (UNEVEN, EVEN),
     "vllm-attention": (PRUNED, PLAIN),
+    "vllm-constants": (CONSTANT, PLAIN),
     "vllm-padded": (ALIVE, EVEN),
     "vllm-skip": (SKIP, ALIVE),
     "vllm-top-k": (replace(V3, num_experts=8, top_k=5), replace(V3, num_experts=16)),
@@ -168,6 +171,7 @@ CASES: dict[str, tuple[Subject, Subject]] = {
     ),
     "sglang-uneven": (UNEVEN, EVEN),
     "sglang-attention": (PRUNED, PLAIN),
+    "sglang-constants": (CONSTANT, PLAIN),
     "sglang-padded": (ALIVE, EVEN),
     "sglang-skip": (SKIP, ALIVE),
     "sglang-top-k": (replace(PLAIN, top_k=33), PLAIN),
@@ -196,6 +200,7 @@ CASES: dict[str, tuple[Subject, Subject]] = {
     "llama.cpp-max-experts": (replace(PLAIN, num_experts=1025), replace(PLAIN, num_experts=1024)),
     "llama.cpp-uneven": (UNEVEN, EVEN),
     "llama.cpp-attention": (PRUNED, PLAIN),
+    "llama.cpp-constants": (CONSTANT, PLAIN),
     "llama.cpp-padded": (ALIVE, EVEN),
     "llama.cpp-skip": (SKIP, ALIVE),
     "llama.cpp-top-k": (replace(PLAIN, top_k=33), PLAIN),

@@ -29,7 +29,9 @@ def judged_methods() -> list[Method]:
     return [
         entry
         for entry in methods().values()
-        if entry.gives == "saliency" and entry.reads in ("statistics", "nothing") and not entry.all_outputs
+        if entry.gives == "saliency"
+        and entry.reads in ("statistics", "nothing")
+        and not (entry.all_outputs or entry.output_moments)
     ]
 
 

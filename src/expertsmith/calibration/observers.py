@@ -20,6 +20,7 @@ from expertsmith.engine.layout import is_grouped, routing_of, submodule
 from expertsmith.engine.walk import Batch
 from expertsmith.errors import UserError
 
+MOMENTS_AT_ONCE = 256  # dimensions of the outputs
 RATIO_BINS = 1000  # histogram of second / first routing weight over [0, 1]
 
 
@@ -52,7 +53,9 @@ STATISTICS = {
     "logit_gram": Statistic("[E, E]", "logit²", "sum of l_i l_j over tokens, l the router's raw logits"),
     "entropy_sum": Statistic("[1]", "nats", "sum over tokens of the entropy of the full router scores, scaled to sum 1"),
     "easy_ep_by_sequence": Statistic("[sequences, E]", ACTIVATION, "easy_ep of every sequence"),
-    "output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of raw outputs f over the tokens routed to the expert", "--output-sum"),
+    "output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of raw outputs f over the tokens routed to the expert", "--output-sum, --output-moments"),
+    "output_sq_sum": Statistic("[E, hidden]", ACTIVATION + "²", "sum of f² in each dimension, over the same tokens", "--output-moments"),
+    "weighted_sq_output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of g²f over the same tokens", "--output-moments"),
     "all_output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of raw outputs f(x) over all tokens x, routed to the expert or not", "--all-outputs"),
     "all_scored_output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of s f(x) over all tokens x, s the expert's full router score (softmax or sigmoid over all experts)", "--all-outputs"),
     "sample_inputs": Statistic("[n, hidden]", ACTIVATION, "block inputs of a seeded sample of tokens", "--sample-tokens"),
@@ -64,13 +67,14 @@ SAMPLES = ("sample_inputs", "sample_outputs", "sample_index")
 
 @dataclass(frozen=True)
 class Extras:
-    """Optional statistics: expert outputs summed over routed tokens, or over all tokens (which runs every expert on every token), and a
-    seeded sample of block inputs and outputs a domain."""
+    """Optional statistics: expert outputs summed over routed tokens (with `output_moments` also their squares, and weighted), or over all
+    tokens (which runs every expert on every token), and a seeded sample of block inputs and outputs a domain."""
 
     output_sum: bool = False
     all_outputs: bool = False
     sample_tokens: int = 0
     seed: int = 42
+    output_moments: bool = False
 
 
 @dataclass
@@ -285,7 +289,10 @@ class _Watch:
         counted: torch.Tensor, lengths: torch.Tensor,
     ) -> None:  # fmt: skip
         extras = self.sums.extras
-        if extras.output_sum:
+        if extras.output_moments:
+            for name, total in _moments(slots, counted, lengths).items():
+                sums[name] = sums[name] + total if name in sums else total
+        elif extras.output_sum:
             raw = slots.raw.float() * counted[:, None]
             total = torch.segment_reduce(raw, "sum", lengths=lengths, axis=0, unsafe=True)[:-1].double()
             sums["output_sum"] = sums["output_sum"] + total if "output_sum" in sums else total
@@ -304,6 +311,19 @@ class _Watch:
                 index = torch.tensor([(s, p) for _, s, p in picks], dtype=torch.int64)
                 for name, value in (("sample_inputs", x[at]), ("sample_outputs", out[at]), ("sample_index", index)):
                     sums[name] = torch.cat((sums[name], value.cpu())) if name in sums else value.cpu()
+
+
+def _moments(slots: Slots, counted: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums of f, f² and g²f by expert [E, hidden], in float64: a variance is the small difference of two of them."""
+    square = slots.weight.double() ** 2
+    names = ("output_sum", "output_sq_sum", "weighted_sq_output_sum")
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for raw in torch.split(slots.raw, MOMENTS_AT_ONCE, dim=-1):  # float64 copies of a few dimensions at a time
+        f = torch.where(counted[:, None], raw.double(), 0.0)
+        for name, values in zip(names, (f, f * f, square[:, None] * f), strict=True):
+            total = torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True)[:-1]
+            parts[name].append(total)
+    return {name: torch.cat(held, dim=-1) for name, held in parts.items()}
 
 
 def raw_logits(router_output: Any, architecture: Architecture) -> torch.Tensor:

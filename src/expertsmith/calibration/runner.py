@@ -229,6 +229,7 @@ def _header(model: LoadedModel, data: TokenData, layers: list[int], batch_tokens
             "all_outputs": extras.all_outputs,
             "sample_tokens": extras.sample_tokens,
             "seed": extras.seed,
+            **({"output_moments": True} if extras.output_moments else {}),  # left out, folders of older versions stay valid
         },
         "data": {
             "fingerprint": data.fingerprint,

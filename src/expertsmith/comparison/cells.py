@@ -143,9 +143,12 @@ def cells_of(
             for budget in budgets
             if budget not in mine and entry.method.name != BASELINE
         ]
+        healed = () if entry.method.constants else heals
+        if heals and not healed:
+            notes.append(f"{entry.label} makes experts constants, which healing does not support, so it is not healed")
         cells += [
             Cell(entry, keep, budget, heal)
-            for heal in (None, *heals)
+            for heal in (None, *healed)
             for budget in mine
             for keep in ((None,) if budget == "threshold" else shares)
         ]

@@ -325,7 +325,15 @@ def _statistics(job: Comparison) -> Any:
     from expertsmith.comparison.footprint import footprint
 
     target, everything = statistics_folder(job), any(cell.contender.method.all_outputs for cell in job.cells)
-    options = {"all_outputs": everything, "resume": job.resume, "progress": job.progress, **job.shape, **job.where}
+    moments = any(cell.contender.method.output_moments for cell in job.cells)
+    options = {
+        "all_outputs": everything,
+        "output_moments": moments,
+        "resume": job.resume,
+        "progress": job.progress,
+        **job.shape,
+        **job.where,
+    }
     with footprint() as took:
         made = job.stages.calibrate(job.inventory.checkpoint.source, job.data, target, **options)
     mark, made_with = target.with_suffix(".json"), {"model": job.inventory.checkpoint.fingerprint, "data": job.text}
@@ -338,6 +346,7 @@ def _judge(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any],
     """Judge cells without healing: apply the plan to the loaded model, which is also `verify`'s reference for a written checkpoint."""
     from expertsmith.surgery.mask import in_force, masked
     from expertsmith.surgery.merge import merged
+    from expertsmith.surgery.novices import replaced
 
     missing = [cell for cell in missing if cell.plan_name in planned]
     if not missing:
@@ -348,7 +357,8 @@ def _judge(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any],
             save(original_file(job), job.original_with, {"tasks": dict(job.tasks.scores(reference))})
     for cell in missing:
         made = job.ranks.leading(partial(load_plan, _plan_file(job, cell)))
-        with merged(model, made, job.inventory), masked(model, made.kept, job.inventory.counts):
+        cut = masked(model, made.masks, job.inventory.counts)
+        with merged(model, made, job.inventory), cut, replaced(model, made):
             found = _judged(job, model, reference)
         _finish(job, cell, made, planned, held, found)
 

@@ -29,7 +29,7 @@ from expertsmith.engine.pages import own_pages, trim
 from expertsmith.engine.read_ahead import ReadAhead
 from expertsmith.engine.stock import Naming, ignored, naming, quietly, read_in, renamer, splits, without_initialisation
 from expertsmith.engine.trial import why_not_run
-from expertsmith.engine.uneven import causal_lm, key_mapping, read_config
+from expertsmith.engine.uneven import causal_lm, has_novices, key_mapping, read_config
 from expertsmith.errors import UserError, install_line
 from expertsmith.experts.inventory import Inventory, take_inventory
 
@@ -303,7 +303,8 @@ def load_model(
         # some families initialise buffers again after loading (Zaya's balancing biases in transformers 5.23): use the checkpoint's values
         loaded._read_in(buffers, "of the routers")
     else:
-        if memory == "stream" and architecture is not None and _too_large(weights, architecture, chosen, target):
+        on_demand = memory == "stream" and architecture is not None and not has_novices(config)
+        if on_demand and architecture is not None and _too_large(weights, architecture, chosen, target):
             loaded._experts = take_inventory(weights)
         _load_empty(loaded)
     if whole is not None:

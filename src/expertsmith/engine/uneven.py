@@ -1,4 +1,5 @@
-"""Models that no stock class can represent: decoder layers with different numbers of experts, from `per_layer_config` in config.json.
+"""Models that no stock class can represent: decoder layers with different numbers of experts, from `per_layer_config` in config.json, pruned
+attention (`engine.heads`), and experts that are constants (`engine.novices`).
 
 transformers 5.23 reads `per_layer_config` into the config, but its models build every layer from the one config. `PerLayerExperts` makes
 them build each layer from its own. A written checkpoint carries the source text of this class (`shim_of`), so that plain transformers with
@@ -8,6 +9,7 @@ them build each layer from its own. A written checkpoint carries the source text
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 
 from expertsmith.arch import Architecture, families, record_of, refuse_without_class, text_config
 from expertsmith.engine.heads import KEY, PrunedAttention, PrunedHeads
+from expertsmith.engine.novices import KEY as NOVICES_KEY
+from expertsmith.engine.novices import Novices, WithNovices
 from expertsmith.engine.stock import own_class
 from expertsmith.errors import UserError
 
@@ -176,8 +180,13 @@ def has_pruned_attention(config: Any) -> bool:
     return getattr(config.get_text_config(), KEY, None) is not None
 
 
+def has_novices(config: Any) -> bool:
+    """Whether a transformers config says that experts are constants (`engine.novices`)."""
+    return getattr(config.get_text_config(), NOVICES_KEY, None) is not None
+
+
 def custom_class(config: Any) -> Any:
-    """`stock_class`, with decoder layers built from their own configs and with pruned attention, each if the config says so.
+    """`stock_class`, with decoder layers built from their own configs, pruned attention and constant experts, each if the config says so.
     `save_pretrained` also writes the file for `trust_remote_code`.
 
     Raises:
@@ -188,7 +197,7 @@ def custom_class(config: Any) -> Any:
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         self.config.auto_map = auto_map(self.config)
         super(made, self).save_pretrained(save_directory, *args, **kwargs)
-        (Path(save_directory) / SHIM).write_text(shim_of(self.config, uneven), encoding="utf-8")
+        (Path(save_directory) / SHIM).write_text(shim_of(self.config, uneven, has_novices(self.config)), encoding="utf-8")
 
     def from_config(cls: Any, config: Any, /, trust_remote_code: bool = False, **kwargs: Any) -> Any:
         return cls._from_config(config, **kwargs)
@@ -198,13 +207,25 @@ def custom_class(config: Any) -> Any:
         "layer_classes": layer_classes(stock),
         "from_config": classmethod(from_config),  # as the Auto classes have it
         "save_pretrained": save_pretrained,
+        **(_places(config) if has_novices(config) else {}),
     }
-    made: Any = type(stock.__name__, (*_mixins(config, uneven), stock), body)
+    made: Any = type(stock.__name__, (*_mixins(config, uneven, has_novices(config)), stock), body)
     return made
 
 
-def _mixins(config: Any, uneven: bool) -> tuple[Any, ...]:
-    return (*((PrunedAttention,) if has_pruned_attention(config) else ()), *((PerLayerExperts,) if uneven else ()))
+def _mixins(config: Any, uneven: bool, novices: bool) -> tuple[Any, ...]:
+    wanted = ((PrunedAttention, has_pruned_attention(config)), (Novices, novices), (PerLayerExperts, uneven))
+    return tuple(mixin for mixin, there in wanted if there)
+
+
+def _places(config: Any) -> dict[str, Any]:
+    """What `Novices` needs to know of the family."""
+    record = families()[config.get_text_config().model_type]
+    return {
+        "novice_layers": record.layers,
+        "novice_experts": f"{record.block}.{record.experts}".strip("."),
+        "novice_pairs": record.call == "pairs",
+    }
 
 
 def layer_classes(stock: Any) -> tuple[Any, ...]:
@@ -223,19 +244,24 @@ def auto_map(config: Any) -> dict[str, str]:
     return {"AutoModelForCausalLM": f"{SHIM.removesuffix('.py')}.{stock_class(config).__name__}"}
 
 
-def shim_of(config: Any, uneven: bool) -> str:
+def shim_of(config: Any, uneven: bool, novices: bool) -> str:
     """Source text of a module that holds the model's class under its stock name and needs nothing but transformers.
 
     Args:
         uneven: whether decoder layers hold different numbers of experts, which `config` need not say yet.
+        novices: whether experts are constants, which it need not say yet either.
     """
-    stock, mixins = stock_class(config), _mixins(config, uneven)
+    stock, mixins = stock_class(config), _mixins(config, uneven, novices)
     layers = sorted(layer.__name__ for layer in layer_classes(stock))
     what: dict[Any, str] = {
         PerLayerExperts: "a different number of experts in each decoder layer, as per_layer_config in config.json says",
+        Novices: f"experts that are constants, as {NOVICES_KEY} in config.json says",
         PrunedAttention: f"pruned attention, as {KEY} in config.json says",
     }
-    sources = [*((PrunedHeads,) if PrunedAttention in mixins else ()), *mixins]
+    parts = {PrunedAttention: PrunedHeads, Novices: WithNovices}
+    sources = [*(part for mixin, part in parts.items() if mixin in mixins), *mixins]
+    places = _places(config) if novices else {}
+    more = "".join(f"    {name} = {json.dumps(value) if isinstance(value, str) else value}\n" for name, value in places.items())
     text = "\n\n".join(inspect.getsource(source) for source in sources)
     return f'''"""{stock.__name__} with {" and with ".join(what[mixin] for mixin in mixins)}.
 
@@ -260,7 +286,7 @@ class {stock.__name__}({", ".join(mixin.__name__ for mixin in mixins)}, Stock):
 
     layer_classes = ({", ".join(layers)},)
     _can_set_experts_implementation_cached_value = {stock._can_set_experts_implementation()}
-'''
+{more}'''
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
@@ -300,7 +326,7 @@ def causal_lm(config: Any) -> tuple[Any, Any]:
     the config."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-    if not is_uneven(config) and not has_pruned_attention(config):
+    if not is_uneven(config) and not has_pruned_attention(config) and not has_novices(config):
         for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
             if own_class(auto, config) is not None:
                 return auto, config

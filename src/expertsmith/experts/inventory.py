@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 Kind = Literal["expert", "stacked", "other"]
+NOVICES_KEY = "expertsmith_novices"  # as in engine.novices, which needs torch
 MTP_KEYS = (
     "num_nextn_predict_layers",
     "num_mtp_modules",
@@ -72,6 +73,7 @@ class Inventory:
     claims: tuple[Claim, ...]
     overrides: Mapping[int, int] = field(default_factory=dict)  # decoder layer → experts, from a list or per_layer_config
     chosen: Mapping[int, int] = field(default_factory=dict)  # decoder layer → top_k, from the same
+    novices: Mapping[int, int] = field(default_factory=dict)  # decoder layer → constants among the classes of its router
 
     @cached_property
     def floats(self) -> Inventory:
@@ -136,14 +138,15 @@ class Inventory:
         """Whether layers hold different numbers of experts, or another number than config.json says."""
         return any(count != self.num_experts for count in self.counts.values())
 
-    def size(self, counts: dict[int, int] | None = None, mtp: bool = True) -> tuple[int, int]:
-        """(parameters, bytes) of the checkpoint with `counts` experts a layer (default: all), with or without multi-token prediction."""
+    def size(self, counts: dict[int, int] | None = None, mtp: bool = True, routers: bool = True) -> tuple[int, int]:
+        """(parameters, bytes) of the checkpoint with `counts` experts a layer (default: all), with or without multi-token prediction.
+        `routers`: whether routers lose the rows of dropped experts."""
         numel = nbytes = 0.0
         for claim in self.claims:
             share = 1.0
             if claim.mtp and not mtp:
                 share = 0.0
-            elif counts and claim.layer in counts and claim.kind in ("expert", "stacked"):
+            elif counts and claim.layer in counts and (claim.routed or (routers and claim.kind == "stacked")):
                 share = self._share(claim, counts[claim.layer])
             numel += share * claim.info.numel
             nbytes += share * claim.info.nbytes
@@ -213,15 +216,16 @@ class Inventory:
         return found
 
 
-def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False) -> Inventory:
+def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False, novices: bool = False) -> Inventory:
     """Claim every tensor of a checkpoint.
 
     Args:
         undecodable: also accept a checkpoint whose quantised tensors cannot be decoded, to inspect it; its experts are then not compared.
+        novices: also accept a checkpoint with experts that are constants, whose other experts are counted.
 
     Raises:
         UserError: dense or unsupported model, config without expert counts, tensors that contradict it (missing expert,
-            shape that differs from its siblings', rows that do not divide into experts), or quantised tensors that cannot be decoded.
+            shape that differs from its siblings', rows that do not divide into experts), or quantised tensors that cannot be decoded; experts that are constants.
     """
     record = family_of(checkpoint.config, f"{checkpoint.source}/config.json")
     config = text_config(checkpoint.config)
@@ -235,13 +239,21 @@ def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False) -> Inve
         if not undecodable:
             raise
         weights, known = {}, False
+    constant = novices_of(config)
+    if constant and not novices:
+        raise UserError(
+            f"experts of {checkpoint.source} are constants, and only load, verify, evaluate, inspect and lint support that",
+            "use the original checkpoint",
+        )
+    stored = {**own, **{layer: own.get(layer, experts) - count for layer, count in constant.items()}}
     claims = tuple(
-        _claim(info, record, config, experts, own, depth, weights.get(info.name)) for info in checkpoint.tensors.values()
+        _claim(info, record, config, experts, (own, stored), depth, weights.get(info.name))
+        for info in checkpoint.tensors.values()
     )
     groups, top_groups = _groups(record, config, f"{checkpoint.source}/config.json")
     rules = Rules(experts, top_k, groups, top_groups, record.group_minimum)
     chosen = per_layer_numbers(config, record.top_k_key, f"{checkpoint.source}/config.json")
-    inventory = Inventory(checkpoint, record, experts, top_k, rules, claims, own, chosen)
+    inventory = Inventory(checkpoint, record, experts, top_k, rules, claims, stored, chosen, constant)
     _check_depth(inventory, depth)
     if not inventory.layers:
         prefix = record.expert_prefix[0] if record.expert_prefix else record.stacked[0].name
@@ -251,7 +263,7 @@ def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False) -> Inve
         )
     for layer in inventory.layers + inventory.mtp_layers:
         count = inventory.experts_in(layer)
-        if count % groups:
+        if count % groups and layer not in constant:
             place = f" in decoder layer {layer}" if layer in own else ""
             raise UserError(
                 f"{checkpoint.source}/config.json has {count} experts{place} in {groups} expert_groups, which does not divide evenly"
@@ -272,6 +284,12 @@ def _check_depth(inventory: Inventory, depth: Any) -> None:
             f"{where}: num_hidden_layers is {depth}, but the tensors have {held} decoder layers",
             "download the checkpoint again, and check that config.json is from the same model",
         )
+
+
+def novices_of(config: Mapping[str, Any]) -> dict[int, int]:
+    """Decoder layer → experts that are constants, of a text config."""
+    held = config.get(NOVICES_KEY) or {}
+    return {int(layer): len(said["novices"]) for layer, said in held.items()}
 
 
 def per_layer_counts(config: Mapping[str, Any], record: Architecture, where: str = "config.json") -> dict[int, int]:
@@ -363,12 +381,18 @@ def _located(name: str, record: Architecture, depth: Any) -> tuple[int | None, s
 
 
 def _claim(
-    info: TensorInfo, record: Architecture, config: Any, scalar: int, own: Mapping[int, int], depth: Any, weight: str | None
+    info: TensorInfo,
+    record: Architecture,
+    config: Any,
+    scalar: int,
+    own: tuple[Mapping[int, int], Mapping[int, int]],  # of routers, of stored experts
+    depth: Any,
+    weight: str | None,
 ) -> Claim:
     layer, rest, mtp = _located(info.name, record, depth)
     if layer is None:
         return Claim(info, "other", mtp=mtp)
-    experts = own.get(layer, scalar)
+    experts = own[1].get(layer, scalar)
     owner = record.expert_of(rest)
     if owner is not None:
         return Claim(info, "expert", layer, rest, expert=owner[0], mtp=mtp)
@@ -377,7 +401,11 @@ def _claim(
         entry is None and weight is not None and len(info.shape) > 1
     ):  # codes and scales of a fused weight run over the experts too
         entry = record.stacked_of(_located(weight, record, depth)[1])
+    if entry is not None and entry.role == "router":
+        experts = own[0].get(layer, scalar)
     if entry is None:
+        if rest.rpartition(".")[2] == "novices" and own[0] != own[1]:
+            return Claim(info, "other", layer, rest, mtp=mtp)
         if info.shape and info.shape[0] == experts and re.search(r"(^|\.)experts\.", rest):
             raise UserError(
                 f"{info.name} seems to be stacked over the {experts} experts, but the record of the {record.model_type} family does not have it",

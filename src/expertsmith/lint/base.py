@@ -10,7 +10,7 @@ from typing import Any, Literal
 from expertsmith.arch import config_first, config_get
 from expertsmith.checkpoint.floats import quantisation_config, quantisation_of
 from expertsmith.errors import UserError
-from expertsmith.experts.inventory import MTP_KEYS, Inventory
+from expertsmith.experts.inventory import MTP_KEYS, Inventory, novices_of
 
 Level = Literal["error", "warning", "info"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "info")
@@ -137,6 +137,11 @@ def subject_of(inventory: Inventory, tensor_parallel: int = 1, expert_parallel: 
     for claim in inventory.claims:
         if claim.kind == "expert" and claim.layer in seen and claim.expert is not None:
             seen[claim.layer].add(claim.expert)
+
+    def classes(layer: int) -> int:
+        """Experts that the router selects from."""
+        return inventory.experts_in(layer) + inventory.novices.get(layer, 0)
+
     return Subject(
         model_type=record.runs_as or record.model_type,  # engines that support the family use the same name
         num_experts=inventory.num_experts,
@@ -150,14 +155,11 @@ def subject_of(inventory: Inventory, tensor_parallel: int = 1, expert_parallel: 
         score=record.score,
         architectures=tuple(str(name) for name in named),
         config=config,
-        declared={layer: inventory.experts_in(layer) for layer in inventory.layers if layer in inventory.overrides},
+        declared={layer: classes(layer) for layer in inventory.layers if layer in inventory.overrides},
         chosen={layer: inventory.chosen[layer] for layer in inventory.layers if layer in inventory.chosen},
         extras=inventory.checkpoint.config.get("expertsmith") or {},
         # stacked tensors match config.json; otherwise the inventory would have failed
-        counts={
-            layer: inventory.experts_in(layer) + max(0, len(held) - inventory.experts_in(layer) - zero)
-            for layer, held in seen.items()
-        },
+        counts={layer: classes(layer) + max(0, len(held) - inventory.experts_in(layer) - zero) for layer, held in seen.items()},
         quantisation=quantisation_config(inventory.checkpoint),
         mixed=_mixed(inventory),
         mtp=inventory.has_mtp,
@@ -299,6 +301,12 @@ def uneven(s: Subject) -> str | None:
 def pruned_attention(s: Subject) -> str | None:
     """Attention was pruned by `convert`: fewer query-key than value dimensions, or value dimensions chosen for every token."""
     return "attention was pruned (expertsmith_attention in config.json)" if "expertsmith_attention" in s.config else None
+
+
+def constants(s: Subject) -> str | None:
+    """Experts are constants."""
+    count = sum(novices_of(s.config).values())
+    return f"{count} experts are constants (expertsmith_novices in config.json)" if count else None
 
 
 def padded(s: Subject) -> str | None:

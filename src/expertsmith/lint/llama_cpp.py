@@ -15,6 +15,7 @@ from expertsmith.lint.base import (
     ROUTER_KEYS,
     Rule,
     Subject,
+    constants,
     disagree,
     lacks,
     make_rule,
@@ -223,6 +224,14 @@ RULES: tuple[Rule, ...] = (
         "error",
         pruned_attention,
         "convert with --attention none",
+    ),
+    rule(
+        "llama.cpp-constants",
+        "The router's classes and the experts with matrices are one number, n_expert.",
+        "src/llama-model.cpp, load_tensors (LLM_ARCH_LLAMA, LLM_ARCH_QWEN2MOE, LLM_ARCH_QWEN3MOE)",
+        "error",
+        constants,
+        "use a method that removes experts (not mone), or run it with expertsmith.load",
     ),
     rule(
         "llama.cpp-uneven",

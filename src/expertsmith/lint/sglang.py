@@ -16,6 +16,7 @@ from expertsmith.lint.base import (
     POWERS,
     Rule,
     Subject,
+    constants,
     indivisible,
     lacks,
     make_rule,
@@ -173,6 +174,14 @@ RULES: tuple[Rule, ...] = (
         "error",
         pruned_attention,
         "convert with --attention none",
+    ),
+    rule(
+        "sglang-constants",
+        "The router's classes and the experts with matrices are one number, the one in config.json.",
+        "srt/models/mixtral.py, MixtralMoE.__init__ (and the other families' blocks)",
+        "error",
+        constants,
+        "use a method that removes experts (not mone), or run it with expertsmith.load",
     ),
     rule(
         "sglang-uneven",

@@ -11,6 +11,7 @@ from expertsmith.lint.base import (
     MORE,
     Rule,
     Subject,
+    constants,
     indivisible,
     make_rule,
     mixed_experts,
@@ -111,6 +112,14 @@ RULES: tuple[Rule, ...] = (
         "models/mixtral/modeling_mixtral.py, MixtralAttention.__init__ (and the other families' attention)",
         "warning",
         pruned_attention,
+        "load it with expertsmith.load, or with trust_remote_code=True",
+    ),
+    rule(
+        "transformers-constants",
+        "Every class of the router is an expert with its own matrices. Only the class in auto_map, or expertsmith.load, applies expertsmith_novices.",
+        "models/mixtral/modeling_mixtral.py, MixtralExperts.__init__ (and the other families' experts)",
+        "warning",
+        constants,
         "load it with expertsmith.load, or with trust_remote_code=True",
     ),
     rule(

@@ -18,6 +18,7 @@ from expertsmith.lint.base import (
     ROUTER_KEYS,
     Rule,
     Subject,
+    constants,
     disagree,
     lacks,
     make_rule,
@@ -272,6 +273,14 @@ RULES: tuple[Rule, ...] = (
         "error",
         pruned_attention,
         "convert with --attention none",
+    ),
+    rule(
+        "vllm-constants",
+        "The router's classes and the experts with matrices are one number, the one in config.json.",
+        "model_executor/models/mixtral.py, MixtralMoE.__init__ (and the other families' blocks)",
+        "error",
+        constants,
+        "use a method that removes experts (not mone), or run it with expertsmith.load",
     ),
     rule(
         "vllm-uneven",

@@ -91,8 +91,9 @@ class Method:
     """A registered method.
 
     `measure` turns a layer's `Projections` into arrays that are costly to compute and are stored next to the plan; a method that reads
-    statistics gets them as its second argument. `allot` turns the
-    statistics of all layers into counts for budget "global". `budgets`: the first is the default.
+    statistics gets them as its second argument. `allot` turns the statistics of all layers into counts for budget "global". `constants`
+    turns the statistics of a layer into one vector an expert: dropped experts are then not removed, but return it, and the router stays
+    unchanged. `budgets`: the first is the default.
     """
 
     name: str
@@ -108,8 +109,10 @@ class Method:
     budgets: tuple[Budget, ...]
     averages: bool = False  # a mean over an expert's tokens, noisy if they are few
     all_outputs: bool = False  # needs the statistic all_output_sum, which is collected on request
+    output_moments: bool = False  # needs the statistics of --output-moments, which are collected on request
     measure: Callable[..., dict[str, Array]] | None = None
     allot: Callable[..., dict[int, int]] | None = None
+    constants: Callable[..., Array] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
@@ -132,7 +135,11 @@ class Method:
 
     @property
     def _functions(self) -> tuple[Callable[..., Any], ...]:
-        return (self.measure, self.function) if self.measure else (self.function,)
+        return tuple(function for function in (self.measure, self.function, self.constants) if function)
+
+    def values_for(self, function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the options' values that one of the method's functions takes."""
+        return {name: values[name] for name in _keywords(function)}
 
     def parse_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options with their values: defaults, overridden by `given`, converted by the signatures' types.

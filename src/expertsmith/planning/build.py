@@ -11,6 +11,8 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from expertsmith.calibration import stats as storage
 from expertsmith.calibration.stats import LayerStatistics, Statistics, load_statistics
 from expertsmith.errors import UserError
@@ -19,7 +21,7 @@ from expertsmith.experts.rules import Rules, keep_count, most_salient, over_laye
 from expertsmith.methods.base import Array, Budget, Choice, Facts, Method, Order
 from expertsmith.methods.information import Counting
 from expertsmith.planning.budgets import SEARCHED, Judge, Removals, Scores, Search, rounds, space_of
-from expertsmith.planning.plan import CalibrationData, LayerPlan, Merge, Plan, Source, Summary
+from expertsmith.planning.plan import CalibrationData, LayerPlan, Merge, Novices, Plan, Source, Summary, digest
 from expertsmith.planning.plan import Method as MethodEntry
 from expertsmith.ranks import current
 from expertsmith.views.progress import Progress
@@ -112,6 +114,9 @@ def make_plan(job: Job, router_groups: Any, uniform: bool, options: Mapping[str,
     if uniform and len(set(counts.values())) > 1:
         entries = _even_out(job, entries, counts)
     inventory = job.inventory
+    constants: dict[int, Array] = {}
+    if job.method.constants:
+        entries, constants = _with_novices(job, entries)
     ahead = inventory.mtp_layers if job.mtp == "keep" else []
     if ahead:
         entries = {**entries, **_ahead(job, ahead, max(len(entry.keep) for entry in entries.values()), router_groups)}
@@ -120,7 +125,7 @@ def make_plan(job: Job, router_groups: Any, uniform: bool, options: Mapping[str,
     calibration = job.tokens
     if job.statistics:
         calibration = CalibrationData(fingerprint=job.statistics.header["data"]["fingerprint"], tokens=job.statistics.tokens)
-    return Plan(
+    made = Plan(
         method=MethodEntry(name=job.method.name, options=used),
         model=Source(model_type=inventory.architecture.model_type, fingerprint=inventory.checkpoint.fingerprint),
         calibration=calibration,
@@ -130,19 +135,53 @@ def make_plan(job: Job, router_groups: Any, uniform: bool, options: Mapping[str,
         summary=summary_of(entries.values(), inventory, job.mtp),
         notes=job.notes,
     )
+    return made.with_constants(constants, "the plan") if constants else made
 
 
 def summary_of(entries: Iterable[LayerPlan], inventory: Inventory, mtp: str) -> Summary:
     """The total experts, parameters and bytes of a plan's layers, before and after."""
-    kept = {entry.layer: len(entry.keep) for entry in entries}
+    entries = list(entries)
     had = sum(inventory.experts_in(layer) for layer in inventory.layers + inventory.mtp_layers)
-    before, after = inventory.size(), inventory.size(kept, mtp=mtp == "keep")
-    return Summary(experts=(had, sum(kept.values())), parameters=(before[0], after[0]), bytes=(before[1], after[1]))
+    kept = sum(len(entry.keep) for entry in entries)
+    before, after = inventory.size(), sized(entries, inventory, mtp == "keep")
+    return Summary(experts=(had, kept), parameters=(before[0], after[0]), bytes=(before[1], after[1]))
+
+
+def sized(entries: Iterable[LayerPlan], inventory: Inventory, mtp: bool) -> tuple[int, int]:
+    """(parameters, bytes) of a plan's output. With novices, routers keep all rows, and the constants are added."""
+    entries = list(entries)
+    novices = [entry.novices for entry in entries if entry.novices is not None]
+    size = inventory.size({entry.layer: len(entry.keep) for entry in entries}, mtp=mtp, routers=not novices)
+    numbers = sum(len(held.experts) * held.width for held in novices)
+    return size[0] + numbers, size[1] + 4 * numbers
+
+
+def _with_novices(job: Job, entries: Mapping[int, LayerPlan]) -> tuple[dict[int, LayerPlan], dict[int, Array]]:
+    """The entries with what is not kept as novices, and the constants of every layer."""
+    method, made, constants = job.method, dict(entries), {}
+    assert method.constants is not None
+    for layer, entry in entries.items():
+        gone = sorted(set(range(entry.num_experts)) - set(entry.keep))
+        if gone:
+            every: Array = method.constants(_statistics(job, layer), **method.values_for(method.constants, job.values))
+            values = np.ascontiguousarray(every[gone], dtype="<f4")
+            if not np.isfinite(values).all():
+                raise UserError(
+                    f"the constants of decoder layer {layer} are not finite",
+                    "if activations overflowed in the calibration, calibrate with --dtype float32",
+                )
+            constants[layer] = values
+            held = Novices(experts=gone, width=values.shape[1], sha256=digest(values))
+            made[layer] = entry.model_copy(update={"novices": held})
+    return made, constants
 
 
 def _ahead(job: Job, layers: list[int], count: int, router_groups: str) -> dict[int, LayerPlan]:
     """Plan the multi-token-prediction layers, with the number of experts that config.json will have: by the job's method, or by the weights
     if the method cannot be used for them."""
+    if job.method.constants:
+        every = {layer: job.inventory.experts_in(layer) for layer in layers}
+        return _marked({n: LayerPlan(layer=n, num_experts=count, keep=list(range(count))) for n, count in every.items()})
     if job.method.reads == "model":
         why = f"method {job.method.name} searches the decoder layers only"
     elif job.statistics is not None and not set(layers) <= set(job.statistics.layers):
@@ -267,7 +306,8 @@ def _scores(job: Job) -> Iterator[tuple[int, Array]]:
         elif job.method.reads == "nothing":
             scores = job.method.function(facts, **job.values)
         else:
-            scores = job.method.function(_statistics(job, layer), facts, **job.values)
+            values = job.method.values_for(job.method.function, job.values)
+            scores = job.method.function(_statistics(job, layer), facts, **values)
         return scores
 
     with job.progress.task("score", len(job.layers), "layers") as advance:
@@ -643,6 +683,11 @@ def statistics_for(inventory: Inventory, method: Method, given: Statistics | str
         raise UserError(
             f"method {method.name} needs every expert's output on all tokens, which these statistics do not have",
             "calibrate again with --all-outputs",
+        )
+    if method.output_moments and not all("output_sq_sum" in held for held in entry.domains.values()):
+        raise UserError(
+            f"method {method.name} needs the variance of every expert's output, which these statistics do not have",
+            "calibrate again with --output-moments",
         )
     return statistics
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PrivateAttr, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from expertsmith.errors import UserError, parse_json
 from expertsmith.views.notebook import Shown
 
 FORMAT = "expertsmith.plan"
+CONSTANTS = ".constants.safetensors"
+Array = np.ndarray[Any, Any]
 
 
 class _Strict(BaseModel):
@@ -56,6 +62,19 @@ class Merge(_Strict):
     log_count: bool = False
 
 
+class Novices(_Strict):
+    """Experts that become constants: the router still selects them, and each returns its row of the constants [experts, width]. These are
+    not in the JSON, but in a file next to it; `sha256` is of their bytes (float32, little-endian)."""
+
+    experts: list[int]
+    width: int = Field(ge=1)
+    sha256: str
+
+    def holds(self, values: Array) -> bool:
+        """Whether these are the constants."""
+        return values.shape == (len(self.experts), self.width) and digest(values) == self.sha256
+
+
 class LayerPlan(_Strict):
     """One decoder layer, or with `mtp` one multi-token-prediction layer, numbered after the last decoder layer. Expert ids are those of the
     source checkpoint; `keep` is ascending."""
@@ -66,6 +85,7 @@ class LayerPlan(_Strict):
     keep: list[int]
     saliency: list[FiniteFloat] | None = None
     merge: list[Merge] = Field(default_factory=list)
+    novices: Novices | None = None
     skip_threshold: FiniteFloat | None = None
     why: dict[str, Any] | None = None
 
@@ -85,9 +105,22 @@ class LayerPlan(_Strict):
         if self.saliency is not None and len(self.saliency) != self.num_experts:
             raise ValueError(f"{where}: saliency has {len(self.saliency)} numbers for {self.num_experts} experts")
         self._check_merges(where)
+        if self.novices is not None:
+            self._check_novices(self.novices.experts, where)
         if self.skip_threshold is not None and self.skip_threshold < 0:
             raise ValueError(f"{where}: skip_threshold is {self.skip_threshold}, but it must be a ratio of routing weights")
         return self
+
+    def _check_novices(self, experts: list[int], where: str) -> None:
+        gone = sorted(set(range(self.num_experts)) - set(self.keep))
+        if experts != gone:
+            raise ValueError(f"{where}: novices lists experts {experts}, but the experts that are not kept are {gone}")
+        if not experts:
+            raise ValueError(f"{where}: novices is empty, although all experts are kept")
+        if self.merge or self.mtp:
+            raise ValueError(
+                f"{where}: novices cannot be combined with {'merged experts' if self.merge else 'multi-token prediction'}"
+            )
 
     def _check_merges(self, where: str) -> None:
         for merge in self.merge:
@@ -152,6 +185,7 @@ class Plan(Shown, _Strict):
     layers: list[LayerPlan]
     summary: Summary | None = None
     notes: list[str] = Field(default_factory=list)
+    _constants: dict[int, bytes] = PrivateAttr(default_factory=dict)  # not arrays, which have no single answer to ==
 
     @model_validator(mode="after")
     def _layers(self) -> Plan:
@@ -170,7 +204,18 @@ class Plan(Shown, _Strict):
             )
         if self.skip is not None and without is None:
             raise ValueError(f"the plan has the skip rule {self.skip.rule}, but no layer has a skip_threshold")
+        self._check_all_novices()
         return self
+
+    def _check_all_novices(self) -> None:
+        if not self.novices:
+            return
+        removing = next((e.layer for e in self.layers if e.novices is None and len(e.keep) < e.num_experts), None)
+        if removing is not None:
+            raise ValueError(f"layer {removing} removes experts, but other layers have novices: use one of both in all layers")
+        if self.skip is not None or self.router_groups == "flatten":
+            what = "a skip rule" if self.skip is not None else 'router_groups "flatten"'
+            raise ValueError(f"the plan has novices and {what}, but with novices the router stays unchanged")
 
     def _rows(self) -> list[dict[str, Any]]:
         return [
@@ -200,6 +245,52 @@ class Plan(Shown, _Strict):
         return any(entry.merge for entry in self.layers)
 
     @property
+    def novices(self) -> dict[int, Novices]:
+        """Decoder layer → its experts that become constants, of the layers that have any."""
+        return {entry.layer: entry.novices for entry in self.layers if entry.novices is not None}
+
+    @property
+    def masks(self) -> dict[int, list[int]]:
+        """Decoder layer → experts that the router may still select: `kept`, or with novices all."""
+        return {entry.layer: list(range(entry.num_experts)) for entry in self.layers} if self.novices else self.kept
+
+    @property
+    def held_constants(self) -> set[int]:
+        """Layers whose constants are loaded."""
+        return set(self._constants)
+
+    def constants(self, layer: int) -> Array:
+        """The constants [novices, width] of a layer, float32.
+
+        Raises:
+            UserError: they are not next to the plan.
+        """
+        if layer not in self._constants:
+            raise UserError(
+                f"the plan makes experts of layer {layer} constants, but their values are missing",
+                f"keep the file NAME{CONSTANTS} next to the plan NAME.json",
+            )
+        held: Array = np.frombuffer(self._constants[layer], dtype="<f4").reshape(-1, self.novices[layer].width)
+        return held
+
+    def with_constants(self, found: Mapping[int, Array], where: str) -> Plan:
+        """The same plan with the constants of its layers; checked against it.
+
+        Raises:
+            UserError: constants of another shape or other values than the plan names.
+        """
+        for layer, entry in self.novices.items():
+            values = found.get(layer)
+            if values is None or not entry.holds(values):
+                raise UserError(
+                    f"{where}: the constants of layer {layer} are not those of the plan",
+                    "make the plan again, or restore the file",
+                )
+        made = self.model_copy()
+        made._constants = {layer: np.ascontiguousarray(found[layer], dtype="<f4").tobytes() for layer in self.novices}
+        return made
+
+    @property
     def kept(self) -> dict[int, list[int]]:
         """Decoder layer → kept expert ids."""
         return {entry.layer: entry.keep for entry in self.layers}
@@ -223,6 +314,11 @@ class Plan(Shown, _Strict):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
+        if self.novices:
+            beside = constants_file(target)
+            half = beside.with_name(beside.name + ".partial")
+            save_file({str(layer): self.constants(layer) for layer in self.novices}, half)
+            half.replace(beside)
         partial.write_text(self.dumps(), encoding="utf-8")
         partial.replace(target)
 
@@ -256,7 +352,24 @@ def load_plan(path: Path | str | Plan) -> Plan:
         raise UserError(f"no plan found at {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a plan", "give the plan.json file") from None
-    return parse_plan(raw, str(path))
+    made, beside = parse_plan(raw, str(path)), constants_file(Path(path))
+    if not made.novices or not beside.is_file():
+        return made
+    try:
+        found = {int(layer): values for layer, values in load_file(beside).items()}
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{beside} cannot be read: {error}", "make the plan again") from None
+    return made.with_constants(found, str(beside))
+
+
+def constants_file(plan: Path) -> Path:
+    """The file of a plan's constants: plan.json → plan.constants.safetensors."""
+    return plan.with_name(plan.name.removesuffix(".json") + CONSTANTS)
+
+
+def digest(values: Array) -> str:
+    """SHA-256 of constants, as float32 in little-endian order."""
+    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f4").tobytes()).hexdigest()
 
 
 def parse_plan(raw: Any, where: str) -> Plan:

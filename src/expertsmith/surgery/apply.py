@@ -24,7 +24,8 @@ from expertsmith.experts.rules import Rules, groups_of
 from expertsmith.planning.plan import LayerPlan, Plan
 from expertsmith.surgery.building import check_building
 from expertsmith.surgery.card import model_card
-from expertsmith.surgery.counts import changes, counts_of, drops_mtp, trunk_counts
+from expertsmith.surgery.counts import changes, counts_of, drops_mtp, router_counts
+from expertsmith.surgery.novices import check_novices, novice_tensors, write_novices
 from expertsmith.surgery.quantisation import Renumbering, output_files, output_quantisation
 from expertsmith.surgery.skip import SKIPS, write_padding, write_skip
 from expertsmith.surgery.uneven import (
@@ -54,15 +55,19 @@ def check_plan(plan: Plan, inventory: Inventory, pad: bool = False) -> None:
     flat = plan.router_groups == "flatten"
     for entry in plan.layers:
         rules = inventory.rules_of(entry.layer)
-        _check_layer(entry, Rules(rules.num_experts, rules.top_k) if flat else rules)
+        _check_layer(entry, Rules(rules.num_experts, rules.top_k) if flat or plan.novices else rules)
         _check_mtp(entry, plan, inventory)
-    if plan.merges or changes(plan, inventory):
+    if plan.merges or plan.novices or changes(plan, inventory):
         refuse_padded(inventory)
     if plan.merges:
         from expertsmith.surgery.merge import check_merges
 
         check_merges(plan, inventory)
-    if pad:
+    if plan.novices:
+        check_novices(inventory)
+        if pad:
+            raise UserError("--pad has no effect on a plan with novices: the router keeps all its classes", "leave it out")
+    elif pad:
         check_padding(inventory, counts_of(plan), 1 if flat else inventory.rules.groups)
     elif plan.uniform_count is None:
         check_uneven(inventory)
@@ -106,9 +111,10 @@ def _check_mtp(entry: LayerPlan, plan: Plan, inventory: Inventory) -> None:
         kinds = ("a multi-token-prediction layer", "a decoder layer")
         here, there = kinds if entry.mtp else kinds[::-1]
         raise UserError(f"layer {entry.layer} is {here} in the plan, but {there} in the checkpoint")
-    if entry.mtp and len(entry.keep) != max(plan.counts):
+    says = max(router_counts(plan).values())
+    if entry.mtp and len(entry.keep) != says:
         raise UserError(
-            f"multi-token-prediction layer {entry.layer} of the plan keeps {len(entry.keep)} experts, but config.json will say {max(plan.counts)}",
+            f"multi-token-prediction layer {entry.layer} of the plan keeps {len(entry.keep)} experts, but config.json will say {says}",
             "keep the same number in that layer",
         )
 
@@ -162,10 +168,11 @@ def output_tensors(plan: Plan, inventory: Inventory, pad: bool = False, merger: 
             name = _renumbered(claim, inventory, kept[claim.layer])
             if name is not None:
                 made.append(_whole(claim, name, inventory, merger))
-        elif claim.kind == "stacked" and claim.layer in kept:
+        elif claim.kind == "stacked" and claim.layer in kept and (claim.routed or not plan.novices):
             made.append(_rows(claim, inventory, kept[claim.layer], merger))
         else:
             made.append(_whole(claim, claim.info.name, inventory))
+    made += novice_tensors(plan, inventory)
     return fill_up(made, counts_of(plan), inventory) if pad else made
 
 
@@ -225,11 +232,13 @@ def output_config(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[s
     config = copy.deepcopy(dict(inventory.checkpoint.config))
     drop_auto_map(config)
     inner: dict[str, Any] = text_config(config)  # type: ignore[assignment]
-    record, counts = inventory.architecture, trunk_counts(plan)
+    record, counts = inventory.architecture, router_counts(plan)
     write_skip(config, plan)
     write_padding(config, counts if pad else None)
     output_quantisation(config, renumbering_of(plan, inventory, pad))
     write_counts(config, dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory)
+    if plan.novices:
+        write_novices(config, plan, inventory)
     if plan.router_groups == "flatten":
         inner.update(record.one_group)  # also if they are missing: the default may be larger
         if record.group_alias is not None and record.group_alias in inner:
@@ -295,7 +304,7 @@ def apply_plan(  # noqa: C901  (one note for each case)
     """
     progress = progress or Silent()
     prepare_target(out, inventory.checkpoint.path, overwrite)
-    pad = pad and plan.uniform_count is None
+    pad = pad and (plan.uniform_count is None or bool(plan.novices))
     check_plan(plan, inventory, pad)
     check_building(inventory, inventory.architecture.one_group if plan.router_groups == "flatten" else {})
     if requantise:
@@ -328,6 +337,11 @@ def apply_plan(  # noqa: C901  (one note for each case)
         notes.append(
             f"layers with fewer than {max(plan.counts)} experts are padded with dead experts, which are never selected: this saves no memory"
         )
+    elif plan.novices:
+        notes.append(
+            f"{sum(len(entry.experts) for entry in plan.novices.values())} experts are constants: load with expertsmith.load(…), or with "
+            "transformers and trust_remote_code=True"
+        )
     elif plan.uniform_count is None:
         notes.append(
             f"layers keep {min(plan.counts)} to {max(plan.counts)} experts: load with expertsmith.load(…)"
@@ -337,8 +351,8 @@ def apply_plan(  # noqa: C901  (one note for each case)
         notes.append(SKIPS)
     config = output_config(plan, inventory, pad)
     notes += code_notes(inventory.checkpoint.path, inventory.checkpoint.config, config) + left_behind(inventory.checkpoint)
-    counts = trunk_counts(plan)
-    code = code_for(dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory)
+    counts = router_counts(plan)
+    code = code_for(dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory, bool(plan.novices))
     own = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps()}
     files = {**output_texts(plan, inventory, pad), **own, **code, **(texts or {})}
     with progress.task("apply", sum(tensor.nbytes for tensor in tensors), "B") as advance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from expertsmith.experts.inventory import Inventory
+from expertsmith.planning.build import sized
 from expertsmith.planning.plan import Plan
 
 
@@ -11,14 +12,19 @@ def counts_of(plan: Plan) -> dict[int, int]:
     return {entry.layer: len(entry.keep) for entry in plan.layers}
 
 
+def router_counts(plan: Plan) -> dict[int, int]:
+    """Decoder layer → number of experts that its router selects from: with novices all, else the kept ones."""
+    return {entry.layer: len(plan.masks[entry.layer]) for entry in plan.layers if not entry.mtp}
+
+
 def trunk_counts(plan: Plan) -> dict[int, int]:
     """`counts_of` the decoder layers, without multi-token prediction."""
     return {entry.layer: len(entry.keep) for entry in plan.layers if not entry.mtp}
 
 
 def changes(plan: Plan, inventory: Inventory) -> bool:
-    """Whether any expert is dropped."""
-    return any(count != inventory.experts_in(layer) for layer, count in counts_of(plan).items())
+    """Whether any expert is dropped. Those that become constants are not."""
+    return not plan.novices and any(count != inventory.experts_in(layer) for layer, count in counts_of(plan).items())
 
 
 def drops_mtp(plan: Plan, inventory: Inventory) -> bool:
@@ -28,4 +34,4 @@ def drops_mtp(plan: Plan, inventory: Inventory) -> bool:
 
 def size_after(plan: Plan, inventory: Inventory) -> tuple[int, int]:
     """(parameters, bytes) of the output."""
-    return inventory.size(counts_of(plan), mtp=not drops_mtp(plan, inventory))
+    return sized(plan.layers, inventory, mtp=not drops_mtp(plan, inventory))

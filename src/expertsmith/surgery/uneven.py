@@ -31,18 +31,25 @@ def check_uneven(inventory: Inventory) -> None:
     Raises:
         UserError: with the reason.
     """
-    record, why = inventory.architecture, inventory.architecture.uneven
-    if why is None and inventory.config != inventory.checkpoint.config and not is_listed(inventory):
+    why = inventory.architecture.uneven if is_listed(inventory) else why_not_custom(inventory)
+    if why is not None:
+        raise UserError(
+            f"the layers of a {inventory.architecture.model_type} model cannot have different numbers of experts: {why}",
+            "keep the same number in every layer: --uniform",
+        )
+
+
+def why_not_custom(inventory: Inventory) -> str | None:
+    """Why the class of `engine.uneven.custom_class` cannot run a checkpoint's family, or a composite that only runs as a whole; None: it
+    can."""
+    why = inventory.architecture.uneven
+    if why is None and inventory.config != inventory.checkpoint.config:
         from expertsmith.engine.loading import transformers_config  # torch and transformers: for this only
         from expertsmith.engine.uneven import runs_as_a_whole
 
         if runs_as_a_whole(transformers_config(inventory.checkpoint)):
             why = "transformers runs this checkpoint's language model only as part of the whole model"
-    if why is not None:
-        raise UserError(
-            f"the layers of a {record.model_type} model cannot have different numbers of experts: {why}",
-            "keep the same number in every layer: --uniform",
-        )
+    return why
 
 
 def refuse_padded(inventory: Inventory) -> None:
@@ -127,15 +134,16 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
     config[last] = value
 
 
-def code_for(counts: Mapping[int, int], inventory: Inventory) -> dict[str, str]:
-    """File name → text of the module that plain transformers needs if layers differ or attention was pruned; otherwise empty."""
+def code_for(counts: Mapping[int, int], inventory: Inventory, novices: bool = False) -> dict[str, str]:
+    """File name → text of the module that plain transformers needs if layers differ, attention was pruned or (`novices`) experts are
+    constants; otherwise empty."""
     uneven = len(set(counts.values())) > 1 and not is_listed(inventory)
-    if not uneven and ATTENTION_KEY not in inventory.config:
+    if not uneven and not novices and ATTENTION_KEY not in inventory.config:
         return {}
     from expertsmith.engine.loading import transformers_config
     from expertsmith.engine.uneven import SHIM, shim_of
 
-    return {SHIM: shim_of(transformers_config(inventory.checkpoint), uneven)}
+    return {SHIM: shim_of(transformers_config(inventory.checkpoint), uneven, novices)}
 
 
 def check_padding(inventory: Inventory, counts: Mapping[int, int], groups: int) -> None:

@@ -37,6 +37,7 @@ from expertsmith.ranks import ALONE, Ranks
 from expertsmith.surgery.apply import check_plan, output_config, output_tensors, output_texts, written
 from expertsmith.surgery.mask import masked
 from expertsmith.surgery.merge import merged
+from expertsmith.surgery.novices import replaced, with_constants_of
 from expertsmith.surgery.skip import is_padded
 from expertsmith.views.notebook import Shown
 from expertsmith.views.progress import Progress, Silent
@@ -179,6 +180,9 @@ def verify(
     progress = progress or Silent()
     pad = is_padded(output.config)
     check_plan(plan, inventory, pad)
+    plan, wrong = with_constants_of(plan, inventory, output)
+    if wrong:
+        return Verdict(False, tolerance, len(output.tensors), wrong, dtype=dtype, memory=memory)
     held = written(plan, inventory, requantise=quantisation_of(output) is not None)
     tensors, wrong = compare_bytes(plan, held, output, progress, pad, ranks)
     differs = ranks.leading(lambda: _differing_texts(plan, held, output, pad))
@@ -193,7 +197,9 @@ def verify(
         return verdict
     overrides = record.one_group if plan.router_groups == "flatten" else {}
     ahead = plan.mtp == "keep" and bool(inventory.mtp_layers)
-    if ahead:
+    if ahead and plan.novices:
+        verdict.mtp_not_compared = "it is not run in a model with experts that are constants"
+    elif ahead:
         verdict.mtp_not_compared = why_not_played(held) or why_not_played(take_inventory(output))
     where: dict[str, Any] = {
         "memory": memory,
@@ -206,8 +212,13 @@ def verify(
         source = load_model(held.checkpoint, record, config_overrides=overrides, **where)
         pruned = load_model(output, record, **where)
         experts = {entry.layer: entry.num_experts for entry in plan.layers}
-        masks = masked(source, plan.kept, experts)
-        with merged(source, plan, held), masks, progress.task("verify", len(source.layers), "layers") as advance:
+        masks = masked(source, plan.masks, experts)
+        with (
+            merged(source, plan, held),
+            masks,
+            replaced(source, plan),
+            progress.task("verify", len(source.layers), "layers") as advance,
+        ):
             _compare_forwards(source, pruned, mine, part, advance)
         if plan.skip is not None:
             _compare_skipping(pruned, mine, plan.thresholds, plan.skip.rule, part)

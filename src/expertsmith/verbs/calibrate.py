@@ -39,6 +39,13 @@ def calibrate(
     output_sum: Annotated[
         bool, Opt("Also sum the raw outputs of every expert over its routed tokens.", "--output-sum")
     ] = False,
+    output_moments: Annotated[
+        bool,
+        Opt(
+            "Also sum their squares and their values weighted by the squared routing weight, by dimension (for mone).",
+            "--output-moments",
+        ),
+    ] = False,
     all_outputs: Annotated[
         bool, Opt("Also run every expert on every token and sum the outputs (for hc_smoe and ream).", "--all-outputs")
     ] = False,
@@ -56,6 +63,7 @@ def calibrate(
         seq_len: tokens a sequence at most; None: 2048 or the model's window, whichever is less.
         pack: join texts into full sequences; None: texts yes, demonstrations (messages, prompt + response) no.
         output_sum: also sum the raw outputs of every expert over the tokens routed to it.
+        output_moments: also sum f, f² and g²f in every dimension, g the routing weight (needed by mone; includes output_sum).
         all_outputs: also sum them over all tokens: every expert runs on every token (needed by hc_smoe and ream).
         sample_tokens: also keep the block's inputs and outputs of this many tokens a domain.
         memory: "resident", "stream" (one decoder layer at a time) or "auto".
@@ -70,7 +78,7 @@ def calibrate(
     tokens = token_data(inventory.checkpoint.path, inventory.checkpoint.config, data, progress, **part(Text, given))
     ranks = current()
     loaded = open_model(inventory, progress, mtp=True, ranks=ranks, **part(Running, given))
-    extras = Extras(output_sum, all_outputs, sample_tokens, given["seed"])
+    extras = Extras(output_sum, all_outputs, sample_tokens, given["seed"], output_moments)
     size = loaded.batch_tokens(given["batch_tokens"])
     return collect(
         loaded,

@@ -18,6 +18,11 @@ from expertsmith.views import show
 RATIOS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 
+def _constants(inventory: Inventory) -> str:
+    count = sum(inventory.novices.values())
+    return f"{count} further experts are constants, so nothing can be pruned from this checkpoint." if count else ""
+
+
 @verb(LOOK, show=lambda facts, given: show.show_inspection(facts), headers_only=True)
 def inspect(model: Named, **given: Unpack[Opening]) -> dict[str, Any]:
     """Show what a checkpoint is and how much memory it needs at each keep ratio, from config and headers only.
@@ -25,14 +30,16 @@ def inspect(model: Named, **given: Unpack[Opening]) -> dict[str, Any]:
     Raises:
         UserError: not a checkpoint of a supported MoE family, or a damaged one.
     """
-    inventory = take_inventory(open_checkpoint(model, headers_only=True, allow_pickle=given["allow_pickle"]), undecodable=True)
+    inventory = take_inventory(
+        open_checkpoint(model, headers_only=True, allow_pickle=given["allow_pickle"]), undecodable=True, novices=True
+    )
     record, rules = inventory.architecture, inventory.rules
     quantisation, weights = _quantisation(inventory)
     parameters, nbytes = weights.size()[0], inventory.size()[1]
     cache = cache_account(inventory)
     decoded = quantisation is None or quantisation["cannot_be_decoded"] is None
     ratios: list[dict[str, float | None]] = []
-    for ratio in RATIOS:
+    for ratio in () if inventory.novices else RATIOS:
         with suppress(UserError):  # a ratio below what the router needs is left out
             counts = {layer: keep_count(ratio, inventory.rules_of(layer)) for layer in inventory.layers}
             counts |= dict.fromkeys(inventory.mtp_layers, max(counts.values()))
@@ -55,7 +62,7 @@ def inspect(model: Named, **given: Unpack[Opening]) -> dict[str, Any]:
         "family": record.title,
         "model_type": record.model_type,
         "status": record.status,
-        "notes": record.notes,
+        "notes": " ".join(filter(None, (record.notes, _constants(inventory)))),
         "layers": inventory.num_layers,
         "moe_layers": inventory.layers,
         "multi_token_prediction": _mtp(inventory),

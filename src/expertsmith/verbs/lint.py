@@ -50,5 +50,8 @@ def lint(
 
     opened = open_checkpoint(model, headers_only=True, allow_pickle=given["allow_pickle"])
     return find(
-        take_inventory(opened, undecodable=True), engine, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel
+        take_inventory(opened, undecodable=True, novices=True),
+        engine,
+        tensor_parallel=tensor_parallel,
+        expert_parallel=expert_parallel,
     )

@@ -141,7 +141,7 @@ def plan(  # noqa: C901  (a case a kind of method)
     if share is not None:
         progress.note(_said(share, rules.values()))
     calibrates = chosen.reads == "statistics" and stats is None
-    _refuse_textless(chosen, calibrates, data, domains)
+    _check_inputs(chosen, calibrates, data, domains, fit)
     check_search(inventory, chosen_budget, data, uniform)
     job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress)
     job.mtp, job.device = mtp, given["device"]
@@ -153,7 +153,12 @@ def plan(  # noqa: C901  (a case a kind of method)
         place = held.enter_context(_work("statistics" if calibrates else "measured", calibrates, work, out, progress))
         if calibrates:
             assert place is not None
-            options = {**given, "all_outputs": chosen.all_outputs, "overwrite": overwrite}
+            options = {
+                **given,
+                "all_outputs": chosen.all_outputs,
+                "output_moments": chosen.output_moments,
+                "overwrite": overwrite,
+            }
             stats = calibrate(inventory.checkpoint.source, data, place, **options)
         else:
             job.work = place
@@ -254,6 +259,7 @@ def request(
     from expertsmith import methods as registered
     from expertsmith.planning import budgets
     from expertsmith.planning import build as planning
+    from expertsmith.surgery.novices import check_novices
     from expertsmith.surgery.uneven import refuse_padded
 
     chosen = registered.find(method)
@@ -262,7 +268,11 @@ def request(
     share = None if keep is None else parse_keep(keep)
     refuse_padded(inventory)
     chosen_budget = planning.choose_budget(chosen, budget, share)
-    rules = planning.rules_of(inventory, router_groups)
+    if chosen.constants:
+        check_novices(inventory)
+        if router_groups == "flatten":
+            raise UserError(f"method {method} leaves the router unchanged, so its groups stay", "leave --router-groups out")
+    rules = planning.rules_of(inventory, "flatten" if chosen.constants else router_groups)
     if share is not None:
         where = inventory.checkpoint.source
         for layer, entry in rules.items():
@@ -270,7 +280,8 @@ def request(
     return chosen, values, share, chosen_budget, rules, searching
 
 
-def _refuse_textless(chosen: Method, calibrates: bool, data: Sequence[str], domains: Sequence[str]) -> None:
+def _check_inputs(chosen: Method, calibrates: bool, data: Sequence[str], domains: Sequence[str], fit: str | None) -> None:
+    """Refuse what the method cannot use, and what is missing for it."""
     if domains and (chosen.reads == "model" or chosen.data_free):
         raise UserError(f"method {chosen.name} reads no statistics, so --domain has no effect", "remove --domain")
     if calibrates and not data:
@@ -279,6 +290,8 @@ def _refuse_textless(chosen: Method, calibrates: bool, data: Sequence[str], doma
         )
     if chosen.reads == "model" and not data:
         raise UserError(f"method {chosen.name} runs the model on text", "pass --data FILE")
+    if chosen.constants:
+        _refuse_fit(fit, None, f"method {chosen.name}, whose constants it does not count")
 
 
 def check_search(inventory: Inventory, budget: str, data: Sequence[str], uniform: bool) -> None:

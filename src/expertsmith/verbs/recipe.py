@@ -291,6 +291,14 @@ def _plan_faults(there: Mapping[str, Any]) -> list[str]:
         faults.append(
             f"plan: method {method.name} needs every expert's output on all tokens: set calibrate.all_outputs to true"
         )
+    if (
+        method
+        and method.output_moments
+        and calibrate is not None
+        and not plan.get("stats")
+        and not calibrate.get("output_moments")
+    ):
+        faults.append(f"plan: method {method.name} needs the variance of outputs: set calibrate.output_moments to true")
     counted = plan.get("keep") is not None or plan.get("fit") is not None
     if method and not counted and plan.get("budget") in (None, "threshold") and "threshold" not in method.budgets:
         faults.append(f"plan: keep is required for method {method.name}: add plan.keep")

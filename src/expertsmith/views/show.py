@@ -128,7 +128,7 @@ def show_method(m: Method) -> None:
 
 def needs(m: Method) -> str:
     """What the user of a method needs."""
-    return NEEDS[m.reads] + (" with --all-outputs" if m.all_outputs else "")
+    return NEEDS[m.reads] + (" with --all-outputs" if m.all_outputs else " with --output-moments" if m.output_moments else "")
 
 
 def show_facts(facts: dict[str, str]) -> None:
