@@ -188,14 +188,13 @@ def with_constants(source, plan_file):
 
 @pytest.mark.parametrize("model_type", POSSIBLE)
 def test_every_family(model_type, written):
-    """verify (bytes, layers, logits), the loader, sizes, and that only the kept experts are stored."""
+    """verify (bytes, layers, logits; streamed in test_families), the loader, sizes, and that only the kept experts are stored."""
     source, plan_file, out = written(model_type)
     wanted = with_constants(source, plan_file)
     assert difference(logits(api.load(out)), wanted) < 2e-5
-    for memory in ("resident", "stream"):
-        verdict = api.verify(source, out, tokens=128, device="cpu", memory=memory)
-        assert verdict.passed, verdict
-        assert verdict.largest < 2e-5
+    verdict = api.verify(source, out, tokens=128, device="cpu", memory="resident")
+    assert verdict.passed, verdict
+    assert verdict.largest < 2e-5
     plan = load_plan(plan_file)
     before = take_inventory(open_checkpoint(source))
     after = take_inventory(open_checkpoint(out), novices=True)

@@ -21,10 +21,10 @@ from expertsmith.engine.devices import choose_memory, free_memory
 from expertsmith.errors import UserError
 from expertsmith.ranks import _NOW, ALONE, Ranks, current, own_device
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import json, os, sys
-
-pytestmark = pytest.mark.slow
 
 rank, folder, lines = int(os.environ["RANK"]), sys.argv[1], json.loads(sys.argv[2])
 
