@@ -27,7 +27,8 @@ test-gpu: $(VENV)/.ready-dev
 # for daily work: one family of each kind, without what trains, converts, starts processes or runs whole jobs
 test-fast: $(VENV)/.ready-dev
 	EXPERTSMITH_FAMILIES="mixtral qwen2_moe deepseek_v3" $(BIN)/pytest -n auto --dist loadgroup -m "not slow" \
-		tests/surgery tests/planning tests/calibration tests/methods tests/verbs
+		tests/surgery tests/calibration tests/planning/test_plan.py tests/planning/test_interchange.py \
+		tests/methods/test_moeits.py tests/methods/test_merging.py tests/verbs/test_functions.py
 
 # the families against the newest transformers release: prints the result, and never fails
 test-newest: $(VENV)/.ready-dev
