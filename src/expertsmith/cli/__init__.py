@@ -249,8 +249,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         code = app(arguments, prog_name="expertsmith", standalone_mode=False)
-        if isinstance(code, int) and code:
-            raise SystemExit(code)
+        raise SystemExit(code if isinstance(code, int) else 0)
     except Refused as error:
         _refuse(error, "--json" in arguments)
     except UserError as error:
