@@ -73,7 +73,6 @@ EvalData = Annotated[
         metavar=SPECS,
     ),
 ]
-Method = Annotated[str, Opt("How experts are scored; see `expertsmith methods`.", "--method", "-m")]
 Keep = Annotated[
     Ratio | None,
     Opt(
