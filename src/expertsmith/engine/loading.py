@@ -22,6 +22,7 @@ from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.floats import Floats, filled, floats
 from expertsmith.engine.devices import Memory, choose_device, dtype_of, free_memory
 from expertsmith.engine.experts import install
+from expertsmith.engine.fusing import in_place
 from expertsmith.engine.layout import experts_of, has_experts, is_grouped
 from expertsmith.engine.mtp import Ahead, ahead_of, known_names, lengthen, why_not_played
 from expertsmith.engine.on_demand import Source, remove
@@ -176,7 +177,9 @@ class LoadedModel:
         """Load tensors of the checkpoint into the module, with transformers' own renaming and fusing."""
         assert self._naming is not None
         take = self._reads.take if self._reads is not None else self.weights.read
-        state = {self._names.get(name) or name: _Unread(take, name) for name in names}
+        known = {self._names.get(name) or name: name for name in names}
+        state = {name: _Unread(take, own) for name, own in known.items()}
+        state = in_place(self._naming, state, {name: self.weights.tensors[own].shape for name, own in known.items()})
         with own_pages():
             outcome = read_in(self._naming, state, self.device)
         _refuse_mismatched(outcome.mismatched)
@@ -209,7 +212,7 @@ class _LargeOnMeta(TorchFunctionMode):
 
 class _Unread:
     """A tensor of the checkpoint that is read when transformers takes it (`tensor[...]`, as with a safetensors slice), and not kept. So
-    only the tensors being fused (experts' gate and up projections) are in memory twice, not the whole layer."""
+    only the tensors being fused are in memory twice, not the whole layer."""
 
     def __init__(self, take: Callable[[str], torch.Tensor], name: str) -> None:
         self.take, self.name = take, name

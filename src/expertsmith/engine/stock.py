@@ -50,18 +50,18 @@ def naming(module: Any, key_mapping: Mapping[str, str], dtype: torch.dtype) -> N
     return Naming(module, get_model_conversion_mapping(module, dict(key_mapping)), dtype, module._get_dtype_plan(dtype))
 
 
-def renamer(naming: Naming) -> Callable[[str], tuple[str, bool]]:
-    """A function: name in the checkpoint → (name in the module, whether the tensor is converted). The name is that of the parameter that
-    the tensor becomes, or becomes a part of; if the module has none, the name that transformers would give it."""
+def renamer(naming: Naming) -> Callable[[str], tuple[str, str | None]]:
+    """A function: name in the checkpoint → (name in the module, name pattern if the tensor is converted). The name is that of the parameter
+    that the tensor becomes, or becomes a part of; if the module has none, the name that transformers would give it."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     renamings = [entry for entry in naming.mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in naming.mapping if isinstance(entry, WeightConverter)]
     targets = naming.module.state_dict()
 
-    def renamed(name: str) -> tuple[str, bool]:
+    def renamed(name: str) -> tuple[str, str | None]:
         found, pattern = rename_source_key(name, renamings, converters, naming.module.base_model_prefix, targets)
-        return name if found not in targets and name in targets else found, pattern is not None
+        return name if found not in targets and name in targets else found, pattern
 
     return renamed
 
@@ -74,6 +74,19 @@ def splits(naming: Naming) -> dict[str, list[str]]:
     return {first: others for first, *others in patterns if others}
 
 
+def stacks(naming: Naming) -> dict[str, list[str]]:
+    """For parameters that are stacked experts, or such stacks joined in the second dimension: name pattern of a part → those of all, in order."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    found: dict[str, list[str]] = {}
+    joined = [(MergeModulelist, 0), (Concatenate, 1)]
+    for entry in naming.mapping:
+        steps = [(type(step), getattr(step, "dim", None)) for step in getattr(entry, "operations", ())]
+        if steps == joined or (steps == joined[:1] and len(entry.source_patterns) == 1):
+            found |= dict.fromkeys(entry.source_patterns, entry.source_patterns)
+    return found
+
+
 def read_in(naming: Naming, state: Mapping[str, Any], device: torch.device) -> Outcome:
     """Load tensors into the module, renamed, fused and converted as in `from_pretrained`.
 
@@ -83,9 +96,8 @@ def read_in(naming: Naming, state: Mapping[str, Any], device: torch.device) -> O
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
-    # loading marks the entries as used and as active; what they hold is copied by transformers before it is filled
     options = LoadStateDictConfig(
-        weight_mapping=list(map(copy, naming.mapping)),
+        weight_mapping=list(map(copy, naming.mapping)),  # loading marks the entries as used
         dtype=naming.dtype,
         dtype_plan=naming.dtype_plan,
         device_map={"": device},
@@ -135,10 +147,8 @@ def _one_by_one() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        os.environ.pop(name)
+        os.environ.update({} if before is None else {name: before})
 
 
 @contextmanager
