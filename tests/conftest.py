@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 
+import pretended  # noqa: E402
 from expertsmith.arch import families  # noqa: E402
 from expertsmith.engine import load_model  # noqa: E402
 from tiny import (  # noqa: E402
@@ -23,9 +24,11 @@ from tiny import (  # noqa: E402
     tiny_config,
 )
 
-DEVICE = os.environ.get("EXPERTSMITH_DEVICE", "cpu")  # `make test-gpu`: cuda
+DEVICE = os.environ.get("EXPERTSMITH_DEVICE", "cpu")  # `make test-gpu`: cuda, or `pretended` without a GPU
 if DEVICE != "cpu":
-    if not torch.cuda.is_available():
+    if DEVICE == pretended.NAME:
+        pretended.install()
+    elif not torch.cuda.is_available():
         pytest.exit(f"EXPERTSMITH_DEVICE is {DEVICE}, but torch sees no GPU", returncode=2)
     load_model.__kwdefaults__["device"] = DEVICE  # of tests that load a model themselves
 ONLY = os.environ.get("EXPERTSMITH_FAMILIES", "").split()  # `make test-fast`: one family of each kind

@@ -157,11 +157,16 @@ class _Fake:
         self.watch.residual = x
         self.watch.router_output = (torch.zeros(x.shape[0], experts),)
 
-    def add(
-        self, raw: torch.Tensor, expert: list[int], weight: list[float], token: list[int], routed: torch.Tensor, top_k: int = 1
-    ):
+    def add(self, raw: torch.Tensor, expert: list[int], weight: list[float], token: list[int], routed: torch.Tensor):
+        """The slots are sorted by expert, then by token."""
         slots = Slots(raw, torch.tensor(expert), torch.tensor(weight), torch.tensor(token))
-        self.watch._add(self.watch.residual, routed, slots, top_k)
+        top_k = max(map(token.count, token))
+        selected = torch.full((len(self.watch.residual), top_k), self.sums.num_experts)
+        weights = torch.zeros(selected.shape)
+        for place, (own, value, at) in enumerate(zip(expert, weight, token, strict=True)):
+            slot = token[:place].count(at)
+            selected[at, slot], weights[at, slot] = own, value
+        self.watch._add(self.watch.residual, routed, slots, (selected, weights))
         return self.sums.by_domain["d"]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import CALIBRATION, save_tiny
+from conftest import CALIBRATION, DEVICE, save_tiny
 from expertsmith import api
 from expertsmith.arch import families
 from expertsmith.checkpoint import ahead, open_checkpoint
@@ -40,7 +40,7 @@ def deep(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def streamed(deep):
-    return load_model(open_checkpoint(deep), families()["mixtral"], memory="stream")
+    return load_model(open_checkpoint(deep), families()["mixtral"], memory="stream", device="cpu")
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_statistics_are_the_same_bytes(family, kind, data, tmp_path, monkeypatch
         pytest.importorskip("compressed_tensors")
         quantise_checkpoint(source, tmp_path / "model", kind)
         source = tmp_path / "model"
-    api.calibrate(source, data, tmp_path / "ahead", memory="stream", **CALIBRATION)
+    api.calibrate(source, data, tmp_path / "ahead", memory="stream", **{**CALIBRATION, "device": "cpu"})
     held, early = {name for name, _ in counted}, {name for name, in_thread in counted if in_thread}
     for layer in (1, 2, 3):  # all that is held of a layer was read in the thread, the first layer's when it was needed
         mine = {name for name in held if f"layers.{layer}." in name}
@@ -84,7 +84,7 @@ def test_statistics_are_the_same_bytes(family, kind, data, tmp_path, monkeypatch
     assert not any("layers.0." in name for name in early)
     counted.clear()
     monkeypatch.setattr(read_ahead, "SHARE", 0.0)
-    api.calibrate(source, data, tmp_path / "plainly", memory="stream", **CALIBRATION)
+    api.calibrate(source, data, tmp_path / "plainly", memory="stream", **{**CALIBRATION, "device": "cpu"})
     assert not any(in_thread for _, in_thread in counted)
     files = sorted(path.name for path in (tmp_path / "ahead").glob("layer_*.safetensors"))
     assert len(files) >= 3
@@ -220,7 +220,7 @@ def test_a_file_that_was_cut_is_an_error_as_without_reading_ahead(deep, tmp_path
 
     def refused(folder: Path) -> str:
         shutil.copytree(deep, folder)
-        model = load_model(open_checkpoint(folder), families()["mixtral"], memory="stream")
+        model = load_model(open_checkpoint(folder), families()["mixtral"], memory="stream", device="cpu")
         infos = [info for name, info in model.checkpoint.tensors.items() if "layers.2." in name]
 
         def cut(layer, number, batch):
@@ -291,15 +291,29 @@ def test_pinned_memory_is_used_again(deep):
     memory.close()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu(deep, counted, monkeypatch):
-    found = []
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, or a pretended one")
+@pytest.mark.parametrize("room", [2**34, 0])
+def test_on_a_gpu(room, deep, counted, monkeypatch):
+    """The bytes are copied to it in the reading thread if it has room for them, and the result is the same."""
+    found, sent = [], []
+    plain = read_ahead.Copies.send
+
+    def send(self, value):
+        sent.append(threading.current_thread() is not threading.main_thread())
+        return plain(self, value)
+
+    monkeypatch.setattr(read_ahead.Copies, "send", send)
+    free = read_ahead.free_memory
+    monkeypatch.setattr(read_ahead, "free_memory", lambda device: free(device) if device.type == "cpu" else room)
     for share in (read_ahead.SHARE, 0.0):
         monkeypatch.setattr(read_ahead, "SHARE", share)
         counted.clear()
-        model = load_model(open_checkpoint(deep), families()["mixtral"], memory="stream", device="cuda")
+        sent.clear()
+        model = load_model(open_checkpoint(deep), families()["mixtral"], memory="stream", device=DEVICE)
         with Walk(model, batches()) as walk:
             list(walk.layers())
             found.append(next(walk.outputs()).logits)
         assert any(in_thread for _, in_thread in counted) == (share > 0)
+        assert all(sent)
+        assert bool(sent) == (share > 0 and room > 0)
     assert torch.equal(*found)

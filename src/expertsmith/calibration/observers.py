@@ -62,6 +62,7 @@ STATISTICS = {
     "sample_outputs": Statistic("[n, hidden]", ACTIVATION, "routed outputs of the same tokens", "--sample-tokens"),
     "sample_index": Statistic("[n, 2]", "position", "sequence and place in it of the same tokens", "--sample-tokens"),
 }  # fmt: skip
+COLUMNS = ("weight_sum", "norm_sum", "weighted_norm_sum", "weight_sq_sum", "norm_sq_sum", "weighted_norm_sq_sum", "easy_ep")
 SAMPLES = ("sample_inputs", "sample_outputs", "sample_index")
 
 
@@ -87,19 +88,19 @@ class LayerSums:
     extras: Extras = field(default_factory=Extras)
     by_domain: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     chosen: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)  # domain → the statistics COLUMNS, of which each is a row
 
     def __post_init__(self) -> None:
         n, f64, i64 = self.num_experts, torch.float64, torch.int64
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "tokens": ((), i64), "selections": ((n,), i64), "coselections": ((n, n), i64), "weight_sum": ((n,), f64),
-            "weight_sq_sum": ((n,), f64), "score_sum": ((n,), f64), "norm_sum": ((n,), f64), "norm_sq_sum": ((n,), f64),
-            "norm_max": ((n,), f64), "weighted_norm_sum": ((n,), f64), "weighted_norm_sq_sum": ((n,), f64), "easy_ep": ((n,), f64),
+            "tokens": ((), i64), "selections": ((n,), i64), "coselections": ((n, n), i64), "score_sum": ((n,), f64), "norm_max": ((n,), f64),
             "turn_sum": ((), f64), "ratio_histogram": ((RATIO_BINS,), i64), "entropy_sum": ((), f64), "logit_gram": ((n, n), f64),
         }  # fmt: skip
         for domain, count in self.sequences.items():
             sums = {name: torch.zeros(shape, dtype=dtype, device=self.device) for name, (shape, dtype) in shapes.items()}
             sums["easy_ep_by_sequence"] = torch.zeros((count, n), dtype=torch.float32, device=self.device)
-            self.by_domain[domain] = sums
+            self.columns[domain] = torch.zeros(len(COLUMNS), n, dtype=f64, device=self.device)
+            self.by_domain[domain] = sums | dict(zip(COLUMNS, self.columns[domain], strict=True))
 
 
 @contextmanager
@@ -162,7 +163,8 @@ class _Watch:
             out, slots = grouped_forward(self.experts, x, selected, weights)
         else:
             out, slots = flattened_forward(self.experts, x, selected, weights, self.arch.call == "pairs", shape)
-        self._add(x, out, slots, selected.shape[-1])
+        top_k = selected.shape[-1]
+        self._add(x, out, slots, (selected.reshape(-1, top_k), weights.reshape(-1, top_k).float()))
         return out.reshape(shape)
 
     def _dense_experts(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -176,13 +178,14 @@ class _Watch:
         token, expert = torch.nonzero(scores > 0, as_tuple=True)
         order = torch.argsort(expert, stable=True)
         token, expert = token[order], expert[order]
-        top_k = int((scores > 0).sum(-1).max())
+        values, selected = scores.float().topk(int((scores > 0).sum(-1).max()))
         slots = Slots(raw[expert, token], expert, scores[token, expert].float(), token, inside=True)
         assert self.router_input is not None  # the experts' own input is scaled by the scores already
-        self._add(self.router_input.reshape(-1, output.shape[-1]), raw.sum(0), slots, top_k)
+        self._add(self.router_input.reshape(-1, output.shape[-1]), raw.sum(0), slots, (selected, values))
 
     @torch.no_grad()
-    def _add(self, x: torch.Tensor, out: torch.Tensor, slots: Slots, top_k: int) -> None:
+    def _add(self, x: torch.Tensor, out: torch.Tensor, slots: Slots, routing: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Add a batch. `routing`: (selected_experts, routing_weights) [tokens, slots], in any order of a token's slots."""
         batch, arch, n = self.current(), self.arch, self.sums.num_experts
         sums = self.sums.by_domain[batch.domain]
         valid = batch.mask.reshape(-1).to(out.device)
@@ -199,59 +202,55 @@ class _Watch:
         weight = slots.weight.abs().double() * counted
         norm = torch.linalg.vector_norm(slots.raw, dim=-1, dtype=torch.float32).double() * counted
         weighted = norm if slots.inside else weight * norm
-        turn = self._turn(out).double() * valid
-        turned = weighted * turn[token]
-        columns = torch.stack((counted.double(), weight, weight**2, norm, norm**2, weighted, weighted**2, turned), dim=-1)
-        # slots are sorted by expert; the last segment (no routed expert) is left out. Nothing here waits for the device
-        ends = torch.searchsorted(expert, torch.arange(n, device=expert.device), right=True)
-        lengths = torch.diff(ends, prepend=ends.new_zeros(1), append=ends.new_full((1,), expert.numel()))
-        totals = torch.segment_reduce(columns, "sum", lengths=lengths, axis=0, unsafe=True)[:n]
-        names = (
-            "weight_sum",
-            "weight_sq_sum",
-            "norm_sum",
-            "norm_sq_sum",
-            "weighted_norm_sum",
-            "weighted_norm_sq_sum",
-            "easy_ep",
-        )
-        sums["tokens"] += valid.sum()
-        sums["selections"] += totals[:, 0].round().long()
-        for name, column in zip(names, totals[:, 1:].unbind(-1), strict=True):
-            sums[name] += column
-        top = torch.segment_reduce(norm, "max", lengths=lengths, initial=0.0, unsafe=True)[:n]
+        turn = self._turn(out) * valid
+        summed = torch.stack((weight, norm, weighted), dim=-1)
+        columns = torch.cat((counted[:, None], summed, summed**2, (weighted * turn[token])[:, None]), dim=-1)
+        # slots are sorted by expert, then by token. Each segment is an expert and a sequence; the last (no routed expert) is left out. Nothing
+        # here waits for the device
+        rows = batch.input_ids.shape[0]
+        cell = expert * rows + token // (tokens // rows)
+        ends = torch.searchsorted(cell, torch.arange(n * rows, device=cell.device), right=True)
+        lengths = torch.diff(ends, prepend=ends.new_zeros(1), append=ends.new_full((1,), cell.numel()))
+        totals = torch.segment_reduce(columns, "sum", lengths=lengths, axis=0, unsafe=True)[:-1].view(n, rows, -1)
+        sums["easy_ep_by_sequence"][batch.sequences] = totals[..., -1].T.float()
+        totals = totals.sum(1).T
+        sums["tokens"] += batch.tokens
+        sums["selections"] += totals[0].round().long()
+        self.sums.columns[batch.domain] += totals[1:]
+        top = torch.segment_reduce(norm, "max", lengths=lengths, initial=0.0, unsafe=True)[:-1].view(n, rows).amax(1)
         sums["norm_max"] = torch.maximum(sums["norm_max"], top)
         sums["turn_sum"] += turn.sum()
-        # each (token, expert) is written at most once, so the scatters below are deterministic on every device
+        selected, weights = routing
+        chosen = valid[:, None] & (selected < n)
+        if slots.inside or arch.unrouted_zero:
+            chosen &= weights != 0
+        # a token's experts differ, and what is not counted writes the same, so the scatter is deterministic on every device
         hit = torch.zeros(tokens, n + 1, dtype=torch.float32, device=out.device)
-        hit[token, torch.where(counted, expert, n)] = 1.0
-        hit = hit[:, :n]
+        hit = hit.scatter_(1, torch.where(chosen, selected, n), 1.0)[:, :n]
         sums["coselections"] += (hit.T @ hit).round().long()
-        table = torch.zeros(tokens, n + 1, dtype=torch.float64, device=out.device)
-        table[token, expert.clamp(max=n)] = turned
-        rows = batch.input_ids.shape[0]
-        sums["easy_ep_by_sequence"][batch.sequences] = table[:, :n].reshape(rows, -1, n).sum(1).float()
-        if top_k > 1:
-            self._add_ratio(sums, slots, counted, valid)
+        if weights.shape[-1] > 1:
+            self._add_ratio(sums, torch.where(chosen, weights.abs(), 0.0))
         self._add_scores(sums, valid, n)
-        self._add_extras(sums, batch, x, out, slots, counted, lengths)
+        if self.sums.extras != Extras():
+            by_expert = torch.diff(ends[rows - 1 :: rows], prepend=ends.new_zeros(1), append=ends.new_full((1,), cell.numel()))
+            self._add_extras(sums, batch, x, out, slots, counted, by_expert)
 
     @staticmethod
-    def _add_ratio(sums: dict[str, torch.Tensor], slots: Slots, counted: torch.Tensor, valid: torch.Tensor) -> None:
-        by_token = torch.argsort(slots.token, stable=True)
-        per_token = int(slots.token.numel() // valid.numel())
-        weights = (slots.weight.abs() * counted)[by_token].reshape(valid.numel(), per_token)
+    def _add_ratio(sums: dict[str, torch.Tensor], weights: torch.Tensor) -> None:
         first, second = weights.topk(2, dim=-1).values.unbind(-1)
         place = (second / first * RATIO_BINS).long().clamp(0, RATIO_BINS - 1)
-        place = torch.where(valid & (first > 0), place, RATIO_BINS)  # the last bin is left out
+        place = torch.where(first > 0, place, RATIO_BINS)  # the last bin is left out
         counts = place.new_zeros(RATIO_BINS + 1).scatter_add_(0, place, torch.ones_like(place))
         sums["ratio_histogram"] += counts[:RATIO_BINS]
 
     def _add_scores(self, sums: dict[str, torch.Tensor], valid: torch.Tensor, n: int) -> None:
         counts = valid[:, None]
-        scores = torch.where(counts, full_scores(self.router_output, self.arch).float(), 0.0)
+        raw = raw_logits(self.router_output, self.arch)
+        from_logits = self.arch.router_output != "probabilities"
+        scores = scores_of(raw, self.arch) if from_logits else full_scores(self.router_output, self.arch)
+        scores = torch.where(counts, scores, 0.0)
         sums["score_sum"] += scores[:, :n].sum(0, dtype=torch.float64)
-        logits = torch.where(counts, raw_logits(self.router_output, self.arch)[:, :n].double(), 0.0)
+        logits = torch.where(counts, raw[:, :n], 0.0).double()
         sums["logit_gram"] += logits.T @ logits
         p = scores / scores.sum(-1, keepdim=True).clamp_min(1e-30)
         sums["entropy_sum"] += torch.special.entr(p).sum(dtype=torch.float64)

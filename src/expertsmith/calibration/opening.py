@@ -52,7 +52,7 @@ def opened_as(model: Any, as_type: str | None, **opening: Any) -> Iterator[None]
     checkpoint = open_checkpoint(model, **opening)
     where = f"{checkpoint.source}/config.json"
     with treated_as(checkpoint.config, as_type, _text_prefix(checkpoint.config, checkpoint.tensors), where) as record:
-        from expertsmith.engine.loading import check_fits
+        from expertsmith.engine.checks import check_fits
 
         check_fits(checkpoint, record)
         yield

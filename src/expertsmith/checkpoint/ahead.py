@@ -58,18 +58,24 @@ class EarlyReads(Checkpoint):
     _reader: _Reader | None = field(default=None, repr=False)
     _pool: ThreadPoolExecutor | None = field(default=None, repr=False)
 
-    def begin(self, names: Collection[str], memory: Callable[[int], Any] = fresh) -> None:
+    def begin(
+        self,
+        names: Collection[str],
+        memory: Callable[[int], Any] = fresh,
+        then: Callable[[torch.Tensor], torch.Tensor] = lambda found: found,
+    ) -> None:
         """Begin to read tensors in the order of their bytes. A name is given as often as its tensor is used.
 
         Args:
             memory: makes a writable buffer of so many bytes.
+            then: called in the thread with each tensor, as read; what it returns is held.
         """
         self.stop()
         self._uses = Counter(names)
         infos = sorted((self.tensors[name] for name in self._uses), key=lambda info: (info.file, info.start))
-        self._reader = _Reader(self.path, self.config, self.tensors, self.source, self._keep_alive, memory=memory)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        self._reads = {info.name: self._pool.submit(self._reader.read, info.name) for info in infos}
+        reader = _Reader(self.path, self.config, self.tensors, self.source, self._keep_alive, memory=memory)
+        self._reader, self._pool = reader, ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._reads = {info.name: self._pool.submit(lambda name: then(reader.read(name)), info.name) for info in infos}
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         """See `Checkpoint.read`."""

@@ -18,7 +18,7 @@ from expertsmith.engine.stock import grouped_linear
 
 @dataclass(frozen=True)
 class Slots:
-    """The (token, expert) pairs of a batch, sorted by expert.
+    """The (token, expert) pairs of a batch, sorted by expert, then by token.
 
     `raw` [S, hidden] are the experts' outputs before the routing weight; if `inside`, they already contain it.
     """
@@ -95,7 +95,7 @@ def grouped_forward(experts: Any, x: torch.Tensor, selected: torch.Tensor, weigh
     Tokens are sorted by expert, multiplied by one grouped matrix product a projection, weighted, put back into order and summed. Same
     operations in the same order as `transformers.integrations.moe`, so the result is the same bit for bit (tested).
     """
-    expert, order = torch.sort(selected.reshape(-1))
+    expert, order = torch.sort(selected.reshape(-1), stable=True)
     token = order // selected.shape[-1]
     return _combine(grouped_outputs(experts, x, token, expert), x, expert, token, order, weights)
 
@@ -109,7 +109,7 @@ def flattened_forward(
     """
     top_k = selected.shape[-1]
     weights = weights.reshape(-1, top_k)
-    expert, order = torch.sort(selected.reshape(-1))
+    expert, order = torch.sort(selected.reshape(-1), stable=True)
     token = order // top_k
     raw = flattened_outputs(experts, x, token, expert, weights.dtype, pairs, len(shape) == 3)
     return _combine(raw, x, expert, token, order, weights)

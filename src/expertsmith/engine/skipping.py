@@ -31,9 +31,10 @@ import torch
 from torch import nn
 
 from expertsmith.arch import Architecture, config_first
+from expertsmith.engine.building import layers_of
 from expertsmith.engine.experts import flattened_outputs, grouped_outputs
 from expertsmith.engine.layout import expert_count, experts_of, has_experts, is_grouped, routing_of, submodule
-from expertsmith.engine.loading import LoadedModel, layers_of
+from expertsmith.engine.loading import LoadedModel
 from expertsmith.errors import UserError
 
 Rule = Literal["ratio", "tail"]

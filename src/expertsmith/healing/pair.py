@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from expertsmith.arch import record_of
 from expertsmith.checkpoint import Checkpoint
-from expertsmith.engine.loading import transformers_config
+from expertsmith.engine.building import transformers_config
 from expertsmith.errors import UserError
 from expertsmith.planning.plan import load_plan
 

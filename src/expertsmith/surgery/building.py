@@ -23,7 +23,7 @@ def check_building(inventory: Inventory, overrides: Mapping[str, Any]) -> None:
         overrides: keys of the text config that the output changes; the source need not run without them.
 
     Raises:
-        UserError: see `engine.loading.check_model`.
+        UserError: see `engine.checks.check_model`.
     """
     if inventory.architecture.no_class is not None:
         return
@@ -42,7 +42,7 @@ def check_building(inventory: Inventory, overrides: Mapping[str, Any]) -> None:
 
 
 def _check(inventory: Inventory, overrides: Mapping[str, Any]) -> None:
-    from expertsmith.engine.loading import check_model
+    from expertsmith.engine.checks import check_model
 
     check_model(inventory.checkpoint, inventory.architecture, overrides)
 

@@ -46,7 +46,7 @@ def check_novices(inventory: Inventory) -> None:
 
 def write_novices(config: dict[str, Any], plan: Plan, inventory: Inventory) -> None:
     """List the constants of a plan in a config.json that was copied from the source; `auto_map` names the class of `code_for`."""
-    from expertsmith.engine.loading import transformers_config  # torch and transformers: for this only
+    from expertsmith.engine.building import transformers_config  # torch and transformers: for this only
     from expertsmith.engine.uneven import auto_map
 
     inner: dict[str, Any] = text_config(config)  # type: ignore[assignment]

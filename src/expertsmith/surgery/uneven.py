@@ -44,7 +44,7 @@ def why_not_custom(inventory: Inventory) -> str | None:
     can."""
     why = inventory.architecture.uneven
     if why is None and inventory.config != inventory.checkpoint.config:
-        from expertsmith.engine.loading import transformers_config  # torch and transformers: for this only
+        from expertsmith.engine.building import transformers_config  # torch and transformers: for this only
         from expertsmith.engine.uneven import runs_as_a_whole
 
         if runs_as_a_whole(transformers_config(inventory.checkpoint)):
@@ -90,7 +90,7 @@ def write_counts(config: dict[str, Any], counts: Mapping[int, int], inventory: I
         if ATTENTION_KEY not in inner:
             config.pop("auto_map", None)
     if len(set(counts.values())) > 1 and not is_listed(inventory):
-        from expertsmith.engine.loading import transformers_config  # torch and transformers: for this only
+        from expertsmith.engine.building import transformers_config  # torch and transformers: for this only
         from expertsmith.engine.uneven import auto_map
 
         check_uneven(inventory)
@@ -140,7 +140,7 @@ def code_for(counts: Mapping[int, int], inventory: Inventory, novices: bool = Fa
     uneven = len(set(counts.values())) > 1 and not is_listed(inventory)
     if not uneven and not novices and ATTENTION_KEY not in inventory.config:
         return {}
-    from expertsmith.engine.loading import transformers_config
+    from expertsmith.engine.building import transformers_config
     from expertsmith.engine.uneven import SHIM, shim_of
 
     return {SHIM: shim_of(transformers_config(inventory.checkpoint), uneven, novices)}

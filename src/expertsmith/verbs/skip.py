@@ -70,7 +70,7 @@ def skip(
     """
     from expertsmith.calibration.ratios import collect_ratios, thresholds
     from expertsmith.checkpoint.writer import prepare_target, swap
-    from expertsmith.engine.loading import transformers_config
+    from expertsmith.engine.building import transformers_config
     from expertsmith.engine.skipping import check_rule
     from expertsmith.evaluation.skipping import with_and_without
     from expertsmith.planning.plan import load_plan
