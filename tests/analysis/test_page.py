@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,53 @@ def test_a_browser_that_tells_of_paper_by_the_medium_only(visit):
     tab.emulate_media(media="screen")
     tab.wait_for_function(f"{WIDE} === {before}")
     assert tab.evaluate("document.getElementById('plot-usage').layout.width ?? 1000") != 660
+
+
+SHEET = 1123 - 76  # pixels of A4 without its margins
+BOXES = """() => [...document.querySelectorAll("article.card, figure.card")].map((card) => {
+    const box = card.getBoundingClientRect(), inside = [...card.querySelectorAll(".main-svg, svg.drawing, table")].map((part) => part.getBoundingClientRect().bottom);
+    return { top: box.top, bottom: box.bottom, left: box.left, inside: Math.max(0, ...inside), long: !!card.querySelector(".tall") };
+})"""
+
+
+def check_sheets(tab) -> list[dict]:
+    """Nothing leaves its card or covers the next one; no heading, and no sentence below it, is left alone at the end of a sheet; what only answers
+    to a mouse is not there. Returns the cards."""
+    cards = tab.evaluate(BOXES)
+    assert all(card["inside"] <= card["bottom"] for card in cards)
+    below = [(one, two) for one, two in pairwise(cards) if one["left"] == two["left"]]
+    assert all(one["bottom"] <= two["top"] for one, two in below)
+    rules = """(name, key, wanted) => [...document.querySelectorAll(name)].every((part) => getComputedStyle(part)[key] === wanted)"""
+    for name in ("h2", "h2 + p", ".head", ".head + p", ".legend"):
+        assert tab.evaluate(f"({rules})({name!r}, 'breakAfter', 'avoid')"), name
+    for name in ("p", ".card:not(:has(.tall))", ".verdict", "tr"):
+        assert tab.evaluate(f"({rules})({name!r}, 'breakInside', 'avoid')"), name
+    assert tab.evaluate(f"({rules})('details:not([open])', 'display', 'none')")
+    assert tab.evaluate(f"({rules})('select', 'appearance', 'none')")
+    return cards
+
+
+def test_figures_on_paper_have_their_place(visit):
+    tab = visit(718)
+    tab.emulate_media(media="print")
+    tab.wait_for_function("drawn.size === present.length")
+    cards = check_sheets(tab)
+    assert len(cards) == tab.evaluate("present.length")
+    assert all(card["bottom"] - card["top"] < SHEET / 2 + 30 for card in cards if not card["long"]), (
+        "two of them fit on a sheet"
+    )
+
+
+def test_a_comparison_on_paper_has_its_place(visit, compared):
+    tab = visit(718, "light", compared / "comparison.html")
+    tab.emulate_media(media="print")
+    tab.wait_for_function("document.getElementById(plot).layout.height === LOW")
+    assert tab.evaluate(
+        "document.querySelector('#plot-size .main-svg').clientHeight === document.getElementById('plot-size').clientHeight"
+    )
+    check_sheets(tab)
+    tab.emulate_media(media="screen")
+    tab.wait_for_function("document.querySelector('#plot-size .main-svg').clientHeight > LOW")
 
 
 HEAT = ("usage", "matrix", "ranks", "saliency", "lostmap")
@@ -545,3 +593,4 @@ def test_a_still_page_on_paper(name, visit, still):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 718
     assert tab.evaluate("[...document.querySelectorAll('.wide')].every((box) => box.scrollWidth <= box.clientWidth + 1)")
     assert not tab.locator("#theme").is_visible()
+    check_sheets(tab)

@@ -268,6 +268,31 @@ def test_apply_uploads_a_private_repository(monkeypatch, checkpoints, tmp_path, 
     assert (upload["repo_id"], upload["folder_path"]) == ("me/half", tmp_path / "out")
 
 
+def test_compress_uploads_what_is_proven(monkeypatch, checkpoints, tmp_path, capsys):
+    """With its report inside, healed or not; what verify refuses stays here."""
+    made = Uploads(monkeypatch)
+    line = ["compress", checkpoints("mixtral"), "-m", "random", "-k", 4, "--device", "cpu"]
+    code, out, err = run_cli(capsys, *line, "-o", tmp_path / "out", "--push", "me/half")
+    assert (code, "uploaded to https://huggingface.co/me/half" in out) == (0, True), err
+    (repo, private), upload = made.done
+    assert (repo, private) == ("me/half", True)
+    assert (upload["repo_id"], upload["folder_path"]) == ("me/half", tmp_path / "out")
+    assert (tmp_path / "out" / "expertsmith" / "report.html").exists()
+    code, out, _ = run_cli(capsys, *line, "-o", tmp_path / "again", "--push", "me/half", "--json")
+    assert json.loads(out)["pushed"] == "https://huggingface.co/me/half"
+    monkeypatch.setattr("expertsmith.verbs.compress.verify", refusing)
+    done = len(made.done)
+    code, _, err = run_cli(capsys, *line, "-o", tmp_path / "wrong", "--push", "me/wrong")
+    assert (code, len(made.done)) == (1, done)
+    assert "not uploaded to me/wrong, because verify failed" in err
+
+
+def refusing(*given, **more):
+    from expertsmith.surgery.verify import Verdict
+
+    return Verdict(passed=False, tolerance=1e-4, tensors=3, wrong_tensors=["model.norm.weight"])
+
+
 @pytest.mark.parametrize(
     ("name", "hub_is", "says"),
     [
@@ -283,7 +308,9 @@ def test_what_cannot_be_uploaded_is_refused_before_any_work(monkeypatch, checkpo
     made = api.plan(source, "random", 0.5)
     with pytest.raises(UserError, match=says):
         api.apply(source, made, tmp_path / "out", push=name)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=says):
+        api.compress(source, "random", 0.5, out=tmp_path / "out", push=name)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_failed_upload_leaves_the_result_and_says_how_to_go_on(monkeypatch, checkpoints, tmp_path):

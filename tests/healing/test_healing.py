@@ -24,6 +24,7 @@ from expertsmith.experts.weights import layout_of
 from expertsmith.healing.experts import Routed
 from expertsmith.healing.least_squares import Problem, solve
 from expertsmith.healing.options import parse_healer
+from expertsmith.healing.pair import check_pair
 from expertsmith.healing.streams import held_out
 from expertsmith.healing.tail import wanted_change
 from expertsmith.planning.plan import LayerPlan, Merge, Method, Plan, Source
@@ -682,6 +683,29 @@ def test_only_the_original_is_a_teacher(half, checkpoints, texts, tmp_path):
     assert not list(tmp_path.glob("out*"))
     api.heal(half, checkpoints("mixtral"), texts, tmp_path / "out", **SHAPE)
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_original_of_the_original_is_a_teacher_too(checkpoints, half, texts, tmp_path):
+    """A → B → healed B → C: what C's plans name may teach C; others may not, and without the earlier plans only its own source may."""
+    first, healed, last = checkpoints("mixtral"), tmp_path / "healed", tmp_path / "last"
+    api.heal(half, first, texts, healed, **SHAPE)
+    api.apply(healed, api.plan(healed, "random", 3), last)
+    (earlier,) = (last / "expertsmith" / "earlier").iterdir()
+    assert earlier.stem == open_checkpoint(healed).fingerprint.removeprefix("sha256:")
+    assert earlier.read_text() == (half / "expertsmith" / "plan.json").read_text()
+    for name, teacher in (("a", first), ("b", healed)):
+        report = api.heal(last, teacher, texts, tmp_path / name, **SHAPE)
+        assert report["teacher"]["fingerprint"] == open_checkpoint(teacher).fingerprint
+        assert (tmp_path / name / "expertsmith" / "earlier" / earlier.name).read_text() == earlier.read_text()
+    for stranger in (half, last):  # half is not what C was made from: its healed twin is
+        with pytest.raises(UserError, match=r"is not the original of .*names sha256:\w+, made from sha256:\w+"):
+            api.heal(last, stranger, texts, tmp_path / "out", **SHAPE)
+    api.apply(last, api.plan(last, "random", 2), tmp_path / "fourth")
+    assert len(list((tmp_path / "fourth" / "expertsmith" / "earlier").iterdir())) == 2
+    check_pair(open_checkpoint(tmp_path / "fourth"), open_checkpoint(first))
+    earlier.unlink()
+    with pytest.raises(UserError, match="is not the original of"):
+        api.heal(last, first, texts, tmp_path / "out", **SHAPE)
 
 
 def test_output_that_exists_or_is_a_model(half, checkpoints, texts, tmp_path):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from conftest import run_cli
+from conftest import run_cli, save_tiny
 from expertsmith import api
 from expertsmith.errors import UserError
 from expertsmith.planning.interchange import FORMATS, export
@@ -94,6 +94,35 @@ def test_files_that_do_not_fit(text, keep, message, model, tmp_path):
     with pytest.raises(UserError) as error:
         api.plan_from(model, tmp_path / "file", keep)
     assert message in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Three layers of two experts, of which a token uses one."""
+    return save_tiny("mixtral", tmp_path_factory.mktemp("pairs") / "model", num_local_experts=2, num_experts_per_tok=1)
+
+
+@pytest.mark.parametrize("rows", [[[0, 1]] * 3, [[1, 0], [0, 1], [0, 1]]])
+def test_rows_that_are_masks_and_ids_are_refused(rows, pairs, tmp_path):
+    (tmp_path / "file.json").write_text(json.dumps(rows))
+    with pytest.raises(
+        UserError, match=r"masks or lists of expert ids: layer 0 has \[., .\] of 2 experts, and no other layer decides"
+    ):
+        api.plan_from(pairs, tmp_path / "file.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("[[true, false], [false, true], [false, true]]", [[0], [1], [1]]),  # the remedy
+        ("[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]", [[0], [1], [0]]),
+        ("[[0, 1], [1, 1], [1, 0]]", [[1], [0, 1], [0]]),  # the second is no list of ids
+        ("[[0, 1], [1], [1, 0]]", [[0, 1], [1], [0, 1]]),  # the second is no mask
+    ],
+)
+def test_another_layer_decides(text, kept, pairs, tmp_path):
+    (tmp_path / "file.json").write_text(text)
+    assert list(api.plan_from(pairs, tmp_path / "file.json").kept.values()) == kept
 
 
 def test_missing_files(model, tmp_path):

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shlex
+import shutil
 from html import unescape
 from pathlib import Path
 
@@ -68,8 +69,8 @@ def test_the_rest_of_the_page(compressed, checkpoints, data):
     for row in compressed["verify"].layers:
         assert f"{row['layer']} {row['difference']:.2g} {row['scale']:.3g}" in seen
     told = shlex.split(re.search(r"command (expertsmith compress .*?) model ", seen)[1])
-    wanted = ["--method", "reap", "--keep", "0.5", "--out", compressed["out"], "--data", data[0], "--data", data[1]]
-    assert told[:3] == ["expertsmith", "compress", str(checkpoints("mixtral"))]
+    wanted = ["--method", "reap", "--keep", "0.5", "--out", "out", "--data", "a=a.jsonl", "--data", "b=b.jsonl"]
+    assert told[:3] == ["expertsmith", "compress", "mixtral"]
     assert told[3 : 3 + len(wanted)] == wanted
     assert "--no-pack" in told
     assert "--measure" not in told, "that is the default"
@@ -79,6 +80,32 @@ def test_the_rest_of_the_page(compressed, checkpoints, data):
     assert all(link.startswith(("#", "data:")) for link in links)
     assert {link[1:] for link in links if link.startswith("#")} <= set(re.findall(r'id="([^"]+)"', html))
     assert len(html) < 100_000
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_what_is_published_does_not_show_a_users_folders(relative, checkpoints, data, tmp_path, monkeypatch):
+    """No file in the output names a folder of this machine, however the paths were given; all names of files and folders are there."""
+    home = tmp_path / "home of it's user"
+    shutil.copytree(checkpoints("mixtral"), home / "models" / "small")
+    rows = (Path(data[0].partition("=")[2])).read_text() * 3
+    (home / "texts").mkdir()
+    for name in ("calib", "held"):
+        (home / "texts" / f"{name}.jsonl").write_text(rows)
+    monkeypatch.chdir(home)
+    place = Path() if relative else home
+    result = api.compress(
+        f"{place / 'models' / 'small'}/", "reap", 4, out=place / "results" / "half", data=[f"a={place / 'texts' / 'calib.jsonl'}:16"],
+        eval_data=[str(place / "texts" / "held.jsonl")], heal=None if relative else "least_squares", **(CALIBRATION | {"batch_tokens": 48}),
+    )  # fmt: skip
+    texts = {file: file.read_text() for file in Path(result["out"]).rglob("*") if file.suffix in (".md", ".json", ".html")}
+    assert {"report.html", "README.md", "plan.json", "verify.json" if relative else "heal.json"} <= {
+        file.name for file in texts
+    }
+    for file, text in texts.items():
+        assert not re.findall(r"home of it|models/|texts/|results/", unescape(text)), file
+    seen = text_of(texts[Path(result["report"])])
+    assert "expertsmith compress small --method reap --keep 4 --out half --data a=calib.jsonl:16 --eval-data held.jsonl" in seen
+    assert "`small`" in texts[Path(result["out"]) / "README.md"]
 
 
 def test_what_was_not_measured_is_said_with_the_option(compressed, checkpoints, data, tmp_path):

@@ -30,9 +30,12 @@ def name_of(checkpoint: Checkpoint) -> str:
 
 
 def source_of(checkpoint: Checkpoint) -> str:
-    """The source that a model card names: owner/name@commit for a folder of the hub's cache, else what the user typed."""
+    """The source that a published file names: what the user typed for a repository, owner/name@commit for a folder of the hub's cache, and of
+    another folder its name, because nobody else needs to know where it is."""
+    if not Path(checkpoint.source).exists():
+        return _text(checkpoint.source)
     found = _snapshot(checkpoint.path)
-    return "@".join(found) if found and Path(checkpoint.source).exists() else _text(checkpoint.source)
+    return "@".join(found) if found else _text(checkpoint.path.resolve().name)
 
 
 def _text(name: str) -> str:

@@ -6,13 +6,14 @@ from expertsmith.arch import record_of
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.engine.building import transformers_config
 from expertsmith.errors import UserError
-from expertsmith.planning.plan import load_plan
+from expertsmith.planning.earlier import PLAN, originals
 
 FACTS = {"decoder layers": "num_hidden_layers", "hidden size": "hidden_size", "vocabulary": "vocab_size"}
 
 
 def check_pair(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Refuse a teacher whose layers do not match the student's, or that is not the model to which the student's plan was applied.
+    """Refuse a teacher whose layers do not match the student's, or that is not a model from which the student was made: the one to which its plan
+    was applied, or, as the plans of earlier steps inside it tell, one before that.
 
     A dense teacher is not compared with the plan: a plan does not record which dense model was converted.
 
@@ -27,15 +28,13 @@ def check_pair(student: Checkpoint, teacher: Checkpoint) -> None:
                 f"teacher and student do not match: {name} {other} of {teacher.source} and {ours} of {student.source}",
                 "give the model that the student was made from",
             )
-    plan = student.path / "expertsmith" / "plan.json"
-    if record_of(teacher.config) is not None and plan.is_file():
-        wanted = load_plan(plan).model.fingerprint
-        if teacher.fingerprint != wanted:
-            raise UserError(
-                f"the teacher {teacher.source} is not the original of {student.source}: its fingerprint is {_short(teacher.fingerprint)}, "
-                f"and {plan} names {_short(wanted)}",
-                "give the model that this plan was applied to",
-            )
+    wanted = originals(student.path) if record_of(teacher.config) is not None else []
+    if wanted and teacher.fingerprint not in wanted:
+        raise UserError(
+            f"the teacher {teacher.source} is not the original of {student.source}: its fingerprint is {_short(teacher.fingerprint)}, "
+            f"and {student.path / PLAN} names {', made from '.join(map(_short, wanted))}",
+            "give the model that this plan was applied to",
+        )
 
 
 def _short(fingerprint: str) -> str:

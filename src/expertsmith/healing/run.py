@@ -37,6 +37,7 @@ from expertsmith.healing.pair import check_pair
 from expertsmith.healing.streams import held_batches, held_out
 from expertsmith.healing.work import Work
 from expertsmith.healing.written import ROUTER, check_floats, into_memory, to_checkpoint, write_healed
+from expertsmith.planning.earlier import plans_in
 from expertsmith.ranks import current, refuse_several
 from expertsmith.surgery.mask import in_force
 from expertsmith.surgery.skip import skip_of
@@ -291,8 +292,8 @@ def _report(
         "measure": measure_of,
         "method": job.method,
         "options": as_options(job.options),
-        "student": {"source": job.inventory.checkpoint.source, "fingerprint": job.inventory.checkpoint.fingerprint},
-        "teacher": {"source": job.teacher.source, "fingerprint": job.teacher.fingerprint},
+        "student": {"source": source_of(job.inventory.checkpoint), "fingerprint": job.inventory.checkpoint.fingerprint},
+        "teacher": {"source": source_of(job.teacher), "fingerprint": job.teacher.fingerprint},
         "data": {
             "fingerprint": job.data.fingerprint,
             "tokens": job.data.tokens,
@@ -327,11 +328,10 @@ def _over_all(quality: Mapping[str, Any], key: str) -> float:
 def _write(
     job: Healing, target: Path, changed: Collection[str], work: Work, report: Mapping[str, Any] | None, progress: Progress
 ) -> None:
-    source, texts = job.inventory.checkpoint, {}
+    source = job.inventory.checkpoint
+    texts: dict[str, str] = {}
     if report is not None:
-        plan = source.path / "expertsmith" / "plan.json"
-        if plan.is_file():
-            texts["expertsmith/plan.json"] = plan.read_text(encoding="utf-8")
+        texts |= plans_in(source.path)
         if "expertsmith" in (card_metadata(source.path).get("tags") or ()):
             text = (source.path / "README.md").read_text(encoding="utf-8")
         else:  # a card of others does not describe the result

@@ -134,7 +134,7 @@ def _read(path: Path, inventory: Inventory) -> tuple[dict[int, Any], Format]:
     else:
         raise UserError(f"{path} holds neither a list of lists nor layer → list", f"formats are {', '.join(FORMATS)}")
     rows = _complete(rows, path, inventory)
-    return rows, "mask" if all(_is_mask(rows[layer], inventory.experts_in(layer)) for layer in inventory.layers) else "retained"
+    return rows, _kind(rows, path, inventory)
 
 
 def _line(text: str, where: str) -> Mapping[str, Any]:
@@ -182,9 +182,32 @@ def _complete(rows: dict[int, Any], path: Path, inventory: Inventory) -> dict[in
     return rows
 
 
+def _kind(rows: Mapping[int, Any], path: Path, inventory: Inventory) -> Literal["mask", "retained"]:
+    """Masks if every row can be one. In a layer of two experts (or of one) [0, 1] is a mask and a list of ids: another layer has to decide.
+
+    Raises:
+        UserError: every row is both.
+    """
+    layers = [(rows[layer], inventory.experts_in(layer)) for layer in inventory.layers]
+    if not all(_is_mask(row, count) for row, count in layers):
+        return "retained"
+    if all(_is_ids(row, count) for row, count in layers):
+        raise UserError(
+            f"{path} can be masks or lists of expert ids: layer {inventory.layers[0]} has {rows[inventory.layers[0]]} of "
+            f"{layers[0][1]} experts, and no other layer decides",
+            "write masks with true and false; lists of these ids keep every expert, and need no plan",
+        )
+    return "mask"
+
+
 def _is_mask(row: Any, count: int) -> bool:
-    """Whether a row has a zero or one for every expert. In a layer of two experts, a list of the ids 0 and 1 passes too."""
+    """Whether a row has a zero or one for every expert."""
     return isinstance(row, list) and len(row) == count and all(value in (0, 1) for value in row)
+
+
+def _is_ids(row: list[Any], count: int) -> bool:
+    """Whether a row of zeros and ones can be a list of expert ids."""
+    return all(type(value) is int and value < count for value in row) and len(set(row)) == len(row)
 
 
 def _from_mask(row: list[Any], count: int, where: str) -> list[int]:

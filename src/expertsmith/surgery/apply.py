@@ -21,6 +21,7 @@ from expertsmith.checkpoint.writer import MAX_SHARD, Made, OutputTensor, Piece, 
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import MTP_KEYS, Claim, Inventory, take_inventory
 from expertsmith.experts.rules import Rules, groups_of
+from expertsmith.planning.earlier import PLAN, passed_on
 from expertsmith.planning.plan import LayerPlan, Plan
 from expertsmith.surgery.building import check_building
 from expertsmith.surgery.card import model_card
@@ -353,7 +354,8 @@ def apply_plan(  # noqa: C901  (one note for each case)
     notes += code_notes(inventory.checkpoint.path, inventory.checkpoint.config, config) + left_behind(inventory.checkpoint)
     counts = router_counts(plan)
     code = code_for(dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory, bool(plan.novices))
-    own = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps()}
+    own = {"README.md": model_card(plan, inventory, notes), PLAN: plan.dumps()}
+    own |= passed_on(inventory.checkpoint.path, plan.model.fingerprint)
     files = {**output_texts(plan, inventory, pad), **own, **code, **(texts or {})}
     with progress.task("apply", sum(tensor.nbytes for tensor in tensors), "B") as advance:
         write_checkpoint(

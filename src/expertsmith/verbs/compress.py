@@ -18,7 +18,7 @@ from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
 from expertsmith.verbs.evaluate import evaluate
 from expertsmith.verbs.heal import heal as heal_model
 from expertsmith.verbs.lint import lint
-from expertsmith.verbs.made import how_made
+from expertsmith.verbs.made import how_made, without_folders
 from expertsmith.verbs.options import (
     SPECS,
     Budget,
@@ -38,6 +38,7 @@ from expertsmith.verbs.options import (
     Out,
     Overwrite,
     Placing,
+    Push,
     Ratio,
     Requantise,
     Running,
@@ -65,6 +66,8 @@ def _show(result: Any, given: Mapping[str, Any]) -> None:
         own = "the calibration text itself (too optimistic; pass --eval-data)"
         show.show_quality(result["quality"], "held-out text" if result["quality"]["held_out"] else own)
     show.line("seconds  " + ", ".join(f"{name} {value:.1f}" for name, value in result["seconds"].items()))
+    if "pushed" in result:
+        show.line(f"uploaded to {result['pushed']}")
     show.line(f"[bold]{show.escape(result['report'])}[/bold]  (what was cut, its cost and proof, as a page)")
     show.line(
         f"[bold]{show.escape(result['out'])}[/bold]  (plan inside: expertsmith/plan.json; {show.escape(str(work_of(Path(result['out']))))} is removed)"
@@ -129,6 +132,7 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
     ] = None,
     requantise: Requantise = False,
     overwrite: Overwrite = False,
+    push: Push = None,
     **given: Unpack[Calibrating],
 ) -> dict[str, Any]:
     """Calibrate, plan, apply, verify and evaluate in one command.
@@ -155,6 +159,8 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
     """
     asked = {name: value for name, value in locals().items() if name != "given"} | given
     from expertsmith.calibration.spec import refuse_missing
+    from expertsmith.checkpoint.hub import check_push
+    from expertsmith.checkpoint.hub import push as upload
     from expertsmith.checkpoint.writer import prepare_target
     from expertsmith.surgery.card import model_card
 
@@ -164,6 +170,8 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
     inventory = inventory_of(model, given["allow_pickle"])
     prepare_target(target, inventory.checkpoint.path, overwrite)
     refuse_missing([*data, *(eval_data if measure else ())])
+    if push is not None:
+        check_push(push, overwrite)
     said: list[str] = []
     method, keep = _usual(method, keep, fit, budget, data, stats, domains, said)
     fitted = fitting(inventory, fit, context, keep, budget, uniform, router_groups, mtp)
@@ -268,7 +276,12 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
         "quality": quality,
         "seconds": seconds,
     }
-    return _reported(result if report is None else {**result, "heal": report}, asked)
+    result = _reported(result if report is None else {**result, "heal": report}, asked)
+    if push is not None and verdict.passed:
+        result["pushed"] = upload(target, push)
+    elif push is not None:
+        progress.note(f"not uploaded to {push}, because verify failed")
+    return result
 
 
 def _reported(result: dict[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,8 +295,21 @@ def _reported(result: dict[str, Any], asked: Mapping[str, Any]) -> dict[str, Any
     if not result["quality"]:
         result["not_measured"] = "no text was given" if asked["measure"] else "--no-measure"
     result["report"] = str(page)
-    sheet.write(page, compression.page(_plain(result), how_made("compress", asked, result["seconds"])))
+    places = _places(asked)
+    made = how_made("compress", without_folders(asked, places), result["seconds"])
+    sheet.write(page, compression.page(without_folders(_plain(result), places), made))
     return result
+
+
+def _places(asked: Mapping[str, Any]) -> list[str]:
+    """The files and folders that the options of `compress` name; names on the hub and of the demo are none."""
+    from expertsmith.calibration.spec import parse_spec
+
+    named = [asked["model"], asked["out"], asked["stats"]]
+    named += [parse_spec(text).source for text in (*asked["data"], *asked["eval_data"])]
+    given = [str(place) for place in named if isinstance(place, (str, Path))]
+    texts = {*given, *(str(Path(text)) for text in given)}  # also without a slash at the end
+    return [text for text in texts if Path(text).name not in ("", text) and Path(text).exists()]
 
 
 def _healed(card: str, report: Mapping[str, Any]) -> str:

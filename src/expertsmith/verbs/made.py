@@ -1,12 +1,13 @@
-"""How a result was made, for the pages that show it: the command, versions, settings, seconds and memory."""
+"""How a result was made, for the pages that show it: the command, versions, settings, seconds and memory; and a result without a user's folders."""
 
 from __future__ import annotations
 
 import platform
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from expertsmith.verbs.definition import command_line
@@ -41,3 +42,19 @@ def how_made(verb: str, given: Mapping[str, Any], seconds: Mapping[str, float]) 
         "versions": {"expertsmith": __version__, **libraries, "Python": platform.python_version()},
         "when": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
+
+
+def without_folders(value: Any, places: Sequence[str | Path]) -> Any:
+    """The same plain data with the last names of files and folders in the place of their paths: a page inside a checkpoint is published with it.
+
+    Args:
+        places: the paths that a user gave.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_folders(held, places) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(held, places) for held in value]
+    if isinstance(value, (str, Path)):
+        for place in sorted(map(str, places), key=len, reverse=True):  # a file before the folder that it is in
+            value = str(value).replace(place, Path(place).name)
+    return value

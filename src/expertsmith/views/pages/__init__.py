@@ -20,6 +20,12 @@ def filled(template: str, parts: Mapping[str, str]) -> str:
     return "".join(made)
 
 
+def framed(body: str, kicker: str, parts: Mapping[str, str]) -> str:
+    """A whole page: the frame with title, style, kicker and name, and in it the template `body`."""
+    held = {**parts, "KICKER": escape(kicker)}
+    return filled(asset("frame.html"), {**held, "BODY": filled(asset(body), held)})
+
+
 def contents(entries: Iterable[tuple[str, str]]) -> str:
     """The list of contents: (id, title) of each section."""
     links = "".join(f'<li><a href="#{key}">{escape(title)}</a></li>' for key, title in entries)

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from expertsmith.views.pages import asset, embedded, filled, plotly
+from expertsmith.views.pages import asset, embedded, framed, plotly
 from expertsmith.views.pictures import DARK, LIGHT, looks_of
 
 SYMMETRIC = {"router_cosine", "matrix_cosine", "neuron_cosine", "output_angular", "activation_cosine", "coselection_lift"}
@@ -63,7 +63,7 @@ def page(measures: Mapping[str, Any]) -> str:
         "PLOTLY": plotly(),
         "SCRIPT": "\n".join(asset(script) for script in SCRIPTS),
     }
-    return filled(asset("page.html"), parts)
+    return framed("page.html", "expertsmith analyze", parts)
 
 
 def _looks(measures: Mapping[str, Any]) -> dict[str, Any]:

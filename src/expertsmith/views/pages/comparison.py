@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from expertsmith.views.pages import asset, contents, embedded, filled, plotly
+from expertsmith.views.pages import asset, contents, embedded, framed, plotly
 from expertsmith.views.pictures import DARK, LIGHT, line_name, looks
 from expertsmith.views.wording import Row, cells, columns, heading, how, original_cells, sentences, title
 
@@ -36,7 +36,7 @@ def page(found: Mapping[str, Any]) -> str:
         "PLOTLY": plotly(),
         "SCRIPT": asset("theme.js") + asset("compare.js"),
     }
-    return filled(asset("compare.html"), parts)
+    return framed("compare.html", "expertsmith compare", parts)
 
 
 def _table(place: int, group: Mapping[str, Any], found: Mapping[str, Any]) -> str:

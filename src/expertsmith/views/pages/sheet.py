@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from expertsmith.views.pages import asset, contents, filled
+from expertsmith.views.pages import asset, contents, framed
 from expertsmith.views.show import byte_count
 
 Section = tuple[str, str, str]  # id, title, HTML
@@ -24,7 +24,6 @@ def sheet(
     parts = {
         "TITLE": escape(f"{name}: {kicker}"),
         "STYLE": asset("page.css") + asset("sheet.css") + style,
-        "KICKER": escape(kicker),
         "NAME": escape(name),
         "SUMMARY": "".join(f"<p>{escape(text)}</p>" for text in summary),
         "FIRST": first,
@@ -33,7 +32,7 @@ def sheet(
         "FOOT": escape(foot),
         "SCRIPT": asset("sheet.js"),
     }
-    return filled(asset("sheet.html"), parts)
+    return framed("sheet.html", kicker, parts)
 
 
 def write(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ function traces(measure) {
 }
 function draw() {
   const narrow = printing || innerWidth < 830, measure = select.value;
-  Plotly.react(plot, traces(measure), layout({ hovermode: "closest", margin: { l: 52, r: 14, t: 10, b: 46 }, xaxis: { title: "bytes, % of the original" }, yaxis: { title: M.measures[measure] }, legend: narrow ? { orientation: "h", y: -0.16, font: { size: 11 } } : { orientation: "v", x: 1.01, y: 1, font: { size: 12 } } }), { displayModeBar: false, responsive: true });
+  Plotly.react(plot, traces(measure), layout({ ...(printing ? { height: LOW } : {}), hovermode: "closest", margin: { l: 52, r: 14, t: 10, b: 46 }, xaxis: { title: "bytes, % of the original" }, yaxis: { title: M.measures[measure] }, legend: narrow ? { orientation: "h", y: -0.16, font: { size: 11 } } : { orientation: "v", x: 1.01, y: 1, font: { size: 12 } } }), { displayModeBar: false, responsive: true });
 }
 function save(blob, name) {
   const link = document.createElement("a");

@@ -14,7 +14,7 @@ const SECTIONS = {
   use: ["What experts are used for", "How text of each domain is distributed over layers and experts."],
   alike: ["How similar experts are", "Similar experts can be merged or dropped with less loss than different ones."],
   router: ["The router", "Whether it prefers large outputs, how certain it is, and how evenly it balances the load."],
-  before: ["Before pruning", "Shares of the dropped experts before tokens are re-routed. This is an estimate; `evaluate` measures the loss."],
+  before: ["Before pruning", "Shares of the dropped experts before tokens are re-routed. This is an estimate; evaluate measures the loss."],
   after: ["After pruning", "What the plan removed, and how tokens are routed now."],
 };
 

@@ -19,6 +19,7 @@ const losing = () => dark() ? [[0, "#181e2a"], [0.5, "#8a3b46"], [1, "#ff9aa2"]]
 // On paper a page shows every figure, in light colours and as wide as the paper is; afterwards it is what it was. Browsers that have no
 // "beforeprint" say it through the medium.
 const PAPER = 660; // pixels: A4 and Letter, without their margins and a card's
+const LOW = 330; // so that two figures fit on a sheet
 let printing = false;
 function onPaper(redraw) {
   let before = false;
@@ -38,6 +39,7 @@ function layout(more) {
   const grid = css("--line"), soft = css("--soft");
   const axis = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, tickfont: { color: soft, size: 11 }, title: { font: { color: soft, size: 12 } }, automargin: true };
   const made = { paper_bgcolor: css("--card"), plot_bgcolor: css("--card"), font: { color: css("--ink"), family: "system-ui, sans-serif", size: 12 }, margin: { l: 46, r: 12, t: 8, b: 42 }, hoverlabel: { font: { size: 12 } }, legend: { orientation: "h", y: -0.22, font: { size: 11 } }, ...(printing ? { autosize: false, width: PAPER } : { autosize: true }), ...more };
+  if (printing && made.height <= 520) made.height = Math.min(made.height, made.yaxis2 ? 420 : LOW); // taller ones grow with the layers
   for (const name of ["xaxis", "yaxis", ...(made.yaxis2 ? ["yaxis2"] : [])]) {
     const own = made[name] || {};
     const title = own.title === undefined ? axis.title : { text: own.title, font: axis.title.font, standoff: 6 };
