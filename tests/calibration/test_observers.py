@@ -21,11 +21,12 @@ from expertsmith.engine.experts import Slots, flattened_forward, grouped_forward
 from waits import Waits
 
 
-def brute_force(model_type: str, folder, rows: list[list[int]]) -> dict[int, dict[str, np.ndarray]]:
+def brute_force(model_type: str, folder, rows: list[list[int]], change=lambda model: None) -> dict[int, dict[str, np.ndarray]]:
     """Every statistic of every MoE layer in float64, token by token and expert by expert, one sequence at a time, no batching."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+    change(model)
     record = families()[model_type]
     found: dict[int, dict[str, np.ndarray]] = {}
     for index, layer in enumerate(model.get_submodule(record.layers)):

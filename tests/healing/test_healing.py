@@ -22,10 +22,10 @@ from expertsmith.errors import UserError
 from expertsmith.experts.inventory import take_inventory
 from expertsmith.experts.weights import layout_of
 from expertsmith.healing.experts import Routed
+from expertsmith.healing.held import held_out
 from expertsmith.healing.least_squares import Problem, solve
 from expertsmith.healing.options import parse_healer
 from expertsmith.healing.pair import check_pair
-from expertsmith.healing.streams import held_out
 from expertsmith.healing.tail import wanted_change
 from expertsmith.planning.plan import LayerPlan, Merge, Method, Plan, Source
 from expertsmith.views.progress import Silent

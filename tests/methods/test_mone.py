@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +33,7 @@ from expertsmith.planning.build import load_statistics, statistics_for
 from expertsmith.planning.interchange import export
 from expertsmith.planning.plan import constants_file, load_plan, parse_plan
 from expertsmith.surgery.novices import check_novices, replaced
+from mtp import save_with_mtp
 
 IDS = torch.randint(3, 120, (2, 17), generator=torch.Generator().manual_seed(0))
 NOT_SO = {  # family → part of the reason
@@ -298,8 +302,11 @@ def test_every_family_is_supported_or_refused_with_its_reason():
     assert {name for name in SUPPORTED if name not in POSSIBLE} == set(NOT_SO) & set(SUPPORTED)
 
 
-def test_lint_says_which_engines_cannot_load_it(written, capsys):
-    _, _, out = written("mixtral")
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "gpt_oss"]
+)  # also where a bias could hold the constant: there is no stock form
+def test_lint_says_which_engines_cannot_load_it(model_type, written, capsys):
+    _, _, out = written(model_type)
     found = {finding.rule.id: finding.level for finding in api.lint(out)}
     assert {f"{engine}-constants" for engine in ("vllm", "sglang", "llama.cpp")} <= {
         name for name, level in found.items() if level == "error"
@@ -360,3 +367,51 @@ def test_evaluate_and_keep_everything(written, texts, checkpoints, statistics, t
     assert not made.novices
     api.apply(source, made, tmp_path / "all")
     assert torch.equal(logits(api.load(tmp_path / "all")), logits(api.load(source)))
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_next"])
+def test_multi_token_prediction_keeps_its_experts(model_type, texts, tmp_path):
+    """The router of the layer stays as it is and so do its experts, which are compared by bytes; verify says so."""
+    source, out = tmp_path / "m", tmp_path / "out"
+    save_with_mtp(model_type, source)
+    found = api.calibrate(source, texts, tmp_path / "s", output_moments=True, **SHAPE)
+    plan = api.plan(source, "mone", 0.5, stats=found)
+    ahead = plan.layers[-1]
+    assert ahead.mtp
+    assert ahead.layer in found.layers
+    assert ahead.keep == list(range(ahead.num_experts))
+    assert ahead.novices is None
+    assert set(plan.novices) == set(take_inventory(open_checkpoint(source)).layers)
+    api.apply(source, plan, out)
+    verdict = api.verify(source, out, tokens=128, device="cpu")
+    assert verdict.passed
+    assert "constants" in verdict.mtp_not_compared
+    before, after = (open_checkpoint(path) for path in (source, out))
+    of_layer = [claim.info.name for claim in take_inventory(before).claims if claim.mtp]
+    assert len(of_layer) > ahead.num_experts
+    assert all(torch.equal(before.read(name), after.read(name)) for name in of_layer)
+    api.apply(source, api.plan(source, "mone", 0.5, stats=found, mtp="drop"), tmp_path / "dropped")
+    assert not set(of_layer) & set(open_checkpoint(tmp_path / "dropped").tensors)
+    assert torch.equal(logits(api.load(tmp_path / "dropped")), logits(api.load(out)))
+
+
+@pytest.mark.slow
+def test_two_ranks_sum_the_same_moments(checkpoints, texts, statistics, tmp_path):
+    """And make the same plan, with the same constants."""
+    source = checkpoints("qwen3_moe")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(29500 + os.getpid() % 2000), "-m", "expertsmith", "calibrate", str(source), "-q"]
+    command += ["-o", str(tmp_path / "s"), "--output-moments", "--seq-len", "24", "--no-pack", "--overlong", "truncate"]
+    command += ["--batch-tokens", "72", "--device", "cpu", *(part for text in texts for part in ("-d", text))]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
+    one, two = load_statistics(statistics("qwen3_moe")), load_statistics(tmp_path / "s")
+    assert two.header == one.header
+    for layer, entry in one.layers.items():
+        for domain, sums in entry.domains.items():
+            for name in ("output_sum", "output_sq_sum", "weighted_sq_output_sum"):
+                assert two.layers[layer].domains[domain][name] == pytest.approx(sums[name], rel=1e-6, abs=1e-9), name
+    alone, both = (api.plan(source, "mone", 0.5, stats=held) for held in (one, two))
+    assert alone.kept == both.kept
+    for layer in alone.novices:
+        assert both.constants(layer) == pytest.approx(alone.constants(layer), rel=1e-6, abs=1e-9)

@@ -26,8 +26,9 @@ import torch
 from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.observers import choose_sample
 from expertsmith.calibration.replay import RoutedBlock, Seen, router_extras
-from expertsmith.engine import Batch, LoadedModel, Walk
+from expertsmith.engine import Batch, LoadedModel
 from expertsmith.engine.devices import free_memory
+from expertsmith.engine.walk import Call, HaltingWalk
 from expertsmith.errors import UserError
 from expertsmith.experts.rules import Rules, subsets
 from expertsmith.ranks import current, on_this_machine
@@ -471,61 +472,48 @@ def sample_places(data: TokenData, batches: Sequence[Batch], max_tokens: int, se
     return Places(rows, [torch.searchsorted(here, each).to(device) for each in places], owner.to(device))
 
 
-class _Lockstep(Walk):
-    """A walk whose batches may wait inside a layer until all others wait there too, or have left it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._waiting: list[int] = []
-
-    @property
-    def current(self) -> int:
-        """The number of the running batch."""
-        return self._lanes.current
-
-    def wait(self) -> None:
-        """Make the running batch wait; called from inside a layer."""
-        self._waiting.append(self._lanes.current)
-        self._lanes.pause()
-
-    def _resume(self, number: int) -> None:
-        super()._resume(number)
-        if number == len(self._lanes) - 1:
-            waiting, self._waiting = self._waiting, []
-            for waiter in waiting:
-                super()._resume(waiter)
-
-
 class _Search:
     """The search in one decoder layer: its tables are filled while the batches pass, then the choice is made.
 
     Progressive: the first half of the batches are the dense copies, which give the targets if `vectors`; the second half are the pruned
-    copies, which give the inputs, wait for each other at the experts, and continue without the dropped experts.
+    copies, which give the inputs, and run again without the dropped experts.
     """
 
     def __init__(
-        self, block: RoutedBlock, places: Places, walk: _Lockstep, progressive: bool, vectors: bool, decide: Callable[[_Tables], list[int]]
+        self, block: RoutedBlock, places: Places, progressive: bool, vectors: bool, decide: Callable[[_Tables], list[int]]
     ) -> None:  # fmt: skip
-        self.block, self.places, self.walk, self.decide = block, places, walk, decide
+        self.block, self.places, self.decide = block, places, decide
         self.progressive, self.vectors = progressive, vectors
         self.tables: _Tables | None = None
         self.targets: dict[int, torch.Tensor] = {}  # dense copy → routed outputs of its sampled tokens
         self.decided = False
+        self.number = 0  # of the batch that runs
         self.dropped: torch.Tensor | None = None
 
     def visit(self, seen: Seen, routed: Callable[[], torch.Tensor]) -> torch.Tensor | None:
         """Process a batch at the experts; returns the experts to drop for it, or None."""
-        number, batches = self.walk.current, len(self.places.rows)
+        number, batches = self.number, len(self.places.rows)
         if self.progressive and number < batches:
             if self.vectors and not self.decided:
                 self.targets[number] = routed()[self.places.rows[number]]
             return None
-        if not self.decided:
-            self._take(number % batches, seen)
-            if self.progressive:
-                self.walk.wait()
-                self.finish()
-        return self.dropped if self.progressive else None
+        if self.decided:
+            return self.dropped if self.progressive else None
+        self._take(number % batches, seen)
+        return None
+
+    def outputs(self, calls: list[Call]) -> list[Any]:
+        """Choose from all batches' calls of the layer; returns the outputs of the dense copies, and those of the pruned ones without the
+        dropped experts."""
+        dense = len(self.places.rows)
+        made = []
+        for self.number, call in enumerate(calls):
+            output = call()
+            made += [output] if self.number < dense else []
+        self.finish()
+        for self.number in range(dense, len(calls)):
+            made.append(calls[self.number]())
+        return made
 
     def finish(self) -> None:
         """Choose, after all batches were seen."""
@@ -661,7 +649,7 @@ def search_layers(  # noqa: C901  (the hooks of one walk, which share what they 
     _refuse_what_does_not_fit(model, places.count, max(entry.num_experts for entry in rules.values()) + progressive)
     carried = [*batches, *batches] if progressive else batches
     sizes = _sizes(data, places, loss, batch_size)
-    found: dict[int, Result] = {}
+    found = {layer: known for layer in todo if done and (known := done(layer)) is not None}
     watch = ExitStack()
     search: _Search | None = None
     vectors = False  # a layer has lost experts, so dense and pruned copies differ
@@ -676,10 +664,12 @@ def search_layers(  # noqa: C901  (the hooks of one walk, which share what they 
 
     def before(layer: int, number: int, batch: Batch) -> None:
         nonlocal search
+        if search is not None:
+            search.number = number
         if number > 0 or layer not in todo or (layer in found and not progressive):
             return
         block = RoutedBlock(model.layers[layer], arch, rules[layer], extras)
-        search = _Search(block, places, walk, progressive, vectors, partial(decide, layer, block.route))
+        search = _Search(block, places, progressive, vectors, partial(decide, layer, block.route))
         if layer in found:
             search.settle(gone(layer))
         watch.enter_context(block.watching(search.visit))
@@ -693,12 +683,11 @@ def search_layers(  # noqa: C901  (the hooks of one walk, which share what they 
             watch.close()
             search = None
 
-    for layer in todo:
-        known = done(layer) if done else None
-        if known is not None:
-            found[layer] = known
+    def halt(layer: int, calls: list[Call]) -> list[Any]:
+        return search.outputs(calls) if search else []
+
     open_layers = [layer for layer in todo if layer not in found]
-    walk = _Lockstep(model, carried, before, after)
+    walk = HaltingWalk(model, carried, open_layers if progressive else [], halt, before=before, after=after)
     last = open_layers[-1] if open_layers else -1
     tokens = sum(batch.tokens for batch in carried)
     with progress.task("search", tokens * (last + 1), "layer tokens") as advance, watch, walk:

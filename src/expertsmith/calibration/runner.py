@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,26 @@ from expertsmith.calibration import stats
 from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.observers import SAMPLES, Extras, LayerSums, choose_sample, observing
 from expertsmith.calibration.spill import Spill, clear, newest, read
-from expertsmith.engine import Batch, LoadedModel, Walk
+from expertsmith.engine import Batch, LoadedModel
 from expertsmith.engine.layout import expert_count, experts_of
 from expertsmith.engine.mtp import counted, shortened
+from expertsmith.engine.walk import Call, HaltingWalk
 from expertsmith.errors import UserError
 from expertsmith.ranks import ALONE, Ranks
 from expertsmith.views.progress import Progress, Silent
+
+
+@dataclass(frozen=True)
+class Follow:
+    """A choice of experts that progressive statistics follow.
+
+    `said`: what the header records of it. `choose`: the statistics of one layer → what is chosen there; the first rank calls it. `enforce`:
+    within the context, the model runs as was chosen.
+    """
+
+    said: Mapping[str, Any]
+    choose: Callable[[stats.Statistics], Any]
+    enforce: Callable[[LoadedModel, Any], AbstractContextManager[None]]
 
 
 def collect(
@@ -35,8 +49,12 @@ def collect(
     overwrite: bool = False,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
+    follow: Follow | None = None,
 ) -> stats.Statistics:
     """Observe every MoE layer over the data and write the statistics folder.
+
+    With `follow` the statistics are progressive: as soon as a layer is observed, a choice is made from its statistics, and the layer runs
+    again with it, so that later layers get the inputs that a compressed model makes. The last layer is only observed.
 
     A folder that holds some layers of the same calibration (same model, token ids, dtype, options) is completed: those layers are not
     observed again, nor run again if their outputs were spilled (`calibration.spill`). With several `ranks` the batches are split
@@ -52,12 +70,25 @@ def collect(
     wanted = model.moe_layers
     if not wanted:
         raise UserError(f"{model.checkpoint.source} has no layer with routed experts")
-    header = _header(model, data, wanted, batch_tokens, extras)
+    header = _header(model, data, wanted, batch_tokens, extras, follow)
     ranks.agree("model or text", lambda: {**header, "model": header["model"]["fingerprint"]})
 
     def begun() -> set[int]:
         _prepare(out, header, resume, overwrite)
         return {layer for layer in wanted if stats.layer_path(out, layer).exists()}
+
+    def take(layer: int, sums: LayerSums) -> None:
+        _reduce(sums, ranks)
+        arrays = _arrays(sums)
+        _check(arrays, layer)
+        if ranks.first:
+            stats.save_layer(out, layer, arrays)
+
+    def settled(layer: int) -> AbstractContextManager[None]:
+        assert follow is not None
+        choose = follow.choose
+        choice = ranks.leading(lambda: choose(_written(out, layer, header)))
+        return follow.enforce(model, choice)
 
     done = ranks.leading(begun)
     todo = [layer for layer in wanted if layer not in done]
@@ -74,14 +105,15 @@ def collect(
             _tidied(out, ranks),
             progress.task("calibrate", tokens * (todo[-1] + 1 - skip), "layer tokens") as advance,
         ):
-            for layer, sums in _observe(model, data, batches, set(todo), extras, states, skip, advance):
-                _reduce(sums, ranks)
-                arrays = _arrays(sums)
-                _check(arrays, layer)
-                if ranks.first:
-                    stats.save_layer(out, layer, arrays)
+            chosen = None if follow is None else settled
+            _Run(model, data, batches, wanted, set(todo), extras, states, skip, advance, take, chosen).observe()
     ranks.leading(lambda: clear(out))
     return stats.load_statistics(out)
+
+
+def _written(out: Path, layer: int, header: dict[str, Any]) -> stats.Statistics:
+    """The statistics of a finished layer, with the bits that a plan reads later."""
+    return stats.Statistics(header, {layer: stats.load_layer(out, layer)})
 
 
 @contextmanager
@@ -97,59 +129,104 @@ def _tidied(out: Path, ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def _observe(  # noqa: C901  (the hooks of one walk)
-    model: LoadedModel,
-    data: TokenData,
-    batches: list[Batch],
-    todo: set[int],
-    extras: Extras,
-    states: Spill,
-    skip: int,
-    advance: Any,
-) -> Iterator[tuple[int, LayerSums]]:
-    """Run the batches through the layers from `skip` on and yield the sums of every layer in `todo`."""
-    assert model.architecture is not None
-    arch = model.architecture
-    lengths = {domain: [len(row) for row in rows] for domain, rows in data.sequences.items()}
-    counts = {domain: len(rows) for domain, rows in lengths.items()}
-    now: list[Batch] = []
-    watch = ExitStack()
-    sums: LayerSums | None = None
+@dataclass
+class _Run:
+    """One pass of the batches through the layers from `skip` on, which observes the layers `todo`.
 
-    def begin(layer: int) -> LayerSums:
+    `take` is called with the sums of every layer of `todo`. `settled`, of progressive statistics: within its context, a layer that was taken
+    runs as was chosen.
+    """
+
+    model: LoadedModel
+    data: TokenData
+    batches: list[Batch]
+    wanted: list[int]  # all layers with experts
+    todo: set[int]
+    extras: Extras
+    states: Spill
+    skip: int
+    advance: Callable[[float], object]
+    take: Callable[[int, LayerSums], None]
+    settled: Callable[[int], AbstractContextManager[None]] | None
+
+    def __post_init__(self) -> None:
+        self.last = max(self.todo)
+        self.twice = self.todo - {self.last} if self.settled else set()
+        self.now: list[Batch] = []
+        self.watch = ExitStack()
+        self.sums: LayerSums | None = None
+        hooks = {"before": self._before, "after": self._after, "restore": self._restore}
+        self.walk = HaltingWalk(self.model, self.batches, self.twice, self._halt, skip=self.skip, **hooks)
+
+    def observe(self) -> None:
+        """Run to the last layer of `todo`."""
+        with self.watch, self.walk:
+            self._enter(self.skip)
+            for layer in self.walk.layers(until=self.last):
+                self.watch.close()  # a rank may have no batches
+                if layer in self.todo - self.twice:
+                    self._hand_over(layer)
+                self.states.layer_ends(layer)
+                self._enter(layer + 1)
+
+    def _before(self, layer: int, number: int, batch: Batch) -> None:
+        self._show(layer, batch)
+        if number == 0:
+            self.states.layer_begins(layer)
+        if number == 0 and layer in self.todo - self.twice:
+            self.watch.enter_context(self._observing(layer))
+
+    def _after(self, layer: int, number: int, output: Any) -> None:
+        self.advance(self.batches[number].tokens)
+        self.states.batch_leaves(layer, number, output, complete=not self.walk.side_state)
+        if number == len(self.batches) - 1:
+            self.watch.close()
+
+    def _halt(self, layer: int, calls: list[Call]) -> None:
+        """Observe a layer that then runs with the choice made for it."""
+        with self._observing(layer):
+            for call, batch in zip(calls, self.batches, strict=True):
+                self._show(layer, batch)
+                call()
+        self._hand_over(layer)
+        self._settle(layer)
+
+    def _enter(self, layer: int) -> None:
+        """Before a layer that was taken by an earlier run: put its choice in force."""
+        if self.settled and layer in self.wanted and layer not in self.todo and layer < self.last:
+            self._settle(layer)
+
+    def _settle(self, layer: int) -> None:
+        assert self.settled is not None
+        self.watch.enter_context(self.settled(layer))
+
+    def _restore(self, number: int) -> Any:
+        return read(self.states.folder, self.skip - 1, number, self.model.device)
+
+    def _show(self, layer: int, batch: Batch) -> None:
+        """The batch that the observed layer runs on next."""
+        self.now[:] = [replace(batch, mask=counted(batch.mask)) if layer >= self.model.depth else batch]
+
+    def _observing(self, layer: int) -> AbstractContextManager[None]:
+        assert self.model.architecture is not None
+        self.sums = self._begin(layer)
+        return observing(self.model.layers[layer], self.model.architecture, self.sums, lambda: self.now[0])
+
+    def _hand_over(self, layer: int) -> None:
+        self.take(layer, self.sums or self._begin(layer))  # a rank may have no batches
+        self.sums = None
+
+    def _begin(self, layer: int) -> LayerSums:
+        assert self.model.architecture is not None
+        lengths = {domain: [len(row) for row in rows] for domain, rows in self.data.sequences.items()}
         chosen = {}
-        if extras.sample_tokens:
+        if self.extras.sample_tokens:
             for domain, rows in lengths.items():
-                there = shortened(rows) if layer >= model.depth else rows
-                chosen[domain] = choose_sample(there, extras.sample_tokens, extras.seed, domain)
-        return LayerSums(expert_count(experts_of(model.layers[layer], arch)), counts, model.device, extras, chosen=chosen)
-
-    def before(layer: int, number: int, batch: Batch) -> None:
-        nonlocal sums
-        now[:] = [replace(batch, mask=counted(batch.mask)) if layer >= model.depth else batch]
-        if number > 0:
-            return
-        states.layer_begins(layer)
-        if layer in todo:
-            sums = begin(layer)
-            watch.enter_context(observing(model.layers[layer], arch, sums, lambda: now[0]))
-
-    def after(layer: int, number: int, output: Any) -> None:
-        advance(batches[number].tokens)
-        states.batch_leaves(layer, number, output, complete=not walk.side_state)
-        if layer in todo and number == len(batches) - 1:
-            watch.close()
-
-    def restore(number: int) -> Any:
-        return read(states.folder, skip - 1, number, model.device)
-
-    walk = Walk(model, batches, before, after, skip, restore)
-    with watch, walk:
-        for layer in walk.layers(until=max(todo)):
-            if layer in todo:
-                yield layer, sums or begin(layer)  # a rank may have no batches
-            states.layer_ends(layer)
-            sums = None
+                there = shortened(rows) if layer >= self.model.depth else rows
+                chosen[domain] = choose_sample(there, self.extras.sample_tokens, self.extras.seed, domain)
+        experts = expert_count(experts_of(self.model.layers[layer], self.model.architecture))
+        counts = {domain: len(rows) for domain, rows in lengths.items()}
+        return LayerSums(experts, counts, self.model.device, self.extras, chosen=chosen)
 
 
 def _check(arrays: Mapping[str, Mapping[str, np.ndarray[Any, Any]]], layer: int) -> None:
@@ -209,7 +286,9 @@ def _fetched(entry: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: made.get(name, value.detach()) for name, value in entry.items()}  # samples are on the CPU already
 
 
-def _header(model: LoadedModel, data: TokenData, layers: list[int], batch_tokens: int, extras: Extras) -> dict[str, Any]:
+def _header(
+    model: LoadedModel, data: TokenData, layers: list[int], batch_tokens: int, extras: Extras, follow: Follow | None
+) -> dict[str, Any]:
     from expertsmith import __version__
 
     assert model.architecture is not None
@@ -239,6 +318,7 @@ def _header(model: LoadedModel, data: TokenData, layers: list[int], batch_tokens
             "packed": data.packed,
         },
         "layers": layers,
+        **({stats.PROGRESSIVE: dict(follow.said)} if follow else {}),
     }
 
 
@@ -261,9 +341,10 @@ def _prepare(out: Path, header: Mapping[str, Any], resume: bool, overwrite: bool
 
 def _other(header: Mapping[str, Any], old: Mapping[str, Any]) -> str | None:
     """The first key in which a calibration differs from the earlier one, or None; the model's location is ignored."""
-    for key in ("model", "data", "dtype", "options", "layers"):
-        mine = {k: v for k, v in header[key].items() if k != "source"} if key == "model" else header[key]
-        theirs = {k: v for k, v in old[key].items() if k != "source"} if key == "model" else old[key]
+    for key in ("model", "data", "dtype", "options", "layers", stats.PROGRESSIVE):
+        mine, theirs = (
+            {k: v for k, v in held[key].items() if k != "source"} if key == "model" else held.get(key) for held in (header, old)
+        )
         if mine != theirs:
             return key
     return None

@@ -17,6 +17,7 @@ from expertsmith.views.notebook import Shown
 
 FORMAT = "expertsmith.statistics"
 VERSION = 1
+PROGRESSIVE = "progressive"  # key of the header: the choice that progressive statistics follow
 MAXIMA = frozenset({"norm_max"})
 JOINED = frozenset({"easy_ep_by_sequence", "sample_inputs", "sample_outputs", "sample_index"})
 Array = np.ndarray[Any, Any]
@@ -84,10 +85,11 @@ class Statistics(Shown):
         """The same statistics for a part of the domains.
 
         Raises:
-            UserError: a domain that was not calibrated.
+            UserError: a domain that was not calibrated, or progressive statistics.
         """
         if not domains:
             return self
+        self._refuse_progressive("they have no part by domain")
         for name in domains:
             if name not in self.tokens:
                 raise UserError(f"the statistics have no domain {name!r}", f"there are: {', '.join(self.domains)}")
@@ -100,14 +102,23 @@ class Statistics(Shown):
         }
         return Statistics(header, layers)
 
+    def _refuse_progressive(self, so: str) -> None:
+        if PROGRESSIVE in self.header:
+            raise UserError(
+                f"the statistics are progressive: they follow one choice of experts, made on all of their text, so {so}",
+                "calibrate on this text alone, or without --progressive",
+            )
+
     def __add__(self, other: Statistics) -> Statistics:
         """Statistics of the union of two calibrations of the same model: sums are added, maxima take the larger, sequences are joined.
 
         Raises:
-            UserError: the two are of different models or layers.
+            UserError: the two are of different models or layers, or progressive.
         """
         if self.header["model"]["fingerprint"] != other.header["model"]["fingerprint"] or set(self.layers) != set(other.layers):
             raise UserError("the two statistics are from different models")
+        for part in (self, other):
+            part._refuse_progressive("they cannot be added")
         data: dict[str, dict[str, Any]] = {}
         for key in ("tokens", "sequences", "sequence_lengths", "packed"):
             mine, theirs = self.header["data"][key], other.header["data"][key]
@@ -211,6 +222,9 @@ def _rules(header: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     for key, right in kinds.items():
         held = data.get(key) if isinstance(data, dict) else None
         yield f"data.{key}", isinstance(held, dict) and bool(held) and all(map(right, held.values()))
+    follows = header.get(PROGRESSIVE, {"method": "", "options": {}, "keep": 1})
+    named = isinstance(follows, dict) and isinstance(follows.get("method"), str) and isinstance(follows.get("options"), dict)
+    yield PROGRESSIVE, named and type(follows.get("keep")) in (int, float)
     yield "data", isinstance(data, dict) and len({frozenset(data[key]) for key in kinds}) == 1
 
 

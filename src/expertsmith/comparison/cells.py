@@ -34,12 +34,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of the table. `heal`: a healing method as the user wrote it, or None."""
+    """One entry of the table. `heal`: a healing method as the user wrote it, or None. `progressive`: chosen on statistics of its own, which
+    follow the choice layer by layer."""
 
     contender: Contender
     keep: float | int | None
     budget: Budget
     heal: str | None = None
+    progressive: bool = False
 
     @property
     def reader(self) -> str | None:
@@ -52,7 +54,8 @@ class Cell:
     def plan_name(self) -> str:
         """The name of its plan file, without `.json`; all healings of the same plan share it."""
         share = "" if self.keep is None else f"-{self.keep:g}" if isinstance(self.keep, float) else f"-{self.keep}"
-        return _file_name(f"{self.contender.label}{share}" + ("" if self.budget == "uniform" else f"-{self.budget}"))
+        how = ("" if self.budget == "uniform" else f"-{self.budget}") + ("-progressive" if self.progressive else "")
+        return _file_name(f"{self.contender.label}{share}{how}")
 
     @property
     def name(self) -> str:
@@ -119,9 +122,14 @@ def parse_heal(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def cells_of(
-    asked: Sequence[str], keeps: Sequence[float | int | str], budgets: Sequence[str], heals: Sequence[str]
+    asked: Sequence[str],
+    keeps: Sequence[float | int | str],
+    budgets: Sequence[str],
+    heals: Sequence[str],
+    progressive: bool = False,
 ) -> tuple[list[Cell], list[str]]:
-    """(cells, notes on unsupported combinations). Every plan is judged unhealed, and once more with each healing method.
+    """(cells, notes on unsupported combinations). Every plan is judged unhealed, and once more with each healing method. With `progressive`,
+    every method that reads statistics has a second plan for each ratio, with the uniform budget.
 
     Raises:
         UserError: as `contenders`, `parse_keep` and `parse_heal`; an unknown budget; no method besides the random draws.
@@ -152,6 +160,13 @@ def cells_of(
             for budget in mine
             for keep in ((None,) if budget == "threshold" else shares)
         ]
+        if progressive and entry.method.reads == "statistics" and "uniform" in mine:
+            cells += [Cell(entry, keep, "uniform", heal, True) for heal in (None, *healed) for keep in shares]
+    if progressive and not any(cell.progressive for cell in cells):
+        raise UserError(
+            "--progressive needs a method that reads statistics, and budget uniform",
+            "add one, e.g. --method reap, or leave it out",
+        )
     if all(cell.contender.method.name == BASELINE for cell in cells):
         raise UserError(
             f"there is no method to compare with the random draws at budget {' or '.join(budgets)}",

@@ -67,10 +67,11 @@ def together(job: Comparison, held: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 def _row(cell: Cell, names: Mapping[str, str], held: Mapping[str, Any]) -> Row:
     return {
-        "name": names[cell.contender.label],
+        "name": names[cell.contender.label] + (" progressive" if cell.progressive else ""),
         "method": cell.contender.label,
         "title": cell.contender.method.title,
         "heal": cell.heal,
+        **({"progressive": True} if cell.progressive else {}),
         "keep": cell.keep,
         "budget": cell.budget,
         **{key: value for key, value in held.items() if key not in ("format", "version", "made_with")},
@@ -79,7 +80,8 @@ def _row(cell: Cell, names: Mapping[str, str], held: Mapping[str, Any]) -> Row:
 
 def _group(share: float | int | None, budget: str, rows: Iterable[Row]) -> dict[str, Any]:
     """A group with rows sorted by the mean rise. `to_best`: [mean rise minus that of the best method, its paired standard error over the
-    sequences]; `tied`: that difference is within CLEAR standard errors. `random`: for each healing method, the draws' mean, least and
+    sequences]; `tied`: that difference is within CLEAR standard errors. `to_one_shot`, of a progressive row: the same against the
+    row of its method without. `random`: for each healing method, the draws' mean, least and
     largest rise. A row is `worse_than_random` if its rise is above the mean of the draws with the same healing (None without draws, as for
     methods' own thresholds)."""
     rows = sorted(map(dict, rows), key=lambda row: row["rise"]["mean"][0])
@@ -96,6 +98,11 @@ def _group(share: float | int | None, budget: str, rows: Iterable[Row]) -> dict[
     for row, sums in [(row, row["rise"].get("sequences")) for row in rows]:
         row["to_best"] = None if best is None or sums is None else _paired(sums, best["rise"]["sequences"])
         row["tied"] = row is not best and row["to_best"] is not None and abs(row["to_best"][0]) <= CLEAR * row["to_best"][1]
+    one_shot = {(row["method"], row["heal"]): row for row in rows if not row.get("progressive")}
+    for row in rows:
+        other = one_shot.get((row["method"], row["heal"])) if row.get("progressive") else None
+        if other is not None:
+            row["to_one_shot"] = _paired(row["rise"]["sequences"], other["rise"]["sequences"])
     for row in rows:
         row["rise"] = {key: value for key, value in row["rise"].items() if key != "sequences"}
         mean = means.get(row["heal"])

@@ -110,6 +110,7 @@ class Comparison:
             "options": dict(cell.contender.options),
             "keep": cell.keep,
             "budget": cell.budget,
+            **({"progressive": True} if cell.progressive else {}),  # left out, so that earlier cells stay valid
         }
 
     def made_with(self, cell: Cell) -> dict[str, Any]:
@@ -132,6 +133,7 @@ def compare(
     stages: Stages,
     budgets: Sequence[str] = ("uniform",),
     heal: Sequence[str] = (),
+    progressive: bool = False,
     tasks: Sequence[str] = (),
     task_path: Sequence[str | Path] = (),
     limit: int | None = None,
@@ -156,7 +158,7 @@ def compare(
     folder, progress, ranks = Path(out), progress or Silent(), current()
     if tasks:
         refuse_several("compare --tasks")
-    cells, notes = cells_of(methods, keep, budgets, heal)
+    cells, notes = cells_of(methods, keep, budgets, heal, progressive)
     needs = next(filter(None, (cell.heal or cell.reader for cell in cells)), None)
     if needs and not data:
         raise UserError(f"{needs} needs calibration text", "pass --data FILE")
@@ -269,7 +271,10 @@ def _plans(job: Comparison, missing: Sequence[Cell]) -> dict[str, dict[str, Any]
     for name, cell in wanted.items():
         held = job.ranks.leading(partial(_planned, job, cell))
         try:
-            if held is None and cell.contender.method.reads == "statistics" and statistics is None:
+            if held is None and cell.progressive:
+                own, took = _followed(job, cell)
+                held = job.ranks.leading(partial(_plan, job, cell, own, took))
+            elif held is None and cell.contender.method.reads == "statistics" and statistics is None:
                 statistics = _statistics(job)
             found[name] = held or job.ranks.leading(partial(_plan, job, cell, statistics))
         except UserError as error:
@@ -287,8 +292,8 @@ def _planned(job: Comparison, cell: Cell) -> dict[str, Any] | None:
     return load(_mark(job, cell), job.planned_with(cell)) if _plan_file(job, cell).exists() else None
 
 
-def _plan(job: Comparison, cell: Cell, statistics: Any) -> dict[str, Any]:
-    """Make a plan; returns the time and memory that it took. A refused plan leaves no file."""
+def _plan(job: Comparison, cell: Cell, statistics: Any, calibrated: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Make a plan; returns the time and memory that it took, with those of its own calibration. A refused plan leaves no file."""
     from expertsmith.comparison.footprint import footprint
     from expertsmith.surgery.apply import check_plan
 
@@ -318,35 +323,45 @@ def _plan(job: Comparison, cell: Cell, statistics: Any) -> dict[str, Any]:
     except UserError:
         target.unlink(missing_ok=True)
         raise
+    if calibrated is not None:
+        took = {key: max(value, calibrated[key]) for key, value in took.items()} | {
+            "seconds": round(took["seconds"] + calibrated["seconds"], 3)
+        }
     return save(_mark(job, cell), job.planned_with(cell), {"planning": took})
 
 
 def _statistics(job: Comparison) -> Any:
-    from expertsmith.comparison.footprint import footprint
-
-    target, everything = statistics_folder(job), any(cell.contender.method.all_outputs for cell in job.cells)
+    """The statistics of the original, for all cells but the progressive ones."""
+    everything = any(cell.contender.method.all_outputs for cell in job.cells)
     moments = any(cell.contender.method.output_moments for cell in job.cells)
-    options = {
-        "all_outputs": everything,
-        "output_moments": moments,
-        "resume": job.resume,
-        "progress": job.progress,
-        **job.shape,
-        **job.where,
-    }
-    with footprint() as took:
-        made = job.stages.calibrate(job.inventory.checkpoint.source, job.data, target, **options)
+    target = statistics_folder(job)
+    made, took = _calibrated(job, target, all_outputs=everything, output_moments=moments)
     mark, made_with = target.with_suffix(".json"), {"model": job.inventory.checkpoint.fingerprint, "data": job.text}
     if job.ranks.first and load(mark, made_with) is None:  # else a finished pass was only read, so keep its footprint
         save(mark, made_with, {"calibration": took})
     return made
 
 
+def _followed(job: Comparison, cell: Cell) -> tuple[Any, dict[str, float]]:
+    """The statistics that follow a cell's choice, and the time and memory of taking them."""
+    method, options = cell.contender.method, dict(cell.contender.options)
+    target = job.folder / WORK / "progressive" / cell.plan_name
+    return _calibrated(job, target, progressive=True, method=method.name, keep=cell.keep, options=options)
+
+
+def _calibrated(job: Comparison, target: Path, **how: Any) -> tuple[Any, dict[str, float]]:
+    from expertsmith.comparison.footprint import footprint
+
+    options = {**how, "resume": job.resume, "progress": job.progress, **job.shape, **job.where}
+    with footprint() as took:
+        made = job.stages.calibrate(job.inventory.checkpoint.source, job.data, target, **options)
+    return made, took
+
+
 def _judge(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any], held: dict[str, Any]) -> None:
     """Judge cells without healing: apply the plan to the loaded model, which is also `verify`'s reference for a written checkpoint."""
-    from expertsmith.surgery.mask import in_force, masked
-    from expertsmith.surgery.merge import merged
-    from expertsmith.surgery.novices import replaced
+    from expertsmith.surgery.enforced import enforced
+    from expertsmith.surgery.mask import in_force
 
     missing = [cell for cell in missing if cell.plan_name in planned]
     if not missing:
@@ -357,8 +372,7 @@ def _judge(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any],
             save(original_file(job), job.original_with, {"tasks": dict(job.tasks.scores(reference))})
     for cell in missing:
         made = job.ranks.leading(partial(load_plan, _plan_file(job, cell)))
-        cut = masked(model, made.masks, job.inventory.counts)
-        with merged(model, made, job.inventory), cut, replaced(model, made):
+        with enforced(model, made, job.inventory):
             found = _judged(job, model, reference)
         _finish(job, cell, made, planned, held, found)
 

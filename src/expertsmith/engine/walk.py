@@ -6,7 +6,7 @@ state that a model passes from layer to layer are the model's own, and a layer's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,6 +17,8 @@ import torch
 from expertsmith.engine.loading import LoadedModel
 from expertsmith.engine.pages import kept_pages
 from expertsmith.engine.pauses import Lanes
+
+Call = Callable[[], Any]  # a decoder layer's forward on one batch, with its arguments
 
 
 @dataclass
@@ -140,7 +142,7 @@ class Walk:
         for number in range(len(self._lanes)):
             self._resume(number)
 
-    def _run(self, index: int, number: int, call: Callable[[], Any]) -> Any:
+    def _run(self, index: int, number: int, call: Call) -> Any:
         """Run one batch through one decoder layer; `call` is the layer's forward with its arguments."""
         return call()
 
@@ -185,3 +187,42 @@ class Walk:
         ids = self.batches[number].input_ids.to(hidden.device)
         given = self.model.ahead(ids, hidden)
         return (kwargs, (given, *args[1:])) if args else ({**kwargs, "hidden_states": given}, args)
+
+
+class HaltingWalk(Walk):
+    """A walk that halts at the decoder layers `at`, where every batch's call of the layer is available, with the arguments that the layers
+    before it produced. The layer can run on them repeatedly, changed or watched, before all batches go on to the next layer.
+
+    Args:
+        halt: called as halt(layer, calls) when every batch has reached the layer. It may return the outputs of all batches, which then
+            replace the layer's; otherwise the layer runs.
+        more: further arguments of `Walk`.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        batches: Sequence[Batch],
+        at: Collection[int],
+        halt: Callable[[int, list[Call]], list[Any] | None],
+        **more: Any,
+    ) -> None:
+        super().__init__(model, batches, **more)
+        self.at, self.halt = frozenset(at), halt
+        self._calls: list[Call] = []
+        self._ready: dict[int, Any] = {}
+
+    def _pass(self, index: int) -> None:
+        super()._pass(index)
+        if index in self.at:
+            calls, self._calls = self._calls, []
+            self._ready = dict(enumerate(self.halt(index, calls) or []))
+            super()._pass(index)
+
+    def _run(self, index: int, number: int, call: Call) -> Any:
+        if index in self.at:
+            self._calls.append(call)
+            self._lanes.pause()
+            if number in self._ready:
+                return self._ready.pop(number)
+        return call()

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from expertsmith.engine import hidden_of
+from expertsmith.engine.walk import Call
 from expertsmith.errors import UserError
 from expertsmith.healing.experts import LayerExperts
-from expertsmith.healing.streams import Call
 
 SMALL = 1e-12
 

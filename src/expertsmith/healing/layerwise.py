@@ -22,6 +22,7 @@ import torch
 
 from expertsmith.checkpoint.floats import bytes_of
 from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of
+from expertsmith.engine.walk import Call, HaltingWalk
 from expertsmith.evaluation.quality import DomainQuality, Quality, add_batch
 from expertsmith.experts.inventory import Inventory
 from expertsmith.healing.experts import LayerExperts, Routed, Skip, Tapped
@@ -29,7 +30,6 @@ from expertsmith.healing.halted import SMALL, Halted
 from expertsmith.healing.least_squares import Problem, solve
 from expertsmith.healing.options import LayerLocal, LeastSquares
 from expertsmith.healing.refine import refine
-from expertsmith.healing.streams import Call, HaltingWalk
 from expertsmith.healing.tail import wanted_change
 from expertsmith.healing.work import Work
 from expertsmith.healing.written import into_memory, to_checkpoint

@@ -30,11 +30,11 @@ from expertsmith.evaluation.quality import Quality, measure
 from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.healing.distil import Distillation, router_weights
 from expertsmith.healing.experts import LayerExperts
+from expertsmith.healing.held import held_batches, held_out
 from expertsmith.healing.layerwise import Layerwise
 from expertsmith.healing.lora import Adapted, changed_tensors, noisy_embeddings, peft, rounded
 from expertsmith.healing.options import LAYERWISE, Lora, as_options
 from expertsmith.healing.pair import check_pair
-from expertsmith.healing.streams import held_batches, held_out
 from expertsmith.healing.work import Work
 from expertsmith.healing.written import ROUTER, check_floats, into_memory, to_checkpoint, write_healed
 from expertsmith.planning.earlier import plans_in

@@ -46,7 +46,7 @@ def ream(statistics: LayerStatistics, facts: Facts, keep_count: int, *, capacity
     Deviations from the authors' code: S is REAP's mean of g ||f|| (theirs multiplies by the score twice, and averages batches without
     their sizes, padding included); s_j is the model's own score (theirs is a softmax for sigmoid routers too); neurons are matched by
     weights alone (theirs adds distances of activations, which they take from other random tokens for each expert, and reduces weights to
-    64 principal components); a layer does not see the outputs of merged layers before it (theirs calibrates layer by layer).
+    64 principal components); a layer sees the outputs of merged layers before it, as in theirs, with `--progressive` only.
     """
     if any("all_scored_output_sum" not in held for held in statistics.domains.values()):
         raise UserError(

@@ -20,11 +20,12 @@ from expertsmith.experts.inventory import Inventory
 from expertsmith.experts.rules import Rules, keep_count, most_salient, over_layers, refuse_groups
 from expertsmith.methods.base import Array, Budget, Choice, Facts, Method, Order
 from expertsmith.methods.information import Counting
+from expertsmith.planning import progressive
 from expertsmith.planning.budgets import SEARCHED, Judge, Removals, Scores, Search, rounds, space_of
 from expertsmith.planning.plan import CalibrationData, LayerPlan, Merge, Novices, Plan, Source, Summary, digest
 from expertsmith.planning.plan import Method as MethodEntry
 from expertsmith.ranks import current
-from expertsmith.views.progress import Progress
+from expertsmith.views.progress import Progress, Silent
 from expertsmith.views.show import ranges
 
 if TYPE_CHECKING:
@@ -108,7 +109,13 @@ def choose_budget(method: Method, budget: str | None, keep: float | int | None) 
 
 
 def make_plan(job: Job, router_groups: Any, uniform: bool, options: Mapping[str, Any]) -> Plan:
-    """Make the plan of a job. `uniform` replaces counts that differ between layers by the nearest equal ones, and notes what that costs."""
+    """Make the plan of a job. `uniform` replaces counts that differ between layers by the nearest equal ones, and notes what that costs.
+
+    Raises:
+        UserError: progressive statistics of another choice.
+    """
+    if job.statistics is not None:
+        progressive.refuse_other(job.statistics.header, job.method, job.values, job.keep, job.budget, job.rules, router_groups)
     entries = _entries(job)
     counts = {layer: len(entry.keep) for layer, entry in entries.items()}
     if uniform and len(set(counts.values())) > 1:
@@ -124,6 +131,7 @@ def make_plan(job: Job, router_groups: Any, uniform: bool, options: Mapping[str,
     used = {"budget": job.budget, **({"keep": job.keep} if job.keep is not None else {}), **job.values, **options, **job.found}
     calibration = job.tokens
     if job.statistics:
+        used |= {"progressive": True} if progressive.follows(job.statistics.header) else {}
         calibration = CalibrationData(fingerprint=job.statistics.header["data"]["fingerprint"], tokens=job.statistics.tokens)
     made = Plan(
         method=MethodEntry(name=job.method.name, options=used),
@@ -135,6 +143,18 @@ def make_plan(job: Job, router_groups: Any, uniform: bool, options: Mapping[str,
         summary=summary_of(entries.values(), inventory, job.mtp),
         notes=job.notes,
     )
+    return made.with_constants(constants, "the plan") if constants else made
+
+
+def plan_of_layer(job: Job, statistics: Statistics) -> Plan:
+    """The plan of the one layer of these statistics, as a job with budget "uniform" makes it with all layers."""
+    own = replace(job, statistics=statistics, layers=list(statistics.layers), work=None, progress=Silent(), notes=[])
+    entries = _entries(own)
+    constants: dict[int, Array] = {}
+    if job.method.constants:
+        entries, constants = _with_novices(own, entries)
+    source = Source(model_type=job.inventory.architecture.model_type, fingerprint=job.inventory.checkpoint.fingerprint)
+    made = Plan(method=MethodEntry(name=job.method.name), model=source, layers=list(entries.values()))
     return made.with_constants(constants, "the plan") if constants else made
 
 
@@ -677,7 +697,7 @@ def statistics_for(inventory: Inventory, method: Method, given: Statistics | str
     Raises:
         UserError: they are of another model or other layers, or lack something that the method needs.
     """
-    statistics = matching_statistics(inventory, given, domains, mtp=True)
+    statistics = matching_statistics(inventory, given, domains, for_plan=True)
     entry = next(iter(statistics.layers.values()))
     if method.all_outputs and not all("all_output_sum" in held for held in entry.domains.values()):
         raise UserError(
@@ -693,18 +713,19 @@ def statistics_for(inventory: Inventory, method: Method, given: Statistics | str
 
 
 def matching_statistics(
-    inventory: Inventory, given: Statistics | str | Path, domains: Sequence[str] = (), *, mtp: bool = False
+    inventory: Inventory, given: Statistics | str | Path, domains: Sequence[str] = (), *, for_plan: bool = False
 ) -> Statistics:
-    """Statistics of this checkpoint, of these domains (none: all); with `mtp` also those of multi-token-prediction layers, if there are any.
+    """Statistics of this checkpoint, of these domains (none: all); `for_plan`: also those of multi-token-prediction layers, if there are any.
 
     Raises:
-        UserError: they are of another model or other layers.
+        UserError: they are of another model or other layers, or progressive and not for a plan (`make_plan` checks for which).
     """
     statistics = (given if isinstance(given, Statistics) else load_statistics(given)).select(domains)
     if statistics.header["model"]["fingerprint"] != inventory.checkpoint.fingerprint:
         raise UserError(f"the statistics are from another model than {inventory.checkpoint.source}", "calibrate this model")
     if [layer for layer in statistics.layers if layer not in inventory.mtp_layers] != inventory.layers:
         raise UserError("the statistics do not cover the same layers as the checkpoint", "calibrate again")
-    if mtp:
+    if for_plan:
         return statistics
+    progressive.refuse(statistics.header)
     return Statistics(statistics.header, {layer: statistics.layers[layer] for layer in inventory.layers})

@@ -298,7 +298,7 @@ def merged(model: LoadedModel, plan: Plan, inventory: Inventory) -> Iterator[Non
     model's own tensors, rounded as `inventory` stores them (its dtypes, or its quantisation). The other sources do not change: mask them
     with `surgery.mask.masked`.
 
-    In stream mode a layer is edited whenever it is loaded.
+    In stream mode a layer is edited whenever it is loaded, and now if it is.
 
     Raises:
         UserError: what `check_merges` refuses.
@@ -312,8 +312,8 @@ def merged(model: LoadedModel, plan: Plan, inventory: Inventory) -> Iterator[Non
             model.whole()
             stack.callback(lambda: model.__dict__.pop("bring", None))
             model.bring = partial(_bring, model.bring, model, entries, inventory)  # type: ignore[method-assign]
-        else:
-            for entry in entries.values():
+        for layer, entry in entries.items():
+            if not next(model.layers[layer].parameters()).is_meta:
                 stack.callback(_apply(_edits(model, entry, inventory)))
         yield
 

@@ -1,7 +1,7 @@
 """Proof that an output checkpoint is the source without the dropped experts.
 
 Three checks: every tensor of the output is byte for byte as planned; every decoder layer's output equals that of the source with the same
-experts masked; and so do the logits. The source runs masked (`surgery.mask`) and with merged weights set in place (`surgery.merge`). The
+experts masked; and so do the logits. The source runs with the plan in force (`surgery.enforced`). The
 output runs as any user would load it. If transformers has no class for the family, only the first check is made, and the verdict says so.
 If the plan has skip thresholds, skipping is compared layer by layer with the stock forward, on the same inputs and with the weights of
 skipped slots at zero.
@@ -35,9 +35,8 @@ from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.planning.plan import Plan
 from expertsmith.ranks import ALONE, Ranks
 from expertsmith.surgery.apply import check_plan, output_config, output_tensors, output_texts, written
-from expertsmith.surgery.mask import masked
-from expertsmith.surgery.merge import merged
-from expertsmith.surgery.novices import replaced, with_constants_of
+from expertsmith.surgery.enforced import enforced
+from expertsmith.surgery.novices import with_constants_of
 from expertsmith.surgery.skip import is_padded
 from expertsmith.views.notebook import Shown
 from expertsmith.views.progress import Progress, Silent
@@ -211,14 +210,7 @@ def verify(
     if mine:  # there may be more ranks than batches
         source = load_model(held.checkpoint, record, config_overrides=overrides, **where)
         pruned = load_model(output, record, **where)
-        experts = {entry.layer: entry.num_experts for entry in plan.layers}
-        masks = masked(source, plan.masks, experts)
-        with (
-            merged(source, plan, held),
-            masks,
-            replaced(source, plan),
-            progress.task("verify", len(source.layers), "layers") as advance,
-        ):
+        with enforced(source, plan, held), progress.task("verify", len(source.layers), "layers") as advance:
             _compare_forwards(source, pruned, mine, part, advance)
         if plan.skip is not None:
             _compare_skipping(pruned, mine, plan.thresholds, plan.skip.rule, part)

@@ -7,13 +7,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from expertsmith.calibration.opening import inventory_of, open_model, token_data
+from expertsmith.errors import UsageError
 from expertsmith.ranks import current
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
-from expertsmith.verbs.options import Calibrating, Data, Into, Model, Running, Text, part
+from expertsmith.verbs.options import (
+    CHOICE,
+    Calibrating,
+    Data,
+    Into,
+    Model,
+    Options,
+    Progressive,
+    Ratio,
+    Running,
+    Text,
+    part,
+)
+from expertsmith.verbs.request import check_progressive, request
 from expertsmith.views import show
 
 if TYPE_CHECKING:
+    from expertsmith.calibration.runner import Follow
     from expertsmith.calibration.stats import Statistics
+    from expertsmith.engine import LoadedModel
+    from expertsmith.experts.inventory import Inventory
+    from expertsmith.planning.build import Job
+    from expertsmith.views.progress import Progress
 
 
 def _show(statistics: Any, given: Mapping[str, Any]) -> None:
@@ -50,10 +69,25 @@ def calibrate(
         bool, Opt("Also run every expert on every token and sum the outputs (for hc_smoe and ream).", "--all-outputs")
     ] = False,
     sample_tokens: Annotated[int, Opt("Also keep block inputs and outputs of this many tokens per domain.", least=0)] = 0,
+    progressive: Progressive = False,
+    method: Annotated[str | None, Opt("With --progressive: the method that chooses.", "--method", "-m", panel=CHOICE)] = None,
+    keep: Annotated[
+        Ratio | None,
+        Opt(
+            "With --progressive: routed experts to keep in each layer, a ratio or a count.",
+            "--keep",
+            "-k",
+            kind=str,
+            panel=CHOICE,
+        ),
+    ] = None,
+    options: Options = None,
     overwrite: Annotated[bool, Opt("Replace the statistics of another calibration.", "--overwrite")] = False,
     **given: Unpack[Calibrating],
 ) -> Statistics:
     """Run the model over text once and collect the statistics of every criterion, by layer and domain.
+
+    With --progressive, `plan` with the same method and --keep makes the plan that the statistics have followed.
 
     A killed run resumes after the last finished layer. Data-parallel: torchrun --nproc-per-node N -m expertsmith calibrate …
 
@@ -66,15 +100,27 @@ def calibrate(
         output_moments: also sum f, f² and g²f in every dimension, g the routing weight (needed by mone; includes output_sum).
         all_outputs: also sum them over all tokens: every expert runs on every token (needed by hc_smoe and ream).
         sample_tokens: also keep the block's inputs and outputs of this many tokens a domain.
+        progressive: `method` chooses in a layer as soon as its statistics are there, and later layers get the inputs that the model makes with
+            this choice. The statistics then hold for this choice only.
+        method: with `progressive`, a method that reads statistics; what it needs is collected.
+        keep: with `progressive`, a ratio or a count, the same for every layer.
+        options: with `progressive`, the method's own options.
         memory: "resident", "stream" (one decoder layer at a time) or "auto".
         resume: complete a folder that an interrupted run left; otherwise start again.
         overwrite: replace the statistics of another model, text or other options, which are refused otherwise.
+
+    Raises:
+        UserError: a choice that cannot be made layer by layer, text or a model that cannot be read, or statistics of something else in `out`.
     """
     from expertsmith.calibration.observers import Extras
     from expertsmith.calibration.runner import collect
 
     progress = given["progress"]
     inventory = inventory_of(model, given["allow_pickle"])
+    job = _followed(inventory, progressive, method, keep, options, progress)
+    if job is not None:
+        all_outputs |= job.method.all_outputs
+        output_moments |= job.method.output_moments
     tokens = token_data(inventory.checkpoint.path, inventory.checkpoint.config, data, progress, **part(Text, given))
     ranks = current()
     loaded = open_model(inventory, progress, mtp=True, ranks=ranks, **part(Running, given))
@@ -90,4 +136,38 @@ def calibrate(
         overwrite=overwrite,
         progress=progress,
         ranks=ranks,
+        follow=None if job is None else _follow(job, loaded),
     )
+
+
+def _followed(
+    inventory: Inventory,
+    progressive: bool,
+    method: str | None,
+    keep: Any,
+    options: Mapping[str, Any] | None,
+    progress: Progress,
+) -> Job | None:
+    """The choice that progressive statistics follow."""
+    if not progressive:
+        for flag, given in (("--method", method), ("--keep", keep), ("--option", options)):
+            if given:
+                raise UsageError(
+                    f"{flag} has no effect without --progressive: one calibration serves every method and ratio",
+                    "pass --progressive, or give it to `expertsmith plan`",
+                )
+        return None
+    from expertsmith import methods as registered
+    from expertsmith.planning.build import Job
+
+    if method is None:
+        raise UsageError("--progressive needs a method", "pass --method NAME")
+    check_progressive(progressive, registered.find(method), keep, None, "keep")
+    chosen, values, share, budget, rules, _ = request(inventory, method, keep, "uniform", options, "keep")
+    return Job(inventory, chosen, values, share, budget, rules, progress)
+
+
+def _follow(job: Job, loaded: LoadedModel) -> Follow:
+    from expertsmith.surgery.enforced import follow
+
+    return follow(job, loaded)

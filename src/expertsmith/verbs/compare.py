@@ -52,6 +52,13 @@ def compare(
         Sequence[str],
         Opt("Also heal every plan on the calibration text. Repeatable.", metavar="NAME[:KEY=VALUE,…]"),
     ] = (),
+    progressive: Annotated[
+        bool,
+        Opt(
+            "Also plan every method that reads statistics on progressive ones (see `expertsmith calibrate --progressive`): one calibration for each ratio.",
+            "--progressive",
+        ),
+    ] = False,
     tasks: Tasks = (),
     task_path: TaskPath = (),
     limit: Limit = None,
@@ -93,6 +100,7 @@ def compare(
         stages=Stages(calibrate, plan, apply, heal_model),
         budgets=budgets or ("uniform",),
         heal=heal,
+        progressive=progressive,
         tasks=tasks,
         task_path=task_path,
         limit=limit,

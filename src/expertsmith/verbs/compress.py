@@ -38,6 +38,7 @@ from expertsmith.verbs.options import (
     Out,
     Overwrite,
     Placing,
+    Progressive,
     Push,
     Ratio,
     Requantise,
@@ -47,7 +48,8 @@ from expertsmith.verbs.options import (
     Uniform,
     part,
 )
-from expertsmith.verbs.plan import check_search, fitting, plan, request
+from expertsmith.verbs.plan import check_search, fitting, plan
+from expertsmith.verbs.request import calibration_for, check_progressive, request
 from expertsmith.verbs.verify import verify
 from expertsmith.views import show
 from expertsmith.views.progress import timed
@@ -111,6 +113,7 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
     data: Data = (),
     stats: Stats = None,
     domains: Domains = (),
+    progressive: Progressive = False,
     budget: Budget = None,
     uniform: Uniform = False,
     options: Options = None,
@@ -149,6 +152,7 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
     Args:
         method: None chooses easy_ep if `data` (or `domains`) has one labelled domain, and reap otherwise.
         keep: None is the method's own threshold if it has one, else 0.5.
+        progressive: take a layer's statistics on inputs that the layers already chosen make, instead of the whole model's.
         eval_data: held-out text to measure quality on. Without it, every eighth record of `data` is held out (`SOURCE#heldout`) and the others
             calibrate; sources of fewer than eight records are measured on the calibration text itself, which flatters the result.
         measure: False leaves the quality measurement out.
@@ -175,7 +179,9 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
     said: list[str] = []
     method, keep = _usual(method, keep, fit, budget, data, stats, domains, said)
     fitted = fitting(inventory, fit, context, keep, budget, uniform, router_groups, mtp)
-    chosen, *_, searching = request(inventory, method, fitted.keep if fitted else keep, budget, options, router_groups)
+    count = fitted.keep if fitted else keep
+    chosen, values, share, *_, searching = request(inventory, method, count, budget, options, router_groups)
+    check_progressive(progressive, chosen, share, budget, router_groups, stats)
     check_search(inventory, budget or "", data, uniform)
     reads_text = not chosen.data_free or searching is not None
     if reads_text or heal is not None or (measure and (eval_data or data)):
@@ -203,9 +209,8 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
                     model,
                     texts,
                     work["statistics"],
-                    all_outputs=chosen.all_outputs,
-                    output_moments=chosen.output_moments,
                     overwrite=overwrite,
+                    **calibration_for(chosen, share, values, progressive),
                     **given,
                 )
         with timed(seconds, "plan"):

@@ -106,6 +106,14 @@ Stats = Annotated[
     Opt("Statistics folder made by `expertsmith calibrate`.", "--stats", "-s", kind=Path, panel=CHOICE),
 ]
 Domains = Annotated[Sequence[str], Opt("Use only this domain of the statistics. Repeatable.", "--domain", panel=CHOICE)]
+Progressive = Annotated[
+    bool,
+    Opt(
+        "Layer by layer: take the statistics of a layer on inputs that the layers already chosen make. They then hold for this method and --keep only.",
+        "--progressive",
+        panel=CHOICE,
+    ),
+]
 Budget = Annotated[
     str | None,
     Opt(

@@ -12,7 +12,7 @@ from expertsmith.calibration.opening import inventory_of, open_model, token_data
 from expertsmith.checkpoint.work import work_beside, work_of
 from expertsmith.errors import UsageError, UserError
 from expertsmith.experts.inventory import Inventory
-from expertsmith.experts.rules import Rules, keep_count, parse_keep
+from expertsmith.experts.rules import Rules, keep_count
 from expertsmith.ranks import current
 from expertsmith.verbs.calibrate import calibrate
 from expertsmith.verbs.definition import FLOW, Opt, out_and, verb
@@ -29,18 +29,19 @@ from expertsmith.verbs.options import (
     Mtp,
     Options,
     Overwrite,
+    Progressive,
     Running,
     Stats,
     Text,
     Uniform,
     part,
 )
+from expertsmith.verbs.request import calibration_for, check_progressive, request
 from expertsmith.views import show
 
 JUDGED_TOKENS = 4096  # tokens that run at once when logits over the vocabulary are in memory
 
 if TYPE_CHECKING:
-    from expertsmith.methods.base import Budget as BudgetName
     from expertsmith.methods.base import Method
     from expertsmith.planning.budgets import Judge
     from expertsmith.planning.fit import Fit as Fitted
@@ -76,6 +77,7 @@ def plan(  # noqa: C901  (a case a kind of method)
     stats: Stats = None,
     data: Data = (),
     domains: Domains = (),
+    progressive: Progressive = False,
     budget: Budget = None,
     uniform: Uniform = False,
     options: Options = None,
@@ -108,6 +110,7 @@ def plan(  # noqa: C901  (a case a kind of method)
         context: tokens of that KV cache; 0 counts the weights only.
         stats: statistics of `calibrate`; without them `data` is calibrated first.
         domains: use only these domains of the statistics.
+        progressive: take a layer's statistics on inputs that the layers already chosen make, instead of the whole model's.
         budget: "uniform" (every layer alike), "global" (the layers share one total), "threshold" (the method's own), "sensitivity" (from what each
             layer costs alone, measured on `data`) or "esap" (an evolutionary search on `data`); None: the method's usual.
         uniform: of a budget that leaves layers different numbers, make the nearest plan with one number, and note what that costs.
@@ -132,14 +135,15 @@ def plan(  # noqa: C901  (a case a kind of method)
     inventory = inventory_of(model, given["allow_pickle"])
     if method is None:
         assert from_file is not None
-        made = _from_file(inventory, from_file, keep, router_groups, mtp, progress)
-        _save(made, out)
-        return made
+        if progressive:
+            raise UsageError("--progressive is how statistics are taken, and --from reads none", "leave it out")
+        return _saved(_from_file(inventory, from_file, keep, router_groups, mtp, progress), out)
     fitted = fitting(inventory, fit, context, keep, budget, uniform, router_groups, mtp)
     keep = fitted.keep if fitted else keep
     chosen, values, share, chosen_budget, rules, searching = request(inventory, method, keep, budget, options, router_groups)
     if share is not None:
         progress.note(_said(share, rules.values()))
+    check_progressive(progressive, chosen, share, budget, router_groups, stats)
     calibrates = chosen.reads == "statistics" and stats is None
     _check_inputs(chosen, calibrates, data, domains, fit)
     check_search(inventory, chosen_budget, data, uniform)
@@ -153,12 +157,7 @@ def plan(  # noqa: C901  (a case a kind of method)
         place = held.enter_context(_work("statistics" if calibrates else "measured", calibrates, work, out, progress))
         if calibrates:
             assert place is not None
-            options = {
-                **given,
-                "all_outputs": chosen.all_outputs,
-                "output_moments": chosen.output_moments,
-                "overwrite": overwrite,
-            }
+            options = {**given, **calibration_for(chosen, share, values, progressive), "overwrite": overwrite}
             stats = calibrate(inventory.checkpoint.source, data, place, **options)
         else:
             job.work = place
@@ -175,13 +174,13 @@ def plan(  # noqa: C901  (a case a kind of method)
         made = planning.make_plan(job, router_groups, uniform, said)
         if fitted:
             fitted.check(made, inventory)
-        _save(made, out)
-    return made
+        return _saved(made, out)
 
 
-def _save(made: Plan, out: str | Path | None) -> None:
+def _saved(made: Plan, out: str | Path | None) -> Plan:
     if out is not None and current().first:
         made.save(out)
+    return made
 
 
 @contextmanager
@@ -245,39 +244,6 @@ def _refuse_fit(fit: str | None, context: int | None, other: str) -> None:
 def plan_from(model: str | Path | Inventory, file: str | Path, keep: Any = None, **options: Any) -> Plan:
     """`plan` with `from_file`: another tool's choice of experts as a plan."""
     return plan(model, None, keep, from_file=file, **options)
-
-
-def request(
-    inventory: Inventory,
-    method: str,
-    keep: float | int | str | None,
-    budget: str | None,
-    options: Mapping[str, Any] | None,
-    router_groups: str,
-) -> tuple[Method, dict[str, Any], float | int | None, BudgetName, dict[int, Rules], dict[str, Any] | None]:
-    """Everything that was asked for, checked before anything is computed. The last are the options of a searched budget, None with another."""
-    from expertsmith import methods as registered
-    from expertsmith.planning import budgets
-    from expertsmith.planning import build as planning
-    from expertsmith.surgery.novices import check_novices
-    from expertsmith.surgery.uneven import refuse_padded
-
-    chosen = registered.find(method)
-    own, searching = budgets.parse_options(budget, options or {})
-    values = chosen.parse_options(own)
-    share = None if keep is None else parse_keep(keep)
-    refuse_padded(inventory)
-    chosen_budget = planning.choose_budget(chosen, budget, share)
-    if chosen.constants:
-        check_novices(inventory)
-        if router_groups == "flatten":
-            raise UserError(f"method {method} leaves the router unchanged, so its groups stay", "leave --router-groups out")
-    rules = planning.rules_of(inventory, "flatten" if chosen.constants else router_groups)
-    if share is not None:
-        where = inventory.checkpoint.source
-        for layer, entry in rules.items():
-            keep_count(share, entry, where if len(set(rules.values())) == 1 else f"decoder layer {layer} of {where}")
-    return chosen, values, share, chosen_budget, rules, searching
 
 
 def _check_inputs(chosen: Method, calibrates: bool, data: Sequence[str], domains: Sequence[str], fit: str | None) -> None:

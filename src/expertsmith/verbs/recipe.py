@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -40,6 +40,9 @@ from expertsmith.verbs.skip import skip
 from expertsmith.verbs.steps import Steps, made_with, steps_file
 from expertsmith.verbs.verify import verify
 from expertsmith.views.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from expertsmith.methods import Method
 
 WIDE = {
     "model",
@@ -286,22 +289,29 @@ def _plan_faults(there: Mapping[str, Any]) -> list[str]:
         faults.append(f"plan: method {method.name} needs text: add plan.data")
     if plan.get("budget") in ("sensitivity", "esap") and not plan.get("data"):
         faults.append(f"plan: budget {plan['budget']} runs the model on text: add plan.data")
-    calibrate = there["calibrate"] if isinstance(there.get("calibrate"), Mapping) else None
-    if method and method.all_outputs and calibrate is not None and not plan.get("stats") and not calibrate.get("all_outputs"):
-        faults.append(
-            f"plan: method {method.name} needs every expert's output on all tokens: set calibrate.all_outputs to true"
-        )
-    if (
-        method
-        and method.output_moments
-        and calibrate is not None
-        and not plan.get("stats")
-        and not calibrate.get("output_moments")
-    ):
-        faults.append(f"plan: method {method.name} needs the variance of outputs: set calibrate.output_moments to true")
+    if method and not plan.get("stats") and isinstance(there.get("calibrate"), Mapping):
+        faults += _statistics_faults(method, plan, there["calibrate"])
     counted = plan.get("keep") is not None or plan.get("fit") is not None
     if method and not counted and plan.get("budget") in (None, "threshold") and "threshold" not in method.budgets:
         faults.append(f"plan: keep is required for method {method.name}: add plan.keep")
+    return faults
+
+
+def _statistics_faults(method: Method, plan: Mapping[str, Any], calibrate: Mapping[str, Any]) -> list[str]:
+    """What the plan's method needs of the statistics that the recipe makes."""
+    if calibrate.get("progressive"):
+        differs = [key for key in ("method", "keep", "options") if plan.get(key) != calibrate.get(key)]
+        return [
+            f"plan: the statistics of calibrate are progressive and follow its own {key} only: give both sections the same {key}"
+            for key in differs
+        ]
+    faults = []
+    if method.all_outputs and not calibrate.get("all_outputs"):
+        faults.append(
+            f"plan: method {method.name} needs every expert's output on all tokens: set calibrate.all_outputs to true"
+        )
+    if method.output_moments and not calibrate.get("output_moments"):
+        faults.append(f"plan: method {method.name} needs the variance of outputs: set calibrate.output_moments to true")
     return faults
 
 

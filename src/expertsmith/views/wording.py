@@ -148,8 +148,14 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
             text += f"; random draws {chance['mean']:+.3f} [{chance['least']:.3f}, {chance['largest']:.3f}]"
             worse = sum(bool(row["worse_than_random"]) for row in rows if row["heal"] is None)
             text += f", {worse} of {sum(row['heal'] is None for row in rows) - 1} methods are worse than their mean"
+        follow = [row for row in rows if row.get("to_one_shot")]
+        shifts = [f"{label(row)} {row['to_one_shot'][0]:+.3f} ± {row['to_one_shot'][1]:.3f}" for row in follow]
         ties = [label(row) for row in rows if row["tied"]] if first.get("to_best") else []
         made.append(f"{text}.")
+        if shifts:
+            made.append(
+                f"{title(group)}: paired difference from the same method without progressive statistics: {', '.join(shifts)}."
+            )
         if ties:
             made.append(
                 f"{title(group)}: {_named(ties)} {'is' if len(ties) == 1 else 'are'} within the noise of {label(first)}: the paired difference is below "
@@ -174,7 +180,7 @@ def how(found: Mapping[str, Any]) -> list[str]:
         "Perplexity by domain; mean increase: loss minus the original's in nats per token, mean over domains, with the paired standard error over sequences (random: [least, "
         f"largest draw]); above the best: the paired difference to the best method, {TIED} where it is below two standard errors; KL(original ‖ compressed) in nats; top-1: share of tokens with the same most probable next token.",
         "plan s and memory are for planning alone: seconds, and additional bytes of the process. If a method measures weights, "
-        "only its first cell does so, once for all ratios.",
+        "only its first cell does so, once for all ratios. Progressive rows include their own calibration.",
         f"Bold: best of its column. {WORSE}: worse than the mean of the random draws. `expertsmith apply MODEL plans/NAME.json -o OUT` writes any of these models.",
     ]
 
