@@ -54,14 +54,14 @@ def test_what_does_not_fit_is_left_to_transformers(tmp_path, damage):
     names = [name for name in model.checkpoint.tensors if ".layers.0." in name and ".experts." in name]
     shapes = {name: model.checkpoint.tensors[name].shape for name in names}
     state = {name: object() for name in names}
-    assert all(isinstance(entry, Stack) for entry in in_place(model._naming, state, shapes).values())
+    assert all(isinstance(entry, Stack) for entry in in_place(model._match.naming, state, shapes).values())
     bad = next(name for name in names if "experts.2.w2" in name)
     if damage == "missing":
         del state[bad]
     else:
         rows, columns = shapes[bad]
         shapes[bad] = (rows, 1) if damage == "one column" else (rows - 1, columns)
-    found = in_place(model._naming, state, shapes)
+    found = in_place(model._match.naming, state, shapes)
     left = {name for name in names if ".w2." in name} & state.keys()
     assert {name for name, entry in found.items() if not isinstance(entry, Stack)} == left
     assert len(found) == len(left) + 1
@@ -69,6 +69,6 @@ def test_what_does_not_fit_is_left_to_transformers(tmp_path, damage):
 
 def test_a_missing_expert_is_told(tmp_path):
     model = streamed(save_tiny("mixtral", tmp_path / "model"), "mixtral")
-    model._groups[1].remove(next(name for name in model._groups[1] if "experts.1.w1" in name))
+    model._match.groups[1].remove(next(name for name in model._match.groups[1] if "experts.1.w1" in name))
     with pytest.raises(UserError, match="in decoder layer 1 could not be converted"):
         model.bring(1)

@@ -167,7 +167,7 @@ class LoadedModel:
         take = self._reads.take if self._reads is not None else self.weights.read
         known = {self._names.get(name) or name: name for name in names}
         state = {name: _Unread(take, own) for name, own in known.items()}
-        state = in_place(self._naming, state, {name: self.weights.tensors[own].shape for name, own in known.items()})
+        state = in_place(self._match.naming, state, {name: self.weights.tensors[own].shape for name, own in known.items()})
         with own_pages():
             outcome = read_in(self._match.naming, state, self.device)
         refuse_mismatched(outcome.mismatched)
