@@ -68,13 +68,12 @@ def fill(cells: dict[str, dict], model: Path, corpus: Path, domains: list[str], 
                 begin, out = time.perf_counter(), work / "chosen"
                 report: dict = {}
                 if way != NOTHING:
-                    healer, _, rest = way.partition(":")
-                    options = dict(pair.split("=") for pair in rest.split(";")) if rest else {}
+                    healer, options = split_way(way)
                     out = work / "healed"
                     job = {"method": healer, "options": options, "overwrite": True, "resume": False}
                     report = api.heal(work / "chosen", model, calib, out, **job, **shape, **RUN)
                 seconds = time.perf_counter() - begin
-                loss = losses(out, model, corpus, domains, args)
+                loss = losses(out, model, corpus, domains, args)["domains"]
                 cells[key_of(model, domains, method, keep, way)] = {
                     "loss": loss,
                     "rise": sum(row["loss"] - row["reference_loss"] for row in loss.values()) / len(loss),
@@ -93,10 +92,17 @@ def key_of(model: Path, domains: list[str], method: str, keep: str, way: str) ->
     return " | ".join((model.name, domains[0] if len(domains) == 1 else "all", method, keep, way))
 
 
+def split_way(way: str) -> tuple[str, dict[str, str]]:
+    """METHOD or METHOD:key=value;… → the method and its options."""
+    healer, _, rest = way.partition(":")
+    return healer, dict(pair.split("=") for pair in rest.split(";")) if rest else {}
+
+
 def losses(out: Path, model: Path, corpus: Path, domains: list[str], args: argparse.Namespace) -> dict[str, dict]:
+    """The quality on held-out text, by domain and as the mean over the domains."""
     data = [f"{d}={corpus / d / 'heldout.jsonl'}" for d in domains]
     job = {"samples": args.windows, "seq_len": 256, "batch_tokens": 2048, "dtype": "float32"}
-    found: dict[str, dict] = api.evaluate(out, data, reference=model, **job, **RUN).to_json()["domains"]
+    found: dict[str, dict] = api.evaluate(out, data, reference=model, **job, **RUN).to_json()
     return found
 
 

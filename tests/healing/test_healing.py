@@ -29,6 +29,7 @@ from expertsmith.healing.tail import wanted_change
 from expertsmith.planning.plan import LayerPlan, Merge, Method, Plan, Source
 from expertsmith.views.progress import Silent
 from tiny import tiny_config
+from to_heal import write_texts
 
 CORE = ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "dbrx", "llama4_text", "longcat_flash", "gemma4_text"]
 EVERY = pytest.mark.parametrize("model_type", SUPPORTED)
@@ -40,12 +41,7 @@ HARD = {"inkling_text", "inkling2_text", "ernie4_5_moe", "flint"}
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> list[str]:
     """Enough tokens for the tiny models: two domains of twelve sequences each."""
-    folder = tmp_path_factory.mktemp("texts")
-    generator = torch.Generator().manual_seed(7)
-    for domain in ("a", "b"):
-        rows = [torch.randint(3, 120, (24 - 5 * (i % 3),), generator=generator).tolist() for i in range(12)]
-        (folder / f"{domain}.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    return [f"a={folder / 'a.jsonl'}", f"b={folder / 'b.jsonl'}"]
+    return write_texts(tmp_path_factory.mktemp("texts"), "a", "b")
 
 
 @pytest.fixture(scope="module")

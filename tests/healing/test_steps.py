@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,9 @@ import torch
 from conftest import DEVICE, SUPPORTED
 from expertsmith import api
 from expertsmith.healing import layerwise, least_squares, refine
+from expertsmith.healing.amount import Amount
 from expertsmith.healing.experts import Routed
+from to_heal import RandomExperts, write_texts
 from waits import Waits
 
 BY_BATCH = {"inkling_text", "inkling2_text"}  # a convolution stands behind their experts
@@ -19,26 +20,24 @@ BY_BATCH = {"inkling_text", "inkling2_text"}  # a convolution stands behind thei
 
 def at_every_layer(check, model_type, checkpoints, tmp_path, monkeypatch, **options) -> None:
     """Heal a halved tiny model with check(run, halted) in place of the training."""
-    generator = torch.Generator().manual_seed(7)
-    rows = [torch.randint(3, 120, (24 - 5 * (i % 3),), generator=generator).tolist() for i in range(12)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    data = write_texts(tmp_path, "a")
     seen = []
 
-    def instead(halted, inventory, chosen, tick):
-        run = refine._Run(halted, inventory, chosen, tick)
+    def instead(halted, inventory, chosen, pairs, tick):
+        matrices, biases, rows = refine.trained(halted.experts, inventory, halted.index)
+        run = refine._Run(halted, matrices, [*biases, *rows], Amount(1, chosen.step_tokens, 0, 0.0), chosen.seed, tick)
         for weight in run.weights:
             weight.requires_grad_(True)
         check(run, halted)
         for weight in run.weights:
             weight.requires_grad_(False)
         seen.append(halted.index)
-        return {}
+        return {"amount": Amount(0, 0, 0, 0.0).to_json()}
 
     monkeypatch.setattr(layerwise, "refine", instead)
     model = checkpoints(model_type)
     api.apply(model, api.plan(model, "random", 0.5), tmp_path / "half")
     shape = {"seq_len": 24, "pack": False, "batch_tokens": 130, "device": DEVICE}
-    data = [f"a={tmp_path / 'a.jsonl'}"]
     api.heal(tmp_path / "half", model, data, tmp_path / "out", method="layer_local", options=options, **shape)
     assert seen
 
@@ -95,23 +94,6 @@ def test_a_step_does_not_wait_for_the_device(checkpoints, tmp_path, monkeypatch)
     at_every_layer(check, "qwen2_moe", checkpoints, tmp_path, monkeypatch, step_tokens=64)
 
 
-class Layer:
-    """Experts of one hidden layer."""
-
-    count = 6
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.up = torch.randn(self.count, 5, 4, generator=generator)
-        self.start = torch.randn(self.count, 3, 5, generator=generator)
-
-    def features(self, routed, expert, rows, slots):
-        return (routed.x[rows] @ self.up[expert].T).relu() * routed.weight[rows, slots, None]
-
-    def down(self, expert):
-        return self.start[expert].double()
-
-
 def problem() -> least_squares.Problem:
     generator = torch.Generator().manual_seed(0)
     x, weight, strength = (torch.rand(300, width, generator=generator) for width in (4, 2, 1))
@@ -123,7 +105,7 @@ def problem() -> least_squares.Problem:
     )
 
 
-def one_at_a_time(layer: Layer, given: least_squares.Problem, sweeps: int) -> dict[int, torch.Tensor]:
+def one_at_a_time(layer: RandomExperts, given: least_squares.Problem, sweeps: int) -> dict[int, torch.Tensor]:
     """The method as it is written down."""
     rest, down = given.wanted.double(), {e: layer.down(e) for e in range(layer.count)}
     weight = given.strength.double().square()
@@ -152,14 +134,14 @@ def test_batched_steps_are_those_one_at_a_time(room, at_once, monkeypatch):
     monkeypatch.setattr(least_squares, "ROOM", room)
     monkeypatch.setattr(least_squares, "AT_ONCE", at_once)
     monkeypatch.setattr(least_squares, "ROWS", 16)
-    layer = Layer()
+    layer = RandomExperts(6)
     found, wanted = least_squares.solve(layer, problem(), 3).down, one_at_a_time(layer, problem(), 3)
     for expert, matrix in wanted.items():
         assert torch.allclose(found.get(expert, layer.down(expert)), matrix, atol=1e-5)
 
 
 def test_a_turn_does_not_wait_for_the_device():
-    turns = least_squares._Turns(Layer(), problem())
+    turns = least_squares._Turns(RandomExperts(6), problem())
     with Waits() as mode:
         for group in turns.groups:
             turns.prepare(group)
