@@ -141,7 +141,7 @@ def drawn(by_token: bool) -> list[tuple[list[int], int]]:
     local = list(torch.split(torch.arange(10 * len(own)), 10))
     replay: Any = SimpleNamespace(batches=[part.reshape(2, 5) for part in local], by_token=by_token)
     tokens = refine._Tokens(current().share(MASKS), replay, 12)
-    steps, every = tokens.draw(torch.Generator().manual_seed(3), 1), torch.cat([part.reshape(-1) for part in own])
+    steps, every = tokens.draw(torch.Generator().manual_seed(3)), torch.cat([part.reshape(-1) for part in own])
     found = [next(steps) for _ in range(7)] + [tokens.all()]
     return [(sorted(int(every[row]) for part, _ in parts for row in part.reshape(-1)), count) for parts, count in found]
 
@@ -177,11 +177,12 @@ from expertsmith.errors import UserError
 from expertsmith.healing import layerwise
 from expertsmith.views.progress import Silent
 
-job, seen = json.loads(sys.argv[1]), {"tokens": 0}
+job, seen = json.loads(sys.argv[1]), {"tokens": 0, "calls": 0}
 folder, solve = Path(job["folder"]), layerwise.solve
 
 def watched(experts, problem, *more):
     seen["tokens"] += len(problem.wanted)
+    seen["calls"] += 1
     solution = solve(experts, problem, *more)
     if seen.get("spoil") == seen["tokens"] and rank == 1:
         solution.down = {expert: down * 1.01 for expert, down in solution.down.items()}
@@ -195,7 +196,7 @@ with connected("cpu") as (rank, where):
     for name, method, options in job["healings"]:
         out = folder / "two" / method
         seen[method] = heal(name, method, options=options)
-    seen["of a layer"] = seen["tokens"] // sum(len(seen[method]["layers"]) for _, method, _ in job["healings"])
+    seen["of a layer"] = seen["tokens"] // seen["calls"]
     out = folder / "two" / "spoilt"
     seen["spoil"] = seen["tokens"] + 2 * seen["of a layer"]  # at the second layer
     for method in ("least_squares", "router"):

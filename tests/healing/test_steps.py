@@ -42,9 +42,9 @@ def at_every_layer(check, model_type, checkpoints, tmp_path, monkeypatch, **opti
     assert seen
 
 
-def gradients(run, share: int = 1) -> list[torch.Tensor]:
+def gradients(run) -> list[torch.Tensor]:
     """Those of a step on all tokens."""
-    run._gradients(*next(run.train.draw(torch.Generator().manual_seed(1), share)))
+    run._gradients(*next(run.train.draw(torch.Generator().manual_seed(1))))
     found = [weight.grad.clone() for weight in run.weights]
     for weight in run.weights:
         weight.grad = None
@@ -86,7 +86,7 @@ def test_bfloat16_steps_go_the_same_way(model_type, checkpoints, tmp_path, monke
 
 def test_a_step_does_not_wait_for_the_device(checkpoints, tmp_path, monkeypatch):
     def check(run, halted) -> None:
-        drawn = run.train.draw(torch.Generator().manual_seed(1), 1)
+        drawn = run.train.draw(torch.Generator().manual_seed(1))
         with halted.experts.in_bfloat16(), Waits() as mode:
             run._gradients(*next(drawn))
         assert not mode.found
@@ -150,12 +150,12 @@ def test_a_turn_does_not_wait_for_the_device():
     assert not mode.found
 
 
-def draws(share: int, size: int, seed: int, count: int = 12, by_token: bool = True) -> list[torch.Tensor]:
+def draws(size: int, seed: int, count: int = 12, by_token: bool = True) -> list[torch.Tensor]:
     """Tokens of some steps, out of four batches of 10 tokens, of which 8 count."""
     batches = [torch.arange(at, at + 10).reshape(2, 5) for at in range(0, 40, 10)]
     masks = [torch.tensor([[True] * 4 + [False]] * 2)] * 4
     tokens = refine._Tokens(masks, SimpleNamespace(batches=batches, by_token=by_token), size)
-    drawn = tokens.draw(torch.Generator().manual_seed(seed), share)
+    drawn = tokens.draw(torch.Generator().manual_seed(seed))
     steps = []
     for _ in range(count):
         parts, number = next(drawn)
@@ -165,18 +165,8 @@ def draws(share: int, size: int, seed: int, count: int = 12, by_token: bool = Tr
     return steps
 
 
-def test_trials_draw_from_a_share_of_the_tokens():
-    """A quarter of them, the same for every rate, and a quarter of a step's tokens at a time."""
-    steps = draws(share=4, size=16, seed=3)
-    assert {len(step) for step in steps} == {4}
-    assert len(set(torch.cat(steps).tolist())) == 8
-    assert all(torch.equal(a, b) for a, b in zip(steps, draws(share=4, size=16, seed=3), strict=True))
-    assert set(torch.cat(steps).tolist()) != set(torch.cat(draws(share=4, size=16, seed=4)).tolist())
-    assert len(set(torch.cat(draws(share=4, size=16, seed=3, by_token=False)).tolist())) == 10  # one batch
-
-
 @pytest.mark.parametrize("by_token", [True, False])
 def test_a_step_takes_no_token_twice(by_token):
     """Also where there are fewer than a step asks for."""
-    for step in draws(share=1, size=2048, seed=0, by_token=by_token):
+    for step in draws(size=2048, seed=0, by_token=by_token):
         assert len(step) == len(set(step.tolist())) == (32 if by_token else 40)

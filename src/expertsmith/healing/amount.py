@@ -7,7 +7,6 @@ e = n d / p, the equations a weight, averaged over the experts of the layer:
     otherwise      step_tokens = max(EACH, s) experts / top_k, at most all: an expert gets so many tokens a step, and not fewer than the
                    shorter side s of its matrices, because a step turns the gradient in all of its directions (`healing.muon`)
                    steps = PASSES tokens / step_tokens, at least STEPS, at most MOST
-                   learning rates: short trials of RATES; a run ends early where the held-out error has stopped falling
 
 Whatever the user gives wins.
 """
@@ -24,7 +23,7 @@ from expertsmith.healing.options import LayerLocal
 ENOUGH = 0.5  # equations a weight
 EACH = 1024  # tokens of an expert in a step
 PASSES = 4  # over the tokens, at least
-STEPS, MOST = 300, 1200
+STEPS, MOST = 200, 1200
 
 
 @dataclass(frozen=True)

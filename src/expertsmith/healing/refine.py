@@ -3,8 +3,7 @@
 The loss needs this layer only: its inputs and targets are known, and everything before the experts is computed once (`healing.replay`).
 Gradients flow through the routing weights, not through the expert choice. The optimizer is Muon (`healing.muon`).
 `healing.amount` says how many steps of how many tokens, and whether there are enough tokens to train at all. The held-out tokens choose the
-rate and the stopping point, and the start weights are a candidate. A trial of a rate takes a tenth of the steps, each a quarter as large, on a
-quarter of the tokens, the same for all rates.
+stopping point, and the start weights are a candidate. Where no look has seen a lower error, a smaller rate is tried from the start.
 
 Under `torchrun` all ranks draw the same steps from the tokens of all, and each runs those that are its own; gradients and held-out errors are
 summed. So the ranks take the steps that one process would.
@@ -29,9 +28,7 @@ from expertsmith.healing.written import trainable_router
 from expertsmith.ranks import current
 from expertsmith.surgery.merge import router_tensor
 
-RATES = (0.1, 0.05, 0.02, 0.01, 0.003)  # tried from the highest down, until one is worse than the one before it
-TRIAL = 10  # a trial of a learning rate has one step for so many of the full run,
-SHARE = 4  # and one token for so many
+RATES = (0.05, 0.0125)  # shares of a weight's size that the first step moves; the next is tried where one has lowered no error
 LOOKS = 10  # times that a run looks at the held-out tokens,
 PATIENCE = 4  # and so many looks in a row without a lower error end it
 Part = tuple[torch.Tensor, int]  # tokens [rows, length], and the batch that they are of
@@ -61,20 +58,14 @@ def refine(
         return {"amount": chosen.to_json()}
     run = _Run(halted, matrices, [*biases, *rows], chosen, options.seed, tick)
     begin = run.best
-    rates = (options.learning_rate,) if options.learning_rate else RATES
-    trials = {}
-    if len(rates) > 1:
-        for rate in rates:
-            trials[rate] = run.descend(rate, max(1, chosen.steps // TRIAL), looks=1, share=SHARE)
-            if trials[rate] > min(trials.values()):
-                break
-    rate = min(trials, key=lambda rate: trials[rate]) if trials else rates[0]
-    run.descend(rate, chosen.steps, LOOKS)
+    for rate in (options.learning_rate,) if options.learning_rate else RATES:
+        run.descend(rate)
+        if run.best_step:
+            break
     run.finish()
     return {
         "amount": chosen.to_json(),
         "learning_rate": rate,
-        "trials": {f"{rate:g}": error for rate, error in trials.items()},
         "best_step": run.best_step,
         "last_step": run.last_step,
         "error_before": begin,
@@ -120,22 +111,22 @@ class _Run:
         self.best, self.best_step, self.last_step = self._held_error(), 0, 0
         self.seed = seed * 1009 + halted.index
 
-    def descend(self, rate: float, steps: int, looks: int, share: int = 1) -> float:
-        """Train from the start weights on one of every `share` tokens; returns the best held-out error."""
+    def descend(self, rate: float) -> None:
+        """Train from the start weights; ends early where the held-out error has stopped falling."""
         self._set(self.start)
         for weight in self.weights:
             weight.requires_grad_(True)
-        optimizer = Muon(self.matrices, self.others, rate, steps)
-        drawn = self.train.draw(torch.Generator().manual_seed(self.seed), share)
-        every = max(1, -(-steps // looks))
-        best, since = float("inf"), 0  # since: looks without a lower error
-        for step in range(1, steps + 1):
+        optimizer = Muon(self.matrices, self.others, rate, self.steps)
+        drawn = self.train.draw(torch.Generator().manual_seed(self.seed))
+        every = max(1, -(-self.steps // LOOKS))
+        lowest, since = float("inf"), 0  # since: looks without a lower error
+        for step in range(1, self.steps + 1):
             self._gradients(*next(drawn))
             optimizer.step()
-            self.tick(1 / (1.6 * self.steps * share))
-            if step % every == 0 or step == steps:
+            self.tick(1 / self.steps)
+            if step % every == 0 or step == self.steps:
                 error = self._held_error()
-                since, best, self.last_step = 0 if error < best else since + 1, min(best, error), step
+                since, lowest, self.last_step = 0 if error < lowest else since + 1, min(lowest, error), step
                 if error < self.best:
                     self.best, self.best_step = error, step
                     self.kept = [weight.detach().clone() for weight in self.weights]
@@ -143,7 +134,6 @@ class _Run:
                     break
         for weight in self.weights:
             weight.requires_grad_(False)
-        return best
 
     def finish(self) -> None:
         """Put the best weights into the layer."""
@@ -191,16 +181,15 @@ class _Tokens:
             return [(part[None], 0) for part in torch.split(self.places, self.size) if len(part)], sum(self.sizes)
         return self._own(number for number, size in enumerate(self.sizes) if size), sum(self.sizes)
 
-    def draw(self, generator: torch.Generator, share: int) -> Iterator[tuple[list[Part], int]]:
-        """Yield the parts of a step and its number of tokens, in random order, without end; from one of every `share` tokens."""
-        return self._draw_tokens(generator, share) if self.by_token else self._draw_batches(generator, share)
+    def draw(self, generator: torch.Generator) -> Iterator[tuple[list[Part], int]]:
+        """Yield the parts of a step and its number of tokens, in random order, without end."""
+        return self._draw_tokens(generator) if self.by_token else self._draw_batches(generator)
 
-    def _draw_tokens(self, generator: torch.Generator, share: int) -> Iterator[tuple[list[Part], int]]:
+    def _draw_tokens(self, generator: torch.Generator) -> Iterator[tuple[list[Part], int]]:
         batch = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))  # of every token
         own = batch % self.ranks.world == self.ranks.rank
         places = torch.where(own, own.cumsum(0) - 1, -1)  # of every token, in `self.places`; -1: another rank has it
-        places = places[torch.randperm(len(places), generator=generator)[: -(-len(places) // share)]]
-        size = min(len(places), -(-self.size // share))
+        size = min(len(places), self.size)
         while True:
             drawn = places[torch.randperm(len(places), generator=generator)][: len(places) // size * size].numpy()
             counts = (drawn >= 0).reshape(-1, size).sum(1).tolist()
@@ -208,12 +197,9 @@ class _Tokens:
             for part in torch.split(found, counts):
                 yield [(part[None], 0)] if len(part) else [], size
 
-    def _draw_batches(self, generator: torch.Generator, share: int) -> Iterator[tuple[list[Part], int]]:
+    def _draw_batches(self, generator: torch.Generator) -> Iterator[tuple[list[Part], int]]:
         usable = [number for number, size in enumerate(self.sizes) if size]
-        usable = [
-            usable[place] for place in torch.randperm(len(usable), generator=generator)[: -(-len(usable) // share)].tolist()
-        ]
-        size = min(sum(self.sizes[number] for number in usable), -(-self.size // share))
+        size = min(sum(self.sizes[number] for number in usable), self.size)
         taken: list[int] = []
         while True:
             for place in torch.randperm(len(usable), generator=generator).tolist():
