@@ -361,9 +361,10 @@ def healed_card(card: str, report: Mapping[str, Any], measured_after: bool = Fal
     tokens = report["data"]["tokens"]
     options = ", ".join(f"{key}={value}" for key, value in report["options"].items())
     names = ", ".join(f"{name} {number:,}" for name, number in tokens.items())
+    gradients = any("learning_rate" in row.get("refined", ()) for row in report["layers"])
     what = {
         "least_squares": "the down projections of the routed experts",
-        "layer_local": "router rows, gate, up and down projections of the routed experts",
+        "layer_local": f"{'router rows, gate, up and ' if gradients else 'the '}down projections of the routed experts",
         "router": "the router rows",
         "lora": "weights by merged low-rank adapters",
     }[report["method"]]
@@ -393,6 +394,7 @@ def healed_card(card: str, report: Mapping[str, Any], measured_after: bool = Fal
         f"- **Loss on the held-out part**: {was['loss']:.4f} before, {now['loss']:.4f} after, {was['reference_loss']:.4f} the original (nats a token, "
         "mean over domains)\n"
         f"- **KL divergence from the original there**: {was['kl']:.4f} before, {now['kl']:.4f} after\n"
-        f"{cost}"
+        + "".join(f"- **Trained**: {sentence}\n" for sentence in report.get("rule", ()))
+        + f"{cost}"
         "- **Layer by layer**: `expertsmith/heal.json`\n"
     )
