@@ -28,7 +28,7 @@ from expertsmith.healing.written import trainable_router
 from expertsmith.ranks import current
 from expertsmith.surgery.merge import router_tensor
 
-RATES = (0.05, 0.0125)  # shares of a weight's size that the first step moves; the next is tried where one has lowered no error
+RATES = (0.03, 0.0075)  # shares of a weight's size that the first step moves; the next is tried where one has lowered no error
 LOOKS = 10  # times that a run looks at the held-out tokens,
 PATIENCE = 4  # and so many looks in a row without a lower error end it
 Part = tuple[torch.Tensor, int]  # tokens [rows, length], and the batch that they are of
