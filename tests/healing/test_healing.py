@@ -30,6 +30,7 @@ from expertsmith.healing.tail import wanted_change
 from expertsmith.planning.plan import LayerPlan, Merge, Method, Plan, Source
 from expertsmith.views.progress import Silent
 from tiny import tiny_config
+from to_heal import write_texts
 
 CORE = ["mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "dbrx", "llama4_text", "longcat_flash", "gemma4_text"]
 EVERY = pytest.mark.parametrize("model_type", SUPPORTED)
@@ -41,12 +42,7 @@ HARD = {"inkling_text", "inkling2_text", "ernie4_5_moe", "flint"}
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> list[str]:
     """Enough tokens for the tiny models: two domains of twelve sequences each."""
-    folder = tmp_path_factory.mktemp("texts")
-    generator = torch.Generator().manual_seed(7)
-    for domain in ("a", "b"):
-        rows = [torch.randint(3, 120, (24 - 5 * (i % 3),), generator=generator).tolist() for i in range(12)]
-        (folder / f"{domain}.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    return [f"a={folder / 'a.jsonl'}", f"b={folder / 'b.jsonl'}"]
+    return write_texts(tmp_path_factory.mktemp("texts"), "a", "b")
 
 
 @pytest.fixture(scope="module")
@@ -576,6 +572,54 @@ def test_the_preset_runs(half, checkpoints, texts, tmp_path):
 def _text_loss(quality: dict) -> float:
     rows = quality["domains"].values()
     return sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
+
+
+# ---- the rule
+
+
+def test_heal_says_what_the_rule_chose(half, checkpoints, texts, tmp_path, capsys):
+    """In the terminal, in heal.json and on the card."""
+    common = ["heal", half, "-t", checkpoints("mixtral"), "-m", "layer_local", "--seq-len", 24, "--no-pack", "--device", DEVICE]
+    code, out, err = run_cli(capsys, *common, "-d", texts[0], "-O", "steps=3", "-o", tmp_path / "given")
+    assert code == 0, err
+    report = json.loads((tmp_path / "given/expertsmith/heal.json").read_text())
+    (sentence,) = report["rule"]
+    assert sentence.startswith("decoder layers 0, 1, 2: 9,344 weights of router and experts, ")
+    assert sentence.endswith("(steps given)")
+    assert ": 3 steps of " in sentence
+    assert sentence in " ".join(out.split())
+    assert f"- **Trained**: {sentence}" in (tmp_path / "given/README.md").read_text()
+    much = report["layers"][0]["refined"]["amount"]
+    assert (much["steps"], much["given"]) == (3, ["steps"])
+    assert much["step_tokens"] == sum(report["data"]["tokens"].values()) - report["data"]["held_out_tokens"]  # fewer than 2048
+
+
+def test_with_too_few_tokens_nothing_but_down_projections_is_trained(half, checkpoints, tmp_path):
+    """16 tokens for 2304 weights an expert; the result is that of least squares."""
+    (tmp_path / "few.jsonl").write_text(
+        "".join(json.dumps({"input_ids": list(range(4 * i, 4 * i + 8))}) + "\n" for i in range(4))
+    )
+    made = {}
+    for method in ("least_squares", "layer_local"):
+        data = [f"a={tmp_path / 'few.jsonl'}"]
+        made[method] = api.heal(half, checkpoints("mixtral"), data, tmp_path / method, method=method, **SHAPE)
+    (sentence,) = made["layer_local"]["rule"]
+    assert "fewer than 0.5: only down projections are trained, in closed form" in sentence
+    assert same_tensors(tmp_path / "least_squares", tmp_path / "layer_local")
+    assert "changed the down projections" in (tmp_path / "layer_local/README.md").read_text()
+
+
+def test_a_smaller_rate_where_the_first_lowers_no_error(half, checkpoints, texts, tmp_path, monkeypatch):
+    """Steps of ten times the weights' size do harm."""
+    from expertsmith.healing import refine
+
+    monkeypatch.setattr(refine, "RATES", (10.0, 0.01))
+    options = {"steps": 10, "step_tokens": 64}
+    report = api.heal(half, checkpoints("mixtral"), texts, tmp_path / "out", method="layer_local", options=options, **SHAPE)
+    for row in report["layers"]:
+        assert row["refined"]["learning_rate"] == 0.01
+        assert row["refined"]["error_after"] <= row["refined"]["error_before"]
+    assert any(row["refined"]["best_step"] for row in report["layers"])
 
 
 # ---- the command line, and bad input

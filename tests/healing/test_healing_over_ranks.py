@@ -26,6 +26,7 @@ from expertsmith.healing.experts import Routed
 from expertsmith.healing.layerwise import check_alike
 from expertsmith.healing.run import _refuse_idle_ranks
 from expertsmith.ranks import _NOW, Ranks, current
+from to_heal import RandomExperts, write_texts
 
 pytestmark = pytest.mark.slow
 
@@ -102,23 +103,6 @@ def test_one_bit_of_a_weight_or_a_decision_that_differs_is_found(over):
             over(2, lambda rank, given=given: check_alike(3, *(given if rank else ({"a": tensor}, row))))
 
 
-class Layer:
-    """Three experts with random features."""
-
-    count = 3
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.up = torch.randn(self.count, 5, 4, generator=generator)
-        self.start = torch.randn(self.count, 3, 5, generator=generator)
-
-    def features(self, routed, expert, rows, slots):
-        return (routed.x[rows] @ self.up[expert].T).relu() * routed.weight[rows, slots, None]
-
-    def down(self, expert):
-        return self.start[expert].double()
-
-
 @pytest.mark.parametrize("at_once", [2**28, 0])
 def test_least_squares_of_ranks_is_that_of_all_tokens(at_once, over, monkeypatch):
     """Expert 0 has no token on the last rank, and the first rank no held-out one."""
@@ -130,12 +114,12 @@ def test_least_squares_of_ranks_is_that_of_all_tokens(at_once, over, monkeypatch
     held = (torch.arange(300) % 5 == 0) & (torch.arange(300) >= 100)
     for number, change in enumerate(torch.randn(3, 5, 3, generator=generator)):  # wanted, besides the noise
         rows, slots = (expert == number).nonzero(as_tuple=True)
-        wanted[rows] += Layer().features(Routed(x, expert, weight), number, rows, slots) @ change
+        wanted[rows] += RandomExperts(3).features(Routed(x, expert, weight), number, rows, slots) @ change
 
     def solve(part: slice) -> least_squares.Solution:
         routed = Routed(x[part], expert[part], weight[part])
         problem = least_squares.Problem(routed, wanted[part], held[part], strength[part, 0].abs() + 0.1)
-        return least_squares.solve(Layer(), problem, 3)
+        return least_squares.solve(RandomExperts(3), problem, 3)
 
     whole = solve(slice(None))
     assert len(whole.down) == 3
@@ -157,7 +141,7 @@ def drawn(by_token: bool) -> list[tuple[list[int], int]]:
     local = list(torch.split(torch.arange(10 * len(own)), 10))
     replay: Any = SimpleNamespace(batches=[part.reshape(2, 5) for part in local], by_token=by_token)
     tokens = refine._Tokens(current().share(MASKS), replay, 12)
-    steps, every = tokens.draw(torch.Generator().manual_seed(3), 1), torch.cat([part.reshape(-1) for part in own])
+    steps, every = tokens.draw(torch.Generator().manual_seed(3)), torch.cat([part.reshape(-1) for part in own])
     found = [next(steps) for _ in range(7)] + [tokens.all()]
     return [(sorted(int(every[row]) for part, _ in parts for row in part.reshape(-1)), count) for parts, count in found]
 
@@ -193,11 +177,12 @@ from expertsmith.errors import UserError
 from expertsmith.healing import layerwise
 from expertsmith.views.progress import Silent
 
-job, seen = json.loads(sys.argv[1]), {"tokens": 0}
+job, seen = json.loads(sys.argv[1]), {"tokens": 0, "calls": 0}
 folder, solve = Path(job["folder"]), layerwise.solve
 
 def watched(experts, problem, *more):
     seen["tokens"] += len(problem.wanted)
+    seen["calls"] += 1
     solution = solve(experts, problem, *more)
     if seen.get("spoil") == seen["tokens"] and rank == 1:
         solution.down = {expert: down * 1.01 for expert, down in solution.down.items()}
@@ -211,7 +196,7 @@ with connected("cpu") as (rank, where):
     for name, method, options in job["healings"]:
         out = folder / "two" / method
         seen[method] = heal(name, method, options=options)
-    seen["of a layer"] = seen["tokens"] // sum(len(seen[method]["layers"]) for _, method, _ in job["healings"])
+    seen["of a layer"] = seen["tokens"] // seen["calls"]
     out = folder / "two" / "spoilt"
     seen["spoil"] = seen["tokens"] + 2 * seen["of a layer"]  # at the second layer
     for method in ("least_squares", "router"):
@@ -250,10 +235,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 def folder(tmp_path_factory) -> Path:
     """A Mixtral in two dtypes, each with a half of 4 of 8 experts, and the healings by one process."""
     here: Path = tmp_path_factory.mktemp("ranks")
-    generator = torch.Generator().manual_seed(7)
-    for domain in ("a", "b"):
-        rows = [torch.randint(3, 120, (24 - 5 * (i % 3),), generator=generator).tolist() for i in range(12)]
-        (here / f"{domain}.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    write_texts(here, "a", "b")
     for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         random_model("mixtral").to(dtype).save_pretrained(here / name)
         api.apply(here / name, api.plan(here / name, "random", 4), here / f"{name}-half")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,9 @@ import torch
 from conftest import DEVICE, SUPPORTED
 from expertsmith import api
 from expertsmith.healing import layerwise, least_squares, refine
+from expertsmith.healing.amount import Amount
 from expertsmith.healing.experts import Routed
+from to_heal import RandomExperts, write_texts
 from waits import Waits
 
 BY_BATCH = {"inkling_text", "inkling2_text"}  # a convolution stands behind their experts
@@ -19,33 +20,31 @@ BY_BATCH = {"inkling_text", "inkling2_text"}  # a convolution stands behind thei
 
 def at_every_layer(check, model_type, checkpoints, tmp_path, monkeypatch, **options) -> None:
     """Heal a halved tiny model with check(run, halted) in place of the training."""
-    generator = torch.Generator().manual_seed(7)
-    rows = [torch.randint(3, 120, (24 - 5 * (i % 3),), generator=generator).tolist() for i in range(12)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    data = write_texts(tmp_path, "a")
     seen = []
 
-    def instead(halted, inventory, chosen, tick):
-        run = refine._Run(halted, inventory, chosen, tick)
+    def instead(halted, inventory, chosen, pairs, tick):
+        matrices, biases, rows = refine.trained(halted.experts, inventory, halted.index)
+        run = refine._Run(halted, matrices, [*biases, *rows], Amount(1, chosen.step_tokens, 0, 0.0), chosen.seed, tick)
         for weight in run.weights:
             weight.requires_grad_(True)
         check(run, halted)
         for weight in run.weights:
             weight.requires_grad_(False)
         seen.append(halted.index)
-        return {}
+        return {"amount": Amount(0, 0, 0, 0.0).to_json()}
 
     monkeypatch.setattr(layerwise, "refine", instead)
     model = checkpoints(model_type)
     api.apply(model, api.plan(model, "random", 0.5), tmp_path / "half")
     shape = {"seq_len": 24, "pack": False, "batch_tokens": 130, "device": DEVICE}
-    data = [f"a={tmp_path / 'a.jsonl'}"]
     api.heal(tmp_path / "half", model, data, tmp_path / "out", method="layer_local", options=options, **shape)
     assert seen
 
 
-def gradients(run, share: int = 1) -> list[torch.Tensor]:
+def gradients(run) -> list[torch.Tensor]:
     """Those of a step on all tokens."""
-    run._gradients(*next(run.train.draw(torch.Generator().manual_seed(1), share)))
+    run._gradients(*next(run.train.draw(torch.Generator().manual_seed(1))))
     found = [weight.grad.clone() for weight in run.weights]
     for weight in run.weights:
         weight.grad = None
@@ -87,29 +86,12 @@ def test_bfloat16_steps_go_the_same_way(model_type, checkpoints, tmp_path, monke
 
 def test_a_step_does_not_wait_for_the_device(checkpoints, tmp_path, monkeypatch):
     def check(run, halted) -> None:
-        drawn = run.train.draw(torch.Generator().manual_seed(1), 1)
+        drawn = run.train.draw(torch.Generator().manual_seed(1))
         with halted.experts.in_bfloat16(), Waits() as mode:
             run._gradients(*next(drawn))
         assert not mode.found
 
     at_every_layer(check, "qwen2_moe", checkpoints, tmp_path, monkeypatch, step_tokens=64)
-
-
-class Layer:
-    """Experts of one hidden layer."""
-
-    count = 6
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.up = torch.randn(self.count, 5, 4, generator=generator)
-        self.start = torch.randn(self.count, 3, 5, generator=generator)
-
-    def features(self, routed, expert, rows, slots):
-        return (routed.x[rows] @ self.up[expert].T).relu() * routed.weight[rows, slots, None]
-
-    def down(self, expert):
-        return self.start[expert].double()
 
 
 def problem() -> least_squares.Problem:
@@ -123,7 +105,7 @@ def problem() -> least_squares.Problem:
     )
 
 
-def one_at_a_time(layer: Layer, given: least_squares.Problem, sweeps: int) -> dict[int, torch.Tensor]:
+def one_at_a_time(layer: RandomExperts, given: least_squares.Problem, sweeps: int) -> dict[int, torch.Tensor]:
     """The method as it is written down."""
     rest, down = given.wanted.double(), {e: layer.down(e) for e in range(layer.count)}
     weight = given.strength.double().square()
@@ -152,14 +134,14 @@ def test_batched_steps_are_those_one_at_a_time(room, at_once, monkeypatch):
     monkeypatch.setattr(least_squares, "ROOM", room)
     monkeypatch.setattr(least_squares, "AT_ONCE", at_once)
     monkeypatch.setattr(least_squares, "ROWS", 16)
-    layer = Layer()
+    layer = RandomExperts(6)
     found, wanted = least_squares.solve(layer, problem(), 3).down, one_at_a_time(layer, problem(), 3)
     for expert, matrix in wanted.items():
         assert torch.allclose(found.get(expert, layer.down(expert)), matrix, atol=1e-5)
 
 
 def test_a_turn_does_not_wait_for_the_device():
-    turns = least_squares._Turns(Layer(), problem())
+    turns = least_squares._Turns(RandomExperts(6), problem())
     with Waits() as mode:
         for group in turns.groups:
             turns.prepare(group)
@@ -168,12 +150,12 @@ def test_a_turn_does_not_wait_for_the_device():
     assert not mode.found
 
 
-def draws(share: int, size: int, seed: int, count: int = 12, by_token: bool = True) -> list[torch.Tensor]:
+def draws(size: int, seed: int, count: int = 12, by_token: bool = True) -> list[torch.Tensor]:
     """Tokens of some steps, out of four batches of 10 tokens, of which 8 count."""
     batches = [torch.arange(at, at + 10).reshape(2, 5) for at in range(0, 40, 10)]
     masks = [torch.tensor([[True] * 4 + [False]] * 2)] * 4
     tokens = refine._Tokens(masks, SimpleNamespace(batches=batches, by_token=by_token), size)
-    drawn = tokens.draw(torch.Generator().manual_seed(seed), share)
+    drawn = tokens.draw(torch.Generator().manual_seed(seed))
     steps = []
     for _ in range(count):
         parts, number = next(drawn)
@@ -183,18 +165,8 @@ def draws(share: int, size: int, seed: int, count: int = 12, by_token: bool = Tr
     return steps
 
 
-def test_trials_draw_from_a_share_of_the_tokens():
-    """A quarter of them, the same for every rate, and a quarter of a step's tokens at a time."""
-    steps = draws(share=4, size=16, seed=3)
-    assert {len(step) for step in steps} == {4}
-    assert len(set(torch.cat(steps).tolist())) == 8
-    assert all(torch.equal(a, b) for a, b in zip(steps, draws(share=4, size=16, seed=3), strict=True))
-    assert set(torch.cat(steps).tolist()) != set(torch.cat(draws(share=4, size=16, seed=4)).tolist())
-    assert len(set(torch.cat(draws(share=4, size=16, seed=3, by_token=False)).tolist())) == 10  # one batch
-
-
 @pytest.mark.parametrize("by_token", [True, False])
 def test_a_step_takes_no_token_twice(by_token):
     """Also where there are fewer than a step asks for."""
-    for step in draws(share=1, size=2048, seed=0, by_token=by_token):
+    for step in draws(size=2048, seed=0, by_token=by_token):
         assert len(step) == len(set(step.tolist())) == (32 if by_token else 40)

@@ -1,4 +1,4 @@
-"""Heal layer by layer, in closed form and by gradients within a layer; nothing is propagated back through the model.
+"""Heal layer by layer, in closed form, and by gradients within a layer between two closed forms; nothing is propagated back through the model.
 
 Both models run the same tokens. The inputs of the student's decoder layer l come from the layers healed before it, and the target is the
 original's residual stream after layer l: so a later layer corrects errors of earlier ones. The objective is the relative error, the mean over
@@ -27,7 +27,7 @@ from expertsmith.evaluation.quality import DomainQuality, Quality, add_batch
 from expertsmith.experts.inventory import Inventory
 from expertsmith.healing.experts import LayerExperts, Routed, Skip, Tapped
 from expertsmith.healing.halted import SMALL, Halted
-from expertsmith.healing.least_squares import Problem, solve
+from expertsmith.healing.least_squares import Problem, Solution, solve
 from expertsmith.healing.options import LayerLocal, LeastSquares
 from expertsmith.healing.refine import refine
 from expertsmith.healing.tail import wanted_change
@@ -37,8 +37,11 @@ from expertsmith.ranks import current
 from expertsmith.views.progress import Progress, timed
 
 DOWN = ("down",)
-SHARES = {"look": 0.1, "solve": 0.2, "refine": 0.6}  # of a layer's time, for the bar, until a layer was measured
+SHARES = {"look": 0.1, "solve": 0.15, "refine": 0.5, "again": 0.2}  # of a layer's time, for the bar, until a layer was measured
 ALL = ("router", "gate", "up", "down")
+_State = tuple[
+    list[Any], float, dict[str, torch.Tensor]
+]  # outputs, held-out error, and the tensors that differ from the source
 
 
 @dataclass
@@ -124,10 +127,10 @@ class Layerwise:
         seconds: dict[str, float] = {}
         with self._stage("look", seconds) as tick:
             problem, before = look(halted, tick)
+        state: _State = ([], before, {})
         with self._stage("solve", seconds) as tick:
             solution = solve(experts, problem, self.options.sweeps, tick)
-        for expert, down in solution.down.items():
-            experts.set_down(expert, down)
+            state = self._accept(halted, state, solution, DOWN)
         row: dict[str, Any] = {
             "layer": index,
             "held_out_tokens": int(current().total(int(problem.held.sum()))[0]),
@@ -136,36 +139,36 @@ class Layerwise:
             "sweeps": solution.errors,
             "ridges": sorted(set(solution.ridges.values())),
             "error_before": before,
+            "error_least_squares": state[1],
         }
-        outputs, after, tensors = self._settle(halted, DOWN)
-        if not after < before:
-            outputs, after, tensors = self._restore(halted, {})
-        row["error_least_squares"] = after
         if isinstance(self.options, LayerLocal):
-            start, least = tensors, after
+            pairs = int(current().total(int((problem.routed.expert[~problem.held] >= 0).sum()))[0])
             with self._stage("refine", seconds) as tick:
-                row["refined"] = refine(halted, self.inventory, self.options, tick)
-            outputs, after, tensors = self._settle(halted, ALL)
-            if not after < least:  # rounding undid it
-                outputs, after, tensors = self._restore(halted, start)
-        row["error_after"] = after
+                row["refined"] = refine(halted, self.inventory, self.options, pairs, tick)
+            if "learning_rate" in row["refined"]:
+                state = self._accept(halted, state, None, ALL)
+                with self._stage("again", seconds):
+                    again = solve(experts, look(halted)[0], self.options.sweeps)
+                    state = self._accept(halted, state, again, ALL)
+        outputs, row["error_after"], tensors = state
         check_alike(index, tensors, row)
         row["seconds"] = round(time.perf_counter() - begin, 3)
         self._shares = {name: value / max(row["seconds"], 1e-3) for name, value in seconds.items()}
-        self.progress.log({"error_before": before, "error_after": after, "seconds": row["seconds"]}, index)
+        self.progress.log({"error_before": before, "error_after": row["error_after"], "seconds": row["seconds"]}, index)
         self.work.save(index, tensors, row)
-        self.progress.note(f"decoder layer {index}: held-out error {before:.4g} → {after:.4g}")
+        self.progress.note(f"decoder layer {index}: held-out error {before:.4g} → {row['error_after']:.4g}")
         return outputs
 
-    def _settle(self, halted: Halted, roles: Sequence[str]) -> tuple[list[Any], float, dict[str, torch.Tensor]]:
-        """Round the layer to the checkpoint's dtypes and run it; returns outputs, held-out error, and the tensors that differ from the source."""
-        tensors = to_checkpoint(halted.experts, self.inventory, halted.index, roles)
-        into_memory(halted.experts, self.inventory, halted.index, tensors, roles)
-        outputs = [call() for call in halted.calls]
-        return outputs, held_mean(halted, outputs), tensors
+    def _accept(self, halted: Halted, state: _State, solution: Solution | None, roles: Sequence[str]) -> _State:
+        """Set a solution, round the layer to the checkpoint's dtypes, and run it. Back to the weights of `state` unless the error falls:
+        rounding can undo a gain. Returns the state of the weights that stay."""
+        for expert, down in solution.down.items() if solution is not None else ():
+            halted.experts.set_down(expert, down)
+        found = self._run(halted, to_checkpoint(halted.experts, self.inventory, halted.index, roles))
+        return found if found[1] < state[1] else self._run(halted, state[2])
 
-    def _restore(self, halted: Halted, tensors: dict[str, torch.Tensor]) -> tuple[list[Any], float, dict[str, torch.Tensor]]:
-        """Restore the source's weights, except for `tensors`."""
+    def _run(self, halted: Halted, tensors: dict[str, torch.Tensor]) -> _State:
+        """Run the layer with `tensors`, and the source's values in all others."""
         into_memory(halted.experts, self.inventory, halted.index, tensors, self.roles)
         outputs = [call() for call in halted.calls]
         return outputs, held_mean(halted, outputs), tensors
@@ -200,7 +203,7 @@ def check_alike(index: int, tensors: Mapping[str, torch.Tensor], row: Mapping[st
         raise RuntimeError(f"decoder layer {index}: the healed weights differ between the ranks, so the result would be wrong")
 
 
-def look(halted: Halted, tick: Callable[[float], None]) -> tuple[Problem, float]:
+def look(halted: Halted, tick: Callable[[float], None] = lambda _: None) -> tuple[Problem, float]:
     """Run the layer once; returns its least-squares problem, and its held-out error before healing."""
     parts: list[tuple[Routed, torch.Tensor, torch.Tensor, torch.Tensor]] = []
     error = 0.0

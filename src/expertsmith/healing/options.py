@@ -23,15 +23,15 @@ class LeastSquares:
 
 @dataclass(frozen=True)
 class LayerLocal:
-    """Least squares, then router, gate, up and down projections by gradients within each layer.
+    """Least squares, then router, gate, up and down projections by gradients within each layer, then least squares again.
 
-    `steps`: Adam steps a layer, of `step_tokens` tokens each; `learning_rate`: its start value, with linear decay to 0 (0: short trials
-    in every layer choose the best on the held-out tokens).
+    `steps`: steps a layer, of `step_tokens` tokens each (0: by the rule, from the layer's weights and tokens); `learning_rate`: the share of
+    its own size that a weight moves in the first step, with linear decay to 0 (0: 0.03, and 0.0075 where that lowers no held-out error).
     """
 
     sweeps: Annotated[int, AtLeast(1)] = 3
-    steps: Annotated[int, AtLeast(1)] = 300
-    step_tokens: Annotated[int, AtLeast(1)] = 2048
+    steps: Annotated[int, AtLeast(0)] = 0
+    step_tokens: Annotated[int, AtLeast(0)] = 0
     learning_rate: Annotated[float, AtLeast(0)] = 0.0
     seed: int = 42
 

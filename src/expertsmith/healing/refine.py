@@ -1,9 +1,9 @@
 """Refine one layer by gradients on the squared error of its output: router weights, and gate, up and down projections of its experts.
 
 The loss needs this layer only: its inputs and targets are known, and everything before the experts is computed once (`healing.replay`).
-Gradients flow through the routing weights, not through the expert choice. The optimizer is Adam with linear decay of the learning rate to 0.
-The held-out tokens choose the rate and the stopping point, and the start weights are a candidate. A trial of a rate takes a fifth of the
-steps, each a quarter as large, on a quarter of the tokens, the same for all rates.
+Gradients flow through the routing weights, not through the expert choice. The optimizer is Muon (`healing.muon`).
+`healing.amount` says how many steps of how many tokens, and whether there are enough tokens to train at all. The held-out tokens choose the
+stopping point, and the start weights are a candidate. Where no look has seen a lower error, a smaller rate is tried from the start.
 
 Under `torchrun` all ranks draw the same steps from the tokens of all, and each runs those that are its own; gradients and held-out errors are
 summed. So the ranks take the steps that one process would.
@@ -18,91 +18,122 @@ import torch
 from torch import nn
 
 from expertsmith.experts.inventory import Inventory
+from expertsmith.healing.amount import Amount, Layer, amount
+from expertsmith.healing.experts import LayerExperts
 from expertsmith.healing.halted import Halted
+from expertsmith.healing.muon import Muon
 from expertsmith.healing.options import LayerLocal
 from expertsmith.healing.replay import Replay
 from expertsmith.healing.written import trainable_router
 from expertsmith.ranks import current
 from expertsmith.surgery.merge import router_tensor
 
-RATES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # tried from the highest down, until one is worse than the one before it
-TRIAL = 5  # a trial of a learning rate has one step for so many of the full run,
-SHARE = 4  # and one token for so many
-LOOKS = 10  # times that a run looks at the held-out tokens
+RATES = (0.03, 0.0075)  # shares of a weight's size that the first step moves; the next is tried where one has lowered no error
+LOOKS = 10  # times that a run looks at the held-out tokens,
+PATIENCE = 4  # and so many looks in a row without a lower error end it
 Part = tuple[torch.Tensor, int]  # tokens [rows, length], and the batch that they are of
 
 
 def refine(
-    halted: Halted, inventory: Inventory, options: LayerLocal, tick: Callable[[float], None] = lambda _: None
+    halted: Halted, inventory: Inventory, options: LayerLocal, pairs: int, tick: Callable[[float], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Train the layer and leave the best weights found in it; returns its entry of the report. `tick` receives shares of the work."""
-    run = _Run(halted, inventory, options, tick)
+    """Train the layer and leave the best weights found in it; returns its entry of the report. `tick` receives shares of the work.
+
+    Args:
+        pairs: the (token, expert) pairs of the tokens that are not held out, over all ranks.
+    """
+    matrices, biases, rows = trained(halted.experts, inventory, halted.index)
+    tokens = sum(int((mask & ~held).sum()) for mask, held in zip(halted.masks, halted.held, strict=True))
+    numbers = Layer(
+        halted.experts.count,
+        sum(weight.numel() for weight in (*matrices, *biases)) // halted.experts.count,
+        sum(weight.numel() for weight in rows),
+        max(min(weight.shape[-2:]) for weight in matrices),
+        halted.targets[0].flatten(2).shape[2],
+        int(current().total(tokens)[0]),
+        pairs,
+    )
+    chosen = amount(numbers, options)
+    if not chosen.steps:
+        return {"amount": chosen.to_json()}
+    run = _Run(halted, matrices, [*biases, *rows], chosen, options.seed, tick)
     begin = run.best
-    rates = (options.learning_rate,) if options.learning_rate else RATES
-    trials = {}
-    if len(rates) > 1:
-        for rate in rates:
-            trials[rate] = run.descend(rate, max(1, options.steps // TRIAL), looks=1, share=SHARE)
-            if trials[rate] > min(trials.values()):
-                break
-    chosen = min(trials, key=lambda rate: trials[rate]) if trials else rates[0]
-    run.descend(chosen, options.steps, LOOKS)
+    for rate in (options.learning_rate,) if options.learning_rate else RATES:
+        run.descend(rate)
+        if run.best_step:
+            break
     run.finish()
     return {
-        "learning_rate": chosen,
-        "trials": {f"{rate:g}": error for rate, error in trials.items()},
+        "amount": chosen.to_json(),
+        "learning_rate": rate,
         "best_step": run.best_step,
+        "last_step": run.last_step,
         "error_before": begin,
         "error_after": run.best,
     }
 
 
+def trained(
+    layer: LayerExperts, inventory: Inventory, index: int
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """The weights of a layer that gradients change: matrices of its experts, their biases, and the router's."""
+    found = {id(weight): (name, weight) for name, weight in layer.module.named_parameters()}
+    rows = [
+        router_tensor(layer.block, claim, layer.record)
+        for claim in inventory.by_layer[index]
+        if trainable_router(claim, inventory)
+    ]
+    others = dict.fromkeys(weight for weight in rows if isinstance(weight, nn.Parameter) and id(weight) not in found)
+    flat = [weight for name, weight in found.values() if weight.dim() < 2 or name.endswith("bias")]
+    return [weight for _, weight in found.values() if all(weight is not one for one in flat)], flat, list(others)
+
+
 class _Run:
     """The weights, their start values, and the best so far."""
 
-    def __init__(self, halted: Halted, inventory: Inventory, options: LayerLocal, tick: Callable[[float], None]) -> None:
-        self.options, self.tick, self.ranks = options, tick, current()
-        layer = self.experts = halted.experts
-        rows = [
-            router_tensor(layer.block, claim, layer.record)
-            for claim in inventory.by_layer[halted.index]
-            if trainable_router(claim, inventory)
-        ]
-        found = [*layer.module.parameters(), *rows]
-        self.weights = [weight for weight in dict.fromkeys(found) if isinstance(weight, nn.Parameter)]
+    def __init__(
+        self,
+        halted: Halted,
+        matrices: list[nn.Parameter],
+        others: list[nn.Parameter],
+        chosen: Amount,
+        seed: int,
+        tick: Callable[[float], None],
+    ) -> None:
+        self.steps, self.tick, self.ranks = chosen.steps, tick, current()
+        self.experts, self.matrices, self.others = halted.experts, matrices, others
+        self.weights = [*matrices, *others]
         self.replay = Replay(halted, self.weights)
         train = [mask & ~held for mask, held in zip(halted.masks, halted.held, strict=True)]
-        self.train, self.held = (_Tokens(masks, self.replay, options.step_tokens) for masks in (train, halted.held))
+        self.train, self.held = (_Tokens(masks, self.replay, chosen.step_tokens) for masks in (train, halted.held))
         self.start = [weight.detach().clone() for weight in self.weights]
         self.kept = self.start
-        self.best, self.best_step = self._held_error(), 0
-        self.seed = options.seed * 1009 + halted.index
+        self.best, self.best_step, self.last_step = self._held_error(), 0, 0
+        self.seed = seed * 1009 + halted.index
 
-    def descend(self, rate: float, steps: int, looks: int, share: int = 1) -> float:
-        """Train from the start weights on one of every `share` tokens; returns the best held-out error."""
+    def descend(self, rate: float) -> None:
+        """Train from the start weights; ends early where the held-out error has stopped falling."""
         self._set(self.start)
         for weight in self.weights:
             weight.requires_grad_(True)
-        optimizer = torch.optim.Adam(self.weights, lr=rate, fused=True)
-        drawn = self.train.draw(torch.Generator().manual_seed(self.seed), share)
-        every = max(1, -(-steps // looks))
-        best = float("inf")
-        for step in range(1, steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * (1 - (step - 1) / steps)
+        optimizer = Muon(self.matrices, self.others, rate, self.steps)
+        drawn = self.train.draw(torch.Generator().manual_seed(self.seed))
+        every = max(1, -(-self.steps // LOOKS))
+        lowest, since = float("inf"), 0  # since: looks without a lower error
+        for step in range(1, self.steps + 1):
             self._gradients(*next(drawn))
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            self.tick(1 / (1.6 * self.options.steps * share))
-            if step % every == 0 or step == steps:
+            self.tick(1 / self.steps)
+            if step % every == 0 or step == self.steps:
                 error = self._held_error()
-                best = min(best, error)
+                since, lowest, self.last_step = 0 if error < lowest else since + 1, min(lowest, error), step
                 if error < self.best:
                     self.best, self.best_step = error, step
                     self.kept = [weight.detach().clone() for weight in self.weights]
+                if since == PATIENCE:
+                    break
         for weight in self.weights:
             weight.requires_grad_(False)
-        return best
 
     def finish(self) -> None:
         """Put the best weights into the layer."""
@@ -150,16 +181,15 @@ class _Tokens:
             return [(part[None], 0) for part in torch.split(self.places, self.size) if len(part)], sum(self.sizes)
         return self._own(number for number, size in enumerate(self.sizes) if size), sum(self.sizes)
 
-    def draw(self, generator: torch.Generator, share: int) -> Iterator[tuple[list[Part], int]]:
-        """Yield the parts of a step and its number of tokens, in random order, without end; from one of every `share` tokens."""
-        return self._draw_tokens(generator, share) if self.by_token else self._draw_batches(generator, share)
+    def draw(self, generator: torch.Generator) -> Iterator[tuple[list[Part], int]]:
+        """Yield the parts of a step and its number of tokens, in random order, without end."""
+        return self._draw_tokens(generator) if self.by_token else self._draw_batches(generator)
 
-    def _draw_tokens(self, generator: torch.Generator, share: int) -> Iterator[tuple[list[Part], int]]:
+    def _draw_tokens(self, generator: torch.Generator) -> Iterator[tuple[list[Part], int]]:
         batch = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))  # of every token
         own = batch % self.ranks.world == self.ranks.rank
         places = torch.where(own, own.cumsum(0) - 1, -1)  # of every token, in `self.places`; -1: another rank has it
-        places = places[torch.randperm(len(places), generator=generator)[: -(-len(places) // share)]]
-        size = min(len(places), -(-self.size // share))
+        size = min(len(places), self.size)
         while True:
             drawn = places[torch.randperm(len(places), generator=generator)][: len(places) // size * size].numpy()
             counts = (drawn >= 0).reshape(-1, size).sum(1).tolist()
@@ -167,12 +197,9 @@ class _Tokens:
             for part in torch.split(found, counts):
                 yield [(part[None], 0)] if len(part) else [], size
 
-    def _draw_batches(self, generator: torch.Generator, share: int) -> Iterator[tuple[list[Part], int]]:
+    def _draw_batches(self, generator: torch.Generator) -> Iterator[tuple[list[Part], int]]:
         usable = [number for number, size in enumerate(self.sizes) if size]
-        usable = [
-            usable[place] for place in torch.randperm(len(usable), generator=generator)[: -(-len(usable) // share)].tolist()
-        ]
-        size = min(sum(self.sizes[number] for number in usable), -(-self.size // share))
+        size = min(sum(self.sizes[number] for number in usable), self.size)
         taken: list[int] = []
         while True:
             for place in torch.randperm(len(usable), generator=generator).tolist():

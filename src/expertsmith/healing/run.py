@@ -28,6 +28,7 @@ from expertsmith.engine.devices import Memory, choose_device, choose_memory
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import Quality, measure
 from expertsmith.experts.inventory import Inventory, take_inventory
+from expertsmith.healing.amount import told
 from expertsmith.healing.distil import Distillation, router_weights
 from expertsmith.healing.experts import LayerExperts
 from expertsmith.healing.held import held_batches, held_out
@@ -45,6 +46,7 @@ from expertsmith.views.progress import Progress, Silent
 
 REPORT = "expertsmith/heal.json"
 TRAINED_BATCH = 512  # tokens: small batches are what a step of training is put together from
+LOCAL_BATCH = 2048  # the same, of layer_local, where the rule chooses the tokens of a step
 
 
 @dataclass
@@ -109,7 +111,7 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
     mode = choose_memory(job.memory, [source, job.teacher], where, job.dtype, ranks) if layerwise else "resident"
     student = load_model(source, job.inventory.architecture, memory=mode, device=where, dtype=job.dtype)
     teacher = _teacher(job.teacher, mode, where, job.dtype)
-    trained = max(TRAINED_BATCH, job.options.step_tokens) if job.method == "layer_local" else TRAINED_BATCH
+    trained = max(TRAINED_BATCH, job.options.step_tokens or LOCAL_BATCH) if job.method == "layer_local" else TRAINED_BATCH
     size = min(job.batch_tokens, trained) if trains else job.batch_tokens
     pad = getattr(student.config.get_text_config(), "pad_token_id", None)
     batches = job.data.batches(size, pad_id=pad if isinstance(pad, int) and pad >= 0 else 0)
@@ -302,6 +304,7 @@ def _report(
         "held_out": {"before": was, "after": now if accepted else was, **({} if accepted else {"rejected": now})},
         "accepted": accepted,
         "mixed": _mixed(was, now, measure_of) if accepted else "",
+        **({"rule": told(rows)} if job.method == "layer_local" else {}),
         **({"training": training} if training else {}),
         "layers": sorted(rows, key=lambda row: row["layer"]),
     }
@@ -358,9 +361,10 @@ def healed_card(card: str, report: Mapping[str, Any], measured_after: bool = Fal
     tokens = report["data"]["tokens"]
     options = ", ".join(f"{key}={value}" for key, value in report["options"].items())
     names = ", ".join(f"{name} {number:,}" for name, number in tokens.items())
+    gradients = any("learning_rate" in row.get("refined", ()) for row in report["layers"])
     what = {
         "least_squares": "the down projections of the routed experts",
-        "layer_local": "router rows, gate, up and down projections of the routed experts",
+        "layer_local": f"{'router rows, gate, up and ' if gradients else 'the '}down projections of the routed experts",
         "router": "the router rows",
         "lora": "weights by merged low-rank adapters",
     }[report["method"]]
@@ -390,6 +394,7 @@ def healed_card(card: str, report: Mapping[str, Any], measured_after: bool = Fal
         f"- **Loss on the held-out part**: {was['loss']:.4f} before, {now['loss']:.4f} after, {was['reference_loss']:.4f} the original (nats a token, "
         "mean over domains)\n"
         f"- **KL divergence from the original there**: {was['kl']:.4f} before, {now['kl']:.4f} after\n"
-        f"{cost}"
+        + "".join(f"- **Trained**: {sentence}\n" for sentence in report.get("rule", ()))
+        + f"{cost}"
         "- **Layer by layer**: `expertsmith/heal.json`\n"
     )

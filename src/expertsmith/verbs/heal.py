@@ -58,7 +58,7 @@ def heal(
     """Recover the quality of a compressed model. Changes that are worse on held-out tokens are rejected.
 
     least_squares: down projections in closed form, layer by layer, resident or streamed. layer_local: the same, then router, gate, up and down
-    projections by gradients within each layer. router: router rows by distillation. lora: merged adapters (needs peft).
+    projections by gradients within each layer, as many steps of as many tokens as suit its weights; it says what it chose. router: router rows by distillation. lora: merged adapters (needs peft).
 
     [dim]expertsmith heal mixtral-half --teacher mistralai/Mixtral-8x7B-v0.1 -m layer_local -d c4.jsonl -o mixtral-half-healed[/dim]
 

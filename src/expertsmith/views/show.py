@@ -301,6 +301,8 @@ def show_healing(report: dict[str, Any]) -> None:
 
 
 def _healing_notes(report: dict[str, Any]) -> None:
+    for sentence in report.get("rule", ()):
+        line(escape(sentence))
     if not report["accepted"]:
         line("[yellow]note[/yellow] healing did not improve the held-out part, so no weight was changed")
     if report["mixed"]:

@@ -219,6 +219,7 @@ def _healing(found: Found) -> list[sheet.Section]:
     ]  # fmt: skip
     parts = [
         sheet.paragraph(f"By {report['method']}, measured on a held-out part of the calibration text."),
+        *(sheet.paragraph(f"{sentence}.") for sentence in report.get("rule", ())),
         sheet.table(["domain", "loss, original", "before", "after", "KL before", "after", "tokens"], rows),
     ]
     if not report["accepted"]:
