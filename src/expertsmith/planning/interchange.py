@@ -20,8 +20,10 @@ from typing import Any, Literal
 from expertsmith.errors import UserError, parse_json
 from expertsmith.experts.inventory import Inventory
 from expertsmith.experts.rules import keep_count, parse_keep
-from expertsmith.planning.build import by_weights, rules_of, summary_of
+from expertsmith.planning.ahead import by_weights
+from expertsmith.planning.job import rules_of
 from expertsmith.planning.plan import LayerPlan, Method, Plan, Source
+from expertsmith.planning.sizes import summary_of
 from expertsmith.registry import unknown
 from expertsmith.views.progress import Progress, Silent
 

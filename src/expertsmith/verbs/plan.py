@@ -120,8 +120,10 @@ def plan(  # noqa: C901  (a case a kind of method)
     Raises:
         UserError: unknown method or option, a keep that the router cannot work with, a memory into which nothing or everything fits, statistics of another model, a file that fits no format.
     """
-    from expertsmith.planning import build as planning
     from expertsmith.planning.budgets import Search
+    from expertsmith.planning.build import make_plan
+    from expertsmith.planning.given import statistics_for
+    from expertsmith.planning.job import Job
 
     current().wait()  # until every rank has found that the output is not there yet
     if (method is None) == (from_file is None):
@@ -143,10 +145,8 @@ def plan(  # noqa: C901  (a case a kind of method)
     calibrates = chosen.reads == "statistics" and stats is None
     _check_inputs(chosen, calibrates, data, domains, fit)
     check_search(inventory, chosen_budget, data, uniform)
-    job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress)
-    job.mtp, job.device = mtp, given["device"]
-    job.batch_tokens = given["batch_tokens"]
-    job.resume = given["resume"]
+    job = Job(inventory, chosen, values, share, chosen_budget, rules, progress, mtp=mtp, device=given["device"])
+    job.batch_tokens, job.resume = given["batch_tokens"], given["resume"]
     if chosen.reads == "model":
         job.open = partial(model_and_tokens, inventory, data, given, router_groups)
     with ExitStack() as held:
@@ -168,11 +168,11 @@ def plan(  # noqa: C901  (a case a kind of method)
             job.search = Search(searching, given["seed"], judge, given["dtype"], place)
         if chosen.reads == "statistics":
             assert stats is not None
-            job.statistics = planning.statistics_for(inventory, chosen, stats, domains)
+            job.statistics = statistics_for(inventory, chosen, stats, domains)
         said: dict[str, Any] = {"domains": list(domains)} if domains else {}
         if fitted:
             said |= {"fit": fitted.memory.text, "context": fitted.tokens}
-        made = planning.make_plan(job, router_groups, uniform, said)
+        made = make_plan(job, router_groups, uniform, said)
         if fitted:
             fitted.check(made, inventory)
         _save(made, out)
@@ -223,8 +223,8 @@ def fitting(
     Raises:
         UserError: another option says how many experts are kept, or nothing or everything fits.
     """
-    from expertsmith.planning.build import rules_of
     from expertsmith.planning.fit import largest
+    from expertsmith.planning.job import rules_of
 
     if fit is None:
         _refuse_fit(None, context, "")
@@ -258,7 +258,7 @@ def request(
     """Everything that was asked for, checked before anything is computed. The last are the options of a searched budget, None with another."""
     from expertsmith import methods as registered
     from expertsmith.planning import budgets
-    from expertsmith.planning import build as planning
+    from expertsmith.planning.job import choose_budget, rules_of
     from expertsmith.surgery.novices import check_novices
     from expertsmith.surgery.uneven import refuse_padded
 
@@ -267,12 +267,12 @@ def request(
     values = chosen.parse_options(own)
     share = None if keep is None else parse_keep(keep)
     refuse_padded(inventory)
-    chosen_budget = planning.choose_budget(chosen, budget, share)
+    chosen_budget = choose_budget(chosen, budget, share)
     if chosen.constants:
         check_novices(inventory)
         if router_groups == "flatten":
             raise UserError(f"method {method} leaves the router unchanged, so its groups stay", "leave --router-groups out")
-    rules = planning.rules_of(inventory, "flatten" if chosen.constants else router_groups)
+    rules = rules_of(inventory, "flatten" if chosen.constants else router_groups)
     if share is not None:
         where = inventory.checkpoint.source
         for layer, entry in rules.items():
