@@ -92,6 +92,9 @@ class Architecture:
     group_active: tuple[str, tuple[Any, ...]] | None = None  # (config key, values) with which groups are used; None: always
     shared_key: str | None = None  # number of shared experts, if the config has it
     expert_width_key: tuple[str, ...] = ("moe_intermediate_size",)
+    # what else the experts' width in config.json sizes: "shared" experts, as width * shared_key; or modules that nothing else in it can size
+    # ("more"); None: shared experts if there is a shared_key, otherwise nothing
+    width_sizes: Literal["nothing", "shared", "more"] | None = None
     same_as: tuple[
         tuple[str, str], ...
     ] = ()  # (key, other): if config.json lacks `key`, use the value of `other`, not transformers' guess
@@ -157,6 +160,11 @@ class Architecture:
 
     uneven: str | None = None  # why decoder layers cannot hold different numbers of experts; None: they can
     refusal: Callable[[Mapping[str, Any]], str | None] | None = None  # the reason if the record does not support a config
+
+    @property
+    def sized_by_width(self) -> Literal["nothing", "shared", "more"]:
+        """What else the experts' width in config.json sizes."""
+        return self.width_sizes or ("shared" if self.shared_key else "nothing")
 
     @property
     def supported(self) -> bool:

@@ -197,6 +197,7 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
                     work["statistics"],
                     all_outputs=chosen.all_outputs,
                     output_moments=chosen.output_moments,
+                    neurons=chosen.neurons,
                     overwrite=overwrite,
                     **given,
                 )

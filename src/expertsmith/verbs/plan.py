@@ -141,7 +141,7 @@ def plan(  # noqa: C901  (a case a kind of method)
     keep = fitted.keep if fitted else keep
     chosen, values, share, chosen_budget, rules, searching = request(inventory, method, keep, budget, options, router_groups)
     if share is not None:
-        progress.note(_said(share, rules.values()))
+        progress.note(f"keep: {share:.0%} of every layer's neurons" if chosen.cut else _said(share, rules.values()))
     calibrates = chosen.reads == "statistics" and stats is None
     _check_inputs(chosen, calibrates, data, domains, fit)
     check_search(inventory, chosen_budget, data, uniform)
@@ -157,6 +157,7 @@ def plan(  # noqa: C901  (a case a kind of method)
                 **given,
                 "all_outputs": chosen.all_outputs,
                 "output_moments": chosen.output_moments,
+                "neurons": chosen.neurons,
                 "overwrite": overwrite,
             }
             stats = calibrate(inventory.checkpoint.source, data, place, **options)
@@ -259,6 +260,7 @@ def request(
     from expertsmith import methods as registered
     from expertsmith.planning import budgets
     from expertsmith.planning.job import choose_budget, rules_of
+    from expertsmith.surgery.neurons import check_neurons
     from expertsmith.surgery.novices import check_novices
     from expertsmith.surgery.uneven import refuse_padded
 
@@ -272,8 +274,14 @@ def request(
         check_novices(inventory)
         if router_groups == "flatten":
             raise UserError(f"method {method} leaves the router unchanged, so its groups stay", "leave --router-groups out")
+    if chosen.cut:
+        if not isinstance(share, float):
+            raise UserError(f"method {method} keeps a share of every expert's neurons, not {share} experts", "e.g. --keep 0.75")
+        check_neurons(inventory, values["width"] == "model")
+        if router_groups == "flatten":
+            raise UserError(f"method {method} leaves the router unchanged, so its groups stay", "leave --router-groups out")
     rules = rules_of(inventory, "flatten" if chosen.constants else router_groups)
-    if share is not None:
+    if share is not None and not chosen.cut:
         where = inventory.checkpoint.source
         for layer, entry in rules.items():
             keep_count(share, entry, where if len(set(rules.values())) == 1 else f"decoder layer {layer} of {where}")
@@ -292,6 +300,8 @@ def _check_inputs(chosen: Method, calibrates: bool, data: Sequence[str], domains
         raise UserError(f"method {chosen.name} runs the model on text", "pass --data FILE")
     if chosen.constants:
         _refuse_fit(fit, None, f"method {chosen.name}, whose constants it does not count")
+    if chosen.cut:
+        _refuse_fit(fit, None, f"method {chosen.name}, which keeps all experts")
 
 
 def check_search(inventory: Inventory, budget: str, data: Sequence[str], uniform: bool) -> None:
