@@ -48,6 +48,14 @@ def split(layout: Layout, tensor: Any) -> dict[str, Any]:
     return {layout.removesuffix("_t"): tensor}
 
 
+def neuron_axis(layout: Layout, dims: int) -> int | None:
+    """The axis of one expert's matrix or bias that runs over neurons; None for the bias of the down projection."""
+    down = layout.startswith("down")
+    if dims == 1:
+        return None if down else 0
+    return int(down != layout.endswith("_t"))
+
+
 @dataclass(frozen=True)
 class Stacked:
     """A checkpoint tensor with rows for all routed experts.

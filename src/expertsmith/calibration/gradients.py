@@ -200,7 +200,7 @@ class _Pass:
         def add(gradient: torch.Tensor) -> None:
             _add(into, values, gradient.reshape(-1, width)[: len(counted)], hidden.expert, counted)
 
-        hidden.values.register_hook(add)
+        hidden.values.register_hook(add)  # type: ignore[no-untyped-call]
 
 
 def _add(

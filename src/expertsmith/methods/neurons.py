@@ -11,12 +11,11 @@ from expertsmith.errors import UserError
 from expertsmith.methods.base import Array, Natural
 
 STEPS = 8  # the default rounding leaves at least so many widths to choose from
-MOST = 64
 
 
 def rounding(width: int) -> int:
     """The default multiple of widths: the largest power of two up to 64 that divides an expert's width and is at most an eighth of it."""
-    return max(n for n in (2**k for k in range(7)) if n <= MOST and n <= max(1, width // STEPS) and width % n == 0)
+    return max(n for n in (1, 2, 4, 8, 16, 32, 64) if n <= max(1, width // STEPS) and width % n == 0)
 
 
 def cut(

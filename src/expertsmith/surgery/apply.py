@@ -26,7 +26,7 @@ from expertsmith.planning.plan import NEURONS, LayerPlan, Plan
 from expertsmith.surgery.building import check_building
 from expertsmith.surgery.card import model_card
 from expertsmith.surgery.counts import changes, counts_of, drops_mtp, router_counts
-from expertsmith.surgery.neurons import check_neurons, filled_shared, neuron_tensor, write_widths
+from expertsmith.surgery.neurons import check_neurons, check_ragged, filled_shared, neuron_tensor, write_widths
 from expertsmith.surgery.novices import check_novices, novice_tensors, write_novices
 from expertsmith.surgery.quantisation import Renumbering, output_files, output_quantisation
 from expertsmith.surgery.skip import SKIPS, write_padding, write_skip
@@ -68,6 +68,7 @@ def check_plan(plan: Plan, inventory: Inventory, pad: bool = False) -> None:
         check_merges(plan, inventory)
     if plan.neurons:
         check_neurons(inventory, plan.one_width is not None)
+        check_ragged(plan, inventory)
     if plan.novices:
         check_novices(inventory)
         if pad:
@@ -375,7 +376,8 @@ def apply_plan(  # noqa: C901  (one note for each case)
     config = output_config(plan, inventory, pad)
     notes += code_notes(inventory.checkpoint.path, inventory.checkpoint.config, config) + left_behind(inventory.checkpoint)
     counts = router_counts(plan)
-    code = code_for(dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory, bool(plan.novices))
+    narrow = bool(plan.neurons) and plan.one_width is None
+    code = code_for(dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory, bool(plan.novices), narrow)
     own: dict[str, str | bytes] = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps()}
     if plan.neurons:
         own[f"expertsmith/plan{NEURONS}"] = plan.neuron_bytes()

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from expertsmith.arch import config_get, config_present, text_config
-from expertsmith.arch.base import Layout, roles_of
+from expertsmith.arch.base import Layout, neuron_axis
 from expertsmith.checkpoint.floats import bytes_of, quantisation_of
 from expertsmith.checkpoint.writer import Made, OutputTensor, Piece
 from expertsmith.errors import UserError
-from expertsmith.experts.inventory import Claim, Inventory
+from expertsmith.experts.inventory import NEURONS_KEY, Claim, Inventory
 from expertsmith.experts.weights import layout_of, part_shape
 from expertsmith.planning.plan import Plan
 from expertsmith.planning.sizes import shared_claims, shared_count
@@ -57,17 +57,40 @@ def check_neurons(inventory: Inventory, one_width: bool) -> None:
         raise UserError(f"experts of {inventory.checkpoint.source} cannot lose neurons: {why}", remedy)
 
 
+def check_ragged(plan: Plan, inventory: Inventory) -> None:
+    """Refuse experts of different widths in a checkpoint that stacks them.
+
+    Raises:
+        UserError: with the tensor.
+    """
+    for layer, held in plan.neurons.items():
+        stacked = next((claim for claim in inventory.expert_claims(layer)[0] if claim.kind == "stacked"), None)
+        if stacked is not None and len(set(held.counts)) > 1:
+            raise UserError(
+                f"{stacked.info.name} stacks the experts of a layer, so they cannot keep different numbers of neurons",
+                "pass -O width=layer",
+            )
+
+
 def why_not_narrow(inventory: Inventory) -> str | None:
     """Why `engine.narrow` cannot build a checkpoint's layers; None: it can."""
     from expertsmith.surgery.uneven import why_not_custom
 
     why = inventory.architecture.no_class or why_not_custom(inventory)
-    if why is None:
-        from expertsmith.engine.loading import transformers_config  # torch and transformers: for this only
-        from expertsmith.engine.narrow import why_not_narrowed
+    if why is not None:
+        return why
+    from accelerate import init_empty_weights
 
-        why = why_not_narrowed(transformers_config(inventory.checkpoint))
-    return why
+    from expertsmith.engine.layout import experts_of, is_grouped  # torch and transformers: for this only
+    from expertsmith.engine.loading import transformers_config
+    from expertsmith.engine.uneven import causal_lm
+
+    auto, config = causal_lm(transformers_config(inventory.checkpoint))
+    with init_empty_weights():
+        module = auto.from_config(config, trust_remote_code=False)
+    layer = module.get_submodule(f"{inventory.architecture.layers}.{inventory.layers[0]}")
+    grouped = is_grouped(experts_of(layer, inventory.architecture))
+    return None if grouped else "transformers does not describe the layout of its experts"
 
 
 def neuron_tensor(claim: Claim, plan: Plan, inventory: Inventory) -> OutputTensor:
@@ -76,7 +99,7 @@ def neuron_tensor(claim: Claim, plan: Plan, inventory: Inventory) -> OutputTenso
     layout, kept, width = layout_of(claim, inventory), plan.kept_neurons(claim.layer), plan.neurons[claim.layer].width
     assert layout is not None
     info, count, shape = claim.info, inventory.experts_in(claim.layer), part_shape(claim)
-    axis = axis_of(layout, len(shape))
+    axis = neuron_axis(layout, len(shape))
     owners = [claim.expert] if claim.kind == "expert" else list(range(count))
     if axis is None or (claim.expert is not None and claim.expert >= count):  # a bias of the output, or a zero expert
         return OutputTensor(info.name, info.dtype, info.shape, (_whole(claim, inventory),))
@@ -91,14 +114,6 @@ def neuron_tensor(claim: Claim, plan: Plan, inventory: Inventory) -> OutputTenso
     if claim.extra:
         raise UserError(f"{info.name} holds rows that are not experts, so its experts cannot lose neurons")
     return OutputTensor(info.name, info.dtype, _shape(claim, axis, sizes), tuple(pieces))
-
-
-def axis_of(layout: Layout, dims: int) -> int | None:
-    """The axis of an expert's matrix or bias that runs over neurons; None for the bias of the down projection."""
-    down, transposed = "down" in roles_of(layout), layout.endswith("_t")
-    if dims == 1:
-        return None if down else 0
-    return int(down != transposed)
 
 
 def places(layout: Layout, kept: np.ndarray[Any, Any], width: int) -> np.ndarray[Any, Any]:
@@ -198,7 +213,14 @@ def write_widths(config: dict[str, Any], plan: Plan, inventory: Inventory) -> No
     inner: dict[str, Any] = text_config(config)  # type: ignore[assignment]
     width, record = plan.one_width, inventory.architecture
     if width is None:
-        raise NotImplementedError
+        from expertsmith.engine.loading import transformers_config  # torch and transformers: for this only
+        from expertsmith.engine.uneven import auto_map
+
+        inner[NEURONS_KEY] = {
+            str(layer): held.counts if len(set(held.counts)) > 1 else held.counts[0] for layer, held in plan.neurons.items()
+        }
+        config["auto_map"] = auto_map(transformers_config(inventory.checkpoint))
+        return
     before = next(iter(plan.neurons.values())).width
     for key in tuple(config_present(inner, record.expert_width_key)) or record.expert_width_key[:1]:
         held = config_get(inner, key)
