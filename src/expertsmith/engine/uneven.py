@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from expertsmith.arch import Architecture, families, record_of, refuse_without_class, text_config
+from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine.heads import KEY, PrunedAttention, PrunedHeads
 from expertsmith.engine.narrow import KEY as NEURONS_KEY
-from expertsmith.engine.narrow import Narrow, widths_of
+from expertsmith.engine.narrow import Narrow, filled_up, is_ragged, widths_of
 from expertsmith.engine.novices import KEY as NOVICES_KEY
 from expertsmith.engine.novices import Novices, WithNovices
 from expertsmith.engine.stock import own_class
@@ -327,6 +328,11 @@ def load(path: str | Path, **kwargs: Any) -> Any:
         if renamed:
             kwargs["key_mapping"] = {**renamed, **kwargs.get("key_mapping", {})}
     model_class, kwargs["config"] = causal_lm(kwargs["config"])
+    if is_ragged(kwargs["config"]):  # transformers stacks the experts of a layer, so they are filled up first
+        held, widths = open_checkpoint(str(path)), widths_of(kwargs["config"])
+        record = families()[kwargs["config"].get_text_config().model_type]
+        kwargs["state_dict"] = {name: filled_up(name, held.read(name), record, widths) for name in held.tensors}
+        return model_class.from_pretrained(None, trust_remote_code=False, **kwargs)
     return model_class.from_pretrained(path, trust_remote_code=False, **kwargs)
 
 

@@ -41,7 +41,7 @@ def heapr(
 
     width=model: every expert keeps the same number of neurons, the share `keep` of them; each the best of its own. width=layer and
     width=ragged rank all neurons of the model together, as the paper does, and then round: one number a layer, or one an expert. multiple:
-    numbers are rounded to multiples of it (0: the largest power of two up to 64 that divides the width and is at most an eighth of it).
+    numbers are rounded to multiples of it, itself a multiple of 8 (0: the largest power of two from 8 to 64 that divides the width and is at most an eighth of it, or 8).
 
     Deviations from the paper: widths are equal and rounded by default; no expert loses all neurons (it could still be selected). L is the sum of the
     losses, not their mean, which scales all saliencies alike.

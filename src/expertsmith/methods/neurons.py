@@ -10,12 +10,15 @@ import numpy as np
 from expertsmith.errors import UserError
 from expertsmith.methods.base import Array, Natural
 
-STEPS = 8  # the default rounding leaves at least so many widths to choose from
+ROWS = (
+    8  # numbers in 16 bytes of bfloat16: kernels for grouped matrix products (torch's too) read rows of a multiple of 16 bytes
+)
+STEPS = 8  # the default rounding leaves at least so many widths to choose from, if the experts are wide enough
 
 
 def rounding(width: int) -> int:
-    """The default multiple of widths: the largest power of two up to 64 that divides an expert's width and is at most an eighth of it."""
-    return max(n for n in (1, 2, 4, 8, 16, 32, 64) if n <= max(1, width // STEPS) and width % n == 0)
+    """The default multiple of widths: the largest power of two from 8 to 64 that divides an expert's width and is at most an eighth of it, or 8."""
+    return max(n for n in (8, 16, 32, 64) if n == ROWS or (n <= width // STEPS and width % n == 0))
 
 
 def cut(
@@ -36,39 +39,49 @@ def cut(
         multiple: numbers are rounded to multiples of this; 0: `rounding`. Every expert keeps at least so many.
 
     Raises:
-        UserError: a multiple that is larger than an expert, or experts of different widths in layers that need one.
+        UserError: a multiple that is not one of 8 or is larger than an expert, or experts of different widths in layers that need one.
     """
     widths = {layer: values.shape[1] for layer, values in saliency.items()}
-    if keep == 1:
-        return {layer: [widths[layer]] * len(values) for layer, values in saliency.items()}
+    if multiple % ROWS:
+        raise UserError(
+            f"option multiple is {multiple}, but rows of 16 bytes, which kernels read, have {ROWS} numbers of bfloat16",
+            f"give a multiple of {ROWS}",
+        )
     steps = {layer: multiple or rounding(held) for layer, held in widths.items()}
     layer = next((n for n, step in steps.items() if step > widths[n]), None)
     if layer is not None:
         raise UserError(
-            f"option multiple is {multiple}, but the experts of decoder layer {layer} have {widths[layer]} neurons",
-            "give a smaller multiple",
+            f"the experts of decoder layer {layer} have {widths[layer]} neurons, which cannot be rounded to multiples of {steps[layer]}",
+            "give a smaller multiple" if multiple > ROWS else "use a method that removes experts, e.g. reap",
         )
+    if width == "model" and len(set(widths.values())) > 1:
+        raise UserError(
+            f"the experts have {min(widths.values())} to {max(widths.values())} neurons, which differ between layers",
+            "pass -O width=layer",
+        )
+    if keep == 1:
+        return {layer: [widths[layer]] * len(values) for layer, values in saliency.items()}
+    return rounded(saliency, keep, width, steps)
+
+
+def rounded(saliency: Mapping[int, Array], keep: float, width: str, steps: Mapping[int, int]) -> dict[int, list[int]]:
+    """`cut` with a multiple for each layer."""
     if width == "model":
-        if len(set(widths.values())) > 1:
-            raise UserError(
-                f"the experts have {min(widths.values())} to {max(widths.values())} neurons, which differ between layers",
-                "pass -O width=layer",
-            )
-        size, step = next(iter(widths.values())), max(steps.values())
-        count = min(size // step * step, max(step, int(keep * size / step + 0.5) * step))
+        layer, values = next(iter(saliency.items()))
+        size, step = values.shape[1], steps[layer]
+        count = min(size // step, max(1, int(keep * size / step + 0.5))) * step
         return {layer: [count] * len(values) for layer, values in saliency.items()}
     wanted = ranked(saliency, keep)
-    rows = [(layer, expert) for layer, values in saliency.items() for expert in range(len(values))]
     if width == "layer":
-        units = [(steps[layer] * len(values), widths[layer] // steps[layer]) for layer, values in saliency.items()]
+        units = [(steps[layer] * len(values), values.shape[1] // steps[layer]) for layer, values in saliency.items()]
         found = shared_out([int(counts.sum()) for counts in wanted.values()], units)
-        return {
-            layer: [parts * steps[layer]] * len(values) for (layer, values), parts in zip(saliency.items(), found, strict=True)
-        }
-    units = [(steps[layer], widths[layer] // steps[layer]) for layer, _ in rows]
-    found = shared_out([int(wanted[layer][expert]) for layer, expert in rows], units)
+        rows = zip(saliency.items(), found, strict=True)
+        return {layer: [parts * steps[layer]] * len(values) for (layer, values), parts in rows}
+    places = [(layer, expert) for layer, values in saliency.items() for expert in range(len(values))]
+    units = [(steps[layer], saliency[layer].shape[1] // steps[layer]) for layer, _ in places]
+    found = shared_out([int(wanted[layer][expert]) for layer, expert in places], units)
     counts: dict[int, list[int]] = {layer: [] for layer in saliency}
-    for (layer, _), parts in zip(rows, found, strict=True):
+    for (layer, _), parts in zip(places, found, strict=True):
         counts[layer].append(parts * steps[layer])
     return counts
 

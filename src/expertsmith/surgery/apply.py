@@ -26,7 +26,7 @@ from expertsmith.planning.plan import NEURONS, LayerPlan, Plan
 from expertsmith.surgery.building import check_building
 from expertsmith.surgery.card import model_card
 from expertsmith.surgery.counts import changes, counts_of, drops_mtp, router_counts
-from expertsmith.surgery.neurons import check_neurons, check_ragged, filled_shared, neuron_tensor, write_widths
+from expertsmith.surgery.neurons import check_neurons, filled_shared, neuron_tensor, width_of, write_widths
 from expertsmith.surgery.novices import check_novices, novice_tensors, write_novices
 from expertsmith.surgery.quantisation import Renumbering, output_files, output_quantisation
 from expertsmith.surgery.skip import SKIPS, write_padding, write_skip
@@ -67,8 +67,7 @@ def check_plan(plan: Plan, inventory: Inventory, pad: bool = False) -> None:
 
         check_merges(plan, inventory)
     if plan.neurons:
-        check_neurons(inventory, plan.one_width is not None)
-        check_ragged(plan, inventory)
+        check_neurons(inventory, width_of(plan))
     if plan.novices:
         check_novices(inventory)
         if pad:
@@ -406,8 +405,7 @@ def _said_neurons(plan: Plan) -> str:
     if plan.one_width is not None:
         return f"every expert keeps {plan.one_width} of {next(iter(plan.neurons.values())).width} neurons"
     counts = [count for held in plan.neurons.values() for count in held.counts]
-    ragged = any(len(set(held.counts)) > 1 for held in plan.neurons.values())
-    more = "" if ragged else ", or with transformers and trust_remote_code=True"
+    more = "" if width_of(plan) == "ragged" else ", or with transformers and trust_remote_code=True"
     return f"experts keep {min(counts)} to {max(counts)} neurons: load with expertsmith.load(…){more}"
 
 

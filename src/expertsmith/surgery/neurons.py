@@ -31,45 +31,42 @@ if TYPE_CHECKING:
     from expertsmith.engine import LoadedModel
 
 
-def check_neurons(inventory: Inventory, one_width: bool) -> None:
+def check_neurons(inventory: Inventory, width: str) -> None:
     """Refuse a checkpoint whose experts cannot lose neurons.
 
     Args:
-        one_width: whether all experts of the model keep the same number.
+        width: "model", "layer" or "ragged", as in `methods.neurons.cut`.
 
     Raises:
         UserError: with the reason.
     """
     record, remedy = inventory.architecture, "use a method that removes experts, e.g. reap"
+    claims = [claim for layer in inventory.layers for claim in inventory.expert_claims(layer)[0]]
+    stacked = next((claim for claim in claims if claim.kind == "stacked"), None)
+    own = "pass -O width=layer, for expertsmith's own loader"
     why = None
     if quantisation_of(inventory.checkpoint) is not None:
         why = "it is quantised, and the kept neurons of a block of codes share their scale with others"
         remedy = "write it in bfloat16 first with `expertsmith dequantise`"
-    elif any(layout_of(claim, inventory) is None for layer in inventory.layers for claim in inventory.expert_claims(layer)[0]):
+    elif any(layout_of(claim, inventory) is None for claim in claims):
         why = "the layout of its experts' tensors is not known"
-    elif one_width and record.sized_by_width == "more":
-        why = f"{record.expert_width_key[0]} in its config.json sizes other modules too"
-        remedy = "pass -O width=layer, for expertsmith's own loader"
-    elif not one_width:
+    elif width == "model":
+        if record.sized_by_width == "more":
+            why, remedy = f"{record.expert_width_key[0]} in its config.json sizes other modules too", own
+    elif width == "ragged" and stacked is not None:
+        why, remedy = f"{stacked.info.name} stacks the experts of a layer, so they have one width", own
+    else:
         why = why_not_narrow(inventory)
         remedy = "pass -O width=model" if record.sized_by_width != "more" else remedy
     if why is not None:
         raise UserError(f"experts of {inventory.checkpoint.source} cannot lose neurons: {why}", remedy)
 
 
-def check_ragged(plan: Plan, inventory: Inventory) -> None:
-    """Refuse experts of different widths in a checkpoint that stacks them.
-
-    Raises:
-        UserError: with the tensor.
-    """
-    for layer, held in plan.neurons.items():
-        stacked = next((claim for claim in inventory.expert_claims(layer)[0] if claim.kind == "stacked"), None)
-        if stacked is not None and len(set(held.counts)) > 1:
-            raise UserError(
-                f"{stacked.info.name} stacks the experts of a layer, so they cannot keep different numbers of neurons",
-                "pass -O width=layer",
-            )
+def width_of(plan: Plan) -> str:
+    """Which of the `width`s of `methods.neurons.cut` a plan has."""
+    if plan.one_width is not None:
+        return "model"
+    return "ragged" if any(len(set(held.counts)) > 1 for held in plan.neurons.values()) else "layer"
 
 
 def why_not_narrow(inventory: Inventory) -> str | None:
