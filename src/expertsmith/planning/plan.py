@@ -268,11 +268,17 @@ class Plan(Shown, _Strict):
                 "kept": len(entry.keep),
                 "experts": entry.num_experts,
                 "kept experts": ", ".join(map(str, entry.keep)),
+                **({"kept neurons": entry.neurons.total} if entry.neurons else {}),
             }
             for entry in self.layers
         ]
 
     def _line(self) -> str:
+        if self.neurons:
+            left, had = (
+                sum(f(held) for held in self.neurons.values()) for f in (lambda n: n.total, lambda n: n.width * len(n.counts))
+            )
+            return f"{self.method.name} keeps {left:,} of {had:,} neurons in the experts of {len(self.neurons)} layers of {self.model.model_type}"
         kept, experts = sum(len(entry.keep) for entry in self.layers), sum(entry.num_experts for entry in self.layers)
         return (
             f"{self.method.name} keeps {kept:,} of {experts:,} experts in {len(self.layers)} layers of {self.model.model_type}"
