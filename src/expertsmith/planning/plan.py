@@ -275,9 +275,8 @@ class Plan(Shown, _Strict):
 
     def _line(self) -> str:
         if self.neurons:
-            left, had = (
-                sum(f(held) for held in self.neurons.values()) for f in (lambda n: n.total, lambda n: n.width * len(n.counts))
-            )
+            left = sum(held.total for held in self.neurons.values())
+            had = sum(held.width * len(held.counts) for held in self.neurons.values())
             return f"{self.method.name} keeps {left:,} of {had:,} neurons in the experts of {len(self.neurons)} layers of {self.model.model_type}"
         kept, experts = sum(len(entry.keep) for entry in self.layers), sum(entry.num_experts for entry in self.layers)
         return (
