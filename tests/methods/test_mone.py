@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from conftest import CALIBRATION, SUPPORTED, run_cli
 from expertsmith import api
 from expertsmith.arch import families
-from expertsmith.calibration.stats import LayerStatistics
+from expertsmith.calibration.stats import LayerStatistics, load_statistics
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine import load_model
 from expertsmith.engine.layout import experts_of, routing_of
@@ -29,7 +29,7 @@ from expertsmith.experts.inventory import take_inventory
 from expertsmith.experts.rules import Rules
 from expertsmith.methods import find
 from expertsmith.methods.base import Facts
-from expertsmith.planning.build import load_statistics, statistics_for
+from expertsmith.planning.given import statistics_for
 from expertsmith.planning.interchange import export
 from expertsmith.planning.plan import constants_file, load_plan, parse_plan
 from expertsmith.surgery.novices import check_novices, replaced

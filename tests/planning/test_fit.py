@@ -18,8 +18,8 @@ from expertsmith.arch.attention import LayerCache, UnknownCacheError, caches
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory, take_inventory
-from expertsmith.planning.build import rules_of
 from expertsmith.planning.fit import Fit, cache_account, cache_bytes, largest, layer_caches, parse_memory
+from expertsmith.planning.job import rules_of
 from expertsmith.planning.plan import Merge, Plan
 from expertsmith.verbs.recipe import load_recipe
 from mtp import save_with_mtp

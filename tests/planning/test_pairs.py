@@ -16,7 +16,7 @@ from expertsmith import api
 from expertsmith.errors import UserError
 from expertsmith.methods import information
 from expertsmith.methods.information import Codes, codes, nmi_matrix, on_cores
-from expertsmith.planning import build, pairs
+from expertsmith.planning import pairs, work
 from expertsmith.planning.pairs import codes_on, counting_on, joint_entropies
 from waits import Waits
 
@@ -187,14 +187,14 @@ def test_memory_stays_within_its_bound(experts, room, many):
 def test_plans_are_equal_to_the_last_byte(model_type, checkpoints, monkeypatch):
     source = checkpoints(model_type)
     plain = api.plan(source, "moeits").dumps()
-    monkeypatch.setattr(build, "_counting", lambda device: counting_on(CPU))
+    monkeypatch.setattr(work, "counting", lambda device: counting_on(CPU))
     assert api.plan(source, "moeits").dumps() == plain
 
 
 def test_the_device_decides_who_counts():
-    assert build._counting("cpu") == information.Counting()
-    found = build._counting("meta")
+    assert work.counting("cpu") == information.Counting()
+    found = work.counting("meta")
     assert [part.func for part in found] == [codes_on, joint_entropies]
     assert [part.args for part in found] == [(torch.device("meta"),)] * 2
     with pytest.raises(UserError, match="is not supported"):
-        build._counting("nonsense")
+        work.counting("nonsense")

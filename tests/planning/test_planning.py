@@ -19,8 +19,11 @@ from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.experts.rules import Rules
 from expertsmith.methods import find, methods
 from expertsmith.methods.base import Choice, Order, method
-from expertsmith.planning import build as planning
-from expertsmith.planning.build import Job, choose_budget, make_plan, rules_of
+from expertsmith.planning import work
+from expertsmith.planning.build import make_plan
+from expertsmith.planning.given import statistics_for
+from expertsmith.planning.job import Job, choose_budget, rules_of
+from expertsmith.planning.orders import _by_height
 from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.surgery.skip import is_padded
 from expertsmith.verbs.recipe import load_recipe, run_recipe
@@ -212,7 +215,7 @@ def test_by_height_takes_the_highest_removals(heights, total, least):
     room = {n: max(0, min(len(order.experts), len(order.experts) + 1 - least)) for n, order in orders.items()}
     every = sorted((-order.height[i], n, i) for n, order in orders.items() for i in range(room[n]))
     wanted = [n for _, n, _ in every[:total]]
-    assert planning._by_height(orders, total, rules) == {n: wanted.count(n) for n in orders}
+    assert _by_height(orders, total, rules) == {n: wanted.count(n) for n in orders}
 
 
 @pytest.mark.parametrize("chosen", [by_table, steps])
@@ -245,7 +248,7 @@ def first(statistics, facts, keep):
 
 
 def test_choice_is_asked_for_the_count_of_every_layer(mixtral, full_stats):
-    statistics = planning.statistics_for(mixtral, first, full_stats, ())
+    statistics = statistics_for(mixtral, first, full_stats, ())
     made = made_by(job(mixtral, first, 0.5, statistics=statistics))
     assert made.counts == [4, 4, 4]
     assert [entry.why["asked"] for entry in made.layers] == [4, 4, 4]
@@ -254,7 +257,7 @@ def test_choice_is_asked_for_the_count_of_every_layer(mixtral, full_stats):
 
 
 def test_choice_global_never_falls_below_the_router(mixtral, full_stats):
-    statistics = planning.statistics_for(mixtral, first, full_stats, ())
+    statistics = statistics_for(mixtral, first, full_stats, ())
     made = made_by(job(mixtral, first, 4, "global", statistics=statistics))
     assert made.counts == [2, 8, 3]
     assert "decoder layer 0: 1 experts would be left, but the router needs 2, so 2 are kept" in made.notes
@@ -329,16 +332,15 @@ def breaking(function, at: int, calls: list[int]):
 def test_interrupted_measuring_goes_on(checkpoints, tmp_path, monkeypatch):
     """24 matrices a layer: the run stops in the second layer, and the next one measures the last two."""
     from expertsmith.methods.information import Counting, codes
-    from expertsmith.planning import build
 
     whole = api.plan(checkpoints("mixtral"), "moeits", out=tmp_path / "whole.json")
     calls: list[int] = []
-    monkeypatch.setattr(build, "_counting", lambda device: Counting(breaking(codes, 30, calls)))
+    monkeypatch.setattr(work, "counting", lambda device: Counting(breaking(codes, 30, calls)))
     with pytest.raises(HaltError):
         api.plan(checkpoints("mixtral"), "moeits", out=tmp_path / "plan.json")
     assert not (tmp_path / "plan.json").exists()
     calls.clear()
-    monkeypatch.setattr(build, "_counting", lambda device: Counting(breaking(codes, 0, calls)))
+    monkeypatch.setattr(work, "counting", lambda device: Counting(breaking(codes, 0, calls)))
     assert api.plan(checkpoints("mixtral"), "moeits", out=tmp_path / "plan.json") == whole
     assert len(calls) == 48
     assert (tmp_path / "plan.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
@@ -379,7 +381,7 @@ def test_interrupted_search_goes_on(progressive, checkpoints, data, tmp_path, mo
 def test_statistics_have_to_be_of_this_model(full_stats, tmp_path):
     other = take_inventory(open_checkpoint(save_tiny("mixtral", tmp_path / "m", intermediate_size=40)))
     with pytest.raises(UserError, match=r"from another model.*calibrate this model"):
-        planning.statistics_for(other, find("m_smoe"), full_stats, ())
+        statistics_for(other, find("m_smoe"), full_stats, ())
 
 
 def test_hc_smoe_needs_all_outputs(checkpoints, data, tmp_path, capsys):

@@ -332,10 +332,10 @@ def _plan(job: Comparison, cell: Cell, statistics: Any, calibrated: Mapping[str,
 
 def _statistics(job: Comparison) -> Any:
     """The statistics of the original, for all cells but the progressive ones."""
-    everything = any(cell.contender.method.all_outputs for cell in job.cells)
-    moments = any(cell.contender.method.output_moments for cell in job.cells)
+    methods = [cell.contender.method for cell in job.cells]
+    wanted = {name: any(getattr(method, name) for method in methods) for name in ("all_outputs", "output_moments", "neurons")}
     target = statistics_folder(job)
-    made, took = _calibrated(job, target, all_outputs=everything, output_moments=moments)
+    made, took = _calibrated(job, target, **wanted)
     mark, made_with = target.with_suffix(".json"), {"model": job.inventory.checkpoint.fingerprint, "data": job.text}
     if job.ranks.first and load(mark, made_with) is None:  # else a finished pass was only read, so keep its footprint
         save(mark, made_with, {"calibration": took})

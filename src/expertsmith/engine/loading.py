@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from expertsmith.engine.fusing import in_place
 from expertsmith.engine.layout import experts_of, has_experts, is_grouped
 from expertsmith.engine.matching import Match, match, refuse_mismatched, with_unused
 from expertsmith.engine.mtp import Ahead, ahead_of, known_names, why_not_played
+from expertsmith.engine.narrow import filled_up, is_ragged, widths_of
 from expertsmith.engine.on_demand import Source, remove
 from expertsmith.engine.pages import own_pages, trim
 from expertsmith.engine.parameters import align, check_finite, to_meta
@@ -165,6 +167,8 @@ class LoadedModel:
     def _read_in(self, names: Sequence[str], where: str) -> None:
         """Load tensors of the checkpoint into the module, with transformers' own renaming and fusing."""
         take = self._reads.take if self._reads is not None else self.weights.read
+        if self.architecture is not None and is_ragged(self.config):
+            take = partial(_filled_up, take, self.architecture, widths_of(self.config))
         known = {self._names.get(name) or name: name for name in names}
         state = {name: _Unread(take, own) for name, own in known.items()}
         state = in_place(self._match.naming, state, {name: self.weights.tensors[own].shape for name, own in known.items()})
@@ -181,6 +185,12 @@ class LoadedModel:
                 f"tensors {where} could not be converted: {sorted(map(str, outcome.errors))[0]}",
                 "config.json and weights do not match, or a tensor has a wrong shape",
             )
+
+
+def _filled_up(
+    take: Callable[[str], torch.Tensor], record: Architecture, widths: Mapping[int, int | list[int]], name: str
+) -> torch.Tensor:
+    return filled_up(name, take(name), record, widths)
 
 
 class _Unread:
@@ -230,6 +240,7 @@ def load_model(
             os.environ.setdefault(name, "64")
     runs_as_another = architecture is not None and architecture.runs_as is not None
     stock = memory == "resident" and not isinstance(weights, Floats) and not runs_as_another and whole is None
+    stock = stock and not is_ragged(config)
     with refusing(checkpoint):
         module: Any = None if stock else empty(auto, config, chosen)
         check_runs(auto, config, checkpoint, architecture, module)
@@ -246,7 +257,7 @@ def load_model(
         # some families initialise buffers again after loading (Zaya's balancing biases in transformers 5.23): use the checkpoint's values
         loaded._read_in(found.buffers, "of the routers")
     else:
-        on_demand = memory == "stream" and architecture is not None and not has_novices(config)
+        on_demand = memory == "stream" and architecture is not None and not has_novices(config) and not widths_of(config)
         if on_demand and architecture is not None and _too_large(weights, architecture, chosen, target):
             loaded._experts = take_inventory(weights)
         _load_empty(loaded)

@@ -38,6 +38,11 @@ def check(method: Method, keep: object, budget: str | None, router_groups: str) 
         raise UserError(
             f"--progressive has no effect with method {method.name}: its choice does not depend on text", "leave it out"
         )
+    if method.neurons:
+        raise UserError(
+            f"method {method.name} takes gradients through all layers at once, so none can be compressed before the next is seen",
+            "leave --progressive out",
+        )
     if budget not in (None, "uniform"):
         raise UserError(
             f"--progressive chooses in each layer before the next one is seen, but budget {budget} needs all layers for one choice",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from expertsmith.experts.inventory import Inventory
-from expertsmith.planning.build import sized
 from expertsmith.planning.plan import Plan
+from expertsmith.planning.sizes import sized
 
 
 def counts_of(plan: Plan) -> dict[int, int]:

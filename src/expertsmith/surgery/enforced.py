@@ -10,20 +10,22 @@ from expertsmith.calibration.runner import Follow
 from expertsmith.engine import LoadedModel
 from expertsmith.experts.inventory import Inventory
 from expertsmith.planning import progressive
-from expertsmith.planning.build import Job, plan_of_layer
+from expertsmith.planning.build import plan_of_layer
+from expertsmith.planning.job import Job
 from expertsmith.planning.plan import Plan
 from expertsmith.surgery.apply import written
 from expertsmith.surgery.mask import masked
 from expertsmith.surgery.merge import merged
+from expertsmith.surgery.neurons import silenced
 from expertsmith.surgery.novices import replaced
 
 
 @contextmanager
 def enforced(model: LoadedModel, plan: Plan, inventory: Inventory) -> Iterator[None]:
     """Within the context, the model runs as the plan says: merged experts have their merged weights, rounded as `inventory` stores them,
-    routers choose among the kept experts only, and experts that become constants return them."""
+    routers choose among the kept experts only, experts that become constants return them, and neurons that go are 0."""
     counts = {entry.layer: entry.num_experts for entry in plan.layers}
-    with merged(model, plan, inventory), masked(model, plan.masks, counts), replaced(model, plan):
+    with merged(model, plan, inventory), masked(model, plan.masks, counts), replaced(model, plan), silenced(model, plan):
         yield
 
 

@@ -87,7 +87,7 @@ def analyze(  # noqa: C901  (what does not go together is refused in one place)
     from expertsmith.calibration.data import load_tokenizer
     from expertsmith.calibration.spec import refuse_missing
     from expertsmith.engine.devices import choose_device
-    from expertsmith.planning.build import matching_statistics
+    from expertsmith.planning.given import matching_statistics
 
     progress, target = given["progress"], Path(out)
     folder.prepare(target)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from expertsmith.calibration.stats import Statistics
     from expertsmith.engine import LoadedModel
     from expertsmith.experts.inventory import Inventory
-    from expertsmith.planning.build import Job
+    from expertsmith.planning.job import Job
     from expertsmith.views.progress import Progress
 
 
@@ -63,6 +63,13 @@ def calibrate(
         Opt(
             "Also sum their squares and their values weighted by the squared routing weight, by dimension (for mone).",
             "--output-moments",
+        ),
+    ] = False,
+    neurons: Annotated[
+        bool,
+        Opt(
+            "Also run the model backwards and sum the squares of neurons' activations and gradients (for heapr); triples the time.",
+            "--neurons",
         ),
     ] = False,
     all_outputs: Annotated[
@@ -98,6 +105,7 @@ def calibrate(
         pack: join texts into full sequences; None: texts yes, demonstrations (messages, prompt + response) no.
         output_sum: also sum the raw outputs of every expert over the tokens routed to it.
         output_moments: also sum f, f² and g²f in every dimension, g the routing weight (needed by mone; includes output_sum).
+        neurons: also sum h², (dL/dh)² and (h dL/dh)² of every neuron, h its activation, L the loss (needed by heapr).
         all_outputs: also sum them over all tokens: every expert runs on every token (needed by hc_smoe and ream).
         sample_tokens: also keep the block's inputs and outputs of this many tokens a domain.
         progressive: `method` chooses in a layer as soon as its statistics are there, and later layers get the inputs that the model makes with
@@ -124,7 +132,7 @@ def calibrate(
     tokens = token_data(inventory.checkpoint.path, inventory.checkpoint.config, data, progress, **part(Text, given))
     ranks = current()
     loaded = open_model(inventory, progress, mtp=True, ranks=ranks, **part(Running, given))
-    extras = Extras(output_sum, all_outputs, sample_tokens, given["seed"], output_moments)
+    extras = Extras(output_sum, all_outputs, sample_tokens, given["seed"], output_moments, neurons)
     size = loaded.batch_tokens(given["batch_tokens"])
     return collect(
         loaded,
@@ -158,7 +166,7 @@ def _followed(
                 )
         return None
     from expertsmith import methods as registered
-    from expertsmith.planning.build import Job
+    from expertsmith.planning.job import Job
 
     if method is None:
         raise UsageError("--progressive needs a method", "pass --method NAME")

@@ -178,7 +178,7 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
         check_push(push, overwrite)
     said: list[str] = []
     method, keep = _usual(method, keep, fit, budget, data, stats, domains, said)
-    fitted = fitting(inventory, fit, context, keep, budget, uniform, router_groups, mtp)
+    fitted = fitting(inventory, method, fit, context, keep, budget, uniform, router_groups, mtp)
     count = fitted.keep if fitted else keep
     chosen, values, share, *_, searching = request(inventory, method, count, budget, options, router_groups)
     check_progressive(progressive, chosen, share, budget, router_groups, stats)
@@ -186,8 +186,8 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
     reads_text = not chosen.data_free or searching is not None
     if reads_text or heal is not None or (measure and (eval_data or data)):
         refuse_without_class(inventory.architecture, f"{inventory.checkpoint.source}/config.json")
-    if chosen.constants and (heal is not None or fitted):
-        raise UserError(f"method {method} cannot be combined with {'--heal' if heal else '--fit'}", "leave it out")
+    if chosen.constants and heal is not None:
+        raise UserError(f"method {method} cannot be combined with --heal", "leave it out")
     _check_heal(heal, data, inventory, requantise, fitted is not None)
     calibrates = heal is not None or searching is not None or (stats is None and not chosen.data_free)
     split = measure and calibrates and not eval_data

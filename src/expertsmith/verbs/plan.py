@@ -123,8 +123,10 @@ def plan(  # noqa: C901  (a case a kind of method)
     Raises:
         UserError: unknown method or option, a keep that the router cannot work with, a memory into which nothing or everything fits, statistics of another model, a file that fits no format.
     """
-    from expertsmith.planning import build as planning
     from expertsmith.planning.budgets import Search
+    from expertsmith.planning.build import make_plan
+    from expertsmith.planning.given import statistics_for
+    from expertsmith.planning.job import Job
 
     current().wait()  # until every rank has found that the output is not there yet
     if (method is None) == (from_file is None):
@@ -138,19 +140,17 @@ def plan(  # noqa: C901  (a case a kind of method)
         if progressive:
             raise UsageError("--progressive is how statistics are taken, and --from reads none", "leave it out")
         return _saved(_from_file(inventory, from_file, keep, router_groups, mtp, progress), out)
-    fitted = fitting(inventory, fit, context, keep, budget, uniform, router_groups, mtp)
+    fitted = fitting(inventory, method, fit, context, keep, budget, uniform, router_groups, mtp)
     keep = fitted.keep if fitted else keep
     chosen, values, share, chosen_budget, rules, searching = request(inventory, method, keep, budget, options, router_groups)
     if share is not None:
-        progress.note(_said(share, rules.values()))
+        progress.note(f"keep: {share:.0%} of every layer's neurons" if chosen.cut else _said(share, rules.values()))
     check_progressive(progressive, chosen, share, budget, router_groups, stats)
     calibrates = chosen.reads == "statistics" and stats is None
-    _check_inputs(chosen, calibrates, data, domains, fit)
+    _check_inputs(chosen, calibrates, data, domains)
     check_search(inventory, chosen_budget, data, uniform)
-    job = planning.Job(inventory, chosen, values, share, chosen_budget, rules, progress)
-    job.mtp, job.device = mtp, given["device"]
-    job.batch_tokens = given["batch_tokens"]
-    job.resume = given["resume"]
+    job = Job(inventory, chosen, values, share, chosen_budget, rules, progress, mtp=mtp, device=given["device"])
+    job.batch_tokens, job.resume = given["batch_tokens"], given["resume"]
     if chosen.reads == "model":
         job.open = partial(model_and_tokens, inventory, data, given, router_groups)
     with ExitStack() as held:
@@ -167,11 +167,11 @@ def plan(  # noqa: C901  (a case a kind of method)
             job.search = Search(searching, given["seed"], judge, given["dtype"], place)
         if chosen.reads == "statistics":
             assert stats is not None
-            job.statistics = planning.statistics_for(inventory, chosen, stats, domains)
+            job.statistics = statistics_for(inventory, chosen, stats, domains)
         said: dict[str, Any] = {"domains": list(domains)} if domains else {}
         if fitted:
             said |= {"fit": fitted.memory.text, "context": fitted.tokens}
-        made = planning.make_plan(job, router_groups, uniform, said)
+        made = make_plan(job, router_groups, uniform, said)
         if fitted:
             fitted.check(made, inventory)
         return _saved(made, out)
@@ -209,6 +209,7 @@ def _from_file(inventory: Inventory, file: str | Path, keep: Any, router_groups:
 
 def fitting(
     inventory: Inventory,
+    method: str,
     fit: str | None,
     context: int | None,
     keep: Any,
@@ -222,8 +223,9 @@ def fitting(
     Raises:
         UserError: another option says how many experts are kept, or nothing or everything fits.
     """
-    from expertsmith.planning.build import rules_of
+    from expertsmith import methods as registered
     from expertsmith.planning.fit import largest
+    from expertsmith.planning.job import rules_of
 
     if fit is None:
         _refuse_fit(None, context, "")
@@ -231,6 +233,10 @@ def fitting(
     for given, flag in ((keep is not None, "--keep"), (budget == "threshold", "--budget threshold"), (uniform, "--uniform")):
         if given:
             _refuse_fit(fit, context, flag)
+    chosen = registered.find(method)
+    if chosen.constants or chosen.cut:
+        what = "whose constants it does not count" if chosen.constants else "which keeps all experts"
+        _refuse_fit(fit, context, f"method {method}, {what}")
     return largest(inventory, rules_of(inventory, router_groups), fit, context, mtp)
 
 
@@ -246,7 +252,7 @@ def plan_from(model: str | Path | Inventory, file: str | Path, keep: Any = None,
     return plan(model, None, keep, from_file=file, **options)
 
 
-def _check_inputs(chosen: Method, calibrates: bool, data: Sequence[str], domains: Sequence[str], fit: str | None) -> None:
+def _check_inputs(chosen: Method, calibrates: bool, data: Sequence[str], domains: Sequence[str]) -> None:
     """Refuse what the method cannot use, and what is missing for it."""
     if domains and (chosen.reads == "model" or chosen.data_free):
         raise UserError(f"method {chosen.name} reads no statistics, so --domain has no effect", "remove --domain")
@@ -256,8 +262,6 @@ def _check_inputs(chosen: Method, calibrates: bool, data: Sequence[str], domains
         )
     if chosen.reads == "model" and not data:
         raise UserError(f"method {chosen.name} runs the model on text", "pass --data FILE")
-    if chosen.constants:
-        _refuse_fit(fit, None, f"method {chosen.name}, whose constants it does not count")
 
 
 def check_search(inventory: Inventory, budget: str, data: Sequence[str], uniform: bool) -> None:

@@ -312,6 +312,8 @@ def _statistics_faults(method: Method, plan: Mapping[str, Any], calibrate: Mappi
         )
     if method.output_moments and not calibrate.get("output_moments"):
         faults.append(f"plan: method {method.name} needs the variance of outputs: set calibrate.output_moments to true")
+    if method.neurons and not calibrate.get("neurons"):
+        faults.append(f"plan: method {method.name} needs the gradients of neurons: set calibrate.neurons to true")
     return faults
 
 

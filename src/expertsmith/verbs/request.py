@@ -25,7 +25,8 @@ def request(
     """Everything that was asked for, checked before anything is computed. The last are the options of a searched budget, None with another."""
     from expertsmith import methods as registered
     from expertsmith.planning import budgets
-    from expertsmith.planning import build as planning
+    from expertsmith.planning.job import choose_budget, rules_of
+    from expertsmith.surgery.neurons import check_neurons
     from expertsmith.surgery.novices import check_novices
     from expertsmith.surgery.uneven import refuse_padded
 
@@ -34,13 +35,19 @@ def request(
     values = chosen.parse_options(own)
     share = None if keep is None else parse_keep(keep)
     refuse_padded(inventory)
-    chosen_budget = planning.choose_budget(chosen, budget, share)
+    chosen_budget = choose_budget(chosen, budget, share)
     if chosen.constants:
         check_novices(inventory)
         if router_groups == "flatten":
             raise UserError(f"method {method} leaves the router unchanged, so its groups stay", "leave --router-groups out")
-    rules = planning.rules_of(inventory, "flatten" if chosen.constants else router_groups)
-    if share is not None:
+    if chosen.cut:
+        if not isinstance(share, float):
+            raise UserError(f"method {method} keeps a share of every expert's neurons, not {share} experts", "e.g. --keep 0.75")
+        check_neurons(inventory, values["width"])
+        if router_groups == "flatten":
+            raise UserError(f"method {method} leaves the router unchanged, so its groups stay", "leave --router-groups out")
+    rules = rules_of(inventory, "flatten" if chosen.constants else router_groups)
+    if share is not None and not chosen.cut:
         where = inventory.checkpoint.source
         for layer, entry in rules.items():
             keep_count(share, entry, where if len(set(rules.values())) == 1 else f"decoder layer {layer} of {where}")
@@ -67,6 +74,6 @@ def check_progressive(
 
 def calibration_for(method: Method, keep: float | int | None, values: Mapping[str, Any], progressive: bool) -> dict[str, Any]:
     """The options of `calibrate` for a method: what it needs, and what progressive statistics follow."""
-    needs = {"all_outputs": method.all_outputs, "output_moments": method.output_moments}
+    needs = {"all_outputs": method.all_outputs, "output_moments": method.output_moments, "neurons": method.neurons}
     follows = {"progressive": True, "method": method.name, "keep": keep, "options": dict(values)}
     return {**needs, **(follows if progressive else {})}
