@@ -19,6 +19,7 @@ from expertsmith.calibration.spill import Spill, clear, newest, read
 from expertsmith.engine import Batch, LoadedModel, Walk
 from expertsmith.engine.layout import expert_count, experts_of
 from expertsmith.engine.mtp import counted, shortened
+from expertsmith.engine.shared_reads import sharing
 from expertsmith.errors import UserError
 from expertsmith.ranks import ALONE, Ranks
 from expertsmith.views.progress import Progress, Silent
@@ -72,6 +73,7 @@ def collect(
         tokens = sum(batch.tokens for batch in batches)
         with (
             _tidied(out, ranks),
+            sharing([model], ranks),
             progress.task("calibrate", tokens * (todo[-1] + 1 - skip), "layer tokens") as advance,
         ):
             for layer, sums in _observe(model, data, batches, set(todo), extras, states, skip, advance):
@@ -122,7 +124,9 @@ def _observe(  # noqa: C901  (the hooks of one walk)
             for domain, rows in lengths.items():
                 there = shortened(rows) if layer >= model.depth else rows
                 chosen[domain] = choose_sample(there, extras.sample_tokens, extras.seed, domain)
-        return LayerSums(expert_count(experts_of(model.layers[layer], arch)), counts, model.device, extras, chosen=chosen)
+        return LayerSums(
+            expert_count(experts_of(model.layers[layer], arch)), counts, model.places[layer], extras, chosen=chosen
+        )
 
     def before(layer: int, number: int, batch: Batch) -> None:
         nonlocal sums
