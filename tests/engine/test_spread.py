@@ -124,7 +124,7 @@ def test_a_device_that_is_too_small_for_a_layer_is_refused(checkpoints, monkeypa
     with pytest.raises(
         UserError, match=r"heal lora runs on one GPU, and the weights take 0.0 GB, but pretended:0 has 0.0 GB free"
     ):
-        one_device(torch.device(pretended.NAME), [opened], "float32", "heal lora")
+        one_device(torch.device(pretended.NAME), [opened], "float32", "heal lora", "use --device cpu")
 
 
 @two_devices

@@ -68,9 +68,9 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     if asked.way.needs_data and not request.data:
         raise UserError(f"method {request.method} needs calibration text", "pass --data FILE (repeatable)")
     tokens = _tokens(request, source, progress) if request.data else None
-    model = load_model(
-        source, None, device=one_device(choose_device(request.device), [source], request.dtype, "convert"), dtype=request.dtype
-    )
+    remedy = "use --device cpu, or a GPU with more memory"
+    where = one_device(choose_device(request.device), [source], request.dtype, "convert", remedy)
+    model = load_model(source, None, device=where, dtype=request.dtype)
     with timed(seconds, "train" if asked.way.learned else "convert"):
         converted, method = _decide(request, asked, source, model, tokens, progress)
     if dist.is_initialized() and dist.get_rank() > 0:

@@ -45,7 +45,7 @@ def choose_memory(
     return "resident" if all(ranks.gather(fits)) else "stream"
 
 
-def one_device(device: torch.device, checkpoints: Sequence[Checkpoint], dtype: str, work: str) -> torch.device:
+def one_device(device: torch.device, checkpoints: Sequence[Checkpoint], dtype: str, work: str, remedy: str) -> torch.device:
     """The device on which models stay whole, for `work` that cannot be spread over several: the first GPU, or the CPU.
 
     Raises:
@@ -57,7 +57,7 @@ def one_device(device: torch.device, checkpoints: Sequence[Checkpoint], dtype: s
     if chosen.type != "cpu" and need > free:
         raise UserError(
             f"{work} runs on one GPU, and the weights take {need / 1e9:.1f} GB, but {chosen} has {free / 1e9:.1f} GB free",
-            "use --device cpu, or a GPU with more memory",
+            remedy,
         )
     return chosen
 

@@ -260,7 +260,10 @@ def _place(job: Healing, layerwise: bool) -> tuple[torch.device, Memory]:
     """Where both models are: on one device, whole or streamed. What trains through the whole model needs it whole."""
     both, where = [job.inventory.checkpoint, job.teacher], local_devices(choose_device(job.device))[0]
     mode = choose_memory(job.memory, both, where, job.dtype, current()) if layerwise else "resident"
-    return where if mode == "stream" else one_device(where, both, job.dtype, f"heal {job.method}"), mode
+    if mode == "stream":
+        return where, mode
+    remedy = "use --memory stream" if layerwise else "use --device cpu, or a method that streams: layer_local or least_squares"
+    return one_device(where, both, job.dtype, f"heal --method {job.method}", remedy), mode
 
 
 def _teacher(checkpoint: Checkpoint, memory: Memory, device: torch.device, dtype: str) -> LoadedModel:
