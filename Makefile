@@ -18,9 +18,10 @@ test: $(VENV)/.ready-dev
 test-slow: $(VENV)/.ready-dev
 	$(BIN)/pytest -n auto --dist loadgroup -m slow
 
-# the tests that run a model, on CUDA (float32 without TF32, which torch leaves off)
+# the tests that run a model, on CUDA (float32 without TF32, which torch leaves off); without a GPU, DEVICE=pretended finds tensors on the wrong device
+DEVICE ?= cuda
 test-gpu: $(VENV)/.ready-dev
-	EXPERTSMITH_DEVICE=cuda $(BIN)/pytest -n 4 --dist loadgroup -m "not slow" tests/surgery tests/calibration tests/healing tests/engine \
+	EXPERTSMITH_DEVICE=$(DEVICE) $(BIN)/pytest -n 4 --dist loadgroup -m "not slow" tests/surgery tests/calibration tests/healing tests/engine \
 		tests/methods tests/experts tests/checkpoint/test_float_view.py tests/evaluation/test_evaluate.py tests/comparison \
 		tests/planning/test_planning.py tests/analysis/test_analyze.py
 

@@ -408,7 +408,7 @@ def logits(path: Path, ids: torch.Tensor | None = None) -> torch.Tensor:
 def test_mask_is_undone(model_type, checkpoints):
     inventory = take_inventory(open_checkpoint(checkpoints(model_type)))
     model = load_model(inventory.checkpoint, inventory.architecture)
-    ids = torch.randint(3, 120, (1, 8), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 120, (1, 8), generator=torch.Generator().manual_seed(0)).to(model.device)
     with torch.no_grad():
         before = model.module(ids).logits
         size = inventory.num_experts // inventory.rules.groups

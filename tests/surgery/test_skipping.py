@@ -204,9 +204,9 @@ def reference_weights(selected, weights, count: int, rule: str, threshold: float
 
     Decisions in float32 as documented, sums and weights in float64.
     """
-    made = np.array(weights.float().numpy(), dtype=np.float64)
+    made = np.array(weights.float().cpu().numpy(), dtype=np.float64)
     routed = kept = 0
-    for row, ids in zip(made, selected.numpy(), strict=True):
+    for row, ids in zip(made, selected.cpu().numpy(), strict=True):
         own = sorted((slot for slot in range(len(row)) if ids[slot] < count), key=lambda slot: -row[slot])
         routed += len(own)
         values = row[own].astype(np.float32)
@@ -220,7 +220,7 @@ def reference_weights(selected, weights, count: int, rule: str, threshold: float
         row[own[stay:]] = 0
         if own:
             row[own] *= total / row[own].sum()
-    return torch.from_numpy(made).to(weights.dtype), routed, kept
+    return torch.from_numpy(made).to(weights), routed, kept
 
 
 @contextmanager
@@ -262,7 +262,7 @@ def dense_reference(module, model_type: str, rule: str, betas: dict[int, float],
 
 def logits(module, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return module(input_ids=ids, use_cache=False).logits
+        return module(input_ids=ids.to(module.device), use_cache=False).logits
 
 
 @pytest.mark.parametrize("model_type", SKIPPABLE)

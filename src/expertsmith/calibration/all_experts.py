@@ -114,7 +114,7 @@ def sample_layers(
             return
         if number == 0:
             block = RoutedBlock(model.layers[layer], model.architecture, rules[layer], extras)  # type: ignore[arg-type]
-            look = _Look(layer, block, places, ids)
+            look = _Look(layer, block, places.on(model.places[layer]), ids)
             watch.enter_context(look.watching(model.layers[layer]))
         assert look is not None
         look.number, look.batch = number, batch

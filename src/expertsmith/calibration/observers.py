@@ -210,19 +210,18 @@ class _Watch:
         turn = self._turn(out) * valid
         summed = torch.stack((weight, norm, weighted), dim=-1)
         columns = torch.cat((counted[:, None], summed, summed**2, (weighted * turn[token])[:, None]), dim=-1)
-        # slots are sorted by expert, then by token. Each segment is an expert and a sequence; the last (no routed expert) is left out. Nothing
-        # here waits for the device
+        # slots are sorted by expert, then by token, and a segment is an expert and a sequence; after the last are slots of no routed expert.
+        # Nothing here waits for the device
         rows = batch.input_ids.shape[0]
         cell = expert * rows + token // (tokens // rows)
-        ends = torch.searchsorted(cell, torch.arange(n * rows, device=cell.device), right=True)
-        lengths = torch.diff(ends, prepend=ends.new_zeros(1), append=ends.new_full((1,), cell.numel()))
-        totals = torch.segment_reduce(columns, "sum", lengths=lengths, axis=0, unsafe=True)[:-1].view(n, rows, -1)
+        starts = torch.searchsorted(cell, torch.arange(n * rows + 1, device=cell.device))
+        totals = torch.segment_reduce(columns, "sum", offsets=starts, axis=0, unsafe=True).view(n, rows, -1)
         sums["easy_ep_by_sequence"][batch.sequences] = totals[..., -1].T.float()
         totals = totals.sum(1).T
         sums["tokens"] += batch.tokens
         sums["selections"] += totals[0].round().long()
         self.sums.columns[batch.domain] += totals[1:]
-        top = torch.segment_reduce(norm, "max", lengths=lengths, initial=0.0, unsafe=True)[:-1].view(n, rows).amax(1)
+        top = torch.segment_reduce(norm, "max", offsets=starts, initial=0.0, unsafe=True).view(n, rows).amax(1)
         sums["norm_max"] = torch.maximum(sums["norm_max"], top)
         sums["turn_sum"] += turn.sum()
         selected, weights = routing
@@ -237,8 +236,7 @@ class _Watch:
             self._add_ratio(sums, torch.where(chosen, weights.abs(), 0.0))
         self._add_scores(sums, valid, n)
         if self.sums.extras != Extras():
-            by_expert = torch.diff(ends[rows - 1 :: rows], prepend=ends.new_zeros(1), append=ends.new_full((1,), cell.numel()))
-            self._add_extras(sums, batch, x, out, slots, counted, by_expert)
+            self._add_extras(sums, batch, x, out, slots, counted, starts[::rows].contiguous())
 
     @staticmethod
     def _add_ratio(sums: dict[str, torch.Tensor], weights: torch.Tensor) -> None:
@@ -290,15 +288,15 @@ class _Watch:
 
     def _add_extras(
         self, sums: dict[str, torch.Tensor], batch: Batch, x: torch.Tensor, out: torch.Tensor, slots: Slots,
-        counted: torch.Tensor, lengths: torch.Tensor,
+        counted: torch.Tensor, starts: torch.Tensor,
     ) -> None:  # fmt: skip
         extras = self.sums.extras
         if extras.output_moments:
-            for name, total in _moments(slots, counted, lengths).items():
+            for name, total in _moments(slots, counted, starts).items():
                 sums[name] = sums[name] + total if name in sums else total
         elif extras.output_sum:
             raw = slots.raw.float() * counted[:, None]
-            total = torch.segment_reduce(raw, "sum", lengths=lengths, axis=0, unsafe=True)[:-1].double()
+            total = torch.segment_reduce(raw, "sum", offsets=starts, axis=0, unsafe=True).double()
             sums["output_sum"] = sums["output_sum"] + total if "output_sum" in sums else total
         if extras.all_outputs:
             valid = batch.mask.reshape(-1).to(x.device)
@@ -317,7 +315,7 @@ class _Watch:
                     sums[name] = torch.cat((sums[name], value.cpu())) if name in sums else value.cpu()
 
 
-def _moments(slots: Slots, counted: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+def _moments(slots: Slots, counted: torch.Tensor, starts: torch.Tensor) -> dict[str, torch.Tensor]:
     """Sums of f, f² and g²f by expert [E, hidden], in float64: a variance is the small difference of two of them."""
     square = slots.weight.double() ** 2
     names = ("output_sum", "output_sq_sum", "weighted_sq_output_sum")
@@ -325,7 +323,7 @@ def _moments(slots: Slots, counted: torch.Tensor, lengths: torch.Tensor) -> dict
     for raw in torch.split(slots.raw, MOMENTS_AT_ONCE, dim=-1):  # float64 copies of a few dimensions at a time
         f = torch.where(counted[:, None], raw.double(), 0.0)
         for name, values in zip(names, (f, f * f, square[:, None] * f), strict=True):
-            total = torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True)[:-1]
+            total = torch.segment_reduce(values, "sum", offsets=starts, axis=0, unsafe=True)
             parts[name].append(total)
     return {name: torch.cat(held, dim=-1) for name, held in parts.items()}
 

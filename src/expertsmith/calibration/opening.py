@@ -125,7 +125,10 @@ def open_model(
     progress.note(f"{inventory.architecture.title}: {mode} on {where}")
     record = inventory.architecture
     overrides = record.one_group if router_groups == "flatten" else {}
-    return load_model(inventory.checkpoint, record, memory=mode, device=where, dtype=dtype, config_overrides=overrides, mtp=mtp)
+    made = load_model(inventory.checkpoint, record, memory=mode, device=where, dtype=dtype, config_overrides=overrides, mtp=mtp)
+    if len(set(made.places)) > 1:
+        progress.note(f"the model is spread over {len(set(made.places))} GPUs")
+    return made
 
 
 def beside(path: str | Path, suffix: str) -> Path:

@@ -31,7 +31,7 @@ from expertsmith.engine.devices import free_memory
 from expertsmith.engine.walk import Call, HaltingWalk
 from expertsmith.errors import UserError
 from expertsmith.experts.rules import Rules, subsets
-from expertsmith.ranks import current, on_this_machine
+from expertsmith.ranks import current
 from expertsmith.views.progress import Progress, Silent
 
 Loss = Literal["global", "authors"]
@@ -442,6 +442,11 @@ class Places:
     def __post_init__(self) -> None:
         self.count = self.sequence.numel()
 
+    def on(self, device: torch.device) -> Places:
+        """The same on a device, that of a decoder layer."""
+        rows, places = ([each.to(device) for each in held] for held in (self.rows, self.places))
+        return Places(rows, places, self.sequence.to(device))
+
 
 def sample_places(data: TokenData, batches: Sequence[Batch], max_tokens: int, seed: int, device: torch.device) -> Places:
     """A seeded sample of `max_tokens` tokens a domain (0: all), as places in the batches, which may be a part of the data's."""
@@ -561,9 +566,7 @@ class _Search:
 
 
 def _refuse_what_does_not_fit(model: LoadedModel, tokens: int, columns: int) -> None:
-    free = free_memory(model.device)
-    if model.device.type == "cpu":
-        free //= on_this_machine()
+    free = min(map(free_memory, set(model.places)))
     tokens, free = max(current().gather((tokens, free)), key=lambda held: held[0] / max(1, held[1]))
     need = probe_bytes(tokens, columns)
     if need > ROOM * free:
@@ -669,7 +672,7 @@ def search_layers(  # noqa: C901  (the hooks of one walk, which share what they 
         if number > 0 or layer not in todo or (layer in found and not progressive):
             return
         block = RoutedBlock(model.layers[layer], arch, rules[layer], extras)
-        search = _Search(block, places, progressive, vectors, partial(decide, layer, block.route))
+        search = _Search(block, places.on(model.places[layer]), progressive, vectors, partial(decide, layer, block.route))
         if layer in found:
             search.settle(gone(layer))
         watch.enter_context(block.watching(search.visit))

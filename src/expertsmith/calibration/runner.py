@@ -19,6 +19,7 @@ from expertsmith.calibration.spill import Spill, clear, newest, read
 from expertsmith.engine import Batch, LoadedModel
 from expertsmith.engine.layout import expert_count, experts_of
 from expertsmith.engine.mtp import counted, shortened
+from expertsmith.engine.shared_reads import sharing
 from expertsmith.engine.walk import Call, HaltingWalk
 from expertsmith.errors import UserError
 from expertsmith.ranks import ALONE, Ranks
@@ -106,6 +107,7 @@ def collect(
         tokens = sum(batch.tokens for batch in batches)
         with (
             _tidied(out, ranks),
+            sharing([model], ranks),
             progress.task("calibrate", tokens * (todo[-1] + 1 - skip), "layer tokens") as advance,
         ):
             chosen = None if follow is None else settled
@@ -251,7 +253,7 @@ class _Run:
                 chosen[domain] = choose_sample(there, self.extras.sample_tokens, self.extras.seed, domain)
         experts = expert_count(experts_of(self.model.layers[layer], self.model.architecture))
         counts = {domain: len(rows) for domain, rows in lengths.items()}
-        return LayerSums(experts, counts, self.model.device, self.extras, chosen=chosen)
+        return LayerSums(experts, counts, self.model.places[layer], self.extras, chosen=chosen)
 
 
 def _check(arrays: Mapping[str, Mapping[str, np.ndarray[Any, Any]]], layer: int) -> None:

@@ -23,7 +23,7 @@ from expertsmith.conversion.settings import WAYS, Asked, Request, ask, block_par
 from expertsmith.conversion.split import Split
 from expertsmith.conversion.training import Recipe
 from expertsmith.engine import Batch, LoadedModel
-from expertsmith.engine.devices import choose_device
+from expertsmith.engine.devices import choose_device, one_device
 from expertsmith.engine.loading import load_model
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import measure as measure_quality
@@ -68,7 +68,9 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     if asked.way.needs_data and not request.data:
         raise UserError(f"method {request.method} needs calibration text", "pass --data FILE (repeatable)")
     tokens = _tokens(request, source, progress) if request.data else None
-    model = load_model(source, None, device=choose_device(request.device), dtype=request.dtype)
+    remedy = "use --device cpu, or a GPU with more memory"
+    where = one_device(choose_device(request.device), [source], request.dtype, "convert", remedy)
+    model = load_model(source, None, device=where, dtype=request.dtype)
     with timed(seconds, "train" if asked.way.learned else "convert"):
         converted, method = _decide(request, asked, source, model, tokens, progress)
     if dist.is_initialized() and dist.get_rank() > 0:

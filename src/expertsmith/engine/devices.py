@@ -13,6 +13,7 @@ import torch
 from expertsmith.arch import text_config
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.floats import floats
+from expertsmith.engine.spread import ROOM, local_devices, owners, stored_sizes
 from expertsmith.errors import UserError
 from expertsmith.ranks import ALONE, Ranks
 
@@ -23,8 +24,9 @@ GROUP = Path("/sys/fs/cgroup")
 def choose_memory(
     memory: str, checkpoints: Sequence[Checkpoint], device: torch.device, dtype: str = "auto", ranks: Ranks = ALONE
 ) -> Memory:
-    """Return the memory mode; `auto` streams if the models together would take more than 70 % of the free memory of any of the `ranks`.
-    A streamed model holds one decoder layer, and in main memory at most the stored bytes of the next (`engine.read_ahead`).
+    """Return the memory mode; `auto` streams if the models together would take more than 70 % of the free memory of any of the `ranks`, and
+    cannot be spread over several GPUs either (`engine.spread`), which only a process alone tries. A streamed model holds one decoder layer, and
+    in main memory at most the stored bytes of the next (`engine.read_ahead`).
 
     Raises:
         UserError: another word than auto, resident or stream.
@@ -37,15 +39,45 @@ def choose_memory(
         raise UserError(f"memory is {memory!r}", "choose auto, resident or stream")
     if any(checkpoint.converted for checkpoint in checkpoints):
         return "stream"
-    free = free_memory(device)
+    parts = [stored_sizes(floats(entry), torch.empty(0, dtype=dtype_of(dtype, entry)).element_size()) for entry in checkpoints]
+    free = [free_memory(place) for place in local_devices(device)]
+    fits = sum(map(sum, parts)) < ROOM * free[0] or (len(free) > 1 and _fit_spread(parts, free))
+    return "resident" if all(ranks.gather(fits)) else "stream"
+
+
+def one_device(device: torch.device, checkpoints: Sequence[Checkpoint], dtype: str, work: str, remedy: str) -> torch.device:
+    """The device on which models stay whole, for `work` that cannot be spread over several: the first GPU, or the CPU.
+
+    Raises:
+        UserError: it is a GPU on which their weights have no room.
+    """
+    chosen = local_devices(device)[0]
     need = sum(floats(entry).numel * torch.empty(0, dtype=dtype_of(dtype, entry)).element_size() for entry in checkpoints)
-    return "resident" if all(ranks.gather(need < 0.7 * free)) else "stream"
+    free = free_memory(chosen)
+    if chosen.type != "cpu" and need > free:
+        raise UserError(
+            f"{work} runs on one GPU, and the weights take {need / 1e9:.1f} GB, but {chosen} has {free / 1e9:.1f} GB free",
+            remedy,
+        )
+    return chosen
+
+
+def _fit_spread(models: Sequence[Sequence[int]], free: Sequence[int]) -> bool:
+    """Whether models can be spread over devices one after the other, each in the room that those before have left."""
+    free = list(free)
+    for sizes in models:
+        places = owners(sizes, free)
+        if places is None:
+            return False
+        for place, size in zip(places, sizes, strict=True):
+            free[place] -= size
+    return True
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes of memory that this process can still use on a device. Processes of torchrun on one machine share its main memory evenly."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
     return _free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -80,13 +112,14 @@ def _reclaimable(file: Path) -> int:
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the torch device of a name; `auto` is the first GPU, or else the CPU.
+    """Return the torch device of a name; `auto` is the GPUs, or else the CPU. A GPU without a number stands for all that this process sees
+    (`engine.spread`).
 
     Raises:
         UserError: a device that torch does not have here.
     """
     if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:

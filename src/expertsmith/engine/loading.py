@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,10 +28,14 @@ from expertsmith.engine.on_demand import Source, remove
 from expertsmith.engine.pages import own_pages, trim
 from expertsmith.engine.parameters import align, check_finite, to_meta
 from expertsmith.engine.read_ahead import ReadAhead
+from expertsmith.engine.spread import ROOM, built_sizes, local_devices, owners, travel
 from expertsmith.engine.stock import quietly, read_in
 from expertsmith.engine.uneven import causal_lm, has_novices
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory, take_inventory
+
+if TYPE_CHECKING:
+    from expertsmith.engine.shared_reads import SharedReads
 
 MOST_TOKENS, LEAST_TOKENS, BUFFER = 8192, 512, 16 * 2**20  # of a batch; bytes
 SHARE_OF_A_LAYER = 0.25  # of the free memory, at most, for the experts of one decoder layer
@@ -50,21 +54,42 @@ class LoadedModel:
     checkpoint: Checkpoint
     architecture: Architecture | None
     memory: Memory
-    device: torch.device
+    device: torch.device  # of what is outside the decoder layers: token ids go in there, and logits come out
     dtype: torch.dtype
     weights: Checkpoint  # the source of the weights: the float view of a quantised checkpoint, else the checkpoint itself
     _match: Match = field(repr=False)
     _names: Mapping[str, str | None] = field(repr=False)  # of multi-token prediction: tensor → its name in the module
     _path: str = field(repr=False)  # of the decoder layers in the module
+    places: Sequence[torch.device]  # of the decoder layers (`engine.spread`)
     _checked: set[int] = field(default_factory=set, repr=False)
     ahead: Ahead | None = None
     _reads: ReadAhead | None = None  # the reads of the layers' weights (stream)
+    shared: SharedReads | None = None  # the reads if the ranks share them (`engine.shared_reads`)
     _experts: Inventory | None = None  # to read routed experts on demand; None: they are loaded with their layer
 
     @property
     def config(self) -> Any:
         """The transformers config that the model was built from."""
         return self.module.config
+
+    def device_of(self, name: str) -> torch.device:
+        """Where the parameter or buffer of a name is."""
+        layer = name.removeprefix(f"{self._path}.").partition(".")[0] if name.startswith(f"{self._path}.") else ""
+        return self.places[int(layer)] if layer.isdigit() else self.device
+
+    @property
+    def _reading(self) -> ReadAhead | SharedReads | None:
+        return self.shared or self._reads
+
+    @property
+    def groups(self) -> Mapping[int | None, Sequence[str]]:
+        """Decoder layer (None: outside the layers) → its tensors in `weights`."""
+        return self._match.groups
+
+    @property
+    def reads_on_demand(self) -> bool:
+        """Whether routed experts are read when tokens are sent to them."""
+        return self._experts is not None
 
     @property
     def depth(self) -> int:
@@ -107,11 +132,13 @@ class LoadedModel:
     def bring(self, index: int) -> None:
         """Load decoder layer `index` and check that its weights are finite."""
         if self.memory == "stream":
+            if self.shared is not None:
+                self.shared.gather(index)
             try:
                 self._load(index)
             finally:
-                if self._reads is not None:
-                    self._reads.end()
+                if self._reading is not None:
+                    self._reading.end()
         if index not in self._checked or self.memory == "stream":
             align(self.layers[index])
         if index not in self._checked:
@@ -121,13 +148,13 @@ class LoadedModel:
     def read_ahead(self, index: int) -> None:
         """Begin to read decoder layer `index` in the background, for the next `bring` (stream). Experts that are read on demand are not read
         ahead, nor is a layer beside them: memory is short."""
-        if self._reads is not None and self._experts is None:
-            self._reads.begin(index)
+        if self._reading is not None and self._experts is None:
+            self._reading.begin(index)
 
     def stop_reading(self) -> None:
         """Stop reading ahead, and return the memory that it took."""
-        if self._reads is not None:
-            self._reads.close()
+        if self._reading is not None:
+            self._reading.close()
 
     def release(self, index: int) -> None:
         """Release the weights of decoder layer `index` (stream)."""
@@ -145,7 +172,7 @@ class LoadedModel:
             names = [name for name in names if name not in self._expert_names(group)]
             install(experts, Source(self._experts, group, self.architecture, self.device))
             later = {id(p) for p in experts.parameters()}
-        self._read_in(names, where)
+        self._read_in(names, where, self.device if group is None else self.places[group])
         skipped = {id(p) for layer in self.layers for p in layer.parameters()} if group is None else later
         if group is None:
             self.module.tie_weights()  # type: ignore[operator]
@@ -164,16 +191,16 @@ class LoadedModel:
         assert self._experts is not None
         return {claim.info.name for claims in self._experts.expert_claims(index) for claim in claims}
 
-    def _read_in(self, names: Sequence[str], where: str) -> None:
+    def _read_in(self, names: Sequence[str], where: str, device: torch.device) -> None:
         """Load tensors of the checkpoint into the module, with transformers' own renaming and fusing."""
-        take = self._reads.take if self._reads is not None else self.weights.read
+        take = self._reading.take if self._reading is not None else self.weights.read
         if self.architecture is not None and is_ragged(self.config):
             take = partial(_filled_up, take, self.architecture, widths_of(self.config))
         known = {self._names.get(name) or name: name for name in names}
         state = {name: _Unread(take, own) for name, own in known.items()}
         state = in_place(self._match.naming, state, {name: self.weights.tensors[own].shape for name, own in known.items()})
         with own_pages():
-            outcome = read_in(self._match.naming, state, self.device)
+            outcome = read_in(self._match.naming, state, device)
         refuse_mismatched(outcome.mismatched)
         if outcome.errors:
             if any(re.search(OUT_OF_MEMORY, str(text)) for text in outcome.errors.values()):
@@ -221,13 +248,14 @@ def load_model(
         architecture: record of the family, or None for a dense model (then its layers are expected under `model.layers`).
         config_overrides: keys of the text config to change before the model is built.
         mtp: also load the multi-token-prediction layer, if there is one with experts that can be run (`engine.mtp`).
+        device: a GPU without a number: the first of this process, or all of them if a resident model does not fit one (`engine.spread`).
 
     Raises:
         UserError: transformers cannot build or run the model, the weights do not fit it, or some would not be loaded.
     """
     if memory == "resident" and checkpoint.converted:
         raise UserError("a pickle checkpoint is run with --memory stream only")
-    target = torch.device(device)
+    targets = local_devices(torch.device(device))
     chosen = dtype_of(dtype, checkpoint)
     weights = checkpoint if isinstance(checkpoint, Floats) else floats(checkpoint, WORDS.get(chosen, "F32"))
     weights = with_unused(weights, architecture)
@@ -242,20 +270,25 @@ def load_model(
     stock = memory == "resident" and not isinstance(weights, Floats) and not runs_as_another and whole is None
     stock = stock and not is_ragged(config)
     with refusing(checkpoint):
-        module: Any = None if stock else empty(auto, config, chosen)
+        several = memory == "resident" and len(targets) > 1
+        module: Any = empty(auto, config, chosen) if several or not stock else None
         check_runs(auto, config, checkpoint, architecture, module)
+        spread = _spread(module, architecture, checkpoint, targets) if several else None
+        target, stock = targets[spread[0]] if spread else targets[0], stock and spread is None
         if stock:
             module = _from_pretrained(auto, config, checkpoint, chosen, target)
     module.eval().requires_grad_(False)
-    path = layers_of(module, architecture.layers if architecture else "model.layers")
-    layers = list(module.get_submodule(path))  # type: ignore[arg-type]
+    path, layers = _layers(module, architecture)
+    places = [targets[owner] for owner in spread[1:]] if spread else [target] * len(layers)
+    if spread:
+        travel(layers, places, target)
     names = known_names(whole) if whole is not None else {}
     found = match(module, weights, architecture, path, chosen, names)
-    loaded = LoadedModel(module, layers, checkpoint, architecture, memory, target, chosen, weights, found, names, path)
+    loaded = LoadedModel(module, layers, checkpoint, architecture, memory, target, chosen, weights, found, names, path, places)
     loaded._reads = ReadAhead(weights, found.groups, target) if memory == "stream" else None
     if stock:
         # some families initialise buffers again after loading (Zaya's balancing biases in transformers 5.23): use the checkpoint's values
-        loaded._read_in(found.buffers, "of the routers")
+        loaded._read_in(found.buffers, "of the routers", target)
     else:
         on_demand = memory == "stream" and architecture is not None and not has_novices(config) and not widths_of(config)
         if on_demand and architecture is not None and _too_large(weights, architecture, chosen, target):
@@ -267,6 +300,34 @@ def load_model(
     align(module, skip=layer_ids)
     check_finite(module, "the model outside its decoder layers", skip=layer_ids)
     return loaded
+
+
+def _layers(module: nn.Module, architecture: Architecture | None) -> tuple[str, list[nn.Module]]:
+    """The path of a model's decoder layers, and the layers."""
+    path = layers_of(module, architecture.layers if architecture else "model.layers")
+    layers: Any = module.get_submodule(path)
+    return path, list(layers)
+
+
+def _spread(
+    module: nn.Module, architecture: Architecture | None, checkpoint: Checkpoint, targets: Sequence[torch.device]
+) -> list[int] | None:
+    """Which of several devices holds what is outside the decoder layers, and each of them; None if the first has room for all.
+
+    Raises:
+        UserError: the devices together have no room for the model.
+    """
+    sizes, free = built_sizes(module, _layers(module, architecture)[1]), [free_memory(target) for target in targets]
+    if sum(sizes) < ROOM * free[0]:
+        return None
+    found = owners(sizes, free)
+    if found is None:
+        each = " + ".join(f"{room / 1e9:.0f}" for room in free)
+        raise UserError(
+            f"{checkpoint.source} has {sum(sizes) / 1e9:.1f} GB of weights, for which {each} GB of free GPU memory have no room",
+            "use --memory stream",
+        )
+    return found
 
 
 def _ahead_in(weights: Checkpoint, architecture: Architecture | None) -> Inventory | None:
@@ -303,7 +364,8 @@ def _load_empty(loaded: LoadedModel) -> None:
     module = loaded.module
     for buffer_name, buffer in module.named_buffers():
         parent, _, leaf = buffer_name.rpartition(".")
-        held = torch.empty_like(buffer, device=loaded.device) if buffer.is_meta else buffer.to(loaded.device)
+        place = loaded.device_of(buffer_name)
+        held = torch.empty_like(buffer, device=place) if buffer.is_meta else buffer.to(place)
         module.get_submodule(parent)._buffers[leaf] = held
     loaded._load(None)
     for index in range(len(loaded.layers)) if loaded.memory == "resident" else ():
@@ -328,7 +390,7 @@ def load_decoded(
         raise UserError(f"{checkpoint.source} is quantised and is loaded decoded, on one device", "give one in device_map")
     where = next(iter(places))
     name = str(dtype).removeprefix("torch.")
-    device = choose_device(where if isinstance(where, str) else str(torch.device(where)))
+    device = local_devices(choose_device(where if isinstance(where, str) else str(torch.device(where))))[0]
     module = load_model(checkpoint, architecture, device=device, dtype=name).module
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())

@@ -184,8 +184,8 @@ class Walk:
         assert self.model.ahead is not None
         hidden = args[0] if args else kwargs["hidden_states"]
         self._trunk[number] = hidden
-        ids = self.batches[number].input_ids.to(hidden.device)
-        given = self.model.ahead(ids, hidden)
+        home = self.model.device
+        given = self.model.ahead(self.batches[number].input_ids.to(home), hidden.to(home)).to(hidden.device)
         return (kwargs, (given, *args[1:])) if args else ({**kwargs, "hidden_states": given}, args)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from expertsmith.engine import Batch, LoadedModel, Walk
+from expertsmith.engine.shared_reads import sharing
 from expertsmith.errors import UserError
 from expertsmith.evaluation.paired import ratio
 from expertsmith.ranks import ALONE, Ranks
@@ -178,9 +179,12 @@ def measure(
     models = [model] if reference is None else [model, reference]
     streamed = any(entry.memory == "stream" for entry in models)
     mine = ranks.share(batches)
-    groups = [mine][: len(mine)] if streamed else [[batch] for batch in mine]
     parts: list[DomainQuality] = []
-    with (progress or Silent()).task("evaluate", sum(batch.tokens for batch in mine), "tokens") as advance:
+    with (
+        sharing(models, ranks) as shared,
+        (progress or Silent()).task("evaluate", sum(batch.tokens for batch in mine), "tokens") as advance,
+    ):
+        groups = [mine] if streamed and (mine or shared) else [[batch] for batch in mine]
         for group in groups:
             _measure_group(model, reference, group, parts, advance)
     for batch, part in zip(batches, ranks.joined(parts), strict=True):

@@ -24,7 +24,8 @@ from expertsmith.checkpoint.origin import card_metadata, front_matter, name_of, 
 from expertsmith.checkpoint.work import work_beside, work_of
 from expertsmith.checkpoint.writer import prepare_target
 from expertsmith.engine import Batch, LoadedModel, load_model
-from expertsmith.engine.devices import Memory, choose_device, choose_memory
+from expertsmith.engine.devices import Memory, choose_device, choose_memory, one_device
+from expertsmith.engine.spread import local_devices
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import Quality, measure
 from expertsmith.experts.inventory import Inventory, take_inventory
@@ -107,8 +108,7 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
     source = job.inventory.checkpoint
     ranks = current()
     layerwise, trains = job.method in LAYERWISE, job.method != "least_squares"
-    where = choose_device(job.device)
-    mode = choose_memory(job.memory, [source, job.teacher], where, job.dtype, ranks) if layerwise else "resident"
+    where, mode = _place(job, layerwise)
     student = load_model(source, job.inventory.architecture, memory=mode, device=where, dtype=job.dtype)
     teacher = _teacher(job.teacher, mode, where, job.dtype)
     trained = max(TRAINED_BATCH, job.options.step_tokens or LOCAL_BATCH) if job.method == "layer_local" else TRAINED_BATCH
@@ -257,6 +257,16 @@ def _distil(
         into_memory(experts, job.inventory, layer, tensors, (ROUTER,))
         work.save(layer, tensors, {"layer": layer})
     return distillation.report
+
+
+def _place(job: Healing, layerwise: bool) -> tuple[torch.device, Memory]:
+    """Where both models are: on one device, whole or streamed. What trains through the whole model needs it whole."""
+    both, where = [job.inventory.checkpoint, job.teacher], local_devices(choose_device(job.device))[0]
+    mode = choose_memory(job.memory, both, where, job.dtype, current()) if layerwise else "resident"
+    if mode == "stream":
+        return where, mode
+    remedy = "use --memory stream" if layerwise else "use --device cpu, or a method that streams: layer_local or least_squares"
+    return one_device(where, both, job.dtype, f"heal --method {job.method}", remedy), mode
 
 
 def _teacher(checkpoint: Checkpoint, memory: Memory, device: torch.device, dtype: str) -> LoadedModel:

@@ -104,6 +104,34 @@ class Ranks:
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
 
+    def refuse_together(self, mine: BaseException | None) -> None:
+        """Raise an error on all ranks if one has any, so that none waits for another that has stopped.
+
+        Raises:
+            UserError: of the first rank that has one; any other error is raised where it is, and told as a UserError to the others.
+        """
+        own = mine is None or isinstance(mine, UserError)
+        told = mine if own else UserError(f"rank {self.rank} failed: {mine}", "its own message has more")
+        errors = [error for error in self.gather(told) if error is not None]
+        if not own:
+            raise mine  # type: ignore[misc]
+        if errors:
+            raise errors[0]
+
+    def side_by_side(self, mine: Any) -> Any:
+        """The equally long tensors of bytes of all ranks, one after another, in main memory. They go over nccl if the ranks have GPUs."""
+        if self.world == 1:
+            return mine
+        import torch
+        import torch.distributed as dist
+
+        over = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend_config() else torch.device("cpu")
+        group = None if over.type == "cuda" else self.group
+        found = torch.empty(self.world * len(mine), dtype=torch.uint8, device=over)
+        with _answered():
+            dist.all_gather_into_tensor(found, mine.to(over), group=group)
+        return found.cpu()
+
     def leading(self, work: Callable[[], T]) -> T:
         """What `work` returns on the first rank, for every rank. The others wait; a UserError is raised on all of them."""
         if self.world == 1:

@@ -28,6 +28,7 @@ from expertsmith.engine import Batch, LoadedModel, Walk, hidden_of, load_model
 from expertsmith.engine.devices import Memory
 from expertsmith.engine.layout import expert_count, experts_of, is_grouped, routing_of
 from expertsmith.engine.mtp import counted, why_not_played
+from expertsmith.engine.shared_reads import sharing
 from expertsmith.engine.skipping import Rule, keep_slots, rescaled_weights, skipping
 from expertsmith.engine.uneven import SHIM
 from expertsmith.errors import UserError
@@ -207,16 +208,31 @@ def verify(
         "mtp": ahead and verdict.mtp_not_compared is None,
     }
     mine, part = ranks.share(batches), Outputs()
-    if mine:  # there may be more ranks than batches
+    if mine or memory == "stream":  # there may be more ranks than batches; where reads are shared, they walk along
         source = load_model(held.checkpoint, record, config_overrides=overrides, **where)
         pruned = load_model(output, record, **where)
-        with enforced(source, plan, held), progress.task("verify", len(source.layers), "layers") as advance:
-            _compare_forwards(source, pruned, mine, part, advance)
-        if plan.skip is not None:
-            _compare_skipping(pruned, mine, plan.thresholds, plan.skip.rule, part)
+        with sharing([source, pruned] if memory == "stream" else [], ranks) as shared:
+            if mine or shared:
+                _compare_models(plan, held, source, pruned, mine, part, progress)
     _add_up(verdict, ranks.gather(part))
     verdict.passed = verdict.largest <= tolerance
     return verdict
+
+
+def _compare_models(
+    plan: Plan,
+    held: Inventory,
+    source: LoadedModel,
+    pruned: LoadedModel,
+    batches: Sequence[Batch],
+    found: Outputs,
+    progress: Progress,
+) -> None:
+    """Run the masked source, as it is `held`, and the output on the batches, and compare what their layers and heads give."""
+    with enforced(source, plan, held), progress.task("verify", len(source.layers), "layers") as advance:
+        _compare_forwards(source, pruned, batches, found, advance)
+    if plan.skip is not None:
+        _compare_skipping(pruned, batches, plan.thresholds, plan.skip.rule, found)
 
 
 def _differing_texts(plan: Plan, inventory: Inventory, output: Checkpoint, pad: bool) -> list[str]:
@@ -260,7 +276,8 @@ def _compare_forwards(source: LoadedModel, pruned: LoadedModel, batches: Sequenc
         reference[number] = hidden_of(output)
 
     def compare(layer: int, number: int, output: Any) -> None:
-        theirs, hidden = reference.pop(number), hidden_of(output)
+        hidden = hidden_of(output)
+        theirs = reference.pop(number).to(hidden.device)  # two models may be spread over GPUs in other ways
         mask = batches[number].mask
         rows = (counted(mask) if layer >= source.depth else mask).to(hidden.device)
         a, b = theirs[rows].float(), hidden[rows].float()
@@ -274,7 +291,7 @@ def _compare_forwards(source: LoadedModel, pruned: LoadedModel, batches: Sequenc
             advance(1)
         for batch, a, b in zip(batches, first.outputs(), second.outputs(), strict=True):
             rows = batch.mask.to(a.logits.device)
-            x, y = a.logits[rows].float(), b.logits[rows].float()
+            x, y = a.logits[rows].float(), b.logits[rows.to(b.logits.device)].to(a.logits.device).float()
             found.logits["difference"] = max(found.logits["difference"], _largest(x - y))
             found.logits["scale"] = max(found.logits["scale"], _largest(x))
             found.same += int((x.argmax(-1) == y.argmax(-1)).sum())

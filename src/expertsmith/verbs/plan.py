@@ -311,4 +311,4 @@ def model_and_tokens(inventory: Inventory, data: Sequence[str], given: Mapping[s
     """(model, token data) for what runs the model on text."""
     source, progress = inventory.checkpoint, given["progress"]
     tokens = token_data(source.path, source.config, data, progress, **part(Text, given))
-    return open_model(inventory, progress, router_groups=router_groups, **part(Running, given)), tokens
+    return open_model(inventory, progress, router_groups=router_groups, ranks=current(), **part(Running, given)), tokens
