@@ -42,6 +42,7 @@ OTHER_PARTS = (
     r"^(model\.)?(vision|visual|audio|image|multi_modal|mm_|embed_vision|embed_audio|talker|code2wav)"  # of a composite
 )
 ALWAYS_LEFT_OUT = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", MTP_PATTERN.pattern)  # computed, or multi-token prediction
+BESIDE = re.compile(r"(?<=weight)_\w+$")  # a scale beside a weight
 OUT_OF_MEMORY = "allocate memory|out of memory"  # torch says it in the text of a RuntimeError
 
 
@@ -349,7 +350,7 @@ def _empty(auto: Any, config: Any, dtype: torch.dtype) -> Any:
 
 def check_model(checkpoint: Checkpoint, architecture: Architecture, overrides: Mapping[str, Any] | None = None) -> None:
     """Build the model of a checkpoint without memory, to report a wrong config.json before any work. Its buffers must be finite, every
-    parameter needs a tensor, tensors and parameters must have the same size, and a forward must run.
+    parameter needs a tensor and every tensor outside the experts a parameter, both must have the same size, and a forward must run.
 
     Args:
         overrides: keys of the text config to change first.
@@ -416,17 +417,22 @@ def _sizes_given(module: Any, checkpoint: Checkpoint, architecture: Architecture
     """Parameter → elements of the tensors that load into it, by transformers' names; None if one tensor is split into several.
 
     Raises:
-        UserError: a tensor that loads unchanged, into a parameter of another shape.
+        UserError: a tensor that loads unchanged, into a parameter of another shape; a tensor outside the experts that the model does not
+            have, see `_left_out`.
     """
     names = naming(module, key_mapping(architecture), torch.float32)
     to_module, parts_of = renamer(names), splits(names)
     targets, weights = module.state_dict(), floats(checkpoint)
+    left_out = _left_out(module, checkpoint, architecture, len(module.get_submodule(layers_of(module, architecture.layers))))
     given: dict[str, int | None] = {}
     for name, info in filled(weights, _never_used(weights, architecture)).tensors.items():
         known, converted = to_module(name)
+        place = architecture.locate(name)
+        moves = place is not None and architecture.expert_of(place[1]) is not None  # with its expert, whatever it is
+        if not moves and BESIDE.sub("", known) not in targets and not left_out(name):
+            raise _strange(module, name, checkpoint)
         parts = [known.replace(first, other) for first, others in parts_of.items() if first in known for other in others]
         given |= dict.fromkeys([known, *parts]) if parts else {known: (given.get(known) or 0) + info.numel}
-        place = architecture.locate(name)
         routed = place is not None and architecture.layout_of(place[1]) is not None  # these come in several layouts
         if not converted and not routed and known in targets and tuple(targets[known].shape) != info.shape:
             _refuse_mismatched([(name, info.shape, targets[known].shape)])
@@ -619,7 +625,7 @@ def _group_names(loaded: LoadedModel) -> list[str]:
     is_buffer = {name for name, _ in loaded.module.named_buffers()}
     groups: dict[int | None, list[str]] = {}
     buffers = []
-    left_out = _left_out(loaded)
+    left_out = _left_out(loaded.module, loaded.checkpoint, loaded.architecture, len(loaded.layers))
     for name in loaded.weights.tensors:
         known = loaded._names.get(name, name)
         if known is None:
@@ -628,10 +634,7 @@ def _group_names(loaded: LoadedModel) -> list[str]:
         if renamed not in targets:
             if left_out(name):
                 continue
-            raise UserError(
-                f"{type(loaded.module).__name__} has no parameter for {name} of {loaded.checkpoint.source}",
-                "config.json and weights do not match, or this checkpoint has unsupported parts; please report it",
-            )
+            raise _strange(loaded.module, name, loaded.checkpoint)
         if renamed in is_buffer:
             buffers.append(name)
         rest = renamed.removeprefix(loaded._prefix)
@@ -642,18 +645,22 @@ def _group_names(loaded: LoadedModel) -> list[str]:
     return buffers
 
 
-def _left_out(loaded: LoadedModel) -> Callable[[str], bool]:
-    """A function: whether the model correctly ignores a tensor. These are tensors that the class itself declares, buffers that old versions
-    saved, tensors that the family's record names, layers after the last (multi-token prediction), and parts besides the language model."""
-    record = loaded.architecture
-    declared = ignored(loaded.module)
-    if (
-        text_config(loaded.checkpoint.config) is not loaded.checkpoint.config
-        and loaded.config.get_text_config() is loaded.config
-    ):
+def _strange(module: nn.Module, name: str, checkpoint: Checkpoint) -> UserError:
+    return UserError(
+        f"{type(module).__name__} has no parameter for {name} of {checkpoint.source}",
+        "config.json and weights do not match (does it lack a key of the published one, such as layer_types?), or this checkpoint has "
+        "unsupported parts; please report it",
+    )
+
+
+def _left_out(module: Any, checkpoint: Checkpoint, record: Architecture | None, depth: int) -> Callable[[str], bool]:
+    """A function: whether a model of `depth` decoder layers correctly ignores a tensor. These are tensors that the class itself declares, buffers
+    that old versions saved, tensors that the family's record names, layers after the last (multi-token prediction), and parts besides the
+    language model."""
+    declared, config = ignored(module), module.config
+    if text_config(checkpoint.config) is not checkpoint.config and config.get_text_config() is config:
         declared = (*declared, OTHER_PARTS)  # only the language model of a composite
     known = re.compile("|".join(f"(?:{entry})" for entry in (*declared, *ALWAYS_LEFT_OUT, *(record.ignored if record else ()))))
-    depth = len(loaded.layers)
 
     def decide(name: str) -> bool:
         located = record.locate(name) if record else None
