@@ -20,6 +20,7 @@ from expertsmith.conversion import groups, routers
 from expertsmith.conversion.settings import WAYS, ask
 from expertsmith.conversion.split import Split
 from expertsmith.errors import UserError
+from gguf_file import write_gguf
 from tiny import TINY_DENSE
 
 FREE = [name for name in WAYS if name != "tomoe"]
@@ -419,48 +420,11 @@ def test_damaged_mlps_are_named(dense, tmp_path):
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory, dense):
-    """A float32 GGUF file of the tiny Llama, with a small byte-level tokenizer; query and key rows in llama.cpp's order."""
-    gguf = pytest.importorskip("gguf")
+    """A folder with the tiny Llama as a GGUF file, whole, without one tensor, and cut."""
+    pytest.importorskip("gguf")
     folder = tmp_path_factory.mktemp("gguf")
-    tensors = {k: v.numpy() for k, v in load_file(dense("llama") / "model.safetensors").items()}
-
-    def write(name: str, leave_out: str = "") -> None:
-        writer = gguf.GGUFWriter(folder / name, "llama")
-        writer.add_context_length(256)
-        writer.add_embedding_length(32)
-        writer.add_block_count(3)
-        writer.add_feed_forward_length(128)
-        writer.add_head_count(4)
-        writer.add_head_count_kv(2)
-        writer.add_layer_norm_rms_eps(1e-6)
-        writer.add_rope_freq_base(10000.0)
-        writer.add_vocab_size(128)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_list([chr(33 + i) for i in range(93)] + ["!!"] + [f"<t{i}>" for i in range(34)])
-        writer.add_token_merges(["! !"])
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}  # fmt: skip
-        for name_in, value in tensors.items():
-            if name_in == "model.embed_tokens.weight":
-                target = "token_embd.weight"
-            elif name_in == "model.norm.weight":
-                target = "output_norm.weight"
-            else:
-                _, _, layer, rest = name_in.split(".", 3)
-                target = f"blk.{layer}.{names[rest.removesuffix('.weight')]}.weight"
-                if rest.startswith(("self_attn.q_proj", "self_attn.k_proj")):
-                    heads = 4 if "q_proj" in rest else 2
-                    value = value.reshape(heads, 2, 4, 32).swapaxes(1, 2).reshape(value.shape)
-            if target != leave_out:
-                writer.add_tensor(target, np.ascontiguousarray(value))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-    write("tiny.gguf")
-    write("lacking.gguf", "blk.1.ffn_up.weight")
+    write_gguf(folder / "tiny.gguf", dense("llama"))
+    write_gguf(folder / "lacking.gguf", dense("llama"), leave_out="blk.1.ffn_up.weight")
     whole = (folder / "tiny.gguf").read_bytes()
     (folder / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     return folder

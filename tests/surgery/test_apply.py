@@ -427,3 +427,18 @@ def test_a_config_that_transformers_refuses_is_refused_before_anything_is_writte
         done = subprocess.run([sys.executable, "-c", code, source, tmp_path / "a" / "out"], capture_output=True, text=True, check=False)  # fmt: skip
         assert done.stderr.splitlines()[-1] == f"expertsmith.errors.UserError: {caught.value}"
         assert not (tmp_path / "a").exists()
+
+
+def test_a_config_that_leaves_tensors_without_a_place_is_refused_before_anything_is_written(checkpoints, tmp_path):
+    """Without layer_types, transformers builds a MiniMax-M3 without indexers: it would run, and be another model."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("minimax_m3_vl_text"), source)
+    config = json.loads((source / "config.json").read_text())
+    assert "minimax_m3_sparse" in config.pop("layer_types")
+    (source / "config.json").write_text(json.dumps(config))
+    made = api.plan(source, "random", 4)
+    with pytest.raises(
+        UserError, match=r"has no parameter for .*self_attn\.indexer\..*does it lack a key .* such as layer_types"
+    ):
+        api.apply(source, made, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,17 +11,19 @@ import torch
 from expertsmith.arch import Architecture
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.floats import floats
-from expertsmith.engine.building import check_runs, config_of, empty, first_line, refusing, transformers_config
+from expertsmith.engine.building import check_runs, config_of, empty, first_line, layers_of, refusing, transformers_config
 from expertsmith.engine.devices import dtype_of
-from expertsmith.engine.matching import match, refuse_mismatched, with_unused
+from expertsmith.engine.matching import left_out, match, refuse_mismatched, strange, with_unused
 from expertsmith.engine.stock import naming, quietly, read_in, renamer, splits
 from expertsmith.engine.uneven import causal_lm, key_mapping
 from expertsmith.errors import UserError
 
+BESIDE = re.compile(r"(?<=weight)_\w+$")  # a scale beside a weight
+
 
 def check_model(checkpoint: Checkpoint, architecture: Architecture, overrides: Mapping[str, Any] | None = None) -> None:
     """Build the model of a checkpoint without memory, to report a wrong config.json before any work. Its buffers must be finite, every
-    parameter needs a tensor, tensors and parameters must have the same size, and a forward must run.
+    parameter needs a tensor and every tensor outside the experts a parameter, both must have the same size, and a forward must run.
 
     Args:
         overrides: keys of the text config to change first.
@@ -88,17 +91,22 @@ def _sizes_given(module: Any, checkpoint: Checkpoint, architecture: Architecture
     """Parameter → elements of the tensors that load into it, by transformers' names; None if one tensor is split into several.
 
     Raises:
-        UserError: a tensor that loads unchanged, into a parameter of another shape.
+        UserError: a tensor that loads unchanged, into a parameter of another shape; a tensor outside the experts that the model does not
+            have, see `matching.left_out`.
     """
     names = naming(module, key_mapping(architecture), torch.float32)
     to_module, parts_of = renamer(names), splits(names)
     targets, weights = module.state_dict(), floats(checkpoint)
+    is_left_out = left_out(module, checkpoint, architecture, len(module.get_submodule(layers_of(module, architecture.layers))))
     given: dict[str, int | None] = {}
     for name, info in with_unused(weights, architecture).tensors.items():
         known, converted = to_module(name)
+        place = architecture.locate(name)
+        moves = place is not None and architecture.expert_of(place[1]) is not None  # with its expert, whatever it is
+        if not moves and BESIDE.sub("", known) not in targets and not is_left_out(name):
+            raise strange(module, name, checkpoint)
         parts = [known.replace(first, other) for first, others in parts_of.items() if first in known for other in others]
         given |= dict.fromkeys([known, *parts]) if parts else {known: (given.get(known) or 0) + info.numel}
-        place = architecture.locate(name)
         routed = place is not None and architecture.layout_of(place[1]) is not None  # these come in several layouts
         if not converted and not routed and known in targets and tuple(targets[known].shape) != info.shape:
             refuse_mismatched([(name, info.shape, targets[known].shape)])

@@ -57,7 +57,7 @@ def match(
     is_buffer = {name for name, _ in module.named_buffers()}
     groups: dict[int | None, list[str]] = {}
     buffers = []
-    is_left_out = _left_out(module, weights, architecture, len(module.get_submodule(layers)))
+    is_left_out = left_out(module, weights, architecture, len(module.get_submodule(layers)))
     for name in weights.tensors:
         known = (names or {}).get(name, name)
         if known is None:
@@ -66,10 +66,7 @@ def match(
         if renamed not in targets:
             if is_left_out(name):
                 continue
-            raise UserError(
-                f"{type(module).__name__} has no parameter for {name} of {weights.source}",
-                "config.json and weights do not match, or this checkpoint has unsupported parts; please report it",
-            )
+            raise strange(module, name, weights)
         if renamed in is_buffer:
             buffers.append(name)
         rest = renamed.removeprefix(f"{layers}.")
@@ -79,9 +76,19 @@ def match(
     return Match(found, groups, buffers)
 
 
-def _left_out(module: Any, weights: Checkpoint, record: Architecture | None, depth: int) -> Callable[[str], bool]:
-    """A function: whether the model correctly ignores a tensor. These are tensors that the class itself declares, buffers that old versions
-    saved, tensors that the family's record names, layers after the last (multi-token prediction), and parts besides the language model."""
+def strange(module: Any, name: str, checkpoint: Checkpoint) -> UserError:
+    """The error for a tensor that the model does not have."""
+    return UserError(
+        f"{type(module).__name__} has no parameter for {name} of {checkpoint.source}",
+        "config.json and weights do not match (does it lack a key of the published one, such as layer_types?), or this checkpoint has "
+        "unsupported parts; please report it",
+    )
+
+
+def left_out(module: Any, weights: Checkpoint, record: Architecture | None, depth: int) -> Callable[[str], bool]:
+    """A function: whether a model of `depth` decoder layers correctly ignores a tensor. These are tensors that the class itself declares, buffers
+    that old versions saved, tensors that the family's record names, layers after the last (multi-token prediction), and parts besides the
+    language model."""
     declared = ignored(module)
     if text_config(weights.config) is not weights.config and module.config.get_text_config() is module.config:
         declared = (*declared, OTHER_PARTS)  # only the language model of a composite
