@@ -32,7 +32,7 @@ def test_too_few_tokens_are_trained_in_closed_form_only():
     assert amount(few, LayerLocal()).steps == 0
     (said,) = told([{"layer": 3, "refined": {"amount": amount(few, LayerLocal()).to_json()}}])
     assert said.startswith(
-        "decoder layer 3: 704,659,456 weights of router and experts, 0.35 equations a weight from the text, fewer than 0.5"
+        "decoder layer 3: 704,659,456 weights of router and experts, 0.35 equations a weight from the text, fewer than 1"
     )
     assert "only down projections are trained, in closed form" in said
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from expertsmith.healing.options import LayerLocal
 
-ENOUGH = 0.5  # equations a weight
+ENOUGH = 1.0  # equations a weight
 EACH = 1024  # tokens of an expert in a step
 PASSES = 4  # over the tokens, at least
 STEPS, MOST = 200, 1200
