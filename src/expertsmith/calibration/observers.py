@@ -56,6 +56,9 @@ STATISTICS = {
     "output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of raw outputs f over the tokens routed to the expert", "--output-sum, --output-moments"),
     "output_sq_sum": Statistic("[E, hidden]", ACTIVATION + "²", "sum of f² in each dimension, over the same tokens", "--output-moments"),
     "weighted_sq_output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of g²f over the same tokens", "--output-moments"),
+    "neuron_sq_sum": Statistic("[E, I]", ACTIVATION + "²", "sum of h² over the tokens routed to the expert, h the hidden activation of a neuron (input of the down projection)", "--neurons"),
+    "neuron_grad_sq_sum": Statistic("[E, I]", "(nats / activation unit)²", "sum of (dL/dh)² over the same tokens, L the sum of the next-token losses of all predicted tokens", "--neurons"),
+    "neuron_product_sq_sum": Statistic("[E, I]", "nats²", "sum of (h dL/dh)² over the same tokens", "--neurons"),
     "all_output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of raw outputs f(x) over all tokens x, routed to the expert or not", "--all-outputs"),
     "all_scored_output_sum": Statistic("[E, hidden]", ACTIVATION, "sum of s f(x) over all tokens x, s the expert's full router score (softmax or sigmoid over all experts)", "--all-outputs"),
     "sample_inputs": Statistic("[n, hidden]", ACTIVATION, "block inputs of a seeded sample of tokens", "--sample-tokens"),
@@ -68,13 +71,15 @@ SAMPLES = ("sample_inputs", "sample_outputs", "sample_index")
 @dataclass(frozen=True)
 class Extras:
     """Optional statistics: expert outputs summed over routed tokens (with `output_moments` also their squares, and weighted), or over all
-    tokens (which runs every expert on every token), and a seeded sample of block inputs and outputs a domain."""
+    tokens (which runs every expert on every token), a seeded sample of block inputs and outputs a domain, and sums over neurons that need
+    gradients (`neurons`)."""
 
     output_sum: bool = False
     all_outputs: bool = False
     sample_tokens: int = 0
     seed: int = 42
     output_moments: bool = False
+    neurons: bool = False
 
 
 @dataclass

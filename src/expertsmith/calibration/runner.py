@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from expertsmith.calibration import stats
+from expertsmith.calibration import gradients, stats
 from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.observers import SAMPLES, Extras, LayerSums, choose_sample, observing
 from expertsmith.calibration.spill import Spill, clear, newest, read
@@ -40,7 +40,7 @@ def collect(
 
     A folder that holds some layers of the same calibration (same model, token ids, dtype, options) is completed: those layers are not
     observed again, nor run again if their outputs were spilled (`calibration.spill`). With several `ranks` the batches are split
-    over them, the sums are reduced, and nothing is spilled.
+    over them, the sums are reduced, and nothing is spilled. Sums of gradients are made first, in a pass of their own (`calibration.gradients`).
 
     Raises:
         UserError: the folder holds another calibration (which `overwrite` replaces), there is nothing to observe, or the ranks have read
@@ -68,6 +68,8 @@ def collect(
         skip = 0 if spilled is None or spilled >= todo[0] else spilled + 1
         if done and ranks.first:
             progress.note(f"resuming: {len(done)} of {len(wanted)} layers are finished, continuing at decoder layer {skip}")
+        small = data.batches(min(batch_tokens, gradients.TOKENS), pad_id=_pad_id(model)) if extras.neurons else []
+        neurons = _gradients(model, ranks.share(small), out, extras, progress, ranks)
         states = Spill(out, enabled=alone)
         tokens = sum(batch.tokens for batch in batches)
         with (
@@ -78,10 +80,34 @@ def collect(
                 _reduce(sums, ranks)
                 arrays = _arrays(sums)
                 _check(arrays, layer)
+                for domain, entry in neurons.get(layer, {}).items():
+                    arrays[domain] |= entry
                 if ranks.first:
                     stats.save_layer(out, layer, arrays)
-    ranks.leading(lambda: clear(out))
+
+    def cleared() -> None:
+        clear(out)
+        (out / gradients.FILE).unlink(missing_ok=True)
+
+    ranks.leading(cleared)
     return stats.load_statistics(out)
+
+
+def _gradients(
+    model: LoadedModel, batches: list[Batch], out: Path, extras: Extras, progress: Progress, ranks: Ranks
+) -> gradients.Arrays:
+    """The sums that need gradients, if they are wanted; those that an interrupted run has left are used."""
+    if not extras.neurons:
+        return {}
+    found = ranks.leading(lambda: gradients.load(out))
+    if found is None:
+        tokens = sum(batch.tokens for batch in batches)
+        first = next(layer for layer in model.moe_layers if layer < model.depth)
+        with progress.task("gradients", tokens * (len(model.layers) + model.depth - first), "layer tokens") as advance:
+            found = gradients.collect_gradients(model, batches, ranks, advance)
+        if ranks.first:
+            gradients.save(out, found)
+    return found
 
 
 @contextmanager
@@ -229,7 +255,9 @@ def _header(model: LoadedModel, data: TokenData, layers: list[int], batch_tokens
             "all_outputs": extras.all_outputs,
             "sample_tokens": extras.sample_tokens,
             "seed": extras.seed,
-            **({"output_moments": True} if extras.output_moments else {}),  # left out, folders of older versions stay valid
+            # left out, folders of older versions stay valid
+            **({"output_moments": True} if extras.output_moments else {}),
+            **({"neurons": True} if extras.neurons else {}),
         },
         "data": {
             "fingerprint": data.fingerprint,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,11 +30,14 @@ class Slots:
     inside: bool = False
 
 
-def grouped_outputs(experts: Any, x: torch.Tensor, token: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+def grouped_outputs(
+    experts: Any, x: torch.Tensor, token: torch.Tensor, expert: torch.Tensor, seen: Callable[[torch.Tensor], None] | None = None
+) -> torch.Tensor:
     """Outputs [S, hidden] of the pairs (token[s], expert[s]), sorted by expert, with one grouped matrix product a projection.
 
     Same operations in the same order as transformers' "grouped_mm" (`transformers.integrations.moe`), so the result is the same bit for
-    bit (tested). Experts that are read on demand run a few at a time.
+    bit (tested). Experts that are read on demand run a few at a time. `seen` is called with the inputs [S, neurons] of the down
+    projections, not for experts that are read on demand.
     """
     if is_on_demand(experts):
         raw = x.new_zeros(len(expert), x.shape[-1])
@@ -57,6 +60,8 @@ def grouped_outputs(experts: Any, x: torch.Tensor, token: torch.Tensor, expert: 
         hidden = experts._apply_gate(linear(x[token], "gate_up_proj"))
     else:
         hidden = experts.act_fn(linear(x[token], "up_proj"))
+    if seen is not None:
+        seen(hidden)
     raw = linear(hidden, "down_proj")
     if getattr(experts, "has_post_expert_norm", False):
         raw = experts.post_expert_norm(raw)
@@ -89,7 +94,13 @@ def flattened_outputs(
     return raw
 
 
-def grouped_forward(experts: Any, x: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, Slots]:
+def grouped_forward(
+    experts: Any,
+    x: torch.Tensor,
+    selected: torch.Tensor,
+    weights: torch.Tensor,
+    seen: Callable[[torch.Tensor], None] | None = None,
+) -> tuple[torch.Tensor, Slots]:
     """The experts' forward as in transformers' "grouped_mm"; also returns the raw outputs.
 
     Tokens are sorted by expert, multiplied by one grouped matrix product a projection, weighted, put back into order and summed. Same
@@ -97,7 +108,7 @@ def grouped_forward(experts: Any, x: torch.Tensor, selected: torch.Tensor, weigh
     """
     expert, order = torch.sort(selected.reshape(-1))
     token = order // selected.shape[-1]
-    return _combine(grouped_outputs(experts, x, token, expert), x, expert, token, order, weights)
+    return _combine(grouped_outputs(experts, x, token, expert, seen), x, expert, token, order, weights)
 
 
 def flattened_forward(

@@ -69,6 +69,13 @@ def in_memory(experts: nn.Module, record: Architecture, expert: int, count: int)
     return found
 
 
+def matrix_role(experts: nn.Module, name: str, record: Architecture) -> str | None:
+    """The role of a parameter of an experts module: "gate", "up", "gate_up", "alternating" or "down"; None for a bias."""
+    if name.endswith("_bias"):
+        return None
+    return _memory_layout(experts, name, record).removesuffix("_t")
+
+
 def _memory_layout(experts: Any, name: str, record: Architecture) -> Layout:
     """The layout from transformers' decorator of the module, or from the record of the checkpoint's tensor of that name."""
     if hasattr(experts, "is_transposed") and hasattr(experts, "is_concatenated"):
