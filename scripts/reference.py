@@ -107,7 +107,7 @@ def method_sections() -> str:
         if m.options:
             hints = {
                 name: kind
-                for function in (m.measure, m.function, m.constants)
+                for function in (m.measure, m.function, m.constants, m.cut)
                 if function
                 for name, kind in get_type_hints(function, include_extras=True).items()
             }

@@ -150,7 +150,7 @@ def test_json_in_the_pages_is_json():
 
 
 @pytest.mark.parametrize(
-    "kind", ["Plan", "Method", "Source", "CalibrationData", "LayerPlan", "Merge", "Novices", "Skip", "Summary"]
+    "kind", ["Plan", "Method", "Source", "CalibrationData", "LayerPlan", "Merge", "Neurons", "Novices", "Skip", "Summary"]
 )
 def test_the_plan_page_names_every_key(kind):
     text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
@@ -165,7 +165,18 @@ def test_the_plan_page_knows_every_part_of_a_plan():
         for name, value in vars(plan_format).items()
         if inspect.isclass(value) and issubclass(value, plan_format._Strict) and value is not plan_format._Strict
     }
-    assert kinds == {"Plan", "Method", "Source", "CalibrationData", "LayerPlan", "Merge", "Novices", "Skip", "Summary"}
+    assert kinds == {
+        "Plan",
+        "Method",
+        "Source",
+        "CalibrationData",
+        "LayerPlan",
+        "Merge",
+        "Neurons",
+        "Novices",
+        "Skip",
+        "Summary",
+    }
 
 
 def test_recipes_in_the_pages_are_valid(tmp_path):

@@ -486,7 +486,14 @@ def test_the_table_of_statistics_is_what_a_calibration_writes(checkpoints, data,
     from expertsmith.calibration.observers import STATISTICS
 
     stats = api.calibrate(
-        checkpoints("mixtral"), data, tmp_path / "s", output_moments=True, all_outputs=True, sample_tokens=3, **CALIBRATION
+        checkpoints("mixtral"),
+        data,
+        tmp_path / "s",
+        output_moments=True,
+        neurons=True,
+        all_outputs=True,
+        sample_tokens=3,
+        **CALIBRATION,
     )
     plain = api.calibrate(checkpoints("mixtral"), data, tmp_path / "plain", **CALIBRATION)
     for domain in "ab":

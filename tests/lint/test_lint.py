@@ -77,6 +77,8 @@ EVEN = replace(PLAIN, declared={0: 32, 1: 32}, extras={"alive": {"0": 32, "1": 3
 GREEDY = replace(put(V2, topk_method="greedy"), groups=1, top_groups=1)
 
 CONSTANT = replace(PLAIN, config={"expertsmith_novices": {"0": {"kept": [0, 2], "novices": [1, 3], "width": 8}}})
+NARROW = replace(PLAIN, config={"expertsmith_neurons": {"0": 8, "1": 16}})
+RAGGED = replace(PLAIN, config={"expertsmith_neurons": {"0": [8, 16], "1": 16}})
 PRUNED = replace(PLAIN, config={"expertsmith_attention": {"query_key": [[0, 4]], "value_width": [None]}})
 
 
@@ -121,6 +123,8 @@ CASES: dict[str, tuple[Subject, Subject]] = {
     "transformers-uneven": (UNEVEN, EVEN),
     "transformers-attention": (PRUNED, PLAIN),
     "transformers-constants": (CONSTANT, PLAIN),
+    "transformers-neurons": (NARROW, RAGGED),
+    "transformers-ragged": (RAGGED, NARROW),
     "transformers-skip": (SKIP, ALIVE),
     "transformers-top-k": (replace(PLAIN, top_k=33), replace(PLAIN, top_k=32)),
     "transformers-groups": (replace(V3, num_experts=100), replace(V3, num_experts=104)),
@@ -135,6 +139,8 @@ CASES: dict[str, tuple[Subject, Subject]] = {
     "vllm-uneven": (UNEVEN, EVEN),
     "vllm-attention": (PRUNED, PLAIN),
     "vllm-constants": (CONSTANT, PLAIN),
+    "vllm-width": (replace(PLAIN, width=1400, tensor_parallel=16), replace(PLAIN, width=1408, tensor_parallel=16)),
+    "vllm-neurons": (NARROW, PLAIN),
     "vllm-padded": (ALIVE, EVEN),
     "vllm-skip": (SKIP, ALIVE),
     "vllm-top-k": (replace(V3, num_experts=8, top_k=5), replace(V3, num_experts=16)),
@@ -172,6 +178,11 @@ CASES: dict[str, tuple[Subject, Subject]] = {
     "sglang-uneven": (UNEVEN, EVEN),
     "sglang-attention": (PRUNED, PLAIN),
     "sglang-constants": (CONSTANT, PLAIN),
+    "sglang-width": (
+        replace(PLAIN, width=100, tensor_parallel=8),
+        replace(PLAIN, width=100, tensor_parallel=8, expert_parallel=8),
+    ),
+    "sglang-neurons": (RAGGED, PLAIN),
     "sglang-padded": (ALIVE, EVEN),
     "sglang-skip": (SKIP, ALIVE),
     "sglang-top-k": (replace(PLAIN, top_k=33), PLAIN),
@@ -201,6 +212,8 @@ CASES: dict[str, tuple[Subject, Subject]] = {
     "llama.cpp-uneven": (UNEVEN, EVEN),
     "llama.cpp-attention": (PRUNED, PLAIN),
     "llama.cpp-constants": (CONSTANT, PLAIN),
+    "llama.cpp-k-quants": (replace(PLAIN, width=1088), replace(PLAIN, width=1024)),
+    "llama.cpp-neurons": (NARROW, PLAIN),
     "llama.cpp-padded": (ALIVE, EVEN),
     "llama.cpp-skip": (SKIP, ALIVE),
     "llama.cpp-top-k": (replace(PLAIN, top_k=33), PLAIN),

@@ -31,7 +31,7 @@ def judged_methods() -> list[Method]:
         for entry in methods().values()
         if entry.gives == "saliency"
         and entry.reads in ("statistics", "nothing")
-        and not (entry.all_outputs or entry.output_moments)
+        and not (entry.all_outputs or entry.output_moments or entry.neurons)
     ]
 
 

@@ -48,6 +48,14 @@ def split(layout: Layout, tensor: Any) -> dict[str, Any]:
     return {layout.removesuffix("_t"): tensor}
 
 
+def neuron_axis(layout: Layout, dims: int) -> int | None:
+    """The axis of one expert's matrix or bias that runs over neurons; None for the bias of the down projection."""
+    down = layout.startswith("down")
+    if dims == 1:
+        return None if down else 0
+    return int(down != layout.endswith("_t"))
+
+
 @dataclass(frozen=True)
 class Stacked:
     """A checkpoint tensor with rows for all routed experts.
@@ -92,6 +100,9 @@ class Architecture:
     group_active: tuple[str, tuple[Any, ...]] | None = None  # (config key, values) with which groups are used; None: always
     shared_key: str | None = None  # number of shared experts, if the config has it
     expert_width_key: tuple[str, ...] = ("moe_intermediate_size",)
+    # what else the experts' width in config.json sizes: "shared" experts, as width * shared_key; or modules that nothing else in it can size
+    # ("more"); None: shared experts if there is a shared_key, otherwise nothing
+    width_sizes: Literal["nothing", "shared", "more"] | None = None
     same_as: tuple[
         tuple[str, str], ...
     ] = ()  # (key, other): if config.json lacks `key`, use the value of `other`, not transformers' guess
@@ -157,6 +168,11 @@ class Architecture:
 
     uneven: str | None = None  # why decoder layers cannot hold different numbers of experts; None: they can
     refusal: Callable[[Mapping[str, Any]], str | None] | None = None  # the reason if the record does not support a config
+
+    @property
+    def sized_by_width(self) -> Literal["nothing", "shared", "more"]:
+        """What else the experts' width in config.json sizes."""
+        return self.width_sizes or ("shared" if self.shared_key else "nothing")
 
     @property
     def supported(self) -> bool:

@@ -51,6 +51,7 @@ FAMILIES = (
         model_type="deepseek_v4",
         cache_unknown="its layers keep compressed keys and values",
         title="DeepSeek V4 (DeepSeek-V4-Flash-Base)",
+        width_sizes="more",
         status="partial",
         notes="The layer carries several residual streams (hyper-connections) that add the block's output with learned "
         "weights; the norm's input is used as the residual stream. Configs "

@@ -14,6 +14,7 @@ FAMILIES = (
         DEEPSEEK,
         model_type="dots3_note_text",
         title="dots.note 3 (rednote-hilab/dots3.note)",
+        width_sizes="nothing",
         notes="Vision and audio tensors (including the vision tower's experts) and processor files are copied unchanged.",
     ),
 )

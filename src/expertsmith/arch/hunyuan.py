@@ -9,6 +9,7 @@ FAMILIES = (
     Architecture(
         model_type="hunyuan_v1_moe",
         title="Hunyuan-MoE V1 (tencent/Hunyuan-A13B-Instruct)",
+        width_sizes="more",
         notes="moe_topk and num_experts may be lists with one number per layer.",
         top_k_key=("moe_topk", "num_experts_per_tok"),
         expert_width_key=("intermediate_size",),

@@ -19,6 +19,7 @@ FAMILIES = (
         model_type="inkling_text",
         state=inkling_state,
         title="Inkling (thinkingmachines/Inkling)",
+        width_sizes="more",
         notes="The router also has a row for each shared expert, and routed and shared weights sum to one scale. A short "
         "causal convolution acts on the block's output before the residual add, so the plain sum is not the layer's "
         "output.",

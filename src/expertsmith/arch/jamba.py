@@ -17,6 +17,7 @@ FAMILIES = (
         model_type="jamba",
         state=mamba_state,
         title="Jamba (ai21labs/Jamba-v0.1)",
+        width_sizes="more",
         expert_width_key=("intermediate_size",),
         expert_prefix=("feed_forward.experts.{expert}.",),
         stacked=(

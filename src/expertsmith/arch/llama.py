@@ -6,6 +6,7 @@ FAMILIES = (
     Architecture(
         model_type="llama4_text",
         title="Llama 4 (meta-llama/Llama-4-Scout-17B-16E)",
+        width_sizes="more",
         notes="The sigmoid score multiplies the expert's input, and every expert sees every token (zeros where not chosen). "
         "The block adds the routed output in place to the shared expert's output.",
         experts_key=("num_local_experts",),

@@ -22,6 +22,7 @@ FAMILIES = (
         model_type="nemotron_h",
         state=nemotron_state,
         title="Nemotron-H MoE (nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16)",
+        width_sizes="nothing",
         notes="Every layer holds one mixer: Mamba, attention, dense MLP or MoE. Experts have no gate projection and may work "
         "in a latent space (moe_latent_size), with a shared projection back.",
         expert_prefix=("mixer.experts.{expert}.",),

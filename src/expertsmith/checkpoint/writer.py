@@ -94,7 +94,7 @@ def write_checkpoint(
     config: Mapping[str, Any],
     *,
     source: Checkpoint,
-    texts: Mapping[str, str],
+    texts: Mapping[str, str | bytes],
     overwrite: bool = False,
     max_shard: int = MAX_SHARD,
     shard_of: Mapping[str, str] | None = None,
@@ -135,7 +135,7 @@ def write_checkpoint(
             for name, text in texts.items():
                 target = partial / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(text, encoding="utf-8")
+                target.write_bytes(text.encode() if isinstance(text, str) else text)
             (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             swap(partial, out)
     except OSError as error:

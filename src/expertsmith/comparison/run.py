@@ -325,10 +325,11 @@ def _statistics(job: Comparison) -> Any:
     from expertsmith.comparison.footprint import footprint
 
     target, everything = statistics_folder(job), any(cell.contender.method.all_outputs for cell in job.cells)
-    moments = any(cell.contender.method.output_moments for cell in job.cells)
+    methods = [cell.contender.method for cell in job.cells]
     options = {
         "all_outputs": everything,
-        "output_moments": moments,
+        "output_moments": any(method.output_moments for method in methods),
+        "neurons": any(method.neurons for method in methods),
         "resume": job.resume,
         "progress": job.progress,
         **job.shape,
@@ -346,6 +347,7 @@ def _judge(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any],
     """Judge cells without healing: apply the plan to the loaded model, which is also `verify`'s reference for a written checkpoint."""
     from expertsmith.surgery.mask import in_force, masked
     from expertsmith.surgery.merge import merged
+    from expertsmith.surgery.neurons import silenced
     from expertsmith.surgery.novices import replaced
 
     missing = [cell for cell in missing if cell.plan_name in planned]
@@ -358,7 +360,7 @@ def _judge(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any],
     for cell in missing:
         made = job.ranks.leading(partial(load_plan, _plan_file(job, cell)))
         cut = masked(model, made.masks, job.inventory.counts)
-        with merged(model, made, job.inventory), cut, replaced(model, made):
+        with merged(model, made, job.inventory), cut, replaced(model, made), silenced(model, made):
             found = _judged(job, model, reference)
         _finish(job, cell, made, planned, held, found)
 

@@ -433,7 +433,7 @@ def write(
         config[KEY] = {"query_key": kept, "value_width": [entry.value_width for entry in heads]}
         theirs = transformers.CONFIG_MAPPING[target.model_type](**config)
         config["auto_map"] = auto_map(theirs)
-        files[SHIM] = shim_of(theirs, uneven=False, novices=False)
+        files[SHIM] = shim_of(theirs, uneven=False, novices=False, narrow=False)
     write_checkpoint(out, writer.tensors(), config, source=source, texts=files, overwrite=overwrite, progress=progress)
     return config
 

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -24,6 +25,7 @@ from expertsmith.engine.devices import Memory, choose_device, dtype_of, free_mem
 from expertsmith.engine.experts import install
 from expertsmith.engine.layout import experts_of, has_experts, is_grouped
 from expertsmith.engine.mtp import Ahead, ahead_of, known_names, lengthen, why_not_played
+from expertsmith.engine.narrow import filled_up, is_ragged, widths_of
 from expertsmith.engine.on_demand import Source, remove
 from expertsmith.engine.pages import own_pages, trim
 from expertsmith.engine.read_ahead import ReadAhead
@@ -176,6 +178,8 @@ class LoadedModel:
         """Load tensors of the checkpoint into the module, with transformers' own renaming and fusing."""
         assert self._naming is not None
         take = self._reads.take if self._reads is not None else self.weights.read
+        if self.architecture is not None and is_ragged(self.config):
+            take = partial(_filled_up, take, self.architecture, widths_of(self.config))
         state = {self._names.get(name) or name: _Unread(take, name) for name in names}
         with own_pages():
             outcome = read_in(self._naming, state, self.device)
@@ -190,6 +194,12 @@ class LoadedModel:
                 f"tensors {where} could not be converted: {sorted(map(str, outcome.errors))[0]}",
                 "config.json and weights do not match, or a tensor has a wrong shape",
             )
+
+
+def _filled_up(
+    take: Callable[[str], torch.Tensor], record: Architecture, widths: Mapping[int, int | list[int]], name: str
+) -> torch.Tensor:
+    return filled_up(name, take(name), record, widths)
 
 
 class _LargeOnMeta(TorchFunctionMode):
@@ -286,6 +296,7 @@ def load_model(
             os.environ.setdefault(name, "64")
     runs_as_another = architecture is not None and architecture.runs_as is not None
     stock = memory == "resident" and not isinstance(weights, Floats) and not runs_as_another and whole is None
+    stock = stock and not is_ragged(config)
     with _refusing(checkpoint):
         module: Any = None if stock else _empty(auto, config, chosen)
         _check_runs(auto, config, checkpoint, architecture, module)
@@ -303,7 +314,7 @@ def load_model(
         # some families initialise buffers again after loading (Zaya's balancing biases in transformers 5.23): use the checkpoint's values
         loaded._read_in(buffers, "of the routers")
     else:
-        on_demand = memory == "stream" and architecture is not None and not has_novices(config)
+        on_demand = memory == "stream" and architecture is not None and not has_novices(config) and not widths_of(config)
         if on_demand and architecture is not None and _too_large(weights, architecture, chosen, target):
             loaded._experts = take_inventory(weights)
         _load_empty(loaded)

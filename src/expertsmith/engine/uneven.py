@@ -1,5 +1,5 @@
 """Models that no stock class can represent: decoder layers with different numbers of experts, from `per_layer_config` in config.json, pruned
-attention (`engine.heads`), and experts that are constants (`engine.novices`).
+attention (`engine.heads`), experts that are constants (`engine.novices`), and experts that lost neurons (`engine.narrow`).
 
 transformers 5.23 reads `per_layer_config` into the config, but its models build every layer from the one config. `PerLayerExperts` makes
 them build each layer from its own. A written checkpoint carries the source text of this class (`shim_of`), so that plain transformers with
@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from expertsmith.arch import Architecture, families, record_of, refuse_without_class, text_config
+from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine.heads import KEY, PrunedAttention, PrunedHeads
+from expertsmith.engine.narrow import KEY as NEURONS_KEY
+from expertsmith.engine.narrow import Narrow, filled_up, is_ragged, widths_of
 from expertsmith.engine.novices import KEY as NOVICES_KEY
 from expertsmith.engine.novices import Novices, WithNovices
 from expertsmith.engine.stock import own_class
@@ -186,7 +189,7 @@ def has_novices(config: Any) -> bool:
 
 
 def custom_class(config: Any) -> Any:
-    """`stock_class`, with decoder layers built from their own configs, pruned attention and constant experts, each if the config says so.
+    """`stock_class`, with decoder layers built from their own configs, pruned attention, constant experts and narrower ones, each if the config says so.
     `save_pretrained` also writes the file for `trust_remote_code`.
 
     Raises:
@@ -197,7 +200,8 @@ def custom_class(config: Any) -> Any:
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         self.config.auto_map = auto_map(self.config)
         super(made, self).save_pretrained(save_directory, *args, **kwargs)
-        (Path(save_directory) / SHIM).write_text(shim_of(self.config, uneven, has_novices(self.config)), encoding="utf-8")
+        text = shim_of(self.config, uneven, has_novices(self.config), bool(widths_of(self.config)))
+        (Path(save_directory) / SHIM).write_text(text, encoding="utf-8")
 
     def from_config(cls: Any, config: Any, /, trust_remote_code: bool = False, **kwargs: Any) -> Any:
         return cls._from_config(config, **kwargs)
@@ -208,13 +212,19 @@ def custom_class(config: Any) -> Any:
         "from_config": classmethod(from_config),  # as the Auto classes have it
         "save_pretrained": save_pretrained,
         **(_places(config) if has_novices(config) else {}),
+        **(_narrow_places(config) if widths_of(config) else {}),
     }
-    made: Any = type(stock.__name__, (*_mixins(config, uneven, has_novices(config)), stock), body)
+    made: Any = type(stock.__name__, (*_mixins(config, uneven, has_novices(config), bool(widths_of(config))), stock), body)
     return made
 
 
-def _mixins(config: Any, uneven: bool, novices: bool) -> tuple[Any, ...]:
-    wanted = ((PrunedAttention, has_pruned_attention(config)), (Novices, novices), (PerLayerExperts, uneven))
+def _mixins(config: Any, uneven: bool, novices: bool, narrow: bool) -> tuple[Any, ...]:
+    wanted = (
+        (PrunedAttention, has_pruned_attention(config)),
+        (Novices, novices),
+        (Narrow, narrow),
+        (PerLayerExperts, uneven),
+    )
     return tuple(mixin for mixin, there in wanted if there)
 
 
@@ -226,6 +236,12 @@ def _places(config: Any) -> dict[str, Any]:
         "novice_experts": f"{record.block}.{record.experts}".strip("."),
         "novice_pairs": record.call == "pairs",
     }
+
+
+def _narrow_places(config: Any) -> dict[str, Any]:
+    """What `Narrow` needs to know of the family."""
+    record = families()[config.get_text_config().model_type]
+    return {"narrow_layers": record.layers, "narrow_experts": f"{record.block}.{record.experts}".strip(".")}
 
 
 def layer_classes(stock: Any) -> tuple[Any, ...]:
@@ -244,23 +260,25 @@ def auto_map(config: Any) -> dict[str, str]:
     return {"AutoModelForCausalLM": f"{SHIM.removesuffix('.py')}.{stock_class(config).__name__}"}
 
 
-def shim_of(config: Any, uneven: bool, novices: bool) -> str:
+def shim_of(config: Any, uneven: bool, novices: bool, narrow: bool) -> str:
     """Source text of a module that holds the model's class under its stock name and needs nothing but transformers.
 
     Args:
         uneven: whether decoder layers hold different numbers of experts, which `config` need not say yet.
         novices: whether experts are constants, which it need not say yet either.
+        narrow: whether experts have fewer neurons than it says, likewise.
     """
-    stock, mixins = stock_class(config), _mixins(config, uneven, novices)
+    stock, mixins = stock_class(config), _mixins(config, uneven, novices, narrow)
     layers = sorted(layer.__name__ for layer in layer_classes(stock))
     what: dict[Any, str] = {
         PerLayerExperts: "a different number of experts in each decoder layer, as per_layer_config in config.json says",
         Novices: f"experts that are constants, as {NOVICES_KEY} in config.json says",
+        Narrow: f"experts with fewer neurons, as {NEURONS_KEY} in config.json says",
         PrunedAttention: f"pruned attention, as {KEY} in config.json says",
     }
     parts = {PrunedAttention: PrunedHeads, Novices: WithNovices}
     sources = [*(part for mixin, part in parts.items() if mixin in mixins), *mixins]
-    places = _places(config) if novices else {}
+    places = {**(_places(config) if novices else {}), **(_narrow_places(config) if narrow else {})}
     more = "".join(f"    {name} = {json.dumps(value) if isinstance(value, str) else value}\n" for name, value in places.items())
     text = "\n\n".join(inspect.getsource(source) for source in sources)
     return f'''"""{stock.__name__} with {" and with ".join(what[mixin] for mixin in mixins)}.
@@ -310,6 +328,11 @@ def load(path: str | Path, **kwargs: Any) -> Any:
         if renamed:
             kwargs["key_mapping"] = {**renamed, **kwargs.get("key_mapping", {})}
     model_class, kwargs["config"] = causal_lm(kwargs["config"])
+    if is_ragged(kwargs["config"]):  # transformers stacks the experts of a layer, so they are filled up first
+        held, widths = open_checkpoint(str(path)), widths_of(kwargs["config"])
+        record = families()[kwargs["config"].get_text_config().model_type]
+        kwargs["state_dict"] = {name: filled_up(name, held.read(name), record, widths) for name in held.tensors}
+        return model_class.from_pretrained(None, trust_remote_code=False, **kwargs)
     return model_class.from_pretrained(path, trust_remote_code=False, **kwargs)
 
 
@@ -326,7 +349,7 @@ def causal_lm(config: Any) -> tuple[Any, Any]:
     the config."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-    if not is_uneven(config) and not has_pruned_attention(config) and not has_novices(config):
+    if not is_uneven(config) and not has_pruned_attention(config) and not has_novices(config) and not widths_of(config):
         for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
             if own_class(auto, config) is not None:
                 return auto, config

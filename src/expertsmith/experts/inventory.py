@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["expert", "stacked", "other"]
 NOVICES_KEY = "expertsmith_novices"  # as in engine.novices, which needs torch
+NEURONS_KEY = "expertsmith_neurons"  # as in engine.narrow
 MTP_KEYS = (
     "num_nextn_predict_layers",
     "num_mtp_modules",
@@ -221,7 +222,8 @@ def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False, novices
 
     Args:
         undecodable: also accept a checkpoint whose quantised tensors cannot be decoded, to inspect it; its experts are then not compared.
-        novices: also accept a checkpoint with experts that are constants, whose other experts are counted.
+        novices: also accept a checkpoint with experts that are constants, whose other experts are counted, or that lost neurons in
+            different numbers.
 
     Raises:
         UserError: dense or unsupported model, config without expert counts, tensors that contradict it (missing expert,
@@ -243,6 +245,11 @@ def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False, novices
     if constant and not novices:
         raise UserError(
             f"experts of {checkpoint.source} are constants, and only load, verify, evaluate, inspect and lint support that",
+            "use the original checkpoint",
+        )
+    if config.get(NEURONS_KEY) and not novices:
+        raise UserError(
+            f"experts of {checkpoint.source} have lost neurons, in different numbers, and only load, verify, evaluate, inspect and lint support that",
             "use the original checkpoint",
         )
     stored = {**own, **{layer: own.get(layer, experts) - count for layer, count in constant.items()}}
@@ -425,6 +432,12 @@ def _claim(
     return Claim(info, "stacked", layer, rest, entry=entry, rows=per_expert, extra=extra, row_axis=axis, mtp=mtp)
 
 
+def _ragged(config: Mapping[str, Any]) -> set[int]:
+    """Decoder layers whose experts have different numbers of neurons."""
+    held = config.get(NEURONS_KEY) or {}
+    return {int(layer) for layer, said in held.items() if isinstance(said, list)}
+
+
 def _check_layer(inventory: Inventory, layer: int) -> None:
     record, experts = inventory.architecture, inventory.experts_in(layer)
     shapes: dict[str, Counter[tuple[int, ...]]] = {}
@@ -444,7 +457,7 @@ def _check_layer(inventory: Inventory, layer: int) -> None:
             )
         usual = shapes[below].most_common(1)[0][0]
         odd = next((info for info in held.values() if info.shape != usual), None)
-        if odd is not None:
+        if odd is not None and layer not in _ragged(inventory.config):
             raise UserError(
                 f"{odd.name} has shape {list(odd.shape)}, but the other experts have {list(usual)}", "the tensor is damaged"
             )

@@ -70,6 +70,29 @@ class Projections:
         return [claim for claim in self.inventory.floats.expert_claims(self.layer)[expert] if is_matrix(claim)]
 
 
+def neurons_in(inventory: Inventory, layer: int) -> int:
+    """The number of neurons of each of a layer's experts: rows of the up projection.
+
+    Raises:
+        UserError: experts whose projections are not known.
+    """
+    floats = inventory.floats
+    for claim in floats.expert_claims(layer)[0]:
+        layout = layout_of(claim, floats) if is_matrix(claim) else None
+        if layout is not None and "up" in roles_of(layout):
+            shape = part_shape(claim)
+            return shape[-1 if layout.endswith("_t") else 0] // len(roles_of(layout))
+    raise UserError(f"decoder layer {layer}: the experts' up projection was not found", "please report this checkpoint")
+
+
+def part_shape(claim: Claim) -> tuple[int, ...]:
+    """The shape of one expert's part of a tensor."""
+    if claim.kind == "expert":
+        return claim.info.shape
+    below = claim.info.shape[claim.row_axis + 1 :]
+    return (claim.rows, *below) if claim.rows > 1 or not below else below
+
+
 def layout_of(claim: Claim, inventory: Inventory) -> Layout | None:
     """The layout of an expert's projections in the tensor."""
     return inventory.layout(claim)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from expertsmith.arch import config_first, config_get
 from expertsmith.checkpoint.floats import quantisation_config, quantisation_of
 from expertsmith.errors import UserError
-from expertsmith.experts.inventory import MTP_KEYS, Inventory, novices_of
+from expertsmith.experts.inventory import MTP_KEYS, NEURONS_KEY, Inventory, novices_of
 
 Level = Literal["error", "warning", "info"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "info")
@@ -307,6 +307,27 @@ def constants(s: Subject) -> str | None:
     """Experts are constants."""
     count = sum(novices_of(s.config).values())
     return f"{count} experts are constants (expertsmith_novices in config.json)" if count else None
+
+
+def narrowed(s: Subject) -> str | None:
+    """Experts have other widths than config.json says."""
+    said = [
+        number for held in (s.config.get(NEURONS_KEY) or {}).values() for number in (held if isinstance(held, list) else [held])
+    ]
+    return f"experts have {min(said)} to {max(said)} neurons ({NEURONS_KEY} in config.json)" if said else None
+
+
+def indivisible_width(s: Subject) -> str | None:
+    """The experts' width does not divide into the ranks' parts."""
+    if s.expert_parallel > 1 or not s.width or s.width % s.tensor_parallel == 0:
+        return None
+    return f"experts have {s.width} neurons, which {s.tensor_parallel} ranks cannot share equally"
+
+
+def ragged(s: Subject) -> str | None:
+    """Experts of one layer have different widths."""
+    layers = [layer for layer, held in (s.config.get(NEURONS_KEY) or {}).items() if isinstance(held, list)]
+    return f"experts of {len(layers)} layers have different numbers of neurons within the layer" if layers else None
 
 
 def padded(s: Subject) -> str | None:

@@ -4,7 +4,7 @@
     statistics   LayerStatistics of one layer                  saliency   one per expert; the highest are kept
     weights      ExpertWeights of a layer, one by one          order      order of removal, and where to stop
     arrays       result of its own `measure` on the weights    choice     kept and merged experts for a given count
-    model        a probe that runs a block with any kept set
+    model        a probe that runs a block with any kept set   neurons    a saliency [experts, neurons]; the highest are kept
     nothing      -
 
 A method does not depend on families, tensor names or devices. Names, types and defaults of the options are read from the signatures, so
@@ -28,7 +28,7 @@ from expertsmith.registry import unknown
 
 Array = np.ndarray[Any, Any]
 Reads = Literal["statistics", "weights", "arrays", "model", "nothing"]
-Gives = Literal["saliency", "order", "choice"]
+Gives = Literal["saliency", "order", "choice", "neurons"]
 Budget = Literal["uniform", "global", "threshold", "sensitivity", "esap"]
 
 
@@ -93,7 +93,8 @@ class Method:
     `measure` turns a layer's `Projections` into arrays that are costly to compute and are stored next to the plan; a method that reads
     statistics gets them as its second argument. `allot` turns the statistics of all layers into counts for budget "global". `constants`
     turns the statistics of a layer into one vector an expert: dropped experts are then not removed, but return it, and the router stays
-    unchanged. `budgets`: the first is the default.
+    unchanged. `cut` turns the neurons' saliencies of all layers into the numbers of neurons that each expert keeps. `budgets`: the first is the
+    default.
     """
 
     name: str
@@ -110,9 +111,11 @@ class Method:
     averages: bool = False  # a mean over an expert's tokens, noisy if they are few
     all_outputs: bool = False  # needs the statistic all_output_sum, which is collected on request
     output_moments: bool = False  # needs the statistics of --output-moments, which are collected on request
+    neurons: bool = False  # needs the statistics of --neurons, which are collected on request
     measure: Callable[..., dict[str, Array]] | None = None
     allot: Callable[..., dict[int, int]] | None = None
     constants: Callable[..., Array] | None = None
+    cut: Callable[..., dict[int, list[int]]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
@@ -135,7 +138,7 @@ class Method:
 
     @property
     def _functions(self) -> tuple[Callable[..., Any], ...]:
-        return tuple(function for function in (self.measure, self.function, self.constants) if function)
+        return tuple(function for function in (self.measure, self.function, self.constants, self.cut) if function)
 
     def values_for(self, function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the options' values that one of the method's functions takes."""

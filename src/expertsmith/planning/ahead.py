@@ -8,14 +8,18 @@ from dataclasses import replace
 from expertsmith.experts.inventory import Inventory
 from expertsmith.planning.job import Job, rules_of
 from expertsmith.planning.kinds import entries_of
+from expertsmith.planning.neurons import neurons_ahead
 from expertsmith.planning.plan import LayerPlan
 from expertsmith.views.progress import Progress
 from expertsmith.views.show import ranges
 
 
-def planned_ahead(job: Job, layers: list[int], count: int, router_groups: str) -> dict[int, LayerPlan]:
-    """Plan the multi-token-prediction layers, with the number of experts that config.json will have: by the job's method, or by the weights
-    if the method cannot be used for them."""
+def planned_ahead(job: Job, layers: list[int], made: Mapping[int, LayerPlan], router_groups: str) -> dict[int, LayerPlan]:
+    """Plan the multi-token-prediction layers, with the number of experts that config.json will have after the decoder layers' plan `made`: by
+    the job's method, or by the weights if the method cannot be used for them."""
+    count = max(len(entry.keep) for entry in made.values())
+    if job.method.cut:
+        return _marked(neurons_ahead(job, layers, made))
     if job.method.constants:
         every = {layer: job.inventory.experts_in(layer) for layer in layers}
         return _marked({n: LayerPlan(layer=n, num_experts=count, keep=list(range(count))) for n, count in every.items()})

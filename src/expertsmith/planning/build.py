@@ -9,6 +9,7 @@ from expertsmith.methods.base import Array
 from expertsmith.planning.ahead import planned_ahead
 from expertsmith.planning.job import Job
 from expertsmith.planning.kinds import entries_of
+from expertsmith.planning.neurons import with_neurons
 from expertsmith.planning.novices import with_novices
 from expertsmith.planning.plan import CalibrationData, LayerPlan, Plan, Source
 from expertsmith.planning.plan import Method as MethodEntry
@@ -29,7 +30,7 @@ def make_plan(job: Job, router_groups: Any, uniform: bool, options: Mapping[str,
         entries, constants = with_novices(job, entries)
     ahead = inventory.mtp_layers if job.mtp == "keep" else []
     if ahead:
-        entries = {**entries, **planned_ahead(job, ahead, max(len(entry.keep) for entry in entries.values()), router_groups)}
+        entries = {**entries, **planned_ahead(job, ahead, entries, router_groups)}
     _warn(entries, job)
     used = {"budget": job.budget, **({"keep": job.keep} if job.keep is not None else {}), **job.values, **options, **job.found}
     calibration = job.tokens
@@ -45,7 +46,7 @@ def make_plan(job: Job, router_groups: Any, uniform: bool, options: Mapping[str,
         summary=summary_of(entries.values(), inventory, job.mtp),
         notes=job.notes,
     )
-    return made.with_constants(constants, "the plan") if constants else made
+    return with_neurons(job, made.with_constants(constants, "the plan") if constants else made)
 
 
 def _even_out(job: Job, uneven: Mapping[int, LayerPlan], counts: Mapping[int, int]) -> dict[int, LayerPlan]:

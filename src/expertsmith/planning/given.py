@@ -29,6 +29,13 @@ def statistics_for(inventory: Inventory, method: Method, given: Statistics | str
             f"method {method.name} needs the variance of every expert's output, which these statistics do not have",
             "calibrate again with --output-moments",
         )
+    if method.neurons and not all(
+        "neuron_sq_sum" in statistics.layers[n].domains[d] for n in inventory.layers for d in statistics.layers[n].domains
+    ):
+        raise UserError(
+            f"method {method.name} needs the gradients of neurons, which these statistics do not have",
+            "calibrate again with --neurons",
+        )
     return statistics
 
 

@@ -94,8 +94,9 @@ def export(plan: Plan, kind: str) -> str:
     """
     if kind not in FORMATS:
         raise unknown("format", kind, FORMATS)
-    if plan.merges or plan.novices or plan.skip is not None:
+    if plan.merges or plan.novices or plan.neurons or plan.skip is not None:
         what = "merges experts" if plan.merges else "makes experts constants" if plan.novices else "has skip thresholds"
+        what = "removes neurons" if plan.neurons else what
         raise UserError(f"the plan {what}, which {kind} lists cannot represent", "export a plan that only prunes")
     if kind == "mask":
         rows = [[int(e in entry.keep) for e in range(entry.num_experts)] for entry in plan.layers if not entry.mtp]

@@ -11,7 +11,7 @@ from expertsmith.calibration.stats import LayerStatistics, Statistics
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory
 from expertsmith.experts.rules import Rules, keep_count
-from expertsmith.methods.base import Budget, Facts, Method
+from expertsmith.methods.base import Array, Budget, Facts, Method
 from expertsmith.planning.budgets import Search
 from expertsmith.planning.plan import CalibrationData
 from expertsmith.views.progress import Progress
@@ -47,6 +47,7 @@ class Job:
     device: str = "cpu"
     search: Search | None = None
     found: dict[str, Any] = field(default_factory=dict)  # what the plan says about the search
+    neurons: dict[int, Array] = field(default_factory=dict)  # layer → numbers of the neurons that its experts keep
 
     def __post_init__(self) -> None:
         self.layers = self.layers or self.inventory.layers

@@ -12,12 +12,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PrivateAttr, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save as save_bytes
 
 from expertsmith.errors import UserError, parse_json
 from expertsmith.views.notebook import Shown
 
 FORMAT = "expertsmith.plan"
 CONSTANTS = ".constants.safetensors"
+NEURONS = ".neurons.safetensors"
 Array = np.ndarray[Any, Any]
 
 
@@ -75,6 +77,24 @@ class Novices(_Strict):
         return values.shape == (len(self.experts), self.width) and digest(values) == self.sha256
 
 
+class Neurons(_Strict):
+    """Experts that lose neurons: of `width` neurons each, expert j keeps `counts[j]`. Their numbers (ascending, expert after expert) are not
+    in the JSON, but in a file next to it; `sha256` is of their bytes (int32, little-endian)."""
+
+    width: int = Field(ge=1)
+    counts: list[int]
+    sha256: str
+
+    @property
+    def total(self) -> int:
+        """Neurons that stay, of all experts."""
+        return sum(self.counts)
+
+    def holds(self, values: Array) -> bool:
+        """Whether these are the numbers of the neurons."""
+        return values.shape == (self.total,) and digest_ids(values) == self.sha256
+
+
 class LayerPlan(_Strict):
     """One decoder layer, or with `mtp` one multi-token-prediction layer, numbered after the last decoder layer. Expert ids are those of the
     source checkpoint; `keep` is ascending."""
@@ -86,6 +106,7 @@ class LayerPlan(_Strict):
     saliency: list[FiniteFloat] | None = None
     merge: list[Merge] = Field(default_factory=list)
     novices: Novices | None = None
+    neurons: Neurons | None = None
     skip_threshold: FiniteFloat | None = None
     why: dict[str, Any] | None = None
 
@@ -107,6 +128,8 @@ class LayerPlan(_Strict):
         self._check_merges(where)
         if self.novices is not None:
             self._check_novices(self.novices.experts, where)
+        if self.neurons is not None:
+            self._check_neurons(self.neurons, where)
         if self.skip_threshold is not None and self.skip_threshold < 0:
             raise ValueError(f"{where}: skip_threshold is {self.skip_threshold}, but it must be a ratio of routing weights")
         return self
@@ -121,6 +144,15 @@ class LayerPlan(_Strict):
             raise ValueError(
                 f"{where}: novices cannot be combined with {'merged experts' if self.merge else 'multi-token prediction'}"
             )
+
+    def _check_neurons(self, held: Neurons, where: str) -> None:
+        if len(self.keep) < self.num_experts or self.merge:
+            raise ValueError(f"{where}: neurons can be removed only if all experts are kept and none is merged")
+        if len(held.counts) != self.num_experts:
+            raise ValueError(f"{where}: neurons has {len(held.counts)} counts for {self.num_experts} experts")
+        wrong = next((count for count in held.counts if not 1 <= count <= held.width), None)
+        if wrong is not None:
+            raise ValueError(f"{where}: neurons keeps {wrong} of {held.width} neurons of an expert; keep at least one")
 
     def _check_merges(self, where: str) -> None:
         for merge in self.merge:
@@ -186,6 +218,7 @@ class Plan(Shown, _Strict):
     summary: Summary | None = None
     notes: list[str] = Field(default_factory=list)
     _constants: dict[int, bytes] = PrivateAttr(default_factory=dict)  # not arrays, which have no single answer to ==
+    _neurons: dict[int, bytes] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _layers(self) -> Plan:
@@ -205,7 +238,18 @@ class Plan(Shown, _Strict):
         if self.skip is not None and without is None:
             raise ValueError(f"the plan has the skip rule {self.skip.rule}, but no layer has a skip_threshold")
         self._check_all_novices()
+        self._check_all_neurons()
         return self
+
+    def _check_all_neurons(self) -> None:
+        if not self.neurons:
+            return
+        other = next((e.layer for e in self.layers if e.novices is not None or len(e.keep) < e.num_experts), None)
+        if other is not None:
+            raise ValueError(f"layer {other} removes experts, but other layers remove neurons: use one of both in all layers")
+        if self.skip is not None or self.router_groups == "flatten":
+            what = "a skip rule" if self.skip is not None else 'router_groups "flatten"'
+            raise ValueError(f"the plan removes neurons and has {what}, but then the router stays unchanged")
 
     def _check_all_novices(self) -> None:
         if not self.novices:
@@ -224,11 +268,16 @@ class Plan(Shown, _Strict):
                 "kept": len(entry.keep),
                 "experts": entry.num_experts,
                 "kept experts": ", ".join(map(str, entry.keep)),
+                **({"kept neurons": entry.neurons.total} if entry.neurons else {}),
             }
             for entry in self.layers
         ]
 
     def _line(self) -> str:
+        if self.neurons:
+            left = sum(held.total for held in self.neurons.values())
+            had = sum(held.width * len(held.counts) for held in self.neurons.values())
+            return f"{self.method.name} keeps {left:,} of {had:,} neurons in the experts of {len(self.neurons)} layers of {self.model.model_type}"
         kept, experts = sum(len(entry.keep) for entry in self.layers), sum(entry.num_experts for entry in self.layers)
         return (
             f"{self.method.name} keeps {kept:,} of {experts:,} experts in {len(self.layers)} layers of {self.model.model_type}"
@@ -248,6 +297,17 @@ class Plan(Shown, _Strict):
     def novices(self) -> dict[int, Novices]:
         """Decoder layer → its experts that become constants, of the layers that have any."""
         return {entry.layer: entry.novices for entry in self.layers if entry.novices is not None}
+
+    @property
+    def neurons(self) -> dict[int, Neurons]:
+        """Layer → the neurons that its experts keep, of the layers whose experts lose any."""
+        return {entry.layer: entry.neurons for entry in self.layers if entry.neurons is not None}
+
+    @property
+    def one_width(self) -> int | None:
+        """The number of neurons that every expert of every layer keeps; None if they differ, or none is removed."""
+        found = {count for held in self.neurons.values() for count in held.counts}
+        return found.pop() if len(found) == 1 and len(self.neurons) == len(self.layers) else None
 
     @property
     def masks(self) -> dict[int, list[int]]:
@@ -290,6 +350,47 @@ class Plan(Shown, _Strict):
         made._constants = {layer: np.ascontiguousarray(found[layer], dtype="<f4").tobytes() for layer in self.novices}
         return made
 
+    def kept_neurons(self, layer: int) -> list[Array]:
+        """The numbers of the neurons that each expert of a layer keeps, ascending.
+
+        Raises:
+            UserError: they are not next to the plan.
+        """
+        if layer not in self._neurons:
+            raise UserError(
+                f"the plan removes neurons in layer {layer}, but does not say which",
+                f"keep the file NAME{NEURONS} next to the plan NAME.json",
+            )
+        ids = np.frombuffer(self._neurons[layer], dtype="<i4")
+        return np.split(ids, np.cumsum(self.neurons[layer].counts)[:-1])
+
+    def with_neurons(self, found: Mapping[int, Array], where: str) -> Plan:
+        """The same plan with the numbers of the neurons that its experts keep; checked against it.
+
+        Raises:
+            UserError: other numbers than the plan names, or numbers that are not ascending or do not exist.
+        """
+        made = self.model_copy()
+        for layer, entry in self.neurons.items():
+            values = found.get(layer)
+            if values is None or not entry.holds(values):
+                raise UserError(
+                    f"{where}: the neurons of layer {layer} are not those of the plan",
+                    "make the plan again, or restore the file",
+                )
+            for expert, ids in enumerate(np.split(values, np.cumsum(entry.counts)[:-1])):
+                if ids[0] < 0 or ids[-1] >= entry.width or (np.diff(ids) < 1).any():
+                    raise UserError(
+                        f"{where}: the neurons of layer {layer}, expert {expert}, must be ascending numbers below {entry.width}"
+                    )
+        made._neurons = {layer: np.ascontiguousarray(found[layer], dtype="<i4").tobytes() for layer in self.neurons}
+        return made
+
+    def neuron_bytes(self) -> bytes:
+        """The file of the neurons' numbers, which belongs next to the plan."""
+        arrays = {str(layer): np.concatenate(self.kept_neurons(layer)) for layer in self.neurons}
+        return bytes(save_bytes(arrays))
+
     @property
     def kept(self) -> dict[int, list[int]]:
         """Decoder layer → kept expert ids."""
@@ -318,6 +419,11 @@ class Plan(Shown, _Strict):
             beside = constants_file(target)
             half = beside.with_name(beside.name + ".partial")
             save_file({str(layer): self.constants(layer) for layer in self.novices}, half)
+            half.replace(beside)
+        if self.neurons:
+            beside = neurons_file(target)
+            half = beside.with_name(beside.name + ".partial")
+            half.write_bytes(self.neuron_bytes())
             half.replace(beside)
         partial.write_text(self.dumps(), encoding="utf-8")
         partial.replace(target)
@@ -352,19 +458,30 @@ def load_plan(path: Path | str | Plan) -> Plan:
         raise UserError(f"no plan found at {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a plan", "give the plan.json file") from None
-    made, beside = parse_plan(raw, str(path)), constants_file(Path(path))
-    if not made.novices or not beside.is_file():
+    made = parse_plan(raw, str(path))
+    beside = neurons_file(Path(path)) if made.neurons else constants_file(Path(path))
+    if not (made.novices or made.neurons) or not beside.is_file():
         return made
     try:
         found = {int(layer): values for layer, values in load_file(beside).items()}
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{beside} cannot be read: {error}", "make the plan again") from None
-    return made.with_constants(found, str(beside))
+    return made.with_neurons(found, str(beside)) if made.neurons else made.with_constants(found, str(beside))
 
 
 def constants_file(plan: Path) -> Path:
     """The file of a plan's constants: plan.json → plan.constants.safetensors."""
     return plan.with_name(plan.name.removesuffix(".json") + CONSTANTS)
+
+
+def neurons_file(plan: Path) -> Path:
+    """The file of the neurons that a plan keeps: plan.json → plan.neurons.safetensors."""
+    return plan.with_name(plan.name.removesuffix(".json") + NEURONS)
+
+
+def digest_ids(values: Array) -> str:
+    """SHA-256 of numbers of neurons, as int32 in little-endian order."""
+    return hashlib.sha256(np.ascontiguousarray(values, dtype="<i4").tobytes()).hexdigest()
 
 
 def digest(values: Array) -> str:

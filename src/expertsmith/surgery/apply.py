@@ -21,10 +21,12 @@ from expertsmith.checkpoint.writer import MAX_SHARD, Made, OutputTensor, Piece, 
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import MTP_KEYS, Claim, Inventory, take_inventory
 from expertsmith.experts.rules import Rules, groups_of
-from expertsmith.planning.plan import LayerPlan, Plan
+from expertsmith.experts.weights import neurons_in
+from expertsmith.planning.plan import NEURONS, LayerPlan, Plan
 from expertsmith.surgery.building import check_building
 from expertsmith.surgery.card import model_card
 from expertsmith.surgery.counts import changes, counts_of, drops_mtp, router_counts
+from expertsmith.surgery.neurons import check_neurons, filled_shared, neuron_tensor, width_of, write_widths
 from expertsmith.surgery.novices import check_novices, novice_tensors, write_novices
 from expertsmith.surgery.quantisation import Renumbering, output_files, output_quantisation
 from expertsmith.surgery.skip import SKIPS, write_padding, write_skip
@@ -56,13 +58,16 @@ def check_plan(plan: Plan, inventory: Inventory, pad: bool = False) -> None:
     for entry in plan.layers:
         rules = inventory.rules_of(entry.layer)
         _check_layer(entry, Rules(rules.num_experts, rules.top_k) if flat or plan.novices else rules)
+        _check_width(entry, inventory)
         _check_mtp(entry, plan, inventory)
-    if plan.merges or plan.novices or changes(plan, inventory):
+    if plan.merges or plan.novices or plan.neurons or changes(plan, inventory):
         refuse_padded(inventory)
     if plan.merges:
         from expertsmith.surgery.merge import check_merges
 
         check_merges(plan, inventory)
+    if plan.neurons:
+        check_neurons(inventory, width_of(plan))
     if plan.novices:
         check_novices(inventory)
         if pad:
@@ -119,6 +124,16 @@ def _check_mtp(entry: LayerPlan, plan: Plan, inventory: Inventory) -> None:
         )
 
 
+def _check_width(entry: LayerPlan, inventory: Inventory) -> None:
+    if entry.neurons is None:
+        return
+    width = neurons_in(inventory, entry.layer)
+    if entry.neurons.width != width:
+        raise UserError(
+            f"layer {entry.layer} of the plan has experts of {entry.neurons.width} neurons, but those of the checkpoint have {width}"
+        )
+
+
 def _brief(layers: list[int]) -> str:
     return (
         f"{layers[0]}..{layers[-1]} ({len(layers)})"
@@ -164,15 +179,19 @@ def output_tensors(plan: Plan, inventory: Inventory, pad: bool = False, merger: 
     for claim in inventory.claims:
         if claim.mtp and dropped:
             continue
-        if claim.kind == "expert" and claim.layer in kept:
+        if claim.kind == "expert" and claim.layer in kept and claim.layer not in plan.neurons:
             name = _renumbered(claim, inventory, kept[claim.layer])
             if name is not None:
                 made.append(_whole(claim, name, inventory, merger))
+        elif claim.routed and claim.layer in plan.neurons:
+            made.append(neuron_tensor(claim, plan, inventory))
         elif claim.kind == "stacked" and claim.layer in kept and (claim.routed or not plan.novices):
             made.append(_rows(claim, inventory, kept[claim.layer], merger))
         else:
             made.append(_whole(claim, claim.info.name, inventory))
     made += novice_tensors(plan, inventory)
+    if plan.neurons:
+        made = filled_shared(made, plan, inventory)
     return fill_up(made, counts_of(plan), inventory) if pad else made
 
 
@@ -239,6 +258,8 @@ def output_config(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[s
     write_counts(config, dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory)
     if plan.novices:
         write_novices(config, plan, inventory)
+    if plan.neurons:
+        write_widths(config, plan, inventory)
     if plan.router_groups == "flatten":
         inner.update(record.one_group)  # also if they are missing: the default may be larger
         if record.group_alias is not None and record.group_alias in inner:
@@ -342,6 +363,8 @@ def apply_plan(  # noqa: C901  (one note for each case)
             f"{sum(len(entry.experts) for entry in plan.novices.values())} experts are constants: load with expertsmith.load(…), or with "
             "transformers and trust_remote_code=True"
         )
+    elif plan.neurons:
+        notes.append(_said_neurons(plan))
     elif plan.uniform_count is None:
         notes.append(
             f"layers keep {min(plan.counts)} to {max(plan.counts)} experts: load with expertsmith.load(…)"
@@ -352,9 +375,12 @@ def apply_plan(  # noqa: C901  (one note for each case)
     config = output_config(plan, inventory, pad)
     notes += code_notes(inventory.checkpoint.path, inventory.checkpoint.config, config) + left_behind(inventory.checkpoint)
     counts = router_counts(plan)
-    code = code_for(dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory, bool(plan.novices))
-    own = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps()}
-    files = {**output_texts(plan, inventory, pad), **own, **code, **(texts or {})}
+    narrow = bool(plan.neurons) and plan.one_width is None
+    code = code_for(dict.fromkeys(counts, max(counts.values())) if pad else counts, inventory, bool(plan.novices), narrow)
+    own: dict[str, str | bytes] = {"README.md": model_card(plan, inventory, notes), "expertsmith/plan.json": plan.dumps()}
+    if plan.neurons:
+        own[f"expertsmith/plan{NEURONS}"] = plan.neuron_bytes()
+    files: dict[str, str | bytes] = {**output_texts(plan, inventory, pad), **own, **code, **(texts or {})}
     with progress.task("apply", sum(tensor.nbytes for tensor in tensors), "B") as advance:
         write_checkpoint(
             out,
@@ -372,6 +398,15 @@ def apply_plan(  # noqa: C901  (one note for each case)
         notes.append(cost_line("merged experts", merger.codes.error, merger.codes.norm))
         (out / "README.md").write_text(model_card(plan, inventory, notes), encoding="utf-8")
     return notes
+
+
+def _said_neurons(plan: Plan) -> str:
+    """What the result's user must know."""
+    if plan.one_width is not None:
+        return f"every expert keeps {plan.one_width} of {next(iter(plan.neurons.values())).width} neurons"
+    counts = [count for held in plan.neurons.values() for count in held.counts]
+    more = "" if width_of(plan) == "ragged" else ", or with transformers and trust_remote_code=True"
+    return f"experts keep {min(counts)} to {max(counts)} neurons: load with expertsmith.load(…){more}"
 
 
 def cost_line(what: str, error: float, norm: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from expertsmith.checkpoint.origin import front_matter, name_of, source_of
 from expertsmith.experts.inventory import Inventory
 from expertsmith.planning.plan import Plan
+from expertsmith.planning.sizes import shared_claims
 from expertsmith.surgery.counts import size_after
 
 
@@ -37,6 +38,15 @@ def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), qual
     if plan.merges:
         stayed = "Merged experts are weighted means of the base model's experts; all other kept weights are byte for byte those of the base model."
     title = f"{name_of(source)} with {share} experts"
+    neurons = []
+    if plan.neurons:
+        had_neurons = _from_to([entry.width for entry in plan.neurons.values()])
+        kept_neurons = _from_to([count for entry in plan.neurons.values() for count in entry.counts])
+        stayed = "The kept neurons' weights are byte for byte those of the base model."
+        if plan.one_width is not None and inventory.architecture.sized_by_width == "shared" and shared_claims(inventory):
+            stayed += " Shared experts are filled up with neurons of zeros where their width in config.json needs it."
+        title = f"{name_of(source)} with {kept_neurons} of {had_neurons} neurons in each expert"
+        neurons = [f"| neurons of an expert | {had_neurons} | {kept_neurons} |"]
     lines = [
         *front_matter(source, ["expertsmith", "mixture-of-experts", "merged" if plan.merges else "pruned"], quality, title),
         "",
@@ -47,13 +57,14 @@ def model_card(plan: Plan, inventory: Inventory, notes: Sequence[str] = (), qual
         "| | base | this |",
         "|---|---|---|",
         f"| routed experts per layer | {had} | {has} |",
+        *neurons,
         f"| experts per token (top_k) | {inventory.top_k} | {inventory.top_k} |",
         f"| parameters | {before[0]:,} | {after[0]:,} |",
         f"| bytes | {before[1]:,} | {after[1]:,} |",
         "",
         f"- **Method**: {plan.method.name}" + (f" ({options})" if options else ""),
         f"- **Calibration**: {calibration}",
-        "- **Kept experts, and why**: `expertsmith/plan.json` (ids are those of the base model)",
+        f"- **Kept {'neurons' if neurons else 'experts'}, and why**: `expertsmith/plan.json` (ids are those of the base model)",
         f"- **Measured quality**: {quality_line(quality) if quality else 'not measured yet; see `expertsmith evaluate`'}",
         *(f"- **Note**: {note}" for note in notes),
         "",

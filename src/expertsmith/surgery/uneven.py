@@ -134,16 +134,16 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
     config[last] = value
 
 
-def code_for(counts: Mapping[int, int], inventory: Inventory, novices: bool = False) -> dict[str, str]:
-    """File name → text of the module that plain transformers needs if layers differ, attention was pruned or (`novices`) experts are
-    constants; otherwise empty."""
+def code_for(counts: Mapping[int, int], inventory: Inventory, novices: bool = False, narrow: bool = False) -> dict[str, str]:
+    """File name → text of the module that plain transformers needs if layers differ, attention was pruned, experts are constants
+    (`novices`) or have fewer neurons than config.json says (`narrow`); otherwise empty."""
     uneven = len(set(counts.values())) > 1 and not is_listed(inventory)
-    if not uneven and not novices and ATTENTION_KEY not in inventory.config:
+    if not uneven and not novices and not narrow and ATTENTION_KEY not in inventory.config:
         return {}
     from expertsmith.engine.loading import transformers_config
     from expertsmith.engine.uneven import SHIM, shim_of
 
-    return {SHIM: shim_of(transformers_config(inventory.checkpoint), uneven, novices)}
+    return {SHIM: shim_of(transformers_config(inventory.checkpoint), uneven, novices, narrow)}
 
 
 def check_padding(inventory: Inventory, counts: Mapping[int, int], groups: int) -> None:

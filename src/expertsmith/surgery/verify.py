@@ -37,6 +37,7 @@ from expertsmith.ranks import ALONE, Ranks
 from expertsmith.surgery.apply import check_plan, output_config, output_tensors, output_texts, written
 from expertsmith.surgery.mask import masked
 from expertsmith.surgery.merge import merged
+from expertsmith.surgery.neurons import silenced
 from expertsmith.surgery.novices import replaced, with_constants_of
 from expertsmith.surgery.skip import is_padded
 from expertsmith.views.notebook import Shown
@@ -217,6 +218,7 @@ def verify(
             merged(source, plan, held),
             masks,
             replaced(source, plan),
+            silenced(source, plan),
             progress.task("verify", len(source.layers), "layers") as advance,
         ):
             _compare_forwards(source, pruned, mine, part, advance)

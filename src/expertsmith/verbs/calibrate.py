@@ -46,6 +46,13 @@ def calibrate(
             "--output-moments",
         ),
     ] = False,
+    neurons: Annotated[
+        bool,
+        Opt(
+            "Also run the model backwards and sum the squares of neurons' activations and gradients (for heapr); triples the time.",
+            "--neurons",
+        ),
+    ] = False,
     all_outputs: Annotated[
         bool, Opt("Also run every expert on every token and sum the outputs (for hc_smoe and ream).", "--all-outputs")
     ] = False,
@@ -64,6 +71,7 @@ def calibrate(
         pack: join texts into full sequences; None: texts yes, demonstrations (messages, prompt + response) no.
         output_sum: also sum the raw outputs of every expert over the tokens routed to it.
         output_moments: also sum f, f² and g²f in every dimension, g the routing weight (needed by mone; includes output_sum).
+        neurons: also sum h², (dL/dh)² and (h dL/dh)² of every neuron, h its activation, L the loss (needed by heapr).
         all_outputs: also sum them over all tokens: every expert runs on every token (needed by hc_smoe and ream).
         sample_tokens: also keep the block's inputs and outputs of this many tokens a domain.
         memory: "resident", "stream" (one decoder layer at a time) or "auto".
@@ -78,7 +86,7 @@ def calibrate(
     tokens = token_data(inventory.checkpoint.path, inventory.checkpoint.config, data, progress, **part(Text, given))
     ranks = current()
     loaded = open_model(inventory, progress, mtp=True, ranks=ranks, **part(Running, given))
-    extras = Extras(output_sum, all_outputs, sample_tokens, given["seed"], output_moments)
+    extras = Extras(output_sum, all_outputs, sample_tokens, given["seed"], output_moments, neurons)
     size = loaded.batch_tokens(given["batch_tokens"])
     return collect(
         loaded,

@@ -166,14 +166,14 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
     refuse_missing([*data, *(eval_data if measure else ())])
     said: list[str] = []
     method, keep = _usual(method, keep, fit, budget, data, stats, domains, said)
-    fitted = fitting(inventory, fit, context, keep, budget, uniform, router_groups, mtp)
+    fitted = fitting(inventory, method, fit, context, keep, budget, uniform, router_groups, mtp)
     chosen, *_, searching = request(inventory, method, fitted.keep if fitted else keep, budget, options, router_groups)
     check_search(inventory, budget or "", data, uniform)
     reads_text = not chosen.data_free or searching is not None
     if reads_text or heal is not None or (measure and (eval_data or data)):
         refuse_without_class(inventory.architecture, f"{inventory.checkpoint.source}/config.json")
-    if chosen.constants and (heal is not None or fitted):
-        raise UserError(f"method {method} cannot be combined with {'--heal' if heal else '--fit'}", "leave it out")
+    if chosen.constants and heal is not None:
+        raise UserError(f"method {method} cannot be combined with --heal", "leave it out")
     _check_heal(heal, data, inventory, requantise, fitted is not None)
     calibrates = heal is not None or searching is not None or (stats is None and not chosen.data_free)
     split = measure and calibrates and not eval_data
@@ -197,6 +197,7 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
                     work["statistics"],
                     all_outputs=chosen.all_outputs,
                     output_moments=chosen.output_moments,
+                    neurons=chosen.neurons,
                     overwrite=overwrite,
                     **given,
                 )

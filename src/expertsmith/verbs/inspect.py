@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from expertsmith.arch import config_get
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.experts.inventory import Inventory, take_inventory
+from expertsmith.experts.inventory import NEURONS_KEY, Inventory, take_inventory
 from expertsmith.experts.rules import keep_count
 from expertsmith.planning.fit import cache_account
 from expertsmith.verbs.definition import LOOK, verb
@@ -18,7 +18,10 @@ from expertsmith.views import show
 RATIOS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 
-def _constants(inventory: Inventory) -> str:
+def _changed(inventory: Inventory) -> str:
+    """What an earlier surgery left, which config.json alone would not tell a reader."""
+    if inventory.config.get(NEURONS_KEY):
+        return "Its experts have lost neurons, in different numbers, so nothing can be pruned from this checkpoint."
     count = sum(inventory.novices.values())
     return f"{count} further experts are constants, so nothing can be pruned from this checkpoint." if count else ""
 
@@ -39,7 +42,7 @@ def inspect(model: Named, **given: Unpack[Opening]) -> dict[str, Any]:
     cache = cache_account(inventory)
     decoded = quantisation is None or quantisation["cannot_be_decoded"] is None
     ratios: list[dict[str, float | None]] = []
-    for ratio in () if inventory.novices else RATIOS:
+    for ratio in () if _changed(inventory) else RATIOS:
         with suppress(UserError):  # a ratio below what the router needs is left out
             counts = {layer: keep_count(ratio, inventory.rules_of(layer)) for layer in inventory.layers}
             counts |= dict.fromkeys(inventory.mtp_layers, max(counts.values()))
@@ -62,7 +65,7 @@ def inspect(model: Named, **given: Unpack[Opening]) -> dict[str, Any]:
         "family": record.title,
         "model_type": record.model_type,
         "status": record.status,
-        "notes": " ".join(filter(None, (record.notes, _constants(inventory)))),
+        "notes": " ".join(filter(None, (record.notes, _changed(inventory)))),
         "layers": inventory.num_layers,
         "moe_layers": inventory.layers,
         "multi_token_prediction": _mtp(inventory),

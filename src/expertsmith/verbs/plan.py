@@ -137,13 +137,13 @@ def plan(  # noqa: C901  (a case a kind of method)
         made = _from_file(inventory, from_file, keep, router_groups, mtp, progress)
         _save(made, out)
         return made
-    fitted = fitting(inventory, fit, context, keep, budget, uniform, router_groups, mtp)
+    fitted = fitting(inventory, method, fit, context, keep, budget, uniform, router_groups, mtp)
     keep = fitted.keep if fitted else keep
     chosen, values, share, chosen_budget, rules, searching = request(inventory, method, keep, budget, options, router_groups)
     if share is not None:
-        progress.note(_said(share, rules.values()))
+        progress.note(f"keep: {share:.0%} of every layer's neurons" if chosen.cut else _said(share, rules.values()))
     calibrates = chosen.reads == "statistics" and stats is None
-    _check_inputs(chosen, calibrates, data, domains, fit)
+    _check_inputs(chosen, calibrates, data, domains)
     check_search(inventory, chosen_budget, data, uniform)
     job = Job(inventory, chosen, values, share, chosen_budget, rules, progress, mtp=mtp, device=given["device"])
     job.batch_tokens, job.resume = given["batch_tokens"], given["resume"]
@@ -157,6 +157,7 @@ def plan(  # noqa: C901  (a case a kind of method)
                 **given,
                 "all_outputs": chosen.all_outputs,
                 "output_moments": chosen.output_moments,
+                "neurons": chosen.neurons,
                 "overwrite": overwrite,
             }
             stats = calibrate(inventory.checkpoint.source, data, place, **options)
@@ -210,6 +211,7 @@ def _from_file(inventory: Inventory, file: str | Path, keep: Any, router_groups:
 
 def fitting(
     inventory: Inventory,
+    method: str,
     fit: str | None,
     context: int | None,
     keep: Any,
@@ -223,6 +225,7 @@ def fitting(
     Raises:
         UserError: another option says how many experts are kept, or nothing or everything fits.
     """
+    from expertsmith import methods as registered
     from expertsmith.planning.fit import largest
     from expertsmith.planning.job import rules_of
 
@@ -232,6 +235,10 @@ def fitting(
     for given, flag in ((keep is not None, "--keep"), (budget == "threshold", "--budget threshold"), (uniform, "--uniform")):
         if given:
             _refuse_fit(fit, context, flag)
+    chosen = registered.find(method)
+    if chosen.constants or chosen.cut:
+        what = "whose constants it does not count" if chosen.constants else "which keeps all experts"
+        _refuse_fit(fit, context, f"method {method}, {what}")
     return largest(inventory, rules_of(inventory, router_groups), fit, context, mtp)
 
 
@@ -259,6 +266,7 @@ def request(
     from expertsmith import methods as registered
     from expertsmith.planning import budgets
     from expertsmith.planning.job import choose_budget, rules_of
+    from expertsmith.surgery.neurons import check_neurons
     from expertsmith.surgery.novices import check_novices
     from expertsmith.surgery.uneven import refuse_padded
 
@@ -272,15 +280,21 @@ def request(
         check_novices(inventory)
         if router_groups == "flatten":
             raise UserError(f"method {method} leaves the router unchanged, so its groups stay", "leave --router-groups out")
+    if chosen.cut:
+        if not isinstance(share, float):
+            raise UserError(f"method {method} keeps a share of every expert's neurons, not {share} experts", "e.g. --keep 0.75")
+        check_neurons(inventory, values["width"])
+        if router_groups == "flatten":
+            raise UserError(f"method {method} leaves the router unchanged, so its groups stay", "leave --router-groups out")
     rules = rules_of(inventory, "flatten" if chosen.constants else router_groups)
-    if share is not None:
+    if share is not None and not chosen.cut:
         where = inventory.checkpoint.source
         for layer, entry in rules.items():
             keep_count(share, entry, where if len(set(rules.values())) == 1 else f"decoder layer {layer} of {where}")
     return chosen, values, share, chosen_budget, rules, searching
 
 
-def _check_inputs(chosen: Method, calibrates: bool, data: Sequence[str], domains: Sequence[str], fit: str | None) -> None:
+def _check_inputs(chosen: Method, calibrates: bool, data: Sequence[str], domains: Sequence[str]) -> None:
     """Refuse what the method cannot use, and what is missing for it."""
     if domains and (chosen.reads == "model" or chosen.data_free):
         raise UserError(f"method {chosen.name} reads no statistics, so --domain has no effect", "remove --domain")
@@ -290,8 +304,6 @@ def _check_inputs(chosen: Method, calibrates: bool, data: Sequence[str], domains
         )
     if chosen.reads == "model" and not data:
         raise UserError(f"method {chosen.name} runs the model on text", "pass --data FILE")
-    if chosen.constants:
-        _refuse_fit(fit, None, f"method {chosen.name}, whose constants it does not count")
 
 
 def check_search(inventory: Inventory, budget: str, data: Sequence[str], uniform: bool) -> None:

@@ -299,6 +299,8 @@ def _plan_faults(there: Mapping[str, Any]) -> list[str]:
         and not calibrate.get("output_moments")
     ):
         faults.append(f"plan: method {method.name} needs the variance of outputs: set calibrate.output_moments to true")
+    if method and method.neurons and calibrate is not None and not plan.get("stats") and not calibrate.get("neurons"):
+        faults.append(f"plan: method {method.name} needs the gradients of neurons: set calibrate.neurons to true")
     counted = plan.get("keep") is not None or plan.get("fit") is not None
     if method and not counted and plan.get("budget") in (None, "threshold") and "threshold" not in method.budgets:
         faults.append(f"plan: keep is required for method {method.name}: add plan.keep")

@@ -91,8 +91,9 @@ def skip(
     rule = surgery.rule_for(inventory)
     check_rule(transformers_config(source), inventory.architecture, rule)
     made = surgery.keep_all(inventory) if plan is None else load_plan(plan)
-    if made.novices:
-        raise UserError("a plan with novices cannot have skip thresholds", "give a plan that removes or merges experts")
+    if made.novices or made.neurons:
+        what = "novices" if made.novices else "neurons"
+        raise UserError(f"a plan with {what} cannot have skip thresholds", "give a plan that removes or merges experts")
     tokens = token_data(source.path, source.config, data, progress, **part(Text, given))
     texts = list(eval_data) or list(data)
     shape = part(Drawing, given)

@@ -64,11 +64,13 @@ def show_plan(made: Plan) -> None:
     """Print the kept and merged experts of every layer, and how close the decision was."""
     layers = made.to_json()["layers"]
     merges = any(entry.get("merge") for entry in layers)
-    columns = ["layer", "kept experts", *(["merged experts"] if merges else []), reason_title(layers[0])]
-    table = table_of(*columns, title=f"{made.method.name}: kept experts")
+    what = "kept neurons" if made.neurons else "kept experts"
+    columns = ["layer", what, *(["merged experts"] if merges else []), reason_title(layers[0])]
+    table = table_of(*columns, title=f"{made.method.name}: {what}")
     for entry in layers:
         groups = "  ".join(f"{m['into']} ← {ranges([e for e in m['from'] if e != m['into']])}" for m in entry.get("merge", ()))
-        cells = [str(entry["layer"]), f"{len(entry['keep']):>3} of {entry['num_experts']}: {ranges(entry['keep'])}"]
+        kept = f"{len(entry['keep']):>3} of {entry['num_experts']}: {ranges(entry['keep'])}"
+        cells = [str(entry["layer"]), neurons_kept(entry) if made.neurons else kept]
         table.add_row(*cells, *([groups] if merges else []), layer_reason(entry))
     line(table)
     for note in made.notes:
@@ -78,6 +80,16 @@ def show_plan(made: Plan) -> None:
         line(f"{count(p[0])} → {count(p[1])} parameters, {byte_count(b[0])} → {byte_count(b[1])} ({100 * b[1] / b[0]:.0f} %)")
 
 
+def neurons_kept(entry: dict[str, Any]) -> str:
+    """How many neurons the experts of a layer keep."""
+    held = entry.get("neurons")
+    if held is None:
+        return "all"
+    low, high = min(held["counts"]), max(held["counts"])
+    each = f"{low}" if low == high else f"{low} to {high}"
+    return f"{each} of {held['width']} in each of {entry['num_experts']} experts"
+
+
 def reason_title(entry: dict[str, Any]) -> str:
     """The heading of `layer_reason` for a plan whose first layer is `entry`, as in plan.json."""
     why = entry.get("why") or {}
@@ -85,6 +97,8 @@ def reason_title(entry: dict[str, Any]) -> str:
         return "loss of the block / next best subset tried"
     if "height" in why:
         return "next removal / last removal / threshold"
+    if "kept_saliency" in why:
+        return "share of saliency that is kept"
     return "saliency: lowest kept / highest dropped" if entry.get("saliency") else ""
 
 
@@ -94,6 +108,8 @@ def layer_reason(entry: dict[str, Any]) -> str:
     if "subset_losses" in why:
         others = [row["loss"] for row in why["subset_losses"][1:2]]
         return f"{why['loss']:.4g} / {others[0]:.4g}" if others else f"{why['loss']:.4g}"
+    if "kept_saliency" in why:
+        return f"{why['kept_saliency']:.4f}"
     if "height" in why:
         height = why["height"]
         cells = (height[gone] if gone < len(height) else None, height[gone - 1] if gone else None, why.get("threshold"))
@@ -128,7 +144,8 @@ def show_method(m: Method) -> None:
 
 def needs(m: Method) -> str:
     """What the user of a method needs."""
-    return NEEDS[m.reads] + (" with --all-outputs" if m.all_outputs else " with --output-moments" if m.output_moments else "")
+    options = {" with --all-outputs": m.all_outputs, " with --output-moments": m.output_moments, " with --neurons": m.neurons}
+    return NEEDS[m.reads] + "".join(text for text, needed in options.items() if needed)
 
 
 def show_facts(facts: dict[str, str]) -> None:

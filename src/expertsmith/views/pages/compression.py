@@ -7,7 +7,7 @@ from typing import Any
 
 from expertsmith.views.pages import figures, sheet
 from expertsmith.views.pages.evaluation import COLOURS, by_domain, noise, rise, rises
-from expertsmith.views.show import byte_count, count, layer_reason, ranges, reason_title
+from expertsmith.views.show import byte_count, count, layer_reason, neurons_kept, ranges, reason_title
 
 Found = Mapping[str, Any]
 WORDS = {"error": "refuses it", "warning": "with a warning", "": "no obstacle found"}  # lint's worst level for an engine
@@ -39,12 +39,16 @@ def _name(source: str) -> str:
 
 
 def _share(found: Found) -> str:
-    """ "8 of 16 experts per layer", "3 to 8 of 16 experts per layer"."""
+    """ "8 of 16 experts per layer", "3 to 8 of 16 experts per layer", "72 of 96 neurons in each expert"."""
 
     def spread(values: Sequence[int]) -> str:
         return str(values[0]) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
 
     layers = found["plan"]["layers"]
+    held = [entry["neurons"] for entry in layers if entry.get("neurons")]
+    if held:
+        left = spread([count for entry in held for count in entry["counts"]])
+        return f"{left} of {spread([entry['width'] for entry in held])} neurons in each expert"
     return f"{spread([len(entry['keep']) for entry in layers])} of {spread([entry['num_experts'] for entry in layers])} experts per layer"
 
 
@@ -185,6 +189,10 @@ def _figure(found: Found) -> str:
 
 def _experts(found: Found) -> sheet.Section:
     plan = found["plan"]
+    if any(entry.get("neurons") for entry in plan["layers"]):
+        rows = [[f"{entry['layer']}", neurons_kept(entry), layer_reason(entry)] for entry in plan["layers"]]
+        table = sheet.table(["layer", "kept neurons", reason_title(plan["layers"][0])], rows)
+        return "experts", "Kept neurons of each layer's experts", table
     drawn = figures.kept_map(plan["layers"], ranges)
     title = reason_title(plan["layers"][0])
     columns = ["layer", "kept", "of", "kept experts (ids of the source)", *([title] if title else [])]
