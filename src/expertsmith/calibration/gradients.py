@@ -29,6 +29,7 @@ from expertsmith.engine.neurons import Hidden, watched
 from expertsmith.errors import UserError
 from expertsmith.ranks import Ranks
 
+TOKENS = 4096  # of a batch at most: its logits over the vocabulary and their gradients are in memory
 STATES = 2**31  # bytes of the layers' inputs that a streamed pass keeps
 AT_ONCE = 256  # neurons whose float64 copies exist at a time
 NAMES = ("neuron_sq_sum", "neuron_grad_sq_sum", "neuron_product_sq_sum")

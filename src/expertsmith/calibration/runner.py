@@ -102,7 +102,8 @@ def collect(
         skip = 0 if spilled is None or spilled >= todo[0] else spilled + 1
         if done and ranks.first:
             progress.note(f"resuming: {len(done)} of {len(wanted)} layers are finished, continuing at decoder layer {skip}")
-        neurons = _gradients(model, batches, out, extras, progress, ranks)
+        small = data.batches(min(batch_tokens, gradients.TOKENS), pad_id=_pad_id(model)) if extras.neurons else []
+        neurons = _gradients(model, ranks.share(small), out, extras, progress, ranks)
         states = Spill(out, enabled=alone)
         tokens = sum(batch.tokens for batch in batches)
         with (

@@ -36,7 +36,8 @@ def heapr(
 
     form=product is the paper's: s_c = 1/2 mean(h_c^2) W_d[:, c]^T G_j W_d[:, c], G_j = mean(u u^T), u = dL/df_j(t), means over X_j. Since W_d[:, c]^T u =
     dL/dh_c, the quadratic form is mean((dL/dh_c)^2), and no d x d matrix is needed. form=exact keeps the correlation of both factors:
-    s_c = 1/2 mean((h_c dL/dh_c)^2). weight=frequency multiplies by N_j / T, so that rare experts weigh less.
+    s_c = 1/2 mean((h_c dL/dh_c)^2). weight=frequency multiplies by N_j / T, so that rare experts weigh less; with width=model it changes nothing,
+    because neurons then compete within their expert only.
     -1 for every neuron of an expert without tokens, as in the paper; which of them stay is then decided by their weights.
 
     width=model: every expert keeps the same number of neurons, the share `keep` of them; each the best of its own. width=layer and

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from math import ceil, prod
 
 from expertsmith.experts.inventory import Claim, Inventory
 from expertsmith.experts.weights import part_shape
 from expertsmith.planning.plan import LayerPlan, Summary
+
+SHARED = re.compile(
+    r"(^|\.)shared_(experts|mlp)\."
+)  # in checkpoints whose config sizes shared experts by the routed ones' width
 
 
 def summary_of(entries: Iterable[LayerPlan], inventory: Inventory, mtp: str) -> Summary:
@@ -38,8 +43,10 @@ def _removed(entry: LayerPlan, inventory: Inventory) -> tuple[int, int]:
     """(parameters, bytes) that a layer's experts lose with their neurons."""
     assert entry.neurons is not None
     numel = nbytes = 0
-    for expert, claims in enumerate(inventory.expert_claims(entry.layer)):
-        lost = entry.neurons.width - entry.neurons.counts[expert]
+    counts, held = entry.neurons.counts, list(enumerate(inventory.expert_claims(entry.layer)))
+    zero = [claim for claim in inventory.by_layer[entry.layer] if claim.expert is not None and claim.expert >= len(counts)]
+    for expert, claims in [*held, (0, zero)]:  # zero experts, whose tensors nothing reads, get the width of the others
+        lost = entry.neurons.width - counts[expert]
         for claim in claims:
             layout, shape = inventory.layout(claim), part_shape(claim)
             if layout is None or (layout.startswith("down") and len(shape) == 1):
@@ -70,15 +77,8 @@ def _filled(entries: list[LayerPlan], inventory: Inventory) -> tuple[int, int]:
 
 def shared_claims(inventory: Inventory) -> list[Claim]:
     """The tensors of shared experts."""
-    record = inventory.architecture
-    if record.shared is None:
-        return []
-    start = f"{record.block}.{record.shared}.".lstrip(".")
-    return [
-        claim
-        for claim in inventory.claims
-        if claim.kind == "other" and claim.layer is not None and claim.rest.startswith(start)
-    ]
+    named = (claim for claim in inventory.claims if claim.kind == "other" and claim.layer is not None)
+    return [claim for claim in named if SHARED.search(claim.rest)]
 
 
 def shared_number(inventory: Inventory) -> int:

@@ -98,13 +98,14 @@ def neuron_tensor(claim: Claim, plan: Plan, inventory: Inventory) -> OutputTenso
     info, count, shape = claim.info, inventory.experts_in(claim.layer), part_shape(claim)
     axis = neuron_axis(layout, len(shape))
     owners = [claim.expert] if claim.kind == "expert" else list(range(count))
-    if axis is None or (claim.expert is not None and claim.expert >= count):  # a bias of the output, or a zero expert
+    if axis is None:  # a bias of the output
         return OutputTensor(info.name, info.dtype, info.shape, (_whole(claim, inventory),))
     pieces: list[Piece | Made] = []
     sizes = []
     for expert in owners:
         assert expert is not None
-        ids = places(layout, kept[expert], width)
+        # zero experts, whose tensors nothing reads, get the width of the others
+        ids = places(layout, kept[expert] if expert < count else np.arange(plan.neurons[claim.layer].counts[0]), width)
         sizes.append(len(ids))
         nbytes = info.nbytes // info.numel * int(np.prod(shape)) // shape[axis] * len(ids)
         pieces.append(Made(nbytes, partial(_taken, claim, expert, axis, ids, inventory)))
@@ -185,7 +186,7 @@ def shared_axis(claim: Claim, inventory: Inventory) -> int | None:
         UserError: a tensor of another kind.
     """
     name = claim.rest.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
-    if name not in ("gate_proj", "up_proj", "down_proj"):
+    if name not in ("gate_proj", "linear_gate", "up_proj", "down_proj"):
         raise UserError(
             f"{claim.info.name}: the layout of this tensor of a shared expert is not known, so it cannot be filled up",
             "pass -O width=layer, for expertsmith's own loader",
