@@ -7,6 +7,7 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,25 @@ RUN = [  # families with a class of their own; the others are in test_aliases.py
 ]
 COMPOSITES = [name for name in RUN if families()[name].composite]  # language models that transformers runs in their whole only
 SUPPORTED = [name for name in RUN if name not in COMPOSITES]
+KINDS = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v3",
+    "deepseek_v4",
+    "gpt_oss",
+    "llama4_text",
+    "jamba",
+    "inkling2_text",
+    "longcat_flash",
+    "zaya",
+    "glm4v_moe_text",
+]
+
+
+def kinds_first(names: list[str]) -> list[Any]:
+    """Parameters of a test of every family that takes long in all: the families that are not in `KINDS` are for `make test-slow`."""
+    return [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@ import torch
 from test_observers import brute_force
 from test_resume import same
 
-from conftest import CALIBRATION, DEVICE, RUN, random_model, run_cli
+from conftest import CALIBRATION, DEVICE, RUN, kinds_first, random_model, run_cli
 from expertsmith import api
 from expertsmith.arch import families
 from expertsmith.calibration import spill, stats
@@ -120,7 +120,7 @@ def first_layers(plan, count):
     return plan.model_copy(update={"layers": plan.layers[:count]})
 
 
-@pytest.mark.parametrize("model_type", RUN)
+@pytest.mark.parametrize("model_type", kinds_first(RUN))
 def test_every_family(model_type, checkpoints, data, tmp_path):
     """The same bits as from a model with the plan of the earlier layers in force; streamed too."""
     source = checkpoints(model_type)

@@ -486,6 +486,7 @@ def test_verify_sees_wrong_experts(checkpoints, tmp_path):
     from expertsmith.checkpoint import open_checkpoint
     from expertsmith.experts.inventory import take_inventory
     from expertsmith.surgery import verify
+    from expertsmith.surgery.mask import masked
 
     source = checkpoints("qwen3_moe")
     inventory = take_inventory(open_checkpoint(source))
@@ -498,7 +499,7 @@ def test_verify_sees_wrong_experts(checkpoints, tmp_path):
         for c in (inventory.checkpoint, open_checkpoint(tmp_path / "out"))
     ]
     verdict, found = verify.Verdict(False, 1e-4, 0), verify.Outputs()
-    with verify.masked(loaded[0], other.kept, 8):
+    with masked(loaded[0], other.kept, 8):
         verify._compare_forwards(*loaded, batches, found, lambda n: None)
     verify._add_up(verdict, [found])
     assert verdict.largest > 1e-2
@@ -515,10 +516,10 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_memory_limits_of_the_process_are_seen():
     """A model that the machine could hold, but the process may not, is streamed."""
     code = (
-        "import resource, torch, psutil; from pathlib import Path; from types import SimpleNamespace; from expertsmith.engine.devices import choose_memory\n"
+        "import resource, torch, psutil; from pathlib import Path; from types import SimpleNamespace; from expertsmith.engine.devices import choose_memory; from expertsmith.checkpoint.reader import TensorInfo\n"
         "limit = psutil.Process().memory_info().vms + 600 * 2**20; resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "for numel in (2**20, 2**28):\n"
-        "    model = SimpleNamespace(converted=False, config={}, numel=numel, tensors={}, path=Path('.'), source='m', read=None)\n"
+        "    model = SimpleNamespace(converted=False, config={}, numel=numel, tensors={'w': TensorInfo('w', 'F32', (numel,), Path('w'), 0, 4 * numel)}, path=Path('.'), source='m', read=None)\n"
         "    print(choose_memory('auto', [model], torch.device('cpu'), 'float32'))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pretended
-from conftest import CALIBRATION, DEVICE, RUN, run_cli
+from conftest import CALIBRATION, DEVICE, RUN, kinds_first, run_cli
 from expertsmith import api
 from expertsmith.arch import families
 from expertsmith.checkpoint import open_checkpoint
@@ -92,7 +92,7 @@ def size_of(path: Path) -> int:
 
 
 @two_devices
-@pytest.mark.parametrize("model_type", RUN)
+@pytest.mark.parametrize("model_type", kinds_first(RUN))
 def test_a_spread_model_gives_the_same_logits(model_type, checkpoints, narrow):
     """Through the walk, and through the model's own forward; the layers lie on both devices."""
     opened, record = open_checkpoint(checkpoints(model_type)), families()[model_type]

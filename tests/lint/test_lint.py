@@ -318,7 +318,15 @@ def test_a_checkpoint_of_transformers_lacks_the_router_keys(tmp_path: Path) -> N
     assert (subject.counts, subject.group_default) == ({1: 8, 2: 8}, (8, 4))
     assert subject.architectures == ("DeepseekV3ForCausalLM",)
     errors = {finding.rule.id for finding in lint(inventory, tensor_parallel=16) if finding.level == "error"}
-    assert errors == {"vllm-router-keys", "vllm-latent", "sglang-router-keys", "sglang-tensor-parallel", "llama.cpp-scores"}
+    assert errors == {
+        "vllm-router-keys",
+        "vllm-latent",
+        "vllm-width",
+        "sglang-router-keys",
+        "sglang-tensor-parallel",
+        "sglang-width",
+        "llama.cpp-scores",
+    }
 
 
 def test_tensors_of_more_experts_than_config_says(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from conftest import CALIBRATION, COMPOSITES, SUPPORTED, loaded_plainly, run_cli
+from conftest import CALIBRATION, COMPOSITES, SUPPORTED, kinds_first, loaded_plainly, run_cli
 from expertsmith import api
 from expertsmith.arch import families, text_config
 from expertsmith.calibration.gradients import NAMES, groups
@@ -33,7 +33,7 @@ from expertsmith.planning.plan import load_plan, neurons_file, parse_plan
 from expertsmith.surgery.neurons import silenced
 from quantise import quantise_checkpoint
 
-EVERY = pytest.mark.parametrize("model_type", [*SUPPORTED, *COMPOSITES])
+EVERY = pytest.mark.parametrize("model_type", kinds_first([*SUPPORTED, *COMPOSITES]))
 SHAPE = {**CALIBRATION, "overlong": "truncate"}
 IDS = torch.randint(3, 120, (2, 17), generator=torch.Generator().manual_seed(0))
 WRITTEN = (
@@ -203,12 +203,12 @@ def test_interrupted_calibration_keeps_its_gradients(checkpoints, statistics, da
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    watch = runner._observe
-    monkeypatch.setattr(runner, "_observe", interrupted)
+    watch = runner._Run.observe
+    monkeypatch.setattr(runner._Run, "observe", interrupted)
     with pytest.raises(KeyboardInterrupt):
         api.calibrate(checkpoints("mixtral"), data, tmp_path / "s", neurons=True, memory="resident", **SHAPE)
     assert (tmp_path / "s" / gradients.FILE).is_file()
-    monkeypatch.setattr(runner, "_observe", watch)
+    monkeypatch.setattr(runner._Run, "observe", watch)
     monkeypatch.setattr(gradients, "collect_gradients", interrupted)
     api.calibrate(checkpoints("mixtral"), data, tmp_path / "s", neurons=True, memory="resident", **SHAPE)
     assert not (tmp_path / "s" / gradients.FILE).exists()
@@ -321,7 +321,7 @@ def test_written_checkpoint_equals_the_original_with_silent_neurons(model_type, 
         loaded_plainly(tmp_path / "out")(IDS)
 
 
-@pytest.mark.parametrize("model_type", WRITTEN)
+@pytest.mark.parametrize("model_type", kinds_first(WRITTEN))
 def test_kept_rows_and_columns_keep_their_bytes(model_type, checkpoints, statistics, tmp_path):
     """Every expert's matrices and biases, taken apart by role, against the source's at the kept places."""
     from expertsmith.arch.base import split

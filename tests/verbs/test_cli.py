@@ -471,7 +471,7 @@ def test_methods_and_architectures_list_every_record(capsys):
         and row["doc"]
         and row["cost"]
         and row["budgets"]
-        and row["gives"] in ("saliency", "order", "choice")
+        and row["gives"] in ("saliency", "order", "choice", "neurons")
         for row in found
     )
     table = passed(capsys, "methods")

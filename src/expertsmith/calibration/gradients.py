@@ -145,7 +145,7 @@ class _Pass:
             for batch, output in zip(self.batches, walk.outputs(), strict=True):
                 loss = _loss(output.logits, batch)
                 if loss.requires_grad:
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]  # what lies between layers can lead to the loss too
         for index in reversed(range(self.first, model.depth)):
             model.bring(index)
             if index > self.first:
@@ -192,7 +192,7 @@ class _Pass:
         into = self.sums.setdefault(index, {}).setdefault(batch.domain, {})
         for name in NAMES:
             if name not in into:
-                into[name] = torch.zeros(count, width, dtype=torch.float64, device=self.model.device)
+                into[name] = torch.zeros(count, width, dtype=torch.float64, device=hidden.values.device)
         values = hidden.values.detach().reshape(-1, width)[: len(counted)]
 
         def add(gradient: torch.Tensor) -> None:

@@ -135,7 +135,7 @@ RULES: tuple[Rule, ...] = (
     rule(
         "transformers-ragged",
         "The experts of a layer are stacked into one tensor as they are loaded, so they have one width.",
-        "MergeModulelist.convert (torch.stack), the conversion of weights as they are loaded",
+        "core_model_loading.py, MergeModulelist.convert (torch.stack), the conversion of weights as they are loaded",
         "error",
         ragged,
         "load it with expertsmith.load, which fills them up with zeros; or plan with -O width=layer",
