@@ -633,13 +633,9 @@ def test_compress_heals(checkpoints, texts, tmp_path, capsys):
         "frequency",
         "-k",
         4,
-        "-d",
-        texts[0],
+        *(part for text in texts for part in ("-d", text)),
         "-e",
         texts[0],
-        "--seq-len",
-        24,
-        "--no-pack",
     ]
     code, out, err = run_cli(
         capsys, *arguments, "--heal", "least_squares", "-o", tmp_path / "out", "--device", DEVICE, "--json", "-q"

@@ -321,7 +321,7 @@ def test_written_checkpoint_equals_the_original_with_silent_neurons(model_type, 
         loaded_plainly(tmp_path / "out")(IDS)
 
 
-@pytest.mark.parametrize("model_type", kinds_first(WRITTEN))
+@pytest.mark.parametrize("model_type", WRITTEN)
 def test_kept_rows_and_columns_keep_their_bytes(model_type, checkpoints, statistics, tmp_path):
     """Every expert's matrices and biases, taken apart by role, against the source's at the kept places."""
     from expertsmith.arch.base import split
