@@ -1,8 +1,8 @@
 """Two devices that are none: tensors on them keep their values on the CPU, but say `pretended:0` or `pretended:1`, and refuse what a GPU refuses.
 
 So the tests that run a model find, without a GPU, a tensor that was made on the CPU and meets one of the device, a tensor of one device that
-meets one of the other, and a number or an array taken without fetching it: `EXPERTSMITH_DEVICE=pretended pytest tests/calibration`. What
-they cannot find: kernels of CUDA, their rounding, streams, and branches on the device's name.
+meets one of the other, and a number or an array taken without fetching it: `EXPERTSMITH_DEVICE=pretended pytest tests/engine/test_spread.py`. What
+they cannot find: kernels of CUDA, their rounding, streams, gradients (the engine aborts), and branches on the device's name.
 
 It stands on torch's experimental way to write a backend in Python (`torch.utils.backend_registration`), and is used by tests only.
 """
