@@ -64,7 +64,7 @@ def torchrun(folder: Path, trouble: str, *words: object, ranks: int = 2) -> subp
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240,
+        timeout=600,
         check=False,
     )
 
