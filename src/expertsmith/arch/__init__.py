@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from expertsmith.arch.base import Architecture, Stacked, config_first, config_get, config_present
+from expertsmith.arch.base import Architecture, Stacked, config_first, config_get, config_present, config_set
 from expertsmith.errors import UserError
 from expertsmith.registry import modules_of, unknown
 
@@ -18,6 +18,7 @@ __all__ = [
     "config_first",
     "config_get",
     "config_present",
+    "config_set",
     "families",
     "family_of",
     "record_of",

@@ -234,6 +234,14 @@ def config_get(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
     return config
 
 
+def config_set(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested dicts, which are made where they are missing."""
+    *path, last = key.split(".")
+    for part in path:
+        config = config.setdefault(part, {})
+    config[last] = value
+
+
 def config_first(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any] | None:
     """(first of `keys` with a value in the config, that value); None if there is none."""
     for key in keys:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expertsmith.arch import config_get, text_config
+from expertsmith.arch import config_get, config_set, text_config
 from expertsmith.checkpoint.code import code_notes, drop_auto_map
 from expertsmith.checkpoint.floats import SIDE_FILES, Floats, floats, quantisation_of, refuse_unencodable, source_of
 from expertsmith.checkpoint.writer import MAX_SHARD, Made, OutputTensor, Piece, left_behind, prepare_target, write_checkpoint
@@ -268,7 +268,7 @@ def output_config(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[s
     if drops_mtp(plan, inventory):
         for key in MTP_KEYS:
             if config_get(inner, key):
-                _set(inner, key, 0)
+                config_set(inner, key, 0)
     return config
 
 
@@ -291,13 +291,6 @@ def renumbering_of(plan: Plan, inventory: Inventory, pad: bool = False) -> Renum
 def output_texts(plan: Plan, inventory: Inventory, pad: bool = False) -> dict[str, str]:
     """Name → text of the source's files that change with the experts."""
     return output_files(renumbering_of(plan, inventory, pad))
-
-
-def _set(config: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        config = config[part]
-    config[last] = value
 
 
 def apply_plan(  # noqa: C901  (one note for each case)

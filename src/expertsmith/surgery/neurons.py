@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expertsmith.arch import config_get, config_present, text_config
+from expertsmith.arch import config_get, config_present, config_set, text_config
 from expertsmith.arch.base import Layout, neuron_axis
-from expertsmith.checkpoint.floats import bytes_of, quantisation_of
+from expertsmith.checkpoint.floats import bytes_of, quantisation_of, source_of
 from expertsmith.checkpoint.writer import Made, OutputTensor, Piece
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import NEURONS_KEY, Claim, Inventory
@@ -99,7 +99,7 @@ def neuron_tensor(claim: Claim, plan: Plan, inventory: Inventory) -> OutputTenso
     axis = neuron_axis(layout, len(shape))
     owners = [claim.expert] if claim.kind == "expert" else list(range(count))
     if axis is None:  # a bias of the output
-        return OutputTensor(info.name, info.dtype, info.shape, (_whole(claim, inventory),))
+        return OutputTensor(info.name, info.dtype, info.shape, (source_of(inventory.checkpoint, info),))
     pieces: list[Piece | Made] = []
     sizes = []
     for expert in owners:
@@ -139,12 +139,6 @@ def _taken(claim: Claim, expert: int, axis: int, ids: np.ndarray[Any, Any], inve
 
     part = inventory.rows(claim, expert).reshape(part_shape(claim))
     return bytes_of(part.index_select(axis, torch.from_numpy(ids.astype(np.int64))))
-
-
-def _whole(claim: Claim, inventory: Inventory) -> Piece | Made:
-    from expertsmith.checkpoint.floats import source_of
-
-    return source_of(inventory.checkpoint, claim.info)
 
 
 def filled_shared(tensors: Sequence[OutputTensor], plan: Plan, inventory: Inventory) -> list[OutputTensor]:
@@ -222,16 +216,9 @@ def write_widths(config: dict[str, Any], plan: Plan, inventory: Inventory) -> No
     before = next(iter(plan.neurons.values())).width
     for key in tuple(config_present(inner, record.expert_width_key)) or record.expert_width_key[:1]:
         held = config_get(inner, key)
-        _set(inner, key, [width if number == before else number for number in held] if isinstance(held, list) else width)
+        config_set(inner, key, [width if number == before else number for number in held] if isinstance(held, list) else width)
     if record.sized_by_width == "shared" and record.shared_key and shared_claims(inventory):
-        _set(inner, record.shared_key, shared_count(inventory, before, width))
-
-
-def _set(config: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        config = config.setdefault(part, {})
-    config[last] = value
+        config_set(inner, record.shared_key, shared_count(inventory, before, width))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from expertsmith.arch import config_first, config_get, config_present, text_config
+from expertsmith.arch import config_first, config_get, config_present, config_set, text_config
 from expertsmith.checkpoint.writer import Made, OutputTensor, Piece
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Claim, Inventory
@@ -79,7 +79,7 @@ def write_counts(config: dict[str, Any], counts: Mapping[int, int], inventory: I
     record, most = inventory.architecture, max(counts.values())
     for key in config_present(inner, record.experts_key + record.extra_config_keys):
         before = config_get(inner, key)
-        _set(inner, key, _listed(before, counts, most) if isinstance(before, list) else most)
+        config_set(inner, key, _listed(before, counts, most) if isinstance(before, list) else most)
     held = "per_layer_config" in inner
     layers = {int(layer): dict(keys) for layer, keys in (inner.pop("per_layer_config", None) or {}).items()}
     for keys in layers.values():
@@ -98,7 +98,7 @@ def write_counts(config: dict[str, Any], counts: Mapping[int, int], inventory: I
         key = next(config_present(inner, record.experts_key))
         key = type(theirs.get_text_config()).attribute_map.get(key, key)
         for layer, count in counts.items():
-            _set(layers.setdefault(layer, {}), key, count)
+            config_set(layers.setdefault(layer, {}), key, count)
         inner[FLAG] = True
         config["auto_map"] = auto_map(theirs)
     if any(layers.values()) or (held and not inventory.uneven):  # Gemma 4 treats an empty one differently from none
@@ -125,13 +125,6 @@ def _listed(before: list[int], counts: Mapping[int, int], most: int) -> list[int
             "keep the same number in every layer: --uniform",
         )
     return [most] * len(before)
-
-
-def _set(config: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        config = config.setdefault(part, {})
-    config[last] = value
 
 
 def code_for(counts: Mapping[int, int], inventory: Inventory, novices: bool = False, narrow: bool = False) -> dict[str, str]:
