@@ -135,7 +135,7 @@ RULES: tuple[Rule, ...] = (
     rule(
         "transformers-ragged",
         "The experts of a layer are stacked into one tensor as they are loaded, so they have one width.",
-        "core_model_loading.py, MergeModulelist.convert (torch.stack), the conversion of weights as they are loaded",
+        "modeling_utils.py, from_pretrained: the conversion that stacks the experts of a layer",
         "error",
         ragged,
         "load it with expertsmith.load, which fills them up with zeros; or plan with -O width=layer",
