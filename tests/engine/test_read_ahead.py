@@ -17,6 +17,7 @@ from expertsmith.arch import families
 from expertsmith.checkpoint import ahead, open_checkpoint
 from expertsmith.checkpoint.reader import Checkpoint
 from expertsmith.engine import Batch, Walk, devices, load_model, read_ahead
+from expertsmith.engine.read_ahead import Arena
 from expertsmith.errors import UserError
 from quantise import WIDE, quantise_checkpoint
 
@@ -77,11 +78,10 @@ def test_statistics_are_the_same_bytes(family, kind, data, tmp_path, monkeypatch
         source = tmp_path / "model"
     api.calibrate(source, data, tmp_path / "ahead", memory="stream", **{**CALIBRATION, "device": "cpu"})
     held, early = {name for name, _ in counted}, {name for name, in_thread in counted if in_thread}
-    for layer in (1, 2, 3):  # all that is held of a layer was read in the thread, the first layer's when it was needed
+    for layer in range(4):  # all that is held of a layer was read in the thread
         mine = {name for name in held if f"layers.{layer}." in name}
         assert mine
         assert mine <= early
-    assert not any("layers.0." in name for name in early)
     counted.clear()
     monkeypatch.setattr(read_ahead, "SHARE", 0.0)
     api.calibrate(source, data, tmp_path / "plainly", memory="stream", **{**CALIBRATION, "device": "cpu"})
@@ -108,7 +108,7 @@ def test_the_next_layer_is_read_while_one_computes(streamed, monkeypatch):
 
     def read(self, name, *rows):
         layer = int(name.split(".")[2])
-        assert computes[layer - 1].wait(30)
+        assert layer == 0 or computes[layer - 1].wait(30)
         reads[layer].set()
         return plain(self, name, *rows)
 
@@ -156,44 +156,52 @@ def test_a_walk_that_ends_early_leaves_no_thread(streamed, monkeypatch):
     assert len(blocks) > after
 
 
-class Buffer(bytearray):
-    """A buffer of which the test knows whether it still exists."""
-
-
 def test_at_most_one_more_layer_is_held(streamed, monkeypatch):
-    """Bytes of buffers that exist while a layer computes: of the next layer, and those that became parameters of this one."""
-    stored = [streamed._reads._size(layer) for layer in range(4)]
-    made: list[weakref.ref[Buffer]] = []
+    """Two pieces of memory, each for one layer, serve all layers in turn, and are gone afterwards."""
+    made: list[weakref.ref[read_ahead.Arena]] = []
 
-    def buffer(nbytes):
-        found = Buffer(nbytes)
+    def arena(nbytes, pinned):
+        found = Arena(nbytes, pinned)
         made.append(weakref.ref(found))
         return found
 
-    def held() -> int:
-        gc.collect()
-        return sum(len(found) for ref in made if (found := ref()) is not None)
-
-    monkeypatch.setattr(read_ahead, "fresh", buffer)
-    reads = streamed._reads._reads
+    monkeypatch.setattr(read_ahead, "Arena", arena)
+    largest = max(streamed._reads._size(layer) for layer in range(4))
+    places = []
 
     def before(layer, number, batch):
-        if layer < 3:
-            for future in reads._reads.values():
-                future.result()
-            ahead = sum(map(len, (ref() for ref in made[-len(reads._reads) :])))
-            assert 0 < ahead <= stored[layer + 1]
-            assert held() <= ahead + stored[layer] * (layer > 0)
-        else:
-            assert reads._reads == {}
+        for future in streamed._reads._reads._reads.values():
+            future.result()
+        begins = [found.begin for ref in made if (found := ref()) is not None]
+        assert len(begins) <= 2
+        held = [p.data_ptr() for p in streamed.layers[layer].parameters()]
+        mine = [begin for begin in begins if all(begin <= place < begin + largest for place in held)]
+        assert len(mine) == 1  # every parameter lies where it was read
+        places.append(mine[0])
 
     with Walk(streamed, batches(), before) as walk:
         assert list(walk.layers()) == [0, 1, 2, 3]
-    assert held() == 0
+    assert places == [places[0], places[1]] * 2
     with pytest.raises(RuntimeError, match="early"), Walk(streamed, batches(), end_early) as walk:
         list(walk.layers())
-    assert held() == 0
+    gc.collect()
+    assert [ref() for ref in made] == [None] * len(made)
     assert threads() == []
+
+
+def test_memory_in_use_is_not_used_again(streamed, deep):
+    """Weights that someone keeps stay as they are, though later layers are read."""
+    kept = []
+
+    def before(layer, number, batch):
+        kept.append([p.detach() for p in streamed.layers[layer].parameters()])
+
+    with Walk(streamed, batches(), before) as walk:
+        list(walk.layers())
+    resident = load_model(open_checkpoint(deep), families()["mixtral"], device="cpu")
+    for layer, values in zip(resident.layers, kept, strict=True):
+        for found, expected in zip(values, layer.parameters(), strict=True):
+            assert torch.equal(found, expected)
 
 
 def end_early(layer, number, batch):
@@ -241,13 +249,14 @@ def test_a_file_that_was_cut_is_an_error_as_without_reading_ahead(deep, tmp_path
     assert "ended in the middle of model.layers.2" in early
 
 
-def test_memory_that_is_too_short_for_two_layers_is_enough_for_one(streamed, monkeypatch):
-    """The thread finds no memory: the layers are read when they are needed."""
+@pytest.mark.parametrize(("name", "error"), [("_lent", MemoryError), ("Arena", OSError)])
+def test_memory_that_is_too_short_for_two_layers_is_enough_for_one(name, error, streamed, monkeypatch):
+    """The thread finds no memory, or there is none for it: the layers are read when they are needed."""
 
-    def none(nbytes):
-        raise MemoryError
+    def none(*args, **kwargs):
+        raise error
 
-    monkeypatch.setattr(read_ahead, "fresh", none)
+    monkeypatch.setattr(read_ahead, name, none)
     with Walk(streamed, batches()) as walk:
         assert list(walk.layers()) == [0, 1, 2, 3]
     assert threads() == []
@@ -278,17 +287,20 @@ def test_files_that_a_control_group_holds_count_as_free(version, tmp_path, monke
     assert devices._free_memory() == 700
 
 
-def test_pinned_memory_is_used_again(deep):
-    """A GPU's buffers: aligned, one after the other in one piece of memory, from its beginning for each layer."""
-    memory = read_ahead.Pinned(256)
-    following = memory.buffers()
-    places = [torch.frombuffer(following(size), dtype=torch.uint8).data_ptr() for size in (3, 64, 65)]
-    assert [place - places[0] for place in places] == [0, 64, 128]
-    assert places[0] % 64 == 0
-    again = torch.frombuffer(memory.buffers()(8), dtype=torch.uint8)
-    assert again.data_ptr() == places[0]
-    del again
+def test_an_arena_is_free_when_no_tensor_uses_it():
+    memory = read_ahead.Arena(256, pinned=False)
+    assert memory.is_free()
+    tensor = torch.frombuffer(memory.lend(64, 8), dtype=torch.uint8)
+    assert tensor.data_ptr() == memory.begin + 64
+    assert memory.begin % 64 == 0
+    part = tensor[3:]
+    del tensor
+    assert not memory.is_free()
+    del part
+    assert memory.is_free()
+    part = torch.frombuffer(memory.lend(64, 8), dtype=torch.uint8).fill_(7)
     memory.close()
+    assert part.tolist() == [7] * 8  # it stays as long as it is used
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, or a pretended one")

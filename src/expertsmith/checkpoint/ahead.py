@@ -21,7 +21,7 @@ BLOCK = 2**26  # bytes read before the thread looks whether it has to stop
 class _Reader(Checkpoint):
     """What the thread reads with: into buffers of `memory`, until `stopped`."""
 
-    memory: Callable[[int], Any] = field(kw_only=True)
+    memory: Callable[[str, int], Any] = field(kw_only=True)
     stopped: bool = field(default=False, kw_only=True)
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
@@ -35,7 +35,7 @@ class _Reader(Checkpoint):
             raise
 
     def _bytes(self, info: TensorInfo, start: int, nbytes: int) -> Any:
-        buffer = self.memory(nbytes)
+        buffer = self.memory(info.name, nbytes)
         view = memoryview(buffer)
         for begin in range(0, nbytes, BLOCK):
             if self.stopped:
@@ -61,13 +61,13 @@ class EarlyReads(Checkpoint):
     def begin(
         self,
         names: Collection[str],
-        memory: Callable[[int], Any] = fresh,
+        memory: Callable[[str, int], Any] = lambda name, nbytes: fresh(nbytes),
         then: Callable[[torch.Tensor], torch.Tensor] = lambda found: found,
     ) -> None:
         """Begin to read tensors in the order of their bytes. A name is given as often as its tensor is used.
 
         Args:
-            memory: makes a writable buffer of so many bytes.
+            memory: gives a writable buffer for a tensor of so many bytes.
             then: called in the thread with each tensor, as read; what it returns is held.
         """
         self.stop()

@@ -16,10 +16,11 @@ from torch import nn
 from expertsmith.arch import Architecture, config_first, text_config
 from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.floats import Floats, floats
+from expertsmith.checkpoint.reader import TORCH_DTYPES
 from expertsmith.engine.building import OUT_OF_MEMORY, check_runs, config_of, empty, layers_of, refusing
 from expertsmith.engine.devices import Memory, choose_device, dtype_of, free_memory
 from expertsmith.engine.experts import install
-from expertsmith.engine.fusing import in_place
+from expertsmith.engine.fusing import Stack, in_place
 from expertsmith.engine.layout import experts_of, has_experts, is_grouped
 from expertsmith.engine.matching import Match, match, refuse_mismatched, with_unused
 from expertsmith.engine.mtp import Ahead, ahead_of, known_names, why_not_played
@@ -66,6 +67,7 @@ class LoadedModel:
     _reads: ReadAhead | None = None  # the reads of the layers' weights (stream)
     shared: SharedReads | None = None  # the reads if the ranks share them (`engine.shared_reads`)
     _experts: Inventory | None = None  # to read routed experts on demand; None: they are loaded with their layer
+    _begun: tuple[int, dict[str, Any]] | None = None  # a decoder layer that is read ahead, and what goes into the module
 
     @property
     def config(self) -> Any:
@@ -134,9 +136,12 @@ class LoadedModel:
         if self.memory == "stream":
             if self.shared is not None:
                 self.shared.gather(index)
+            else:
+                self.read_ahead(index)
             try:
                 self._load(index)
             finally:
+                self._begun = None
                 if self._reading is not None:
                     self._reading.end()
         if index not in self._checked or self.memory == "stream":
@@ -148,19 +153,28 @@ class LoadedModel:
     def read_ahead(self, index: int) -> None:
         """Begin to read decoder layer `index` in the background, for the next `bring` (stream). Experts that are read on demand are not read
         ahead, nor is a layer beside them: memory is short."""
-        if self._reading is not None and self._experts is None:
-            self._reading.begin(index)
+        if self._experts is not None:
+            return
+        if self.shared is not None:
+            self.shared.begin(index)
+        elif self._reads is not None:
+            if self._begun is None or self._begun[0] != index:
+                self._begun = index, self._state(self._match.groups.get(index, []))
+            self._reads.begin(index, [_names(value) for value in self._begun[1].values() if isinstance(value, Stack)])
 
     def stop_reading(self) -> None:
         """Stop reading ahead, and return the memory that it took."""
+        self._begun = None
         if self._reading is not None:
             self._reading.close()
 
     def release(self, index: int) -> None:
         """Release the weights of decoder layer `index` (stream)."""
         if self.memory == "stream":
+            held = self._reads is not None and all(p.is_meta or self._reads.holds(p) for p in self.layers[index].parameters())
             to_meta(self.layers[index])
-            trim()
+            if not held:
+                trim()
 
     def _load(self, group: int | None) -> None:
         where = "outside the decoder layers" if group is None else f"in decoder layer {group}"
@@ -172,7 +186,8 @@ class LoadedModel:
             names = [name for name in names if name not in self._expert_names(group)]
             install(experts, Source(self._experts, group, self.architecture, self.device))
             later = {id(p) for p in experts.parameters()}
-        self._read_in(names, where, self.device if group is None else self.places[group])
+        begun = self._begun[1] if self._begun is not None and self._begun[0] == group else None
+        self._read_in(names, where, self.device if group is None else self.places[group], begun)
         skipped = {id(p) for layer in self.layers for p in layer.parameters()} if group is None else later
         if group is None:
             self.module.tie_weights()  # type: ignore[operator]
@@ -191,14 +206,11 @@ class LoadedModel:
         assert self._experts is not None
         return {claim.info.name for claims in self._experts.expert_claims(index) for claim in claims}
 
-    def _read_in(self, names: Sequence[str], where: str, device: torch.device) -> None:
+    def _read_in(
+        self, names: Sequence[str], where: str, device: torch.device, state: Mapping[str, Any] | None = None
+    ) -> None:
         """Load tensors of the checkpoint into the module, with transformers' own renaming and fusing."""
-        take = self._reading.take if self._reading is not None else self.weights.read
-        if self.architecture is not None and is_ragged(self.config):
-            take = partial(_filled_up, take, self.architecture, widths_of(self.config))
-        known = {self._names.get(name) or name: name for name in names}
-        state = {name: _Unread(take, own) for name, own in known.items()}
-        state = in_place(self._match.naming, state, {name: self.weights.tensors[own].shape for name, own in known.items()})
+        state = self._state(names) if state is None else state
         with own_pages():
             outcome = read_in(self._match.naming, state, device)
         refuse_mismatched(outcome.mismatched)
@@ -212,6 +224,31 @@ class LoadedModel:
                 f"tensors {where} could not be converted: {sorted(map(str, outcome.errors))[0]}",
                 "config.json and weights do not match, or a tensor has a wrong shape",
             )
+
+
+    def _state(self, names: Sequence[str]) -> dict[str, Any]:
+        """Tensors of the checkpoint by their names in the module, which are read when transformers takes them."""
+        take = self._take
+        if self.architecture is not None and is_ragged(self.config):
+            take = partial(_filled_up, take, self.architecture, widths_of(self.config))
+        known = {self._names.get(name) or name: name for name in names}
+        state = {name: _Unread(take, own) for name, own in known.items()}
+        shapes = {name: self.weights.tensors[own].shape for name, own in known.items()}
+        return in_place(self._match.naming, state, shapes, self._room)
+
+    def _take(self, name: str) -> torch.Tensor:
+        return self._reading.take(name) if self._reading is not None else self.weights.read(name)
+
+    def _room(self, stack: Stack) -> torch.Tensor | None:
+        """The memory into which the parts of a parameter are read ahead."""
+        names = _names(stack)
+        room = self._reads.room(names) if self._reads is not None and self.shared is None else None
+        dtypes = {getattr(torch, TORCH_DTYPES[self.weights.tensors[name].dtype]) for name in names} if room is not None else set()
+        return room.view(dtypes.pop()).view(stack.shape) if room is not None and len(dtypes) == 1 else None
+
+
+def _names(stack: Stack) -> tuple[str, ...]:
+    return tuple(unread.name for _, _, unread in stack.parts)
 
 
 def _filled_up(
@@ -262,10 +299,11 @@ def load_model(
     whole = _ahead_in(weights, architecture) if mtp else None
     auto, config = causal_lm(config_of(checkpoint, architecture, config_overrides, whole))
     if memory == "stream":
-        # oneDNN and torch's layer above it each cache a bfloat16 kernel of 250 KB for each number of tokens that an expert ever had, up to
-        # 1024 kernels each (500 MB), so memory grows with depth. Both read their limit when the first kernel is made.
-        for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(name, "64")
+        # oneDNN and torch's layer above it each cache a bfloat16 kernel of up to 1 MB for each number of tokens that an expert ever had, up to
+        # 1024 kernels each, so memory grows with depth. Both read their limit when the first kernel is made. Making a kernel takes about as
+        # long as a small product: with 64 in oneDNN's cache a calibration takes a quarter longer than with 128, with 256 it takes 150 MB more.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+        os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     runs_as_another = architecture is not None and architecture.runs_as is not None
     stock = memory == "resident" and not isinstance(weights, Floats) and not runs_as_another and whole is None
     stock = stock and not is_ragged(config)
