@@ -23,6 +23,7 @@ from expertsmith.comparison.results import original_file, statistics_folder
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.experts.rules import keep_count
+from expertsmith.healing.options import LAYERWISE
 from expertsmith.planning.budgets import SEARCHED
 from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.ranks import ALONE, Ranks, current, refuse_several
@@ -73,7 +74,7 @@ class Comparison:
     progress: Progress
     resume: bool = True
     tasks: Tasks | None = None
-    ranks: Ranks = ALONE  # the first plans, heals and writes; all calibrate and judge
+    ranks: Ranks = ALONE  # all calibrate, plan, heal and judge; the first applies and writes
 
     @cached_property
     def calibration(self) -> TokenData | None:
@@ -273,10 +274,10 @@ def _plans(job: Comparison, missing: Sequence[Cell]) -> dict[str, dict[str, Any]
         try:
             if held is None and cell.progressive:
                 own, took = _followed(job, cell)
-                held = job.ranks.leading(partial(_plan, job, cell, own, took))
+                held = _plan(job, cell, own, took)
             elif held is None and cell.contender.method.reads == "statistics" and statistics is None:
                 statistics = _statistics(job)
-            found[name] = held or job.ranks.leading(partial(_plan, job, cell, statistics))
+            found[name] = held or _plan(job, cell, statistics)
         except UserError as error:
             job.notes.append(f"{name}: {error}")
             job.progress.note(job.notes[-1])
@@ -293,7 +294,8 @@ def _planned(job: Comparison, cell: Cell) -> dict[str, Any] | None:
 
 
 def _plan(job: Comparison, cell: Cell, statistics: Any, calibrated: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Make a plan; returns the time and memory that it took, with those of its own calibration. A refused plan leaves no file."""
+    """Make a plan, with all ranks; returns the time and memory that it took on the first, with those of its own calibration. A refused plan leaves
+    no file."""
     from expertsmith.comparison.footprint import footprint
     from expertsmith.surgery.apply import check_plan
 
@@ -303,8 +305,9 @@ def _plan(job: Comparison, cell: Cell, statistics: Any, calibrated: Mapping[str,
     if runs:
         options |= {"data": job.data, **job.shape, **job.where}
     place = cell.plan_name if method.reads == "model" else method.name  # weights are measured once for all ratios
-    try:
-        with footprint() as took:
+    error: UserError | None = None
+    with footprint() as took:
+        try:
             made = job.stages.plan(
                 job.inventory,
                 method.name,
@@ -317,17 +320,21 @@ def _plan(job: Comparison, cell: Cell, statistics: Any, calibrated: Mapping[str,
                 progress=job.progress,
                 **options,
             )
-        if runs:
-            gc.collect()  # free the model that it opened, so that it does not count as the next one's memory
-        check_plan(made, job.inventory)
+            check_plan(made, job.inventory)
+        except UserError as found:
+            error = found
+    if runs:
+        gc.collect()  # free the model that it opened, so that it does not count as the next one's memory
+    try:
+        job.ranks.refuse_together(error)
     except UserError:
-        target.unlink(missing_ok=True)
+        job.ranks.leading(partial(target.unlink, missing_ok=True))
         raise
     if calibrated is not None:
         took = {key: max(value, calibrated[key]) for key, value in took.items()} | {
             "seconds": round(took["seconds"] + calibrated["seconds"], 3)
         }
-    return save(_mark(job, cell), job.planned_with(cell), {"planning": took})
+    return job.ranks.leading(lambda: save(_mark(job, cell), job.planned_with(cell), {"planning": took}))
 
 
 def _statistics(job: Comparison) -> Any:
@@ -384,7 +391,7 @@ def _heal(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any], 
             continue
         made = job.ranks.leading(partial(load_plan, _plan_file(job, cell)))
         written, healed = job.folder / WORK / "unhealed", job.folder / WORK / cell.name
-        healing = job.ranks.leading(partial(_healed, job, cell, made, written, healed))
+        healing = _healed(job, cell, made, written, healed)
         student = _open(job, take_inventory(open_checkpoint(healed)))
         found = _judged(job, student, _open(job, job.inventory))
         _finish(job, cell, made, planned, held, {**found, "healing": healing})
@@ -393,18 +400,29 @@ def _heal(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any], 
 
 
 def _healed(job: Comparison, cell: Cell, plan: Plan, written: Path, healed: Path) -> dict[str, Any]:
-    """Write a cell's checkpoint and heal it; returns the time and memory of healing, and whether the result was accepted."""
+    """Write a cell's checkpoint and heal it, with all ranks if its method can; returns the time and memory of healing, and whether the result was
+    accepted."""
     from expertsmith.comparison.footprint import footprint
 
     assert cell.heal is not None
     name, options = parse_heal(cell.heal)
-    job.stages.apply(job.inventory, plan, written, overwrite=True, progress=job.progress)
     more = {"options": options, "overwrite": True, "resume": job.resume, "progress": job.progress}
     run = {key: job.where[key] for key in ("device", "memory")}
-    with footprint() as took:
-        source = job.inventory.checkpoint.source
-        report = job.stages.heal(written, source, job.data, healed, method=name, **more, **job.shape, **run)
-    return {**took, "accepted": report["accepted"]}
+
+    def heal() -> dict[str, Any]:
+        with footprint() as took:
+            source = job.inventory.checkpoint.source
+            report = job.stages.heal(written, source, job.data, healed, method=name, **more, **job.shape, **run)
+        return {**took, "accepted": report["accepted"]}
+
+    def apply() -> None:
+        job.stages.apply(job.inventory, plan, written, overwrite=True, progress=job.progress)
+
+    job.ranks.leading(apply)
+    if name not in LAYERWISE:
+        return job.ranks.leading(heal)
+    found = heal()
+    return job.ranks.leading(lambda: found)
 
 
 def _open(job: Comparison, inventory: Inventory) -> LoadedModel:

@@ -24,7 +24,9 @@ class Stack:
         room: gives the memory of the parameter if its parts may be read into it, else None.
     """
 
-    def __init__(self, shape: torch.Size, parts: list[tuple[int, int, Any]], room: Callable[[Stack], torch.Tensor | None]) -> None:
+    def __init__(
+        self, shape: torch.Size, parts: list[tuple[int, int, Any]], room: Callable[[Stack], torch.Tensor | None]
+    ) -> None:
         self.shape, self.parts, self._room = shape, parts, room
 
     def __getitem__(self, _: Any) -> Stack:

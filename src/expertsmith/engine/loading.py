@@ -207,9 +207,7 @@ class LoadedModel:
         assert self._experts is not None
         return {claim.info.name for claims in self._experts.expert_claims(index) for claim in claims}
 
-    def _read_in(
-        self, names: Sequence[str], where: str, device: torch.device, state: Mapping[str, Any] | None = None
-    ) -> None:
+    def _read_in(self, names: Sequence[str], where: str, device: torch.device, state: Mapping[str, Any] | None = None) -> None:
         """Load tensors of the checkpoint into the module, with transformers' own renaming and fusing."""
         state = self._state(names) if state is None else state
         with own_pages():
@@ -225,7 +223,6 @@ class LoadedModel:
                 f"tensors {where} could not be converted: {sorted(map(str, outcome.errors))[0]}",
                 "config.json and weights do not match, or a tensor has a wrong shape",
             )
-
 
     def _state(self, names: Sequence[str]) -> dict[str, Any]:
         """Tensors of the checkpoint by their names in the module, which are read when transformers takes them."""
@@ -244,7 +241,9 @@ class LoadedModel:
         """The memory into which the parts of a parameter are read ahead."""
         names = _names(stack)
         room = self._reads.room(names) if self._reads is not None and self.shared is None else None
-        dtypes = {getattr(torch, TORCH_DTYPES[self.weights.tensors[name].dtype]) for name in names} if room is not None else set()
+        dtypes = (
+            {getattr(torch, TORCH_DTYPES[self.weights.tensors[name].dtype]) for name in names} if room is not None else set()
+        )
         return room.view(dtypes.pop()).view(stack.shape) if room is not None and len(dtypes) == 1 else None
 
 
