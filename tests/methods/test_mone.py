@@ -346,7 +346,7 @@ def test_bad_requests(checkpoints, statistics, texts, tmp_path):
         api.plan(source, "mone", None, fit="340kB", stats=statistics("mixtral"))
     with pytest.raises(UserError, match="option constant"):
         api.plan(source, "mone", 0.5, stats=statistics("mixtral"), options={"constant": "median"})
-    with pytest.raises(UserError, match="cannot be combined with --heal"):
+    with pytest.raises(UserError, match="makes experts constants, which --heal does not support"):
         api.compress(source, "mone", 0.5, out=tmp_path / "out", data=texts, heal="least_squares")
     assert statistics_for(take_inventory(open_checkpoint(source)), find("mone"), statistics("mixtral"), ())
 

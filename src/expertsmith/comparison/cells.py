@@ -151,7 +151,7 @@ def cells_of(
             for budget in budgets
             if budget not in mine and entry.method.name != BASELINE
         ]
-        why = _not_healed(entry)
+        why = entry.method.why_not_healed(entry.options)
         healed = () if why else heals
         if heals and why:
             notes.append(f"{entry.label} {why}, which healing does not support, so it is not healed")
@@ -174,15 +174,6 @@ def cells_of(
             "pass --method NAME, or another --budget",
         )
     return cells, notes
-
-
-def _not_healed(entry: Contender) -> str | None:
-    """What the results of a contender are that cannot be healed; None: they can."""
-    if entry.method.constants:
-        return "makes experts constants"
-    if entry.method.cut and entry.options.get("width", "model") != "model":
-        return "gives experts different widths"
-    return None
 
 
 def load(path: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:

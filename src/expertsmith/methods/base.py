@@ -136,6 +136,12 @@ class Method:
         """The options that `measure` depends on."""
         return tuple(_keywords(self.measure)) if self.measure else ()
 
+    def why_not_healed(self, values: Mapping[str, Any]) -> str | None:
+        """What its results are, with these values of its options, that cannot be healed; None: they can."""
+        if self.constants:
+            return "makes experts constants"
+        return "gives experts different widths" if self.cut and values.get("width", "model") != "model" else None
+
     @property
     def _functions(self) -> tuple[Callable[..., Any], ...]:
         return tuple(function for function in (self.measure, self.function, self.constants, self.cut) if function)
