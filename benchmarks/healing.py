@@ -5,14 +5,15 @@
 
 The testbed holds `models/NAME` and `data/corpus/DOMAIN/{calib,heldout}.jsonl`. Experts are chosen, and the model healed, on the calibration
 text of all domains together; with --one-domain on that of each domain by itself, judged on that domain. A cell is the rise of the held-out loss
-over the original, in nats a token, mean over the domains, and in brackets the share of the unhealed rise that is left; seconds are those of the
-processor, on one thread. A cell that stands in the output file already is not made again.
+over the original, in nats a token, mean over the domains, its standard error over sequences (paired with the original), in brackets the share of the
+unhealed rise that is left, and the seconds of the processor, on one thread. A cell that stands in the output file already is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
@@ -113,13 +114,18 @@ def show(cells: dict[str, dict], args: argparse.Namespace) -> None:
             rows.setdefault(tuple(row), {})[way] = cell
     print("\n| model | calibration | method | keep | as it is | " + " | ".join(ways[1:]) + " |\n|" + "---|" * (4 + len(ways)))
     for row, held in rows.items():
-        base = held[NOTHING]["rise"]
-        shown = [f"{base:.3f}"]
-        for way in ways[1:]:
-            shown.append(
-                f"{held[way]['rise']:.3f} ({held[way]['rise'] / base:.2f}), {held[way]['seconds']:.0f} s" if way in held else ""
-            )
-        print("| " + " | ".join((*row, *shown)) + " |")
+        base = held[NOTHING]
+        healed = [
+            f"{told(held[way])} ({held[way]['rise'] / base['rise']:.2f}), {held[way]['seconds']:.0f} s" if way in held else ""
+            for way in ways[1:]
+        ]
+        print("| " + " | ".join((*row, told(base), *healed)) + " |")
+
+
+def told(cell: dict) -> str:
+    """The rise and its standard error, that of a mean of independent domains."""
+    errors = [entry["rise_se"] for entry in cell["loss"].values()]
+    return f"{cell['rise']:.3f} ± {math.hypot(*errors) / len(errors):.3f}"
 
 
 if __name__ == "__main__":
