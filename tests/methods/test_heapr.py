@@ -31,6 +31,7 @@ from expertsmith.methods.neurons import cut, ranked, rounded, rounding, shared_o
 from expertsmith.planning.neurons import sizes_of
 from expertsmith.planning.plan import load_plan, neurons_file, parse_plan
 from expertsmith.surgery.neurons import silenced
+from mtp import save_with_mtp
 from quantise import quantise_checkpoint
 
 EVERY = pytest.mark.parametrize("model_type", kinds_first([*SUPPORTED, *COMPOSITES]))
@@ -414,6 +415,34 @@ def test_an_expert_without_tokens_keeps_neurons_by_its_weights(checkpoints, data
     idle = plan.layers[-1].why["selections"].index(0)
     sizes = sizes_of(inventory, layer)[idle]
     assert plan.kept_neurons(layer)[idle].tolist() == sorted(np.argsort(-sizes)[:16].tolist())
+
+
+@pytest.mark.parametrize("width", ["model", "layer"])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_next"])
+def test_multi_token_prediction(model_type, width, data, tmp_path):
+    """With one width for the model its experts lose neurons too, chosen by their weights, and run as in the original with those silent; with a width
+    a layer they stay as they are."""
+    source, out = tmp_path / "m", tmp_path / "out"
+    save_with_mtp(model_type, source)
+    found = api.calibrate(source, data, tmp_path / "s", neurons=True, **SHAPE)
+    plan = made(source, found, 0.5, width=width)
+    ahead = plan.layers[-1]
+    assert ahead.mtp
+    assert (ahead.neurons is not None) == (width == "model")
+    assert any("by their weights alone" in note for note in plan.notes) == (width == "model")
+    api.apply(source, plan, out)
+    verdict = api.verify(source, out, tokens=128, device="cpu")
+    assert verdict.passed, verdict
+    assert verdict.largest < 2e-5
+    assert ("different numbers of neurons" in (verdict.mtp_not_compared or "")) == (width == "layer")
+    inventory = take_inventory(open_checkpoint(source))
+    before, after = (open_checkpoint(path) for path in (source, out))
+    matrices = [claim.info.name for claim in inventory.claims if claim.mtp and claim.routed]
+    smaller = [after.tensors[name].nbytes < before.tensors[name].nbytes for name in matrices]
+    assert len(matrices) >= ahead.num_experts
+    assert all(smaller) if width == "model" else not any(smaller)
+    api.apply(source, made(source, found, 0.5, width=width), tmp_path / "again")
+    assert filecmp.cmp(out / "model.safetensors", tmp_path / "again" / "model.safetensors", shallow=False)
 
 
 def test_keep_all_changes_nothing(checkpoints, statistics, tmp_path):

@@ -199,6 +199,8 @@ def verify(
     ahead = plan.mtp == "keep" and bool(inventory.mtp_layers)
     if ahead and plan.novices:
         verdict.mtp_not_compared = "it is not run in a model with experts that are constants"
+    elif ahead and plan.neurons and plan.one_width is None:
+        verdict.mtp_not_compared = "it is not run in a model whose experts have different numbers of neurons"
     elif ahead:
         verdict.mtp_not_compared = why_not_played(held) or why_not_played(take_inventory(output))
     where: dict[str, Any] = {
