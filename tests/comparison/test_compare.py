@@ -251,7 +251,8 @@ def test_a_lead_within_the_noise_is_a_tie(small):
     best = with_sequences(row_of("best", 0), [[10, 1.0], [10, 9.0], [10, 2.0], [10, 4.0]])
     near = with_sequences(row_of("near", 0), [[10, 2.0], [10, 9.0], [10, 4.0], [10, 3.0]])
     far = with_sequences(row_of("far", 0), [[10, 5.0], [10, 14.0], [10, 6.0], [10, 9.0]])
-    group = _group(0.5, "uniform", [far, near, best])
+    same = with_sequences(row_of("same", 0), [[10, 1.0], [10, 9.0], [10, 2.0], [10, 4.0]])
+    group = _group(0.5, "uniform", [far, near, best, same])
     held = {row["name"]: (row["to_best"], row["tied"]) for row in group["rows"]}
     error = math.sqrt(sum((d - 0.05) ** 2 for d in (0.1, 0, 0.2, -0.1)) / 3) / 2
     assert held["best"] == ([0.0, 0.0], False)
@@ -270,6 +271,7 @@ def test_a_lead_within_the_noise_is_a_tie(small):
     assert "+0.050 ± 0.065 ≈" in text
     assert "| best |" in text
     assert "Keep 0.5: near is within the noise of best: the paired difference is below two standard errors." in text
+    assert "Keep 0.5: same gives exactly the losses of best." in text
     assert "far is within" not in text
 
 

@@ -150,12 +150,17 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
             text += f", {worse} of {sum(row['heal'] is None for row in rows) - 1} methods are worse than their mean"
         follow = [row for row in rows if row.get("to_one_shot")]
         shifts = [f"{label(row)} {row['to_one_shot'][0]:+.3f} ± {row['to_one_shot'][1]:.3f}" for row in follow]
-        ties = [label(row) for row in rows if row["tied"]] if first.get("to_best") else []
+        near = [row for row in rows if row["tied"]] if first.get("to_best") else []
+        same = [label(row) for row in near if row["to_best"] == [0.0, 0.0]]
+        ties = [label(row) for row in near if row["to_best"] != [0.0, 0.0]]
         made.append(f"{text}.")
         if shifts:
             made.append(
                 f"{title(group)}: paired difference from the same method without progressive statistics: {', '.join(shifts)}."
             )
+        if same:
+            verb = "gives" if len(same) == 1 else "give"
+            made.append(f"{title(group)}: {_named(same)} {verb} exactly the losses of {label(first)}.")
         if ties:
             made.append(
                 f"{title(group)}: {_named(ties)} {'is' if len(ties) == 1 else 'are'} within the noise of {label(first)}: the paired difference is below "
