@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["mixtral", "qwen2_moe", "deepseek_v2"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1000, 3000, 10_000, 30_000, 100_000])
     parser.add_argument("--heal", nargs="+", default=["least_squares", "layer_local"], help="METHOD or METHOD:key=value;…")
-    parser.add_argument("--method", default="reap", help="how experts are chosen")
+    parser.add_argument("--method", default="reap", help="how experts are chosen: METHOD or METHOD:key=value;…")
     parser.add_argument("--keep", default="0.5")
     parser.add_argument("--windows", type=int, default=30, help="held-out sequences a domain")
     parser.add_argument("--memory", default="resident", choices=["resident", "stream"])
@@ -69,7 +69,8 @@ def fill(cells: dict[str, dict[str, Any]], name: str, args: argparse.Namespace, 
     missing = [(tokens, way) for tokens, way in wanted if key_of(args, name, tokens, way) not in cells]
     if not missing:
         return
-    made = api.plan(model, args.method, args.keep, data=calib, samples=CHOSEN_ON, work=work / "stats", **shape, **RUN)
+    method, chosen = split_way(args.method)
+    made = api.plan(model, method, args.keep, options=chosen, data=calib, samples=CHOSEN_ON, work=work / "stats", **shape, **RUN)
     api.apply(model, made, work / "chosen")
     for tokens, way in missing:
         out, used, took = work / "chosen", 0, [0.0, 0.0]
