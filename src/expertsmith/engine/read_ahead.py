@@ -108,6 +108,8 @@ class ReadAhead:
             found = Arena(largest, pinned=self._device.type != "cpu")
         except OSError:  # the limit of the process is lower than what the system has
             return None
+        for arena in self._arenas[:-1]:
+            arena.close()
         self._arenas = [*self._arenas[-1:], found]
         return found
 
