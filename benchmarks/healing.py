@@ -1,6 +1,6 @@
 """What healing brings back on trained test models: methods of choosing × ways of healing, on held-out text.
 
-    EXPERTSMITH_TESTBED=… python benchmarks/healing.py [--models qwen2_moe mixtral] [--keep 0.5 0.25] [--methods reap random reap@esap]
+    EXPERTSMITH_TESTBED=… python benchmarks/healing.py [--models qwen2_moe mixtral] [--keep 0.5 0.25] [--methods reap random 'reap@esap:generations=5;samples=20']
         [--heal least_squares layer_local] [--one-domain] [-o healing.json]
 
 The testbed holds `models/NAME` and `data/corpus/DOMAIN/{calib,heldout}.jsonl`. Experts are chosen, and the model healed, on the calibration
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["mixtral", "qwen2_moe", "deepseek_v2"])
     parser.add_argument("--keep", nargs="+", default=["0.5"])
-    parser.add_argument("--methods", nargs="+", default=["reap"], help="METHOD or METHOD@BUDGET")
+    parser.add_argument("--methods", nargs="+", default=["reap"], help="METHOD[@BUDGET][:key=value;…]")
     parser.add_argument("--heal", nargs="+", default=["least_squares", "layer_local"], help="METHOD or METHOD:key=value;…")
     parser.add_argument("--one-domain", action="store_true")
     parser.add_argument("--samples", type=int, default=24, help="calibration sequences of 256 tokens a domain")
@@ -59,9 +59,10 @@ def fill(cells: dict[str, dict], model: Path, corpus: Path, domains: list[str], 
             missing = [way for way in (NOTHING, *args.heal) if key_of(model, domains, method, keep, way) not in cells]
             if not missing:
                 continue
-            name, _, budget = method.partition("@")
+            asked, chosen = split_way(method)
+            name, _, budget = asked.partition("@")
             text = {} if name == "random" else {"data": calib, "work": work / f"plans-{name}", **shape, **RUN}
-            plan = api.plan(model, name, keep, budget=budget or None, **text)
+            plan = api.plan(model, name, keep, budget=budget or None, options=chosen, **text)
             api.apply(model, plan, work / "chosen", overwrite=True)
             for way in missing:
                 begin, out = time.process_time(), work / "chosen"

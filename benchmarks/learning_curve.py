@@ -70,7 +70,9 @@ def fill(cells: dict[str, dict[str, Any]], name: str, args: argparse.Namespace, 
     if not missing:
         return
     method, chosen = split_way(args.method)
-    made = api.plan(model, method, args.keep, options=chosen, data=calib, samples=CHOSEN_ON, work=work / "stats", **shape, **RUN)
+    made = api.plan(
+        model, method, args.keep, options=chosen, data=calib, samples=CHOSEN_ON, work=work / "stats", **shape, **RUN
+    )
     api.apply(model, made, work / "chosen")
     for tokens, way in missing:
         out, used, took = work / "chosen", 0, [0.0, 0.0]
