@@ -204,6 +204,7 @@ def test_interrupted_calibration_keeps_its_gradients(checkpoints, statistics, da
     def interrupted(*args):
         raise KeyboardInterrupt
 
+    whole = statistics("mixtral")  # made before anything is replaced
     watch = runner._Run.observe
     monkeypatch.setattr(runner._Run, "observe", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -214,7 +215,7 @@ def test_interrupted_calibration_keeps_its_gradients(checkpoints, statistics, da
     api.calibrate(checkpoints("mixtral"), data, tmp_path / "s", neurons=True, memory="resident", **SHAPE)
     assert not (tmp_path / "s" / gradients.FILE).exists()
     for layer in load_statistics(tmp_path / "s").layers:
-        assert filecmp.cmp(layer_path(statistics("mixtral"), layer), layer_path(tmp_path / "s", layer), shallow=False)
+        assert filecmp.cmp(layer_path(whole, layer), layer_path(tmp_path / "s", layer), shallow=False)
 
 
 # --- widths ---
