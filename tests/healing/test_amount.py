@@ -108,3 +108,21 @@ def test_steps_are_relative_to_the_size_of_the_weights():
         size = matrix.square().mean((-2, -1), keepdim=True).sqrt() * 6**0.5
         expected -= 0.05 * (1 - number / 3) * size * orthogonal(slope + MOMENTUM * moved)
     assert torch.allclose(ends[0][0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("tall", [True, False])
+def test_rows_and_columns_of_zeros_do_not_count(tall):
+    """A matrix filled up with zeros takes the steps of the matrix without them, and its zeros stay."""
+    generator = torch.Generator().manual_seed(0)
+    start, slopes = torch.randn(3, 6, 4, generator=generator), torch.randn(4, 3, 6, 4, generator=generator)
+    fill = (0, 0, 0, 5) if tall else (0, 5)
+    ends = []
+    for filled in (False, True):
+        weight = nn.Parameter(nn.functional.pad(start, fill) if filled else start.clone())
+        run = Muon([weight], [], 0.05, 4)
+        for slope in slopes:
+            weight.grad = nn.functional.pad(slope, fill) if filled else slope.clone()
+            run.step()
+        ends.append(weight.detach())
+    assert torch.allclose(ends[1], nn.functional.pad(ends[0], fill), atol=1e-6)
+    assert (ends[1] == 0).sum() == ends[1].numel() - start.numel()

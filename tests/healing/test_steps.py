@@ -119,7 +119,8 @@ def one_at_a_time(layer: RandomExperts, given: least_squares.Problem, sweeps: in
             def error(change, phi=phi, rows=rows, held=held):
                 return float(((rest[rows] - phi @ change).square().sum(1) * weight[rows])[held].sum())
 
-            eye = gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+            seen = gram.diagonal()[gram.diagonal() > 0]  # a neuron that is always 0 does not count
+            eye = seen.mean() * torch.eye(len(gram), dtype=torch.float64)
             changes = [torch.linalg.solve(gram + ridge * eye, moment) for ridge in least_squares.RIDGES]
             best = min(changes, key=error)
             if error(best) < error(torch.zeros_like(best)):

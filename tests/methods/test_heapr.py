@@ -547,21 +547,6 @@ def test_wrong_requests(arguments, message, checkpoints, statistics, tmp_path, c
     assert not (tmp_path / "plan.json").exists()
 
 
-@pytest.mark.parametrize("width", ["layer", "ragged"])
-def test_healing_of_different_widths_is_refused_before_work(width, checkpoints, data, tmp_path):
-    with pytest.raises(UserError, match="different widths, which --heal does not support"):
-        api.compress(
-            checkpoints("mixtral"),
-            "heapr",
-            0.5,
-            out=tmp_path / "out",
-            data=data,
-            options={"width": width},
-            heal="least_squares",
-        )
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_statistics_without_gradients_are_refused(checkpoints, data, tmp_path):
     api.calibrate(checkpoints("mixtral"), data, tmp_path / "s", **SHAPE)
     with pytest.raises(UserError, match="calibrate again with --neurons"):

@@ -151,7 +151,7 @@ def cells_of(
             for budget in budgets
             if budget not in mine and entry.method.name != BASELINE
         ]
-        why = entry.method.why_not_healed(entry.options)
+        why = entry.method.why_not_healed
         healed = () if why else heals
         if heals and why:
             notes.append(f"{entry.label} {why}, which healing does not support, so it is not healed")

@@ -217,13 +217,15 @@ class Inventory:
         return found
 
 
-def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False, novices: bool = False) -> Inventory:
+def take_inventory(
+    checkpoint: Checkpoint, *, undecodable: bool = False, novices: bool = False, narrow: bool = False
+) -> Inventory:
     """Claim every tensor of a checkpoint.
 
     Args:
         undecodable: also accept a checkpoint whose quantised tensors cannot be decoded, to inspect it; its experts are then not compared.
         novices: also accept a checkpoint with experts that are constants, whose other experts are counted, or that lost neurons in
-            different numbers.
+            different numbers; `narrow`: the latter only.
 
     Raises:
         UserError: dense or unsupported model, config without expert counts, tensors that contradict it (missing expert,
@@ -247,9 +249,9 @@ def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False, novices
             f"experts of {checkpoint.source} are constants, and only load, verify, evaluate, inspect and lint support that",
             "use the original checkpoint",
         )
-    if config.get(NEURONS_KEY) and not novices:
+    if config.get(NEURONS_KEY) and not (novices or narrow):
         raise UserError(
-            f"experts of {checkpoint.source} have lost neurons, in different numbers, and only load, verify, evaluate, inspect and lint support that",
+            f"experts of {checkpoint.source} have lost neurons, in different numbers, and only load, verify, evaluate, heal, inspect and lint support that",
             "use the original checkpoint",
         )
     stored = {**own, **{layer: own.get(layer, experts) - count for layer, count in constant.items()}}
@@ -432,8 +434,8 @@ def _claim(
     return Claim(info, "stacked", layer, rest, entry=entry, rows=per_expert, extra=extra, row_axis=axis, mtp=mtp)
 
 
-def _ragged(config: Mapping[str, Any]) -> set[int]:
-    """Decoder layers whose experts have different numbers of neurons."""
+def ragged_layers(config: Mapping[str, Any]) -> set[int]:
+    """Decoder layers whose experts have different numbers of neurons, from a text config."""
     held = config.get(NEURONS_KEY) or {}
     return {int(layer) for layer, said in held.items() if isinstance(said, list)}
 
@@ -457,7 +459,7 @@ def _check_layer(inventory: Inventory, layer: int) -> None:
             )
         usual = shapes[below].most_common(1)[0][0]
         odd = next((info for info in held.values() if info.shape != usual), None)
-        if odd is not None and layer not in _ragged(inventory.config):
+        if odd is not None and layer not in ragged_layers(inventory.config):
             raise UserError(
                 f"{odd.name} has shape {list(odd.shape)}, but the other experts have {list(usual)}", "the tensor is damaged"
             )

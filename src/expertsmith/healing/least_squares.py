@@ -5,9 +5,9 @@ the changes made so far. One step for one expert is the ridge regression
 
     dW^T = (Phi^T Phi + lambda mean(diag(Phi^T Phi)) I)^-1 Phi^T R[T_e],    W += dW,    R[T_e] -= Phi dW^T,
 
-which pulls towards the present weights: an expert with few tokens hardly moves. The experts take turns (block Gauss-Seidel), for `sweeps`
-rounds. The held-out tokens choose lambda for every step, and a step that does not lower the held-out error is not made; an expert without
-held-out tokens is left unchanged. Sums and solves use float64.
+which pulls towards the present weights: an expert with few tokens hardly moves. The mean is over features that are not always 0. The
+experts take turns (block Gauss-Seidel), for `sweeps` rounds. The held-out tokens choose lambda for every step, and a step that does not
+lower the held-out error is not made; an expert without held-out tokens is left unchanged. Sums and solves use float64.
 
 Phi^T Phi is the same in every sweep, so it is summed and factored once, for several experts and all lambdas in one call, and kept while memory
 allows. A sweep never synchronizes with the device: the device decides which steps are made.
@@ -192,7 +192,8 @@ class _Turns:
 
 def _factored(gram: torch.Tensor, ridges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cholesky factors [..., lambdas, features, features] of gram + lambda mean(diagonal) I, and a code [..., lambdas] that is 0 if it exists."""
-    shift = ridges * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    shift = ridges * diagonal.sum(-1, keepdim=True) / (diagonal > 0).sum(-1, keepdim=True).clamp_min(1)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram.unsqueeze(-3) + shift[..., None, None] * eye)
     return factor, failed

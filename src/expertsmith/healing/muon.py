@@ -5,6 +5,7 @@
 G is the gradient of a matrix W [..., rows, columns], W_0 its start, and orth(X) = U V^T with X = U S V^T, roughly, by Newton-Schulz iterations. The
 entries of sqrt(max(rows, columns)) orth(X) have a root mean square of about 1 (arXiv 2502.16982, section 2.2), so `rate` is the share of its
 own size that a matrix moves in a step, whatever the model's scale. Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
+Rows and columns of zeros, which fill up narrower experts (`engine.narrow`), get no gradient and do not count in rms, rows and columns.
 Vectors, biases and router rows are no such maps: they take Adam's steps, of rate rms(W_0).
 """
 
@@ -32,7 +33,7 @@ class Muon:
     def __init__(self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], rate: float, steps: int) -> None:
         self.matrices, self.rate, self.steps, self.step_ = list(matrices), rate, steps, 0
         self.moved = [torch.zeros_like(weight) for weight in self.matrices]
-        self.sizes = [weight.detach().square().mean((-2, -1), keepdim=True).sqrt() for weight in self.matrices]
+        self.steps_of = [_length(weight.detach()) for weight in self.matrices]
         groups = [{"params": [weight], "size": float(weight.detach().square().mean().sqrt())} for weight in others]
         self.adam = torch.optim.Adam(groups, lr=rate, betas=BETAS, fused=True) if groups else None
 
@@ -41,17 +42,29 @@ class Muon:
         """Move the weights along their gradients, and drop these."""
         rate = self.rate * (1 - self.step_ / self.steps)
         self.step_ += 1
-        for weight, moved, size in zip(self.matrices, self.moved, self.sizes, strict=True):
+        for weight, moved, length in zip(self.matrices, self.moved, self.steps_of, strict=True):
             assert weight.grad is not None
             moved.mul_(MOMENTUM).add_(weight.grad)
-            long = max(weight.shape[-2:]) ** 0.5
-            weight.sub_(orthogonal(weight.grad + MOMENTUM * moved) * (size * (rate * long)))
+            weight.sub_(orthogonal(weight.grad + MOMENTUM * moved) * (length * rate))
             weight.grad = None
         if self.adam is not None:
             for group in self.adam.param_groups:
                 group["lr"] = rate * group["size"]
             self.adam.step()
             self.adam.zero_grad(set_to_none=True)
+
+
+def living(weight: torch.Tensor) -> torch.Tensor:
+    """The numbers of rows and of columns of matrices [..., rows, columns] that are not all zeros: [..., 2]."""
+    seen = weight != 0
+    return torch.stack((seen.any(-1).sum(-1), seen.any(-2).sum(-1)), -1)
+
+
+def _length(weight: torch.Tensor) -> torch.Tensor:
+    """rms(W_0) sqrt(max(rows, columns)) of matrices, [..., 1, 1]."""
+    sides = living(weight).to(weight.dtype).clamp_min(1)
+    long = weight.square().sum((-2, -1)) / sides.prod(-1) * sides.amax(-1)
+    return long.sqrt()[..., None, None]
 
 
 def orthogonal(values: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from expertsmith.experts.inventory import Inventory
 from expertsmith.healing.amount import Amount, Layer, amount
 from expertsmith.healing.experts import LayerExperts
 from expertsmith.healing.halted import Halted
-from expertsmith.healing.muon import Muon
+from expertsmith.healing.muon import Muon, living
 from expertsmith.healing.options import LayerLocal
 from expertsmith.healing.replay import Replay
 from expertsmith.healing.written import trainable_router
@@ -46,7 +46,8 @@ def refine(
     tokens = sum(int((mask & ~held).sum()) for mask, held in zip(halted.masks, halted.held, strict=True))
     numbers = Layer(
         halted.experts.count,
-        sum(weight.numel() for weight in (*matrices, *biases)) // halted.experts.count,
+        sum(int(living(weight).prod(-1).sum()) for weight in matrices) // halted.experts.count
+        + sum(weight.numel() for weight in biases) // halted.experts.count,
         sum(weight.numel() for weight in rows),
         max(min(weight.shape[-2:]) for weight in matrices),
         halted.targets[0].flatten(2).shape[2],

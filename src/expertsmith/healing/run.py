@@ -28,7 +28,7 @@ from expertsmith.engine.devices import Memory, choose_device, choose_memory, one
 from expertsmith.engine.spread import local_devices
 from expertsmith.errors import UserError
 from expertsmith.evaluation.quality import Quality, measure
-from expertsmith.experts.inventory import Inventory, take_inventory
+from expertsmith.experts.inventory import Inventory, ragged_layers, take_inventory
 from expertsmith.healing.amount import told
 from expertsmith.healing.distil import Distillation, router_weights
 from expertsmith.healing.experts import LayerExperts
@@ -172,6 +172,11 @@ def _refuse_what_cannot_train(job: Healing) -> None:
         raise UserError(f"{job.method} trains weights, but --dtype is {job.dtype}", "use --dtype float32")
     if isinstance(job.options, Lora):
         peft()
+        if ragged := sorted(ragged_layers(job.inventory.config)):
+            raise UserError(
+                f"{job.inventory.checkpoint.source} has experts of different widths within decoder layer {ragged[0]}, which adapters cannot have",
+                "use --method layer_local or least_squares",
+            )
     if job.method not in LAYERWISE and job.memory == "stream":
         raise UserError(
             f"{job.method} sends gradients through the whole model, which --memory stream does not hold",

@@ -14,7 +14,7 @@ from expertsmith.checkpoint.floats import SIDE_FILES, Floats, bytes_of, source_o
 from expertsmith.checkpoint.reader import TORCH_DTYPES
 from expertsmith.checkpoint.writer import Made, OutputTensor, write_checkpoint
 from expertsmith.errors import UserError
-from expertsmith.experts.inventory import Claim, Inventory
+from expertsmith.experts.inventory import NEURONS_KEY, Claim, Inventory, ragged_layers
 from expertsmith.experts.weights import FLOATS, is_matrix, layout_of
 from expertsmith.healing.experts import LayerExperts
 from expertsmith.surgery.merge import router_tensor
@@ -63,13 +63,16 @@ def _concerned(claim: Claim, inventory: Inventory, roles: Collection[str]) -> bo
 
 def _pieces(
     layer: LayerExperts, inventory: Inventory, claim: Claim, tensor: torch.Tensor, roles: Collection[str]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield pairs of views, into `tensor` (shaped as in the checkpoint) and into memory, of all weights of `roles`."""
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield views of all weights of `roles`: into `tensor` (shaped as in the checkpoint), into memory, and the zeros that follow in memory if
+    the experts of a layer have different widths (`engine.narrow`)."""
     if not claim.routed:
-        yield tensor, router_tensor(layer.block, claim, layer.record)
+        memory = router_tensor(layer.block, claim, layer.record)
+        yield tensor, memory, memory[:0]
         return
     layout = layout_of(claim, inventory)
     assert layout is not None
+    ragged = claim.layer in ragged_layers(inventory.config)
     experts = range(layer.count) if claim.kind == "stacked" else [claim.expert]
     for expert in experts:
         if expert is None or expert >= layer.count:
@@ -81,7 +84,10 @@ def _pieces(
         views = layer.views(expert)
         for role, view in split(layout, part).items():
             if role in roles:
-                yield view, views[role, is_matrix(claim)]
+                memory = views[role, is_matrix(claim)]
+                kept, axis = view.shape[-1 if role == "down" else 0], memory.dim() - 1 if role == "down" else 0
+                filled = memory.shape[axis] - kept if ragged and (role != "down" or memory.dim() > 1) else 0
+                yield view, memory.narrow(axis, 0, memory.shape[axis] - filled), memory.narrow(axis, kept, filled)
 
 
 @torch.no_grad()
@@ -92,7 +98,7 @@ def to_checkpoint(layer: LayerExperts, inventory: Inventory, index: int, roles: 
         if _concerned(claim, inventory, roles):
             old = inventory.checkpoint.read(claim.info.name)
             tensor = old.clone()
-            for view, memory in _pieces(layer, inventory, claim, tensor, roles):
+            for view, memory, _ in _pieces(layer, inventory, claim, tensor, roles):
                 view.copy_(memory)
             if not torch.equal(tensor, old):
                 changed[claim.info.name] = tensor
@@ -108,8 +114,9 @@ def into_memory(
         if _concerned(claim, inventory, roles):
             name = claim.info.name
             tensor = tensors[name] if name in tensors else inventory.checkpoint.read(name)
-            for view, memory in _pieces(layer, inventory, claim, tensor, roles):
+            for view, memory, zeros in _pieces(layer, inventory, claim, tensor, roles):
                 memory.copy_(view)
+                zeros.zero_()  # training may have moved them
 
 
 def write_healed(
@@ -147,7 +154,8 @@ def write_healed(
         piece = Made(info.nbytes, pieces[info.name]) if info.name in pieces else source_of(source, info)
         tensors.append(OutputTensor(info.name, info.dtype, info.shape, (piece,)))
     files = None if decoded else {info.name: info.file.name for info in source.tensors.values()}
-    code = code_for(inventory.counts, inventory) if inventory.uneven else {}
+    narrow = bool(inventory.config.get(NEURONS_KEY))
+    code = code_for(inventory.counts, inventory, narrow=narrow) if inventory.uneven or narrow else {}
     with progress.task("write", sum(tensor.nbytes for tensor in tensors), "B") as advance:
         write_checkpoint(
             out,

@@ -136,11 +136,10 @@ class Method:
         """The options that `measure` depends on."""
         return tuple(_keywords(self.measure)) if self.measure else ()
 
-    def why_not_healed(self, values: Mapping[str, Any]) -> str | None:
-        """What its results are, with these values of its options, that cannot be healed; None: they can."""
-        if self.constants:
-            return "makes experts constants"
-        return "gives experts different widths" if self.cut and values.get("width", "model") != "model" else None
+    @property
+    def why_not_healed(self) -> str | None:
+        """What it does to experts that cannot be healed; None: its results can."""
+        return "makes experts constants" if self.constants else None
 
     @property
     def _functions(self) -> tuple[Callable[..., Any], ...]:

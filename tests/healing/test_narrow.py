@@ -1,0 +1,175 @@
+"""Healing of experts that lost neurons in different numbers: against the same healing of experts whose removed neurons are zeros."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import CALIBRATION, DEVICE
+from expertsmith import api
+from expertsmith.checkpoint import open_checkpoint
+from expertsmith.engine import load_model
+from expertsmith.engine.narrow import KEY
+from expertsmith.errors import UserError
+from expertsmith.experts.inventory import take_inventory
+from expertsmith.healing.experts import LayerExperts
+from expertsmith.healing.layerwise import ALL
+from expertsmith.healing.written import into_memory, to_checkpoint
+from expertsmith.planning.plan import load_plan
+from to_heal import write_texts
+
+SHAPE = {"seq_len": 24, "pack": False, "batch_tokens": 300, "device": DEVICE}
+METHODS = [("least_squares", {}), ("layer_local", {"steps": 6, "step_tokens": 128})]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> list[str]:
+    """Two domains of twelve sequences each."""
+    return write_texts(tmp_path_factory.mktemp("texts"), "a", "b")
+
+
+@pytest.fixture(scope="module")
+def narrow(checkpoints, texts, tmp_path_factory):
+    """(model_type, width) → a checkpoint whose experts lost half of their neurons."""
+    root = tmp_path_factory.mktemp("narrow")
+
+    @cache
+    def get(model_type: str, width: str) -> Path:
+        plan = api.plan(
+            checkpoints(model_type),
+            "heapr",
+            0.5,
+            data=texts,
+            options={"width": width},
+            work=root / f"{model_type}-work",
+            **CALIBRATION,
+        )
+        api.apply(checkpoints(model_type), plan, root / f"{model_type}-{width}")
+        return root / f"{model_type}-{width}"
+
+    return get
+
+
+def columns(name: str, kept: dict[int, list[torch.Tensor]]) -> tuple[int, torch.Tensor] | None:
+    """The axis of a Mixtral-style expert's matrix that runs over neurons, and those that are kept."""
+    parts = name.split(".")
+    if "experts" not in parts:
+        return None
+    at = parts.index("experts")
+    return int(parts[-2] == "w2"), kept[int(parts[2])][int(parts[at + 1])]
+
+
+def with_zeros(source: Path, narrow: Path, out: Path) -> dict[int, list[torch.Tensor]]:
+    """The source with zeros in place of the neurons that `narrow` lacks; returns those that are kept, by layer and expert."""
+    plan = load_plan(narrow / "expertsmith/plan.json")
+    kept = {layer: [torch.from_numpy(ids.astype("int64")) for ids in plan.kept_neurons(layer)] for layer in plan.neurons}
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if found := columns(name, kept):
+            axis, ids = found
+            tensors[name] = torch.zeros_like(tensor).index_copy(axis, ids, tensor.index_select(axis, ids))
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text((source / "config.json").read_text())
+    return kept
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_as_if_the_removed_neurons_were_zeros(method, options, checkpoints, narrow, texts, tmp_path):
+    """Every weight that is left gets the value that it gets in experts as wide as before whose other neurons are zeros."""
+    source, student = checkpoints("mixtral"), narrow("mixtral", "ragged")
+    kept = with_zeros(source, student, tmp_path / "zeros")
+    assert len({len(ids) for layer in kept.values() for ids in layer}) > 1
+    job = {"method": method, "options": options, **SHAPE}
+    wide = api.heal(tmp_path / "zeros", source, texts, tmp_path / "wide", **job)
+    ours = api.heal(student, source, texts, tmp_path / "ours", **job)
+    assert ours["accepted"]
+    assert ours["held_out"]["after"]["mean"]["kl"] == pytest.approx(wide["held_out"]["after"]["mean"]["kl"], rel=1e-3)
+    before, made, reference = (load_file(p / "model.safetensors") for p in (student, tmp_path / "ours", tmp_path / "wide"))
+    assert {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in made.items()}
+    changed = [name for name, tensor in made.items() if not torch.equal(tensor, before[name])]
+    assert any("w2" in name for name in changed)
+    assert all("w2" in name for name in changed) == (method == "least_squares")
+    for name in changed:
+        found = columns(name, kept)
+        theirs = reference[name] if found is None else reference[name].index_select(*found)
+        assert (made[name] - theirs).float().norm() <= 0.02 * theirs.float().norm(), name
+
+
+@pytest.mark.parametrize("memory", ["resident", "stream"])
+@pytest.mark.parametrize(("method", "options"), METHODS)
+@pytest.mark.parametrize(("model_type", "width"), [("qwen2_moe", "ragged"), ("deepseek_v2", "ragged"), ("gpt_oss", "layer")])
+def test_what_is_written_is_what_was_measured(model_type, width, method, options, memory, checkpoints, narrow, texts, tmp_path):
+    """The checkpoint keeps its widths, loads with `expertsmith.load`, and has the distance to the original that healing reports."""
+    source, student = checkpoints(model_type), narrow(model_type, width)
+    report = api.heal(student, source, texts, tmp_path / "out", method=method, options=options, **{**SHAPE, "memory": memory})
+    assert report["held_out"]["after"]["mean"]["kl"] <= report["held_out"]["before"]["mean"]["kl"]
+    was, is_ = (json.loads((p / "config.json").read_text()) for p in (student, tmp_path / "out"))
+    assert was[KEY] == is_[KEY]
+    assert is_["auto_map"] == was["auto_map"]
+    shim = next(student.glob("*.py")).name
+    assert (tmp_path / "out" / shim).read_bytes() == (student / shim).read_bytes()
+    assert api.load(tmp_path / "out") is not None
+    again = api.heal(tmp_path / "out", source, texts, tmp_path / "again", method="least_squares", **SHAPE)
+    assert again["held_out"]["before"]["mean"]["kl"] == pytest.approx(report["held_out"]["after"]["mean"]["kl"], rel=1e-3)
+
+
+def test_zeros_that_training_moved_are_set_back(narrow):
+    """Weights that a checkpoint does not hold are zeros in memory whenever a layer gets its values, and are never written."""
+    inventory = take_inventory(open_checkpoint(narrow("mixtral", "ragged")), narrow=True)
+    model = load_model(inventory.checkpoint, inventory.architecture)
+    layer = inventory.layers[0]
+    experts = LayerExperts(model.layers[layer], inventory.architecture)
+    whole = {name: weight.clone() for name, weight in experts.module.named_parameters()}
+    for weight in experts.module.parameters():
+        weight.detach()[weight == 0] = 3.0
+    assert to_checkpoint(experts, inventory, layer, ALL) == {}
+    into_memory(experts, inventory, layer, {}, ALL)
+    assert all(torch.equal(weight, whole[name]) for name, weight in experts.module.named_parameters())
+
+
+def test_adapters_are_refused_before_work(checkpoints, narrow, texts, tmp_path):
+    pytest.importorskip("peft")
+    with pytest.raises(UserError, match="different widths within decoder layer 0, which adapters cannot have"):
+        api.heal(narrow("mixtral", "ragged"), checkpoints("mixtral"), texts, tmp_path / "out", method="lora", **SHAPE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("method", "width"), [("router", "ragged"), ("lora", "layer")])
+def test_through_the_whole_model(method, width, checkpoints, narrow, texts, tmp_path):
+    """What adapts the router only, or experts of one width a layer, keeps the shapes."""
+    if method == "lora":
+        pytest.importorskip("peft")
+    student, out = narrow("mixtral", width), tmp_path / "out"
+    options = {"step_tokens": 256, "learning_rate": 1e-3, **({"targets": "experts", "rank": 2} if method == "lora" else {})}
+    api.heal(student, checkpoints("mixtral"), texts, out, method=method, options=options, **SHAPE)
+    shapes = [{name: info.shape for name, info in open_checkpoint(p).tensors.items()} for p in (student, out)]
+    assert shapes[0] == shapes[1]
+    assert api.load(out) is not None
+
+
+@pytest.mark.parametrize("width", ["layer", "ragged"])
+def test_compress_and_compare_heal_them(width, checkpoints, texts, tmp_path):
+    shape = {"seq_len": 40, "pack": False, "device": DEVICE}
+    done = api.compress(
+        checkpoints("mixtral"),
+        "heapr",
+        0.5,
+        out=tmp_path / "out",
+        data=texts,
+        options={"width": width},
+        heal="least_squares",
+        **shape,
+    )
+    assert KEY in json.loads((tmp_path / "out/config.json").read_text())
+    assert done["plan"].one_width is None
+    found = api.compare(
+        checkpoints("mixtral"), [f"heapr:width={width}"], [0.5], texts, texts, tmp_path / "c", heal=["least_squares"], **shape
+    )
+    healed = [row for group in found["groups"] for row in group["rows"] if row["heal"] and "heapr" in row["method"]]
+    assert [row["heal"] for row in healed] == ["least_squares"]
