@@ -19,12 +19,12 @@ from expertsmith import api
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine.devices import choose_memory, free_memory
 from expertsmith.errors import UserError
-from expertsmith.ranks import _NOW, ALONE, Ranks, current, own_device
+from expertsmith.ranks import _NOW, ALONE, ApartError, Ranks, _Outcome, current, own_device
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = """
-import json, os, sys
+import json, os, pkgutil, sys
 
 rank, folder, lines = int(os.environ["RANK"]), sys.argv[1], json.loads(sys.argv[2])
 
@@ -44,9 +44,9 @@ from expertsmith.cli import main
 from expertsmith.errors import UserError
 codes = []
 for line in lines:
-    if line[0] == "broken" and line.pop(0) and rank == 1:
-        import expertsmith.evaluation.quality
-        expertsmith.evaluation.quality._of_batch = broken
+    if line[0].startswith("broken ") and (place := line.pop(0).split()[1]) and rank == 1:
+        owner, name = place.rsplit(".", 1)
+        setattr(pkgutil.resolve_name(owner), name, broken)
     sys.argv = ["expertsmith", *line]
     try:
         main()
@@ -92,6 +92,7 @@ def test_two_ranks_find_what_one_process_finds(pruned, data, tmp_path, capsys):
     measured = ["evaluate", out, "-r", source, *texts, "--seq-len", 23, "--batch-tokens", 48, "--device", "cpu", "--json"]
     alone = ["evaluate", out, *texts, "--seq-len", 23, "--batch-tokens", 48, "--device", "cpu", "--memory", "stream", "--json"]
     compare = ["compare", source, "-m", "reap", "-m", "m_smoe", "-m", "expert_sparsity", "-k", 0.5, "--heal", "least_squares"]
+    compare += ["--budget", "uniform", "--budget", "sensitivity"]
     compare += [*texts, "-e", data[0], "--seq-len", 24, "--batch-tokens", 72, "--dtype", "float32", "--device", "cpu", "-o"]
     damaged = tmp_path / "damaged"
     shutil.copytree(out, damaged)
@@ -141,9 +142,20 @@ def measures(found):
     return [measures(value) for value in found] if isinstance(found, list) else found
 
 
-def test_one_rank_that_fails_ends_all_and_says_why(pruned, data, tmp_path):
-    line = ["evaluate", pruned[0], "-d", data[0], "--seq-len", 23, "--batch-tokens", 24, "--device", "cpu"]
-    done = torchrun(tmp_path, ["broken", *line])
+@pytest.mark.parametrize(
+    ("verb", "place"),
+    [
+        ("evaluate", "expertsmith.evaluation.quality._of_batch"),
+        ("compare", "expertsmith.evaluation.quality._of_batch"),
+        ("compare", "expertsmith.calibration.runner._Run.observe"),
+        ("compare", "expertsmith.evaluation.overlap.Overlap.of"),
+    ],
+)
+def test_one_rank_that_fails_ends_all_and_says_why(verb, place, pruned, data, tmp_path):
+    """`compare` goes on after a plan that all ranks refuse, but not after what only one of them cannot do, while others go on with it."""
+    shape = ["-d", data[0], "--seq-len", 23, "--batch-tokens", 24, "--device", "cpu"]
+    more = ["-e", data[0], "-m", "reap", "-k", 0.5, "--budget", "sensitivity", "-o", tmp_path / "c", "-q"]
+    done = torchrun(tmp_path, [f"broken {place}", verb, pruned[0], *shape, *(more if verb == "compare" else ())])
     assert done.returncode != 0
     assert done.stderr.count("error: the cooling failed; open a window\n") == 1, done.stderr[-3000:]
     assert done.stderr.count("error: ") == 1
@@ -287,6 +299,7 @@ def test_the_first_rank_decides_and_its_mistakes_are_those_of_all(monkeypatch):
 
     sent = []
     monkeypatch.setattr(dist, "broadcast_object_list", lambda told, **_: sent.append(pickle.loads(pickle.dumps(told[0]))))
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, mine, **_: None)
     token = _NOW.set(Ranks(0, 2))
     try:
         assert Ranks(0, 2).leading(lambda: current().world) == 1
@@ -305,6 +318,36 @@ def test_the_first_rank_decides_and_its_mistakes_are_those_of_all(monkeypatch):
     monkeypatch.setattr(dist, "broadcast_object_list", lambda told, **_: told.__setitem__(0, (None, error)))
     with pytest.raises(UserError, match="the folder is full"):
         Ranks(1, 2).leading(lambda: pytest.fail("only the first rank works"))
+
+
+def test_a_rank_that_fails_in_the_middle_is_noticed(monkeypatch):
+    """Ranks that end a piece of work together share their mistakes; if one has ended it and another has not, none goes on."""
+    import torch.distributed as dist
+
+    other: list[object] = []
+
+    def exchanged(found, mine, **_):
+        found[:] = [pickle.loads(pickle.dumps(mine)), other[0]]
+
+    monkeypatch.setattr(dist, "all_gather_object", exchanged)
+    full, here = UserError("the disk is full", "empty it"), Ranks(0, 2)
+    other[:] = [_Outcome(None)]
+    here.refuse_together(None)
+    with pytest.raises(UserError, match="the disk is full; empty it") as caught:
+        here.refuse_together(full)
+    assert not isinstance(caught.value, ApartError)
+    other[:] = [_Outcome(full)]
+    with pytest.raises(UserError, match="the disk is full; empty it") as caught:
+        here.refuse_together(None)
+    assert not isinstance(caught.value, ApartError)
+    for call in (lambda: here.gather(3), lambda: here.total(1.0), lambda: here.leading(lambda: 1)):
+        with pytest.raises(ApartError, match="the disk is full; empty it"):
+            call()
+    other[:] = [3]
+    with pytest.raises(ApartError, match="the disk is full; empty it") as caught:
+        here.refuse_together(full)
+    with pytest.raises(ApartError, match="the disk is full; empty it"):
+        here.refuse_together(caught.value)  # goes on up, without another exchange
 
 
 def test_a_world_without_torchrun_is_refused(monkeypatch, capsys):

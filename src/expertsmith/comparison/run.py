@@ -26,7 +26,7 @@ from expertsmith.experts.rules import keep_count
 from expertsmith.healing.options import LAYERWISE
 from expertsmith.planning.budgets import SEARCHED
 from expertsmith.planning.plan import Plan, load_plan
-from expertsmith.ranks import ALONE, Ranks, current, refuse_several
+from expertsmith.ranks import ALONE, ApartError, Ranks, current, refuse_several
 from expertsmith.views.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -278,6 +278,8 @@ def _plans(job: Comparison, missing: Sequence[Cell]) -> dict[str, dict[str, Any]
             elif held is None and cell.contender.method.reads == "statistics" and statistics is None:
                 statistics = _statistics(job)
             found[name] = held or _plan(job, cell, statistics)
+        except ApartError:
+            raise
         except UserError as error:
             job.notes.append(f"{name}: {error}")
             job.progress.note(job.notes[-1])
@@ -327,6 +329,8 @@ def _plan(job: Comparison, cell: Cell, statistics: Any, calibrated: Mapping[str,
         gc.collect()  # free the model that it opened, so that it does not count as the next one's memory
     try:
         job.ranks.refuse_together(error)
+    except ApartError:
+        raise
     except UserError:
         job.ranks.leading(partial(target.unlink, missing_ok=True))
         raise
@@ -360,8 +364,13 @@ def _calibrated(job: Comparison, target: Path, **how: Any) -> tuple[Any, dict[st
     from expertsmith.comparison.footprint import footprint
 
     options = {**how, "resume": job.resume, "progress": job.progress, **job.shape, **job.where}
+    made, error = None, None
     with footprint() as took:
-        made = job.stages.calibrate(job.inventory.checkpoint.source, job.data, target, **options)
+        try:
+            made = job.stages.calibrate(job.inventory.checkpoint.source, job.data, target, **options)
+        except UserError as found:
+            error = found
+    job.ranks.refuse_together(error)
     return made, took
 
 

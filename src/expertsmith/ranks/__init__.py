@@ -23,6 +23,17 @@ T = TypeVar("T")
 Made = TypeVar("Made")
 
 
+class ApartError(UserError):
+    """A rank has failed in the middle of what the others still do, so they cannot go on together."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How a rank's share of some work has ended."""
+
+    error: UserError | None
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that work together: `rank` of `world`. All of them must make the same calls in the same order. `group`: torch's
@@ -52,7 +63,11 @@ class Ranks:
         return range(mine[0], mine[-1] + 1) if mine else range(0)
 
     def gather(self, mine: T) -> list[T]:
-        """What every rank gives, in the order of the ranks."""
+        """What every rank gives, in the order of the ranks.
+
+        Raises:
+            ApartError: one of them has failed meanwhile, and waits in `refuse_together`.
+        """
         if self.world == 1:
             return [mine]
         import torch.distributed as dist
@@ -60,6 +75,10 @@ class Ranks:
         found: list[Any] = [None] * self.world
         with _answered():
             dist.all_gather_object(found, mine, group=self.group)
+        ended = [one for one in found if isinstance(one, _Outcome)]
+        if ended and len(ended) < self.world:
+            error = next((one.error for one in ended if one.error), None) or UserError("the ranks do different things")
+            raise ApartError(error.message, error.remedy)
         return found
 
     def joined(self, mine: Sequence[T]) -> list[T]:
@@ -109,10 +128,13 @@ class Ranks:
 
         Raises:
             UserError: of the first rank that has one; any other error is raised where it is, and told as a UserError to the others.
+            ApartError: one has an error while others are in the middle of the work, waiting for it in another call.
         """
+        if isinstance(mine, ApartError):
+            raise mine
         own = mine is None or isinstance(mine, UserError)
         told = mine if own else UserError(f"rank {self.rank} failed: {mine}", "its own message has more")
-        errors = [error for error in self.gather(told) if error is not None]
+        errors = [end.error for end in self.gather(_Outcome(told)) if end.error is not None]  # type: ignore[arg-type]
         if not own:
             raise mine  # type: ignore[misc]
         if errors:
@@ -145,6 +167,7 @@ class Ranks:
                 told = [_tried(work)]
             finally:
                 _NOW.reset(token)
+        self.wait()  # here the others learn of a rank that has failed
         with _answered():
             dist.broadcast_object_list(told, src=0, group=self.group)
         found, refused = told[0]
