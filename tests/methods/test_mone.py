@@ -323,7 +323,6 @@ def test_what_reads_such_a_checkpoint_refuses_it(written, texts, tmp_path):
     for call in (
         lambda: api.calibrate(out, texts, tmp_path / "s", **SHAPE),
         lambda: api.plan(out, "aimer", 0.5),
-        lambda: api.heal(out, source, texts, tmp_path / "h", method="least_squares"),
     ):
         with pytest.raises(UserError, match="are constants"):
             call()
@@ -346,8 +345,6 @@ def test_bad_requests(checkpoints, statistics, texts, tmp_path):
         api.plan(source, "mone", None, fit="340kB", stats=statistics("mixtral"))
     with pytest.raises(UserError, match="option constant"):
         api.plan(source, "mone", 0.5, stats=statistics("mixtral"), options={"constant": "median"})
-    with pytest.raises(UserError, match="makes experts constants, which --heal does not support"):
-        api.compress(source, "mone", 0.5, out=tmp_path / "out", data=texts, heal="least_squares")
     assert statistics_for(take_inventory(open_checkpoint(source)), find("mone"), statistics("mixtral"), ())
 
 

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 ENDLESS = 2**31  # the window if config.json gives none
 
 
-def inventory_of(model: Any, allow_pickle: bool = False, *, narrow: bool = False) -> Inventory:
-    """The inventory of a checkpoint; an `Inventory` is returned unchanged. `narrow`: as in `take_inventory`."""
+def inventory_of(model: Any, allow_pickle: bool = False, *, novices: bool = False) -> Inventory:
+    """The inventory of a checkpoint; an `Inventory` is returned unchanged. `novices`: as in `take_inventory`."""
     if isinstance(model, Inventory):
         return model
-    return take_inventory(open_checkpoint(model, allow_pickle=allow_pickle), narrow=narrow)
+    return take_inventory(open_checkpoint(model, allow_pickle=allow_pickle), novices=novices)
 
 
 def window_of(config: Mapping[str, Any]) -> int:

@@ -151,18 +151,14 @@ def cells_of(
             for budget in budgets
             if budget not in mine and entry.method.name != BASELINE
         ]
-        why = entry.method.why_not_healed
-        healed = () if why else heals
-        if heals and why:
-            notes.append(f"{entry.label} {why}, which healing does not support, so it is not healed")
         cells += [
             Cell(entry, keep, budget, heal)
-            for heal in (None, *healed)
+            for heal in (None, *heals)
             for budget in mine
             for keep in ((None,) if budget == "threshold" else shares)
         ]
         if progressive and entry.method.reads == "statistics" and "uniform" in mine:
-            cells += [Cell(entry, keep, "uniform", heal, True) for heal in (None, *healed) for keep in shares]
+            cells += [Cell(entry, keep, "uniform", heal, True) for heal in (None, *heals) for keep in shares]
     if progressive and not any(cell.progressive for cell in cells):
         raise UserError(
             "--progressive needs a method that reads statistics, and budget uniform",

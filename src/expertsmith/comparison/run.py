@@ -401,7 +401,7 @@ def _heal(job: Comparison, missing: Sequence[Cell], planned: Mapping[str, Any], 
         made = job.ranks.leading(partial(load_plan, _plan_file(job, cell)))
         written, healed = job.folder / WORK / "unhealed", job.folder / WORK / cell.name
         healing = _healed(job, cell, made, written, healed)
-        student = _open(job, take_inventory(open_checkpoint(healed), narrow=True))
+        student = _open(job, take_inventory(open_checkpoint(healed), novices=True))
         found = _judged(job, student, _open(job, job.inventory))
         _finish(job, cell, made, planned, held, {**found, "healing": healing})
         for folder in (written, healed):

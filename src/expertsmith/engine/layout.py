@@ -54,10 +54,15 @@ def routing_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Te
     return (second, first) if first.is_floating_point() else (first, second)
 
 
+def expert_parameters(experts: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters whose rows run over the experts: all but the constants in place of others (`engine.novices`)."""
+    return [(name, weight) for name, weight in experts.named_parameters() if name != "novices"]
+
+
 def in_memory(experts: nn.Module, record: Architecture, expert: int, count: int) -> dict[tuple[str, bool], torch.Tensor]:
     """Views of one expert's weights in its experts module by (role, whether it is a matrix)."""
     found: dict[tuple[str, bool], torch.Tensor] = {}
-    for name, parameter in experts.named_parameters():
+    for name, parameter in expert_parameters(experts):
         matrix = not name.endswith("_bias")
         if matrix and parameter.dim() == 2:  # experts * rows, as DBRX has it
             rows = parameter.shape[0] // count

@@ -217,15 +217,13 @@ class Inventory:
         return found
 
 
-def take_inventory(
-    checkpoint: Checkpoint, *, undecodable: bool = False, novices: bool = False, narrow: bool = False
-) -> Inventory:
+def take_inventory(checkpoint: Checkpoint, *, undecodable: bool = False, novices: bool = False) -> Inventory:
     """Claim every tensor of a checkpoint.
 
     Args:
         undecodable: also accept a checkpoint whose quantised tensors cannot be decoded, to inspect it; its experts are then not compared.
         novices: also accept a checkpoint with experts that are constants, whose other experts are counted, or that lost neurons in
-            different numbers; `narrow`: the latter only.
+            different numbers.
 
     Raises:
         UserError: dense or unsupported model, config without expert counts, tensors that contradict it (missing expert,
@@ -246,10 +244,10 @@ def take_inventory(
     constant = novices_of(config)
     if constant and not novices:
         raise UserError(
-            f"experts of {checkpoint.source} are constants, and only load, verify, evaluate, inspect and lint support that",
+            f"experts of {checkpoint.source} are constants, and only load, verify, evaluate, heal, inspect and lint support that",
             "use the original checkpoint",
         )
-    if config.get(NEURONS_KEY) and not (novices or narrow):
+    if config.get(NEURONS_KEY) and not novices:
         raise UserError(
             f"experts of {checkpoint.source} have lost neurons, in different numbers, and only load, verify, evaluate, heal, inspect and lint support that",
             "use the original checkpoint",

@@ -25,7 +25,7 @@ Skip = tuple[float, Rule]  # threshold and rule of a layer whose tokens skip exp
 
 @dataclass
 class Routed:
-    """The inputs and routing of T tokens at a layer's experts. Slots without a routed expert (zero experts, skipped, weight 0) have expert -1.
+    """The inputs and routing of T tokens at a layer's experts. Slots without a routed expert (zero experts, constants, skipped, weight 0) have expert -1.
 
     `scale` [T, slots] multiplies an expert's input, `weight` [T, slots] its output; a family uses one of them.
     """
@@ -107,7 +107,8 @@ class LayerExperts:
         """The context for training steps: bfloat16 products on a GPU. It multiplies all groups of bfloat16 rows in one launch; float32 groups
         need a launch and a synchronization each. Rows must be a multiple of 16 bytes."""
         matrices = [weight for weight in self.module.parameters() if weight.dim() == 3]
-        suits = is_grouped(self.module) and "forward" not in self.module.__dict__ and bool(matrices)
+        plain = "forward" not in self.module.__dict__ and not hasattr(self.module, "place")
+        suits = is_grouped(self.module) and plain and bool(matrices)
         suits = suits and all(weight.is_cuda and weight.shape[1] % 8 == weight.shape[2] % 8 == 0 for weight in matrices)
         return self.in_bfloat16() if suits else nullcontext()
 
@@ -122,6 +123,8 @@ class LayerExperts:
 
     def _weighted(self, x: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor) -> Routed:
         expert, weights = selected.reshape(len(x), -1).long(), weights.reshape(len(x), -1)
+        if (place := getattr(self.module, "place", None)) is not None:  # ids of the router → rows; below 0: constants
+            expert = torch.tensor(place, device=expert.device)[expert].clamp_min(-1)
         if self.skip is not None:
             skippable = None if is_grouped(self.module) else expert < self.count
             keep = keep_slots(weights, self.skip[1], self.skip[0], skippable)

@@ -20,7 +20,7 @@ from expertsmith.arch import Architecture
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.checkpoint.reader import TORCH_DTYPES
 from expertsmith.engine import LoadedModel
-from expertsmith.engine.layout import submodule
+from expertsmith.engine.layout import expert_parameters, submodule
 from expertsmith.engine.stock import quietly
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory
@@ -80,7 +80,7 @@ def _parameters(layer: nn.Module, record: Architecture, kinds: Sequence[str]) ->
         if kind not in kinds:
             continue
         place = _place(record, path)
-        weights = list(submodule(layer, place).named_parameters())
+        weights = expert_parameters(submodule(layer, place))
         if kind == "experts" and any("." in name for name, _ in weights):
             raise UserError(
                 f"peft cannot adapt the experts of {record.model_type}, which are read from outside of the module that holds them",

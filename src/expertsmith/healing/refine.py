@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from expertsmith.engine.layout import expert_parameters
 from expertsmith.experts.inventory import Inventory
 from expertsmith.healing.amount import Amount, Layer, amount
 from expertsmith.healing.experts import LayerExperts
@@ -78,7 +79,7 @@ def trained(
     layer: LayerExperts, inventory: Inventory, index: int
 ) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """The weights of a layer that gradients change: matrices of its experts, their biases, and the router's."""
-    found = {id(weight): (name, weight) for name, weight in layer.module.named_parameters()}
+    found = {id(weight): (name, weight) for name, weight in expert_parameters(layer.module)}
     rows = [
         router_tensor(layer.block, claim, layer.record)
         for claim in inventory.by_layer[index]

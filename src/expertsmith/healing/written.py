@@ -154,8 +154,9 @@ def write_healed(
         piece = Made(info.nbytes, pieces[info.name]) if info.name in pieces else source_of(source, info)
         tensors.append(OutputTensor(info.name, info.dtype, info.shape, (piece,)))
     files = None if decoded else {info.name: info.file.name for info in source.tensors.values()}
-    narrow = bool(inventory.config.get(NEURONS_KEY))
-    code = code_for(inventory.counts, inventory, narrow=narrow) if inventory.uneven or narrow else {}
+    narrow, novices = bool(inventory.config.get(NEURONS_KEY)), bool(inventory.novices)
+    counts = {layer: count + inventory.novices.get(layer, 0) for layer, count in inventory.counts.items()}
+    code = code_for(counts, inventory, novices, narrow) if inventory.uneven or narrow or novices else {}
     with progress.task("write", sum(tensor.nbytes for tensor in tensors), "B") as advance:
         write_checkpoint(
             out,

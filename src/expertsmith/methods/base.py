@@ -137,11 +137,6 @@ class Method:
         return tuple(_keywords(self.measure)) if self.measure else ()
 
     @property
-    def why_not_healed(self) -> str | None:
-        """What it does to experts that cannot be healed; None: its results can."""
-        return "makes experts constants" if self.constants else None
-
-    @property
     def _functions(self) -> tuple[Callable[..., Any], ...]:
         return tuple(function for function in (self.measure, self.function, self.constants, self.cut) if function)
 

@@ -186,8 +186,6 @@ def compress(  # noqa: PLR0915  (the steps of the flow, one after another)
     reads_text = not chosen.data_free or searching is not None
     if reads_text or heal is not None or (measure and (eval_data or data)):
         refuse_without_class(inventory.architecture, f"{inventory.checkpoint.source}/config.json")
-    if heal is not None and (why := chosen.why_not_healed):
-        raise UserError(f"method {method} {why}, which --heal does not support", "leave it out")
     _check_heal(heal, data, inventory, requantise, fitted is not None)
     calibrates = heal is not None or searching is not None or (stats is None and not chosen.data_free)
     split = measure and calibrates and not eval_data

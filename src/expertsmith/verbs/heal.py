@@ -85,7 +85,7 @@ def heal(
 
     progress = given["progress"]
     chosen = parse_healer(method, options or {})
-    inventory = inventory_of(model, given["allow_pickle"], narrow=True)
+    inventory = inventory_of(model, given["allow_pickle"], novices=True)
     source = inventory.checkpoint
     original = open_checkpoint(teacher, allow_pickle=given["allow_pickle"])
     check_start(source, original, Path(out), overwrite)
