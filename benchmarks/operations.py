@@ -87,8 +87,8 @@ def row(name: str, mode: Count, share: int) -> list[object]:
 
 def measure(folder: Path, options: argparse.Namespace) -> list[list[object]]:
     from expertsmith.calibration.data import DataOptions, load_tokens
-    from expertsmith.calibration.probe import search_layers
     from expertsmith.calibration.runner import collect
+    from expertsmith.calibration.searching import search_layers
     from expertsmith.checkpoint import open_checkpoint
     from expertsmith.engine import load_model
     from expertsmith.experts.inventory import take_inventory

@@ -38,7 +38,7 @@ def build(folder: Path, shape: Shape, options: argparse.Namespace) -> tuple[Any,
 
 
 def search(built: tuple[Any, Any, Any], choose: Any) -> Any:
-    from expertsmith.calibration.probe import search_layers
+    from expertsmith.calibration.searching import search_layers
 
     model, data, rules = built
     return next(iter(search_layers(model, data, choose, rules={0: rules}, batch_tokens=2048)))[1]

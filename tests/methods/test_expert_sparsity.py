@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from conftest import CALIBRATION, SUPPORTED, save_tiny
 from expertsmith import api
 from expertsmith.calibration.data import TokenData
-from expertsmith.calibration.probe import Probe, _Tables, probe_bytes, search_layers
+from expertsmith.calibration.probe import Probe, Tables, probe_bytes
+from expertsmith.calibration.searching import search_layers
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine import Batch, LoadedModel, load_model
 from expertsmith.errors import UserError
@@ -160,7 +161,7 @@ def test_choices_made_before_are_taken_over(model_type, progressive, known, chec
 
 def test_hand_worked_error():
     """Outputs (3,0), (0,4), (1,1); weights .75 .25 0 become 0 .5 .5: the output moves by (-1.75, 1.5), squared 5.3125."""
-    tables = _Tables(2, 3, 2, torch.zeros(1, 3), vectors=False)
+    tables = Tables(2, 3, 2, torch.zeros(1, 3), vectors=False)
     outputs = torch.tensor([[3.0, 0.0], [0.0, 4.0], [1.0, 1.0]]).unsqueeze(1)
     tables.add_products(torch.tensor([1]), outputs)
     tables.selected[1], tables.weights[1] = torch.tensor([0, 1]), torch.tensor([0.75, 0.25])
@@ -171,7 +172,7 @@ def test_hand_worked_error():
 
 def test_hand_worked_error_against_a_target_vector():
     """The same outputs against the target (1, 1): weights 0 .5 .5 give (.5, 2.5), squared distance .25 + 2.25."""
-    tables = _Tables(1, 3, 2, torch.zeros(1, 3), vectors=True)
+    tables = Tables(1, 3, 2, torch.zeros(1, 3), vectors=True)
     outputs = torch.tensor([[3.0, 0.0], [0.0, 4.0], [1.0, 1.0], [1.0, 1.0]]).unsqueeze(1)
     tables.add_products(torch.tensor([0]), outputs)
     weights = torch.tensor([[0.5, 0.5]], dtype=torch.float64)

@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from conftest import CALIBRATION, run_cli
 from expertsmith import api
-from expertsmith.calibration import probe
+from expertsmith.calibration import searching
 from expertsmith.calibration.data import TokenData
-from expertsmith.calibration.probe import search_layers
+from expertsmith.calibration.searching import search_layers
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.engine import load_model
 from expertsmith.errors import UserError
@@ -111,7 +111,7 @@ def script(given: dict[str, Any]) -> dict[str, Any]:
             api.plan(given["sources"]["mixtral"], "expert_sparsity", 4, data=given["one"], **CALIBRATION)
         told["few"] = str(few.value)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(probe, "free_memory", lambda device: 2 * 10**4 if rank == 1 else 10**12)
+            patch.setattr(searching, "free_memory", lambda device: 2 * 10**4 if rank == 1 else 10**12)
             with pytest.raises(UserError) as full:
                 api.plan(given["sources"]["mixtral"], "expert_sparsity", 4, data=given["data"], **CALIBRATION)
         told["full"] = str(full.value)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from expertsmith.calibration.data import TokenData
 from expertsmith.calibration.observers import scores_of
-from expertsmith.calibration.probe import Places, sample_places
+from expertsmith.calibration.places import Places, sample_places
 from expertsmith.calibration.replay import RoutedBlock, Seen, router_extras
 from expertsmith.engine import Batch, LoadedModel, Walk
 from expertsmith.engine.experts import flattened_outputs, hidden_of_all, run_all

@@ -52,7 +52,7 @@ def by_choice(job: Job) -> dict[int, LayerPlan]:
 
 def by_search(job: Job) -> dict[int, LayerPlan]:
     """Plan with a method that tries kept sets on the running model; layers with a choice in the work folder are not searched again."""
-    from expertsmith.calibration.probe import search_layers
+    from expertsmith.calibration.searching import search_layers
 
     assert job.open is not None
     model, data = job.open()
