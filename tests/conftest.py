@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 
 import pretended  # noqa: E402
+from expertsmith import api  # noqa: E402
 from expertsmith.arch import families  # noqa: E402
 from expertsmith.engine import load_model  # noqa: E402
 from tiny import (  # noqa: E402
@@ -146,6 +147,28 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"a={folder / 'a.jsonl'}", f"b={folder / 'b.jsonl'}"]
 
 
+@pytest.fixture(scope="session")
+def brief(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """`--data` arguments for healing tiny models: two domains of twelve short sequences each."""
+    from to_heal import write_texts
+
+    return write_texts(tmp_path_factory.mktemp("brief"), "a", "b")
+
+
+@pytest.fixture(scope="session")
+def half(checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mixtral with 4 of 8 experts."""
+    out = tmp_path_factory.mktemp("half") / "half"
+    api.apply(checkpoints("mixtral"), api.plan(checkpoints("mixtral"), "random", 4), out)
+    return out
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal of 250 columns."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+
 def logits(path: Path, **kwargs: object) -> torch.Tensor:
     """What plain transformers computes for some ids, in float32."""
     ids = torch.randint(3, 120, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -218,3 +241,19 @@ def run_cli(capture, *arguments: object) -> tuple[int, str, str]:
         sys.argv = old
     captured = capture.readouterr()
     return code, captured.out, captured.err
+
+
+def passed(capture, *arguments: object) -> str:
+    """Stdout of a command line that has to exit 0."""
+    code, out, err = run_cli(capture, *arguments)
+    assert code == 0, err
+    return out
+
+
+def strict(text: str):
+    """The one JSON value that `text` is; NaN and Infinity are none."""
+
+    def refuse(name: str):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)

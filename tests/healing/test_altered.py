@@ -22,20 +22,13 @@ from expertsmith.healing.experts import LayerExperts
 from expertsmith.healing.layerwise import ALL
 from expertsmith.healing.written import into_memory, to_checkpoint
 from expertsmith.planning.plan import load_plan
-from to_heal import write_texts
+from to_heal import SHAPE
 
-SHAPE = {"seq_len": 24, "pack": False, "batch_tokens": 300, "device": DEVICE}
 METHODS = [("least_squares", {}), ("layer_local", {"steps": 6, "step_tokens": 128})]
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> list[str]:
-    """Two domains of twelve sequences each."""
-    return write_texts(tmp_path_factory.mktemp("texts"), "a", "b")
-
-
-@pytest.fixture(scope="module")
-def narrow(checkpoints, texts, tmp_path_factory):
+def narrow(checkpoints, brief, tmp_path_factory):
     """(model_type, width) → a checkpoint whose experts lost half of their neurons."""
     root = tmp_path_factory.mktemp("narrow")
 
@@ -45,7 +38,7 @@ def narrow(checkpoints, texts, tmp_path_factory):
             checkpoints(model_type),
             "heapr",
             0.5,
-            data=texts,
+            data=brief,
             options={"width": width},
             work=root / f"{model_type}-work",
             **CALIBRATION,
@@ -57,13 +50,13 @@ def narrow(checkpoints, texts, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def constant(checkpoints, texts, tmp_path_factory):
+def constant(checkpoints, brief, tmp_path_factory):
     """model_type → a checkpoint with half of its experts constants."""
     root = tmp_path_factory.mktemp("constant")
 
     @cache
     def get(model_type: str) -> Path:
-        api.compress(checkpoints(model_type), "mone", 0.5, out=root / model_type, data=texts, measure=False, **SHAPE)
+        api.compress(checkpoints(model_type), "mone", 0.5, out=root / model_type, data=brief, measure=False, **SHAPE)
         return root / model_type
 
     return get
@@ -94,14 +87,14 @@ def with_zeros(source: Path, narrow: Path, out: Path) -> dict[int, list[torch.Te
 
 
 @pytest.mark.parametrize(("method", "options"), METHODS)
-def test_as_if_the_removed_neurons_were_zeros(method, options, checkpoints, narrow, texts, tmp_path):
+def test_as_if_the_removed_neurons_were_zeros(method, options, checkpoints, narrow, brief, tmp_path):
     """Every weight that is left gets the value that it gets in experts as wide as before whose other neurons are zeros."""
     source, student = checkpoints("mixtral"), narrow("mixtral", "ragged")
     kept = with_zeros(source, student, tmp_path / "zeros")
     assert len({len(ids) for layer in kept.values() for ids in layer}) > 1
     job = {"method": method, "options": options, **SHAPE}
-    wide = api.heal(tmp_path / "zeros", source, texts, tmp_path / "wide", **job)
-    ours = api.heal(student, source, texts, tmp_path / "ours", **job)
+    wide = api.heal(tmp_path / "zeros", source, brief, tmp_path / "wide", **job)
+    ours = api.heal(student, source, brief, tmp_path / "ours", **job)
     assert ours["accepted"]
     assert ours["held_out"]["after"]["mean"]["kl"] == pytest.approx(wide["held_out"]["after"]["mean"]["kl"], rel=1e-3)
     before, made, reference = (load_file(p / "model.safetensors") for p in (student, tmp_path / "ours", tmp_path / "wide"))
@@ -118,10 +111,10 @@ def test_as_if_the_removed_neurons_were_zeros(method, options, checkpoints, narr
 @pytest.mark.parametrize("memory", ["resident", "stream"])
 @pytest.mark.parametrize(("method", "options"), METHODS)
 @pytest.mark.parametrize(("model_type", "width"), [("qwen2_moe", "ragged"), ("deepseek_v2", "ragged"), ("gpt_oss", "layer")])
-def test_what_is_written_is_what_was_measured(model_type, width, method, options, memory, checkpoints, narrow, texts, tmp_path):
+def test_what_is_written_is_what_was_measured(model_type, width, method, options, memory, checkpoints, narrow, brief, tmp_path):
     """The checkpoint keeps its widths, loads with `expertsmith.load`, and has the distance to the original that healing reports."""
     source, student = checkpoints(model_type), narrow(model_type, width)
-    report = api.heal(student, source, texts, tmp_path / "out", method=method, options=options, **{**SHAPE, "memory": memory})
+    report = api.heal(student, source, brief, tmp_path / "out", method=method, options=options, **{**SHAPE, "memory": memory})
     assert report["held_out"]["after"]["mean"]["kl"] <= report["held_out"]["before"]["mean"]["kl"]
     was, is_ = (json.loads((p / "config.json").read_text()) for p in (student, tmp_path / "out"))
     assert was[KEY] == is_[KEY]
@@ -129,7 +122,7 @@ def test_what_is_written_is_what_was_measured(model_type, width, method, options
     shim = next(student.glob("*.py")).name
     assert (tmp_path / "out" / shim).read_bytes() == (student / shim).read_bytes()
     assert api.load(tmp_path / "out") is not None
-    again = api.heal(tmp_path / "out", source, texts, tmp_path / "again", method="least_squares", **SHAPE)
+    again = api.heal(tmp_path / "out", source, brief, tmp_path / "again", method="least_squares", **SHAPE)
     assert again["held_out"]["before"]["mean"]["kl"] == pytest.approx(report["held_out"]["after"]["mean"]["kl"], rel=1e-3)
 
 
@@ -183,10 +176,10 @@ def test_what_experts_and_constants_give_is_the_output(model_type, constant):
 @pytest.mark.parametrize(("method", "options"), METHODS)
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v2", "gpt_oss"])
 def test_constants_stay_and_what_is_written_was_measured(
-    model_type, method, options, memory, checkpoints, constant, texts, tmp_path
+    model_type, method, options, memory, checkpoints, constant, brief, tmp_path
 ):
     source, student = checkpoints(model_type), constant(model_type)
-    report = api.heal(student, source, texts, tmp_path / "out", method=method, options=options, **{**SHAPE, "memory": memory})
+    report = api.heal(student, source, brief, tmp_path / "out", method=method, options=options, **{**SHAPE, "memory": memory})
     assert report["held_out"]["after"]["mean"]["kl"] <= report["held_out"]["before"]["mean"]["kl"]
     before, after = open_checkpoint(student), open_checkpoint(tmp_path / "out")
     assert {n: (i.dtype, i.shape) for n, i in before.tensors.items()} == {
@@ -198,43 +191,43 @@ def test_constants_stay_and_what_is_written_was_measured(
     assert not [name for name in changed if name.endswith("novices")]
     shim = next(student.glob("*.py")).name
     assert (tmp_path / "out" / shim).read_bytes() == (student / shim).read_bytes()
-    again = api.heal(tmp_path / "out", source, texts, tmp_path / "again", method="least_squares", **SHAPE)
+    again = api.heal(tmp_path / "out", source, brief, tmp_path / "again", method="least_squares", **SHAPE)
     assert again["held_out"]["before"]["mean"]["kl"] == pytest.approx(report["held_out"]["after"]["mean"]["kl"], rel=1e-3)
 
 
-def test_adapters_are_refused_before_work(checkpoints, narrow, texts, tmp_path):
+def test_adapters_are_refused_before_work(checkpoints, narrow, brief, tmp_path):
     pytest.importorskip("peft")
     with pytest.raises(UserError, match="different widths within decoder layer 0, which adapters cannot have"):
-        api.heal(narrow("mixtral", "ragged"), checkpoints("mixtral"), texts, tmp_path / "out", method="lora", **SHAPE)
+        api.heal(narrow("mixtral", "ragged"), checkpoints("mixtral"), brief, tmp_path / "out", method="lora", **SHAPE)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("method", "what"), [("router", "ragged"), ("lora", "layer"), ("router", "constant"), ("lora", "constant")]
 )
-def test_through_the_whole_model(method, what, checkpoints, narrow, constant, texts, tmp_path):
+def test_through_the_whole_model(method, what, checkpoints, narrow, constant, brief, tmp_path):
     """What adapts the router only, or experts of one width a layer, keeps the shapes, and leaves constants."""
     if method == "lora":
         pytest.importorskip("peft")
     student, out = constant("mixtral") if what == "constant" else narrow("mixtral", what), tmp_path / "out"
     options = {"step_tokens": 256, "learning_rate": 1e-3, **({"targets": "experts", "rank": 2} if method == "lora" else {})}
-    report = api.heal(student, checkpoints("mixtral"), texts, out, method=method, options=options, **SHAPE)
+    report = api.heal(student, checkpoints("mixtral"), brief, out, method=method, options=options, **SHAPE)
     assert report["accepted"]
     shapes = [{name: info.shape for name, info in open_checkpoint(p).tensors.items()} for p in (student, out)]
     assert shapes[0] == shapes[1]
     assert api.load(out) is not None
-    again = api.heal(out, checkpoints("mixtral"), texts, tmp_path / "again", method="least_squares", **SHAPE)
+    again = api.heal(out, checkpoints("mixtral"), brief, tmp_path / "again", method="least_squares", **SHAPE)
     assert again["held_out"]["before"]["mean"]["kl"] == pytest.approx(report["held_out"]["after"]["mean"]["kl"], rel=1e-2)
 
 
 @pytest.mark.parametrize(("method", "options"), [("heapr", {"width": "layer"}), ("heapr", {"width": "ragged"}), ("mone", {})])
-def test_compress_and_compare_heal_them(method, options, checkpoints, texts, tmp_path):
+def test_compress_and_compare_heal_them(method, options, checkpoints, brief, tmp_path):
     shape = {"seq_len": 40, "pack": False, "device": DEVICE}
     label = ":".join([method, *(f"{key}={value}" for key, value in options.items())])
     source, healing = checkpoints("mixtral"), "least_squares"
-    done = api.compress(source, method, 0.5, out=tmp_path / "out", data=texts, options=options, heal=healing, **shape)
+    done = api.compress(source, method, 0.5, out=tmp_path / "out", data=brief, options=options, heal=healing, **shape)
     assert (tmp_path / "out" / "expertsmith" / "heal.json").is_file()
     assert done["plan"].one_width is None
-    found = api.compare(source, [label], [0.5], texts, texts, tmp_path / "c", heal=[healing], **shape)
+    found = api.compare(source, [label], [0.5], brief, brief, tmp_path / "c", heal=[healing], **shape)
     rows = [row for group in found["groups"] for row in group["rows"] if row["heal"] and method in row["method"]]
     assert [row["heal"] for row in rows] == [healing]
