@@ -9,6 +9,7 @@ import torch
 
 from conftest import DEVICE, SUPPORTED
 from expertsmith import api
+from expertsmith.engine import hidden_of
 from expertsmith.healing import layerwise, least_squares, refine
 from expertsmith.healing.amount import Amount
 from expertsmith.healing.experts import Routed
@@ -23,9 +24,9 @@ def at_every_layer(check, model_type, checkpoints, tmp_path, monkeypatch, **opti
     data = write_texts(tmp_path, "a")
     seen = []
 
-    def instead(halted, inventory, chosen, pairs, tick):
-        matrices, biases, rows = refine.trained(halted.experts, inventory, halted.index)
-        run = refine._Run(halted, matrices, [*biases, *rows], Amount(1, chosen.step_tokens, 0, 0.0), chosen.seed, tick)
+    def instead(halted, replay, weights, chosen, pairs, tick):
+        matrices, biases, rows = weights
+        run = refine._Run(halted, replay, matrices, [*biases, *rows], Amount(1, chosen.step_tokens, 0, 0.0), chosen.seed, tick)
         for weight in run.weights:
             weight.requires_grad_(True)
         check(run, halted)
@@ -59,16 +60,19 @@ def distance(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_replayed_tokens_have_the_gradient_of_the_whole_layer(model_type, checkpoints, tmp_path, monkeypatch):
-    """Everything but router and experts is kept from one run, and tokens come in any order."""
+    """Everything but router and experts is kept from one run, and tokens come in any order; whole batches give the same bits."""
 
     def check(run, halted) -> None:
         assert run.replay.by_token == (model_type not in BY_BATCH)
         assert run.replay._outputs
         masks = [mask & ~held for mask, held in zip(halted.masks, halted.held, strict=True)]
         with torch.enable_grad():
-            total = sum(halted.share(call(), number, masks[number]) for number, call in enumerate(halted.calls))
+            total = sum(halted.share(call(), number, masks[number]) for number, call in enumerate(run.replay.calls))
             whole = torch.autograd.grad(total / sum(int(mask.sum()) for mask in masks), run.weights)
         assert distance(gradients(run), list(whole)) < 1e-3
+        with torch.no_grad():
+            for again, call in zip(halted.calls, run.replay.calls, strict=True):
+                assert torch.equal(hidden_of(again()), hidden_of(call()))
 
     at_every_layer(check, model_type, checkpoints, tmp_path, monkeypatch, step_tokens=10**6)
 

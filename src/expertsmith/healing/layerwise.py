@@ -29,7 +29,8 @@ from expertsmith.healing.experts import LayerExperts, Routed, Skip, Tapped
 from expertsmith.healing.halted import SMALL, Halted
 from expertsmith.healing.least_squares import Problem, Solution, solve
 from expertsmith.healing.options import LayerLocal, LeastSquares
-from expertsmith.healing.refine import refine
+from expertsmith.healing.refine import Trained, refine, trained
+from expertsmith.healing.replay import Replay
 from expertsmith.healing.tail import wanted_change
 from expertsmith.healing.work import Work
 from expertsmith.healing.written import into_memory, to_checkpoint
@@ -125,7 +126,12 @@ class Layerwise:
         begin = time.perf_counter()
         experts, index = halted.experts, halted.index
         seconds: dict[str, float] = {}
+        weights: Trained = ([], [], [])
+        replay: Replay | None = None
         with self._stage("look", seconds) as tick:
+            if isinstance(self.options, LayerLocal):
+                weights = trained(experts, self.inventory, index)
+                replay = Replay(halted, [*weights[0], *weights[1], *weights[2]])
             problem, before = look(halted, tick)
         state: _State = ([], before, {})
         with self._stage("solve", seconds) as tick:
@@ -141,10 +147,10 @@ class Layerwise:
             "error_before": before,
             "error_least_squares": state[1],
         }
-        if isinstance(self.options, LayerLocal):
+        if replay is not None and isinstance(self.options, LayerLocal):
             pairs = int(current().total(int((problem.routed.expert[~problem.held] >= 0).sum()))[0])
             with self._stage("refine", seconds) as tick:
-                row["refined"] = refine(halted, self.inventory, self.options, pairs, tick)
+                row["refined"] = refine(halted, replay, weights, self.options, pairs, tick)
             if "learning_rate" in row["refined"]:
                 state = self._accept(halted, state, None, ALL)
                 with self._stage("again", seconds):

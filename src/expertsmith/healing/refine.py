@@ -32,18 +32,25 @@ from expertsmith.surgery.merge import router_tensor
 RATES = (0.03, 0.0075)  # shares of a weight's size that the first step moves; the next is tried where one has lowered no error
 LOOKS = 10  # times that a run looks at the held-out tokens,
 PATIENCE = 4  # and so many looks in a row without a lower error end it
+Trained = tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]  # matrices and biases of experts, the router's
 Part = tuple[torch.Tensor, int]  # tokens [rows, length], and the batch that they are of
 
 
 def refine(
-    halted: Halted, inventory: Inventory, options: LayerLocal, pairs: int, tick: Callable[[float], None] = lambda _: None
+    halted: Halted,
+    replay: Replay,
+    weights: Trained,
+    options: LayerLocal,
+    pairs: int,
+    tick: Callable[[float], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Train the layer and leave the best weights found in it; returns its entry of the report. `tick` receives shares of the work.
 
     Args:
+        replay: of the layer; `weights`: those that `trained` returns.
         pairs: the (token, expert) pairs of the tokens that are not held out, over all ranks.
     """
-    matrices, biases, rows = trained(halted.experts, inventory, halted.index)
+    matrices, biases, rows = weights
     tokens = sum(int((mask & ~held).sum()) for mask, held in zip(halted.masks, halted.held, strict=True))
     numbers = Layer(
         halted.experts.count,
@@ -58,7 +65,7 @@ def refine(
     chosen = amount(numbers, options)
     if not chosen.steps:
         return {"amount": chosen.to_json()}
-    run = _Run(halted, matrices, [*biases, *rows], chosen, options.seed, tick)
+    run = _Run(halted, replay, matrices, [*biases, *rows], chosen, options.seed, tick)
     begin = run.best
     for rate in (options.learning_rate,) if options.learning_rate else RATES:
         run.descend(rate)
@@ -75,9 +82,7 @@ def refine(
     }
 
 
-def trained(
-    layer: LayerExperts, inventory: Inventory, index: int
-) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+def trained(layer: LayerExperts, inventory: Inventory, index: int) -> Trained:
     """The weights of a layer that gradients change: matrices of its experts, their biases, and the router's."""
     found = {id(weight): (name, weight) for name, weight in expert_parameters(layer.module)}
     rows = [
@@ -96,6 +101,7 @@ class _Run:
     def __init__(
         self,
         halted: Halted,
+        replay: Replay,
         matrices: list[nn.Parameter],
         others: list[nn.Parameter],
         chosen: Amount,
@@ -105,7 +111,7 @@ class _Run:
         self.steps, self.tick, self.ranks = chosen.steps, tick, current()
         self.experts, self.matrices, self.others = halted.experts, matrices, others
         self.weights = [*matrices, *others]
-        self.replay = Replay(halted, self.weights)
+        self.replay = replay
         train = [mask & ~held for mask, held in zip(halted.masks, halted.held, strict=True)]
         self.train, self.held = (_Tokens(masks, self.replay, chosen.step_tokens) for masks in (train, halted.held))
         self.start = [weight.detach().clone() for weight in self.weights]

@@ -1,14 +1,14 @@
-"""Run a halted layer repeatedly on chosen tokens while its experts and router are trained.
+"""Run a halted layer repeatedly, whole or on chosen tokens, while its experts and router change.
 
-Most of a layer stays fixed during training: attention, norms before the experts, shared experts. No gradient reaches the outputs of these
-modules, so autograd finds them in any family. Their outputs are computed once for all tokens and reused; only the router, the experts and the
-modules after them run again. If these work token by token, a step takes any tokens of any batches in one call; otherwise (for example with a
+Most of a layer stays fixed: attention, norms before the experts, shared experts. No gradient reaches the outputs of these modules, so autograd
+finds them in any family. Their outputs are computed once for all tokens and reused; only the router, the experts and the modules after them
+run again. If these work token by token, a step takes any tokens of any batches in one call; otherwise (for example with a
 convolution after the experts) a step takes whole batches. A trial run decides which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -51,7 +51,8 @@ def _kept(parts: Sequence[Any], spans: Sequence[Span]) -> _Kept | None:
 
 
 class Replay:
-    """A halted layer, ready to run on any tokens of its batches; tokens are numbered row by row, batch by batch.
+    """A halted layer, ready to run on any tokens of its batches; tokens are numbered row by row, batch by batch. The layer's own calls then
+    reuse what does not change, too.
 
     Args:
         weights: the weights that will change.
@@ -68,11 +69,13 @@ class Replay:
         halted.targets = [part.reshape(target.shape) for part, target in parts]  # views, so that there is one copy
         self._targets = targets
         self._outputs: dict[nn.Module, tuple[bool, list[_Kept | None]]] = {}
+        self._partly: set[nn.Module] = set()  # those whose other outputs are not per token; a later layer may need them
         outputs = self._record(halted.experts.layer, weights)
         self._arguments = {
             name: _kept([_named(call)[name] for call in self.calls], self.spans) for name in _named(self.calls[0])
         }
         self.by_token = all(current().gather(self._works_by_token(outputs, halted.masks[0])))
+        halted.calls = [partial(self._again, number) for number in range(len(self.calls))]
 
     def _record(self, layer: nn.Module, weights: Sequence[nn.Parameter]) -> torch.Tensor:
         """Store the outputs that do not change; returns the layer's output on the first batch."""
@@ -94,6 +97,11 @@ class Replay:
             kept = [_kept(column, self.spans) for column in columns]
             if kept[0] is not None:
                 self._outputs[modules[name]] = several, kept
+                lost = any(
+                    held is None and any(part is not None for part in column)
+                    for held, column in zip(kept, columns, strict=True)
+                )
+                self._partly |= {modules[name]} if lost else set()
         return first
 
     def _works_by_token(self, output: torch.Tensor, mask: torch.Tensor) -> bool:
@@ -117,11 +125,23 @@ class Replay:
         for name, value in _named(call).items():
             kept = self._arguments[name]
             given[name] = value if kept is None else kept.at(rows)
-        with ExitStack() as stack:
-            for module, (several, columns) in self._outputs.items():
-                stack.enter_context(_instead(module, partial(_handed_out, several, columns, rows)))
+        with self._reused(rows, self._outputs):
             places = [given.pop(name) for name in list(given) if isinstance(name, int)]
             return hidden_of(call.func(*places, **given))  # type: ignore[attr-defined]
+
+    def _again(self, number: int) -> Any:
+        """The layer's whole output on a batch."""
+        with self._reused(self.batches[number], self._outputs.keys() - self._partly):
+            return self.calls[number]()
+
+    @contextmanager
+    def _reused(self, rows: torch.Tensor, modules: Collection[nn.Module]) -> Iterator[None]:
+        """Within the context, modules whose output does not change return what they gave for the tokens `rows` [rows, length]."""
+        with ExitStack() as stack:
+            for module in modules:
+                several, columns = self._outputs[module]
+                stack.enter_context(_instead(module, partial(_handed_out, several, columns, rows)))
+            yield
 
     def errors(self, rows: torch.Tensor, number: int = 0) -> torch.Tensor:
         """||target - output||^2 / ||target||^2 at the tokens `rows`, in their order, along one axis."""
