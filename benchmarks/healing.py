@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["mixtral", "qwen2_moe", "deepseek_v2"])
     parser.add_argument("--keep", nargs="+", default=["0.5"])
     parser.add_argument("--methods", nargs="+", default=["reap"], help="METHOD[@BUDGET][:key=value;…]")
-    parser.add_argument("--heal", nargs="+", default=["least_squares", "layer_local"], help="METHOD or METHOD:key=value;…")
+    parser.add_argument("--heal", nargs="*", default=["least_squares", "layer_local"], help="METHOD or METHOD:key=value;…")
     parser.add_argument("--one-domain", action="store_true")
     parser.add_argument("--samples", type=int, default=24, help="calibration sequences of 256 tokens a domain")
     parser.add_argument("--windows", type=int, default=30, help="held-out windows of 256 tokens a domain")

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from conftest import DEVICE
 from expertsmith.calibration.data import TokenData
+from expertsmith.checkpoint import open_checkpoint
+from expertsmith.engine import load_model
 from expertsmith.errors import UserError
+from expertsmith.evaluation.quality import measure
+from expertsmith.experts.inventory import take_inventory
 from expertsmith.healing.experts import Routed
-from expertsmith.healing.held import held_out
+from expertsmith.healing.held import held_batches, held_out
 from expertsmith.healing.least_squares import Problem, solve
 from expertsmith.healing.tail import wanted_change
 
@@ -110,3 +116,25 @@ def test_held_out_sequences():
     assert mask[0].nonzero().squeeze(1).tolist() == [28, 29, 30, 31]
     with pytest.raises(UserError, match="too short"):
         held_out(TokenData({"a": [[1, 2]]}, {}), TokenData({"a": [[1, 2]]}, {}).batches(8))
+
+
+def test_held_out_tokens_are_judged_with_their_context(checkpoints):
+    """Only the sequences that hold any are run; where these are the ends of sequences, the model reads what stands before."""
+    data = TokenData({"a": [list(range(3, 35)), list(range(40, 64))]}, {})
+    (batch,) = data.batches(64)
+    (judged,) = held_batches([batch], held_out(data, [batch]))
+    assert judged.sequences == [0, 1]
+    assert judged.tokens == 4 + 3
+    inventory = take_inventory(open_checkpoint(checkpoints("mixtral")))
+    model = load_model(inventory.checkpoint, inventory.architecture, device=DEVICE)
+    found = measure(model, [judged]).domains["a"]
+    losses = []
+    with torch.no_grad():
+        for row, first in zip(data.sequences["a"], (28, 21), strict=True):
+            logits = model.module(torch.tensor([row], device=DEVICE)).logits[0, first:-1]
+            losses.append(nn.functional.cross_entropy(logits, torch.tensor(row[first + 1 :], device=DEVICE), reduction="sum"))
+    assert found.tokens == 3 + 2
+    assert found.loss_sum == pytest.approx(float(sum(losses)), rel=1e-5)
+    many = TokenData({"a": [[4, 5, 6, 7]] * 16}, {})
+    batches = many.batches(32)
+    assert [held.sequences for held in held_batches(batches, held_out(many, batches))] == [[7], [15]]

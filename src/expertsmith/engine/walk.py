@@ -25,13 +25,15 @@ Call = Callable[[], Any]  # a decoder layer's forward on one batch, with its arg
 class Batch:
     """Sequences of one domain, padded on the right. `mask` is True where a token counts.
 
-    `sequences` are the positions of the rows among the domain's sequences.
+    `sequences` are the positions of the rows among the domain's sequences. `context` is True where a token is read, if these are more than
+    those that count.
     """
 
     input_ids: torch.Tensor  # [rows, length]
     mask: torch.Tensor  # [rows, length], bool
     domain: str
     sequences: list[int]
+    context: torch.Tensor | None = None
 
     @cached_property
     def tokens(self) -> int:
@@ -40,7 +42,8 @@ class Batch:
 
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The arguments of the model's forward."""
-        return {"input_ids": self.input_ids.to(device), "attention_mask": self.mask.to(device=device, dtype=torch.long)}
+        read = self.mask if self.context is None else self.context
+        return {"input_ids": self.input_ids.to(device), "attention_mask": read.to(device=device, dtype=torch.long)}
 
 
 def hidden_of(output: Any) -> torch.Tensor:

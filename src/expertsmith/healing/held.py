@@ -43,9 +43,11 @@ def held_out(data: TokenData, batches: Sequence[Batch]) -> list[torch.Tensor]:
 
 
 def held_batches(batches: Sequence[Batch], held: Sequence[torch.Tensor]) -> list[Batch]:
-    """The batches with only held-out tokens counting; batches without any are left out."""
-    return [
-        Batch(batch.input_ids, mask, batch.domain, batch.sequences)
-        for batch, mask in zip(batches, held, strict=True)
-        if bool(mask.any())
-    ]
+    """The sequences that have held-out tokens, of which only these count; batches without any are left out."""
+    made = []
+    for batch, mask in zip(batches, held, strict=True):
+        rows = mask.any(1).nonzero().squeeze(1)
+        if len(rows):
+            sequences = [batch.sequences[row] for row in rows.tolist()]
+            made.append(Batch(batch.input_ids[rows], mask[rows], batch.domain, sequences, batch.mask[rows]))
+    return made

@@ -129,6 +129,7 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
         if layerwise:
             healing = Layerwise(student, teacher, job.inventory, batches, held, job.options, work, skips, progress)
             after = healing.run()
+            after = after if ranks.leading(lambda: bool(work.names)) else before  # not by the rounding of other batches
         else:
             training = _distil(job, student, teacher, batches, held, work, progress)
             after = measure(student, held_batches(batches, held), teacher, progress)
