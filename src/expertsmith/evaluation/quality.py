@@ -252,5 +252,6 @@ def _of_batch(batch: Batch, logits: torch.Tensor, reference: torch.Tensor | None
         entry.esap_sum += float(torch.minimum(p, q).exp().sum(dtype=torch.float64))
     if theirs is not None:
         counts = torch.bincount(rows, minlength=len(batch.sequences))
-        entry.rises = dict(zip(batch.sequences, zip(counts.tolist(), rises.tolist(), strict=True), strict=True))
+        pairs = zip(counts.tolist(), rises.tolist(), strict=True)
+        entry.rises = {sequence: pair for sequence, pair in zip(batch.sequences, pairs, strict=True) if pair[0]}
     return entry
