@@ -157,7 +157,8 @@ def test_one_rank_that_fails_ends_all_and_says_why(verb, place, pruned, data, tm
     more = ["-e", data[0], "-m", "reap", "-k", 0.5, "--budget", "sensitivity", "-o", tmp_path / "c", "-q"]
     done = torchrun(tmp_path, [f"broken {place}", verb, pruned[0], *shape, *(more if verb == "compare" else ())])
     assert done.returncode != 0
-    assert done.stderr.count("error: the cooling failed; open a window\n") == 1, done.stderr[-3000:]
+    # without the end of the line: the ranks share stderr, and another may write before it
+    assert done.stderr.count("error: the cooling failed; open a window") == 1, done.stderr[-3000:]
     assert done.stderr.count("error: ") == 1
     assert done.stderr.count("Traceback") == 1  # torchrun's own
     assert done.stdout == ""
