@@ -113,7 +113,8 @@ def show(cells: dict[str, dict], args: argparse.Namespace) -> None:
         *row, way = key.split(" | ")
         if row[0] in args.models and row[2] in args.methods and row[3] in args.keep and (row[1] != "all") == args.one_domain:
             rows.setdefault(tuple(row), {})[way] = cell
-    print("\n| model | calibration | method | keep | as it is | " + " | ".join(ways[1:]) + " |\n|" + "---|" * (4 + len(ways)))
+    titles = ["model", "calibration", "method", "keep", "as it is", *ways[1:]]
+    print("\n| " + " | ".join(titles) + " |\n|" + "---|" * len(titles))
     for row, held in rows.items():
         base = held[NOTHING]
         healed = [

@@ -33,7 +33,7 @@ class Muon:
     def __init__(self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], rate: float, steps: int) -> None:
         self.matrices, self.rate, self.steps, self.step_ = list(matrices), rate, steps, 0
         self.moved = [torch.zeros_like(weight) for weight in self.matrices]
-        self.steps_of = [_length(weight.detach()) for weight in self.matrices]
+        self.lengths = [_length(weight.detach()) for weight in self.matrices]
         groups = [{"params": [weight], "size": float(weight.detach().square().mean().sqrt())} for weight in others]
         self.adam = torch.optim.Adam(groups, lr=rate, betas=BETAS, fused=True) if groups else None
 
@@ -42,7 +42,7 @@ class Muon:
         """Move the weights along their gradients, and drop these."""
         rate = self.rate * (1 - self.step_ / self.steps)
         self.step_ += 1
-        for weight, moved, length in zip(self.matrices, self.moved, self.steps_of, strict=True):
+        for weight, moved, length in zip(self.matrices, self.moved, self.lengths, strict=True):
             assert weight.grad is not None
             moved.mul_(MOMENTUM).add_(weight.grad)
             weight.sub_(orthogonal(weight.grad + MOMENTUM * moved) * (length * rate))

@@ -129,11 +129,11 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
         if layerwise:
             healing = Layerwise(student, teacher, job.inventory, batches, held, job.options, work, skips, progress)
             after = healing.run()
-            after = after if ranks.leading(lambda: bool(work.names)) else before  # not by the rounding of other batches
         else:
             training = _distil(job, student, teacher, batches, held, work, progress)
             after = measure(student, held_batches(batches, held), teacher, progress)
     changed: Collection[str] = ranks.leading(lambda: work.names)
+    after = after if changed else before  # which other batches round differently
     report = _report(job, before, after, held, training, [] if training else list(work.rows.values()))
     if not report["accepted"]:
         progress.note(

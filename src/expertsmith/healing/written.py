@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from expertsmith.arch.base import roles_of, split
+from expertsmith.arch.base import neuron_axis, roles_of, split
 from expertsmith.checkpoint.floats import SIDE_FILES, Floats, bytes_of, source_of
 from expertsmith.checkpoint.reader import TORCH_DTYPES
 from expertsmith.checkpoint.writer import Made, OutputTensor, write_checkpoint
@@ -85,9 +85,8 @@ def _pieces(
         for role, view in split(layout, part).items():
             if role in roles:
                 memory = views[role, is_matrix(claim)]
-                kept, axis = view.shape[-1 if role == "down" else 0], memory.dim() - 1 if role == "down" else 0
-                filled = memory.shape[axis] - kept if ragged and (role != "down" or memory.dim() > 1) else 0
-                yield view, memory.narrow(axis, 0, memory.shape[axis] - filled), memory.narrow(axis, kept, filled)
+                axis = neuron_axis("down" if role == "down" else "up", view.dim()) if ragged else None
+                yield view, *((memory, memory[:0]) if axis is None else memory.tensor_split([view.shape[axis]], axis))
 
 
 @torch.no_grad()
