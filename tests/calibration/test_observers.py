@@ -301,6 +301,13 @@ def test_observed_forward_is_the_librarys_bit_for_bit(model_type, dtype, checkpo
         )
         assert (slots.expert == flat.expert).all()
         assert (slots.token == flat.token).all()
+    if dtype == torch.float32:  # gradients take another way (`engine.experts._Rows`), and add up in another order
+        leaves = [*experts.parameters(), x.requires_grad_(), top.requires_grad_()]
+        pull = torch.randn(expected.shape, generator=generator)
+        wanted = torch.autograd.grad((ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, x, selected, top) * pull).sum(), leaves)
+        made = torch.autograd.grad((grouped_forward(experts, x, selected, top)[0] * pull).sum(), leaves)
+        for mine, theirs in zip(made, wanted, strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
 def test_skip_class_of_zaya_is_not_counted(data, tmp_path):

@@ -122,9 +122,10 @@ def test_held_out_tokens_are_judged_with_their_context(checkpoints):
     """Only the sequences that hold any are run; where these are the ends of sequences, the model reads what stands before."""
     data = TokenData({"a": [list(range(3, 35)), list(range(40, 64))]}, {})
     (batch,) = data.batches(64)
-    (judged,) = held_batches([batch], held_out(data, [batch]))
+    (judged,) = held_batches([batch], held_out(data, [batch]), 64)
     assert judged.sequences == [0, 1]
     assert judged.tokens == 4 + 3
+    assert [part.sequences for part in held_batches([batch], held_out(data, [batch]), 63)] == [[0], [1]]
     inventory = take_inventory(open_checkpoint(checkpoints("mixtral")))
     model = load_model(inventory.checkpoint, inventory.architecture, device=DEVICE)
     found = measure(model, [judged]).domains["a"]
@@ -135,6 +136,7 @@ def test_held_out_tokens_are_judged_with_their_context(checkpoints):
             losses.append(nn.functional.cross_entropy(logits, torch.tensor(row[first + 1 :], device=DEVICE), reduction="sum"))
     assert found.tokens == 3 + 2
     assert found.loss_sum == pytest.approx(float(sum(losses)), rel=1e-5)
-    many = TokenData({"a": [[4, 5, 6, 7]] * 16}, {})
+    many = TokenData({"a": [[4, 5, 6, 7]] * 16 + [[4, 5]] * 8, "b": [[4, 5, 6, 7]] * 8}, {})
     batches = many.batches(32)
-    assert [held.sequences for held in held_batches(batches, held_out(many, batches))] == [[7], [15]]
+    made = held_batches(batches, held_out(many, batches), 32)
+    assert [(part.domain, part.sequences) for part in made] == [("a", [7, 15]), ("a", [23]), ("b", [7])]

@@ -81,7 +81,7 @@ def test_replayed_tokens_have_the_gradient_of_the_whole_layer(model_type, checkp
 def test_bfloat16_steps_go_the_same_way(model_type, checkpoints, tmp_path, monkeypatch):
     def check(run, halted) -> None:
         whole = gradients(run)
-        with halted.experts.in_bfloat16():
+        with halted.experts.grouped(torch.bfloat16):
             assert 0 < distance(gradients(run), whole) < 0.03
         assert distance(gradients(run), whole) == 0
 
@@ -91,7 +91,7 @@ def test_bfloat16_steps_go_the_same_way(model_type, checkpoints, tmp_path, monke
 def test_a_step_does_not_wait_for_the_device(checkpoints, tmp_path, monkeypatch):
     def check(run, halted) -> None:
         drawn = run.train.draw(torch.Generator().manual_seed(1))
-        with halted.experts.in_bfloat16(), Waits() as mode:
+        with halted.experts.grouped(torch.bfloat16), Waits() as mode:
             run._gradients(*next(drawn))
         assert not mode.found
 

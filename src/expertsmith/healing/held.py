@@ -42,12 +42,19 @@ def held_out(data: TokenData, batches: Sequence[Batch]) -> list[torch.Tensor]:
     return made
 
 
-def held_batches(batches: Sequence[Batch], held: Sequence[torch.Tensor]) -> list[Batch]:
-    """The sequences that have held-out tokens, of which only these count; batches without any are left out."""
-    made = []
+def held_batches(batches: Sequence[Batch], held: Sequence[torch.Tensor], size: int) -> list[Batch]:
+    """The sequences that have held-out tokens, of which only these count, in batches of one domain and one length, of up to `size` positions."""
+    groups: dict[tuple[str, int], list[tuple[Batch, torch.Tensor, int]]] = {}
     for batch, mask in zip(batches, held, strict=True):
-        rows = mask.any(1).nonzero().squeeze(1)
-        if len(rows):
-            sequences = [batch.sequences[row] for row in rows.tolist()]
-            made.append(Batch(batch.input_ids[rows], mask[rows], batch.domain, sequences, batch.mask[rows]))
+        found = groups.setdefault((batch.domain, batch.input_ids.shape[1]), [])
+        found += [(batch, mask, row) for row in mask.any(1).nonzero().squeeze(1).tolist()]
+    made = []
+    for (domain, length), found in groups.items():
+        for start in range(0, len(found), most := max(1, size // length)):
+            rows = found[start : start + most]
+            ids, counted, read = (
+                torch.stack(values)
+                for values in zip(*((batch.input_ids[r], mask[r], batch.mask[r]) for batch, mask, r in rows), strict=True)
+            )
+            made.append(Batch(ids, counted, domain, [batch.sequences[row] for batch, _, row in rows], read))
     return made

@@ -38,11 +38,10 @@ from expertsmith.ranks import current
 from expertsmith.views.progress import Progress, timed
 
 DOWN = ("down",)
+AT_ONCE = 4096  # held-out tokens that a layer runs on together
 SHARES = {"look": 0.1, "solve": 0.15, "refine": 0.5, "again": 0.2}  # of a layer's time, for the bar, until a layer was measured
 ALL = ("router", "gate", "up", "down")
-_State = tuple[
-    list[Any], float, dict[str, torch.Tensor]
-]  # outputs, held-out error, and the tensors that differ from the source
+_State = tuple[float, dict[str, torch.Tensor]]  # held-out error, and the tensors that differ from the source
 
 
 @dataclass
@@ -87,7 +86,8 @@ class Layerwise:
                 into_memory(experts, self.inventory, layer, self.work.tensors(layer), self.roles)
                 self._resumed = True
                 return None
-            return self._heal(Halted(layer, experts, calls, [targets.pop(i) for i in range(len(calls))], masks, held))
+            with experts.grouped():
+                return self._heal(Halted(layer, experts, calls, [targets.pop(i) for i in range(len(calls))], masks, held))
 
         tokens = sum(batch.tokens for batch in batches)
         theirs = Walk(self.teacher, batches, after=keep)
@@ -133,10 +133,10 @@ class Layerwise:
                 weights = trained(experts, self.inventory, index)
                 replay = Replay(halted, [*weights[0], *weights[1], *weights[2]])
             problem, before = look(halted, tick)
-        state: _State = ([], before, {})
+        state: _State = (before, {})
         with self._stage("solve", seconds) as tick:
             solution = solve(experts, problem, self.options.sweeps, tick)
-            state = self._accept(halted, state, solution, DOWN)
+            state = self._accept(halted, replay, state, solution, DOWN)
         row: dict[str, Any] = {
             "layer": index,
             "held_out_tokens": int(current().total(int(problem.held.sum()))[0]),
@@ -145,18 +145,19 @@ class Layerwise:
             "sweeps": solution.errors,
             "ridges": sorted(set(solution.ridges.values())),
             "error_before": before,
-            "error_least_squares": state[1],
+            "error_least_squares": state[0],
         }
         if replay is not None and isinstance(self.options, LayerLocal):
             pairs = int(current().total(int((problem.routed.expert[~problem.held] >= 0).sum()))[0])
             with self._stage("refine", seconds) as tick:
                 row["refined"] = refine(halted, replay, weights, self.options, pairs, tick)
             if "learning_rate" in row["refined"]:
-                state = self._accept(halted, state, None, ALL)
+                state = self._accept(halted, replay, state, None, ALL)
                 with self._stage("again", seconds):
                     again = solve(experts, look(halted)[0], self.options.sweeps)
-                    state = self._accept(halted, state, again, ALL)
-        outputs, row["error_after"], tensors = state
+                    state = self._accept(halted, replay, state, again, ALL)
+        row["error_after"], tensors = state
+        outputs = [call() for call in halted.calls]
         check_alike(index, tensors, row)
         row["seconds"] = round(time.perf_counter() - begin, 3)
         self._shares = {name: value / max(row["seconds"], 1e-3) for name, value in seconds.items()}
@@ -165,24 +166,28 @@ class Layerwise:
         self.progress.note(f"decoder layer {index}: held-out error {before:.4g} → {row['error_after']:.4g}")
         return outputs
 
-    def _accept(self, halted: Halted, state: _State, solution: Solution | None, roles: Sequence[str]) -> _State:
-        """Set a solution, round the layer to the checkpoint's dtypes, and run it. Back to the weights of `state` unless the error falls:
+    def _accept(
+        self, halted: Halted, replay: Replay | None, state: _State, solution: Solution | None, roles: Sequence[str]
+    ) -> _State:
+        """Set a solution, round the layer to the checkpoint's dtypes, and judge it. Back to the weights of `state` unless the error falls:
         rounding can undo a gain. Returns the state of the weights that stay."""
         for expert, down in solution.down.items() if solution is not None else ():
             halted.experts.set_down(expert, down)
-        found = self._run(halted, to_checkpoint(halted.experts, self.inventory, halted.index, roles))
-        return found if found[1] < state[1] else self._run(halted, state[2])
-
-    def _run(self, halted: Halted, tensors: dict[str, torch.Tensor]) -> _State:
-        """Run the layer with `tensors`, and the source's values in all others."""
+        tensors = to_checkpoint(halted.experts, self.inventory, halted.index, roles)
         into_memory(halted.experts, self.inventory, halted.index, tensors, self.roles)
-        outputs = [call() for call in halted.calls]
-        return outputs, held_mean(halted, outputs), tensors
+        error = held_mean(halted, replay)
+        if error < state[0]:
+            return error, tensors
+        into_memory(halted.experts, self.inventory, halted.index, state[1], self.roles)
+        return state
 
 
-def held_mean(halted: Halted, outputs: Sequence[Any]) -> float:
-    """Mean relative squared error of a layer's output on held-out tokens."""
-    return mean_of(halted, sum(halted.held_error(out, number) for number, out in enumerate(outputs)))
+def held_mean(halted: Halted, replay: Replay | None) -> float:
+    """Mean relative squared error of a layer's output on held-out tokens. A replay runs only these, if its layer works token by token."""
+    if replay is not None and replay.by_token:
+        rows = torch.cat([mask.reshape(-1) for mask in halted.held]).nonzero().squeeze(1)
+        return mean_of(halted, sum(float(replay.errors(part[None]).sum()) for part in torch.split(rows, AT_ONCE) if len(part)))
+    return mean_of(halted, sum(halted.held_error(call(), number) for number, call in enumerate(halted.calls)))
 
 
 def mean_of(halted: Halted, error: float) -> float:

@@ -171,7 +171,7 @@ class _Turns:
         """Make one expert's step if it lowers the held-out error."""
         moments = torch.zeros(2, *self.shape, dtype=torch.float64, device=self.rest.device)  # training, held-out
         for held, rows, phi in self._parts(expert):
-            moments[int(held)].addmm_(phi.double().T, self.rest[rows].double() * self.weight[rows, None])
+            moments[int(held)].addmm_(phi.double().T, self.rest.index_select(0, rows).double() * self.weight[rows, None])
         self.ranks.add_up([moments])
         best: list[torch.Tensor] = []  # change of the squared held-out error, lambda, dW^T
         for ridges, factors, failed in self._factors(expert):
@@ -184,7 +184,7 @@ class _Turns:
         made = best[0] < 0
         change = torch.where(made, best[2], 0.0)
         for _, rows, phi in self._parts(expert):
-            self.rest[rows] -= (phi.double() @ change).float()
+            self.rest.index_add_(0, rows, (phi.double() @ change).float(), alpha=-1)
         self.change[expert] = change + self.change[expert] if expert in self.change else change
         self.ridge[expert] = torch.where(made, best[1], self.ridge.get(expert, best[1]))
         self.made[expert] = made | self.made[expert] if expert in self.made else made

@@ -71,11 +71,13 @@ def orthogonal(values: torch.Tensor) -> torch.Tensor:
     """U V^T of the matrices [..., rows, columns] with singular values lifted towards 1; 0 where all is 0. On a GPU in bfloat16."""
     tall = values.shape[-2] > values.shape[-1]
     found = values.mT if tall else values
+    shape = found.shape
     found = found / found.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
-    found = found.bfloat16() if values.is_cuda else found
+    found = (found.bfloat16() if values.is_cuda else found).reshape(-1, *shape[-2:])
     a, b, c = SCHULZ
     for _ in range(ITERATIONS):
         square = found @ found.mT
-        found = a * found + (b * square + c * square @ square) @ found
+        found = torch.baddbmm(found, torch.baddbmm(square, square, square, beta=b, alpha=c), found, beta=a)
+    found = found.reshape(shape)
     turned: torch.Tensor = (found.mT if tall else found).to(values.dtype)
     return turned

@@ -33,7 +33,7 @@ class _Kept:
 
     def at(self, rows: torch.Tensor) -> torch.Tensor:
         """The values at the tokens `rows` [rows, length]."""
-        found = self.values[rows.reshape(-1)]
+        found = self.values.index_select(0, rows.reshape(-1))
         return found.reshape(*rows.shape, *self.values.shape[1:]) if self.batched else found
 
 
@@ -68,17 +68,18 @@ class Replay:
         parts = zip(torch.split(targets, sizes), halted.targets, strict=True)
         halted.targets = [part.reshape(target.shape) for part, target in parts]  # views, so that there is one copy
         self._targets = targets
+        self._lengths = torch.cat([part.float().flatten(1).square().sum(1) for part in torch.split(targets, sizes)])
         self._outputs: dict[nn.Module, tuple[bool, list[_Kept | None]]] = {}
         self._partly: set[nn.Module] = set()  # those whose other outputs are not per token; a later layer may need them
-        outputs = self._record(halted.experts.layer, weights)
+        outputs = self._record(halted.experts.layer, halted.experts.module, weights)
         self._arguments = {
             name: _kept([_named(call)[name] for call in self.calls], self.spans) for name in _named(self.calls[0])
         }
         self.by_token = all(current().gather(self._works_by_token(outputs, halted.masks[0])))
         halted.calls = [partial(self._again, number) for number in range(len(self.calls))]
 
-    def _record(self, layer: nn.Module, weights: Sequence[nn.Parameter]) -> torch.Tensor:
-        """Store the outputs that do not change; returns the layer's output on the first batch."""
+    def _record(self, layer: nn.Module, experts: nn.Module, weights: Sequence[nn.Parameter]) -> torch.Tensor:
+        """Store the outputs that do not change, which need no expert to run; returns the layer's output on the first batch."""
         layer.requires_grad_(False)  # a streamed layer's parameters come as they are made
         for weight in weights:
             weight.requires_grad_(True)
@@ -87,7 +88,7 @@ class Replay:
         for weight in weights:
             weight.requires_grad_(False)
         modules = {name: layer.get_submodule(name) for name in _outermost(seen)}
-        with torch.no_grad(), _watched(modules, _copied) as made:
+        with torch.no_grad(), _instead(experts, _zeros), _watched(modules, _copied) as made:
             for call in self.calls:
                 call()
         for name in list(made):
@@ -145,14 +146,18 @@ class Replay:
 
     def errors(self, rows: torch.Tensor, number: int = 0) -> torch.Tensor:
         """||target - output||^2 / ||target||^2 at the tokens `rows`, in their order, along one axis."""
-        target = self._targets[rows.reshape(-1)].float().flatten(1)
+        target = self._targets.index_select(0, rows.reshape(-1)).float().flatten(1)
         output = self.run(rows, number).flatten(0, 1).float().flatten(1)
-        return (target - output).square().sum(1) / target.square().sum(1).clamp_min(SMALL)
+        return (target - output).square().sum(1) / self._lengths.index_select(0, rows.reshape(-1)).clamp_min(SMALL)
 
 
 def _named(call: Any) -> dict[Any, Any]:
     """The arguments of a halted call, keyed by position or name."""
     return {**dict(enumerate(call.args)), **call.keywords}
+
+
+def _zeros(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return torch.zeros_like(hidden_states)
 
 
 def _handed_out(several: bool, columns: list[_Kept | None], rows: torch.Tensor, *_: Any, **__: Any) -> Any:

@@ -124,14 +124,15 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
     rule, thresholds = skip_of(source.config) or ("ratio", {})
     skips = {layer: (value, rule) for layer, value in thresholds.items()}
     with in_force(student):
-        before = measure(student, held_batches(batches, held), teacher, progress, ranks)
+        judged = held_batches(batches, held, size)
+        before = measure(student, judged, teacher, progress, ranks)
         training: dict[str, Any] = {}
         if layerwise:
             healing = Layerwise(student, teacher, job.inventory, batches, held, job.options, work, skips, progress)
             after = healing.run()
         else:
             training = _distil(job, student, teacher, batches, held, work, progress)
-            after = measure(student, held_batches(batches, held), teacher, progress)
+            after = measure(student, judged, teacher, progress)
     changed: Collection[str] = ranks.leading(lambda: work.names)
     after = after if changed else before  # which other batches round differently
     report = _report(job, before, after, held, training, [] if training else list(work.rows.values()))
@@ -143,9 +144,7 @@ def _healed(job: Healing, place: Path, progress: Progress) -> tuple[dict[str, An
     elif report["mixed"]:
         progress.note(report["mixed"])
     if changed and job.requantise:
-        again = ranks.leading(
-            lambda: _requantised(job, changed, work, teacher, (mode, where), held_batches(batches, held), progress)
-        )
+        again = ranks.leading(lambda: _requantised(job, changed, work, teacher, (mode, where), judged, progress))
         measure_of = "loss" if report["measure"] == "loss" else "kl"
         kept = _over_all(again["quality"], measure_of) <= _over_all(report["held_out"]["before"], measure_of)
         report["requantised"] = {**again, "accepted": kept}
