@@ -37,6 +37,10 @@ class Weights:
 
     dtype = torch.float32
 
+    @property
+    def count(self):
+        return len(self.held[self.roles[0]])
+
     def experts(self, role):
         for matrix in self.held[role]:
             value = torch.from_numpy(matrix.astype(np.float32))

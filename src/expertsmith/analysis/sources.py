@@ -16,7 +16,7 @@ from expertsmith.checkpoint import Checkpoint
 from expertsmith.checkpoint.floats import floats
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory
-from expertsmith.experts.weights import FLOATS, Projections, is_matrix
+from expertsmith.experts.weights import FLOATS, Projections, is_matrix, refuse_damaged
 
 SHARED = re.compile(r"(?:^|\.)(?:shared_experts?|shared_mlp)\.(?P<leaf>\w+)(?:\.weight)?$")
 DENSE = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<layer>\d+)\.(?:mlp|feed_forward|ffn)\.(?P<leaf>\w+)\.weight$")
@@ -40,6 +40,11 @@ class LayerWeights:
         return Projections(self.inventory, self.layer).roles
 
     @property
+    def count(self) -> int:
+        """Routed experts."""
+        return self.inventory.experts_in(self.layer)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The narrowest dtype that holds the experts' matrices without loss."""
         stored = {claim.info.dtype for claim in self.inventory.floats.expert_claims(self.layer)[0] if is_matrix(claim)}
@@ -61,10 +66,9 @@ class LayerWeights:
         Raises:
             UserError: NaN or inf, or no such matrix.
         """
-        count = self.inventory.experts_in(self.layer)
         for claim in self.inventory.floats.by_layer[self.layer]:
             if claim.entry is not None and claim.entry.role == "router" and len(claim.info.shape) == 2 and claim.row_axis == 0:
-                return _finite(self.inventory.floats.checkpoint, claim.info.name)[:count]
+                return _finite(self.inventory.floats.checkpoint, claim.info.name)[: self.count]
         raise UserError(f"decoder layer {self.layer} has no router matrix")
 
     def shared(self) -> dict[str, torch.Tensor]:
@@ -139,6 +143,5 @@ def _by_role(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, torch.T
 
 def _finite(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     value = checkpoint.read(name).float()
-    if not bool(value.isfinite().all()):
-        raise UserError(f"{name} has NaN or inf", "the checkpoint is damaged; download it again")
+    refuse_damaged(value, name)
     return value

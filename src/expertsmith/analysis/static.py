@@ -38,11 +38,13 @@ class _Role:
     """All experts' matrices of one projection, in their stored dtype, on a device."""
 
     def __init__(self, weights: LayerWeights, role: str, advance: Callable[[float], object], device: torch.device) -> None:
-        self.held: list[torch.Tensor] = []
-        for matrix in weights.experts(role):
-            self.held.append(matrix.to(weights.dtype).contiguous().to(device))
+        self.held = torch.empty(0)  # [experts, neurons, width]
+        for place, matrix in enumerate(weights.experts(role)):
+            if not place:
+                self.held = torch.empty(weights.count, *matrix.shape, dtype=weights.dtype, device=device)
+            self.held[place].copy_(matrix.to(weights.dtype))
             advance(1)
-        self.experts, (self.neurons, self.width) = len(self.held), self.held[0].shape
+        self.experts, self.neurons, self.width = self.held.shape
         self.device = device
 
     def rows(self, expert: int, places: Array | None = None) -> torch.Tensor:
@@ -111,15 +113,18 @@ def _measure_role(
 def _projection(held: _Role, shared: torch.Tensor | None, dense: torch.Tensor | None) -> dict[str, Any]:
     """Whole-matrix and mean-neuron cosines and norms, in one pass over stripes of neurons."""
     n = held.experts
-    whole = dense is not None and dense.shape == held.held[0].shape
-    members = [*held.held, *([dense.to(held.device)] if whole and dense is not None else [])]
-    products = torch.zeros(len(members), len(members), dtype=torch.float64, device=held.device)
+    whole = dense if dense is not None and dense.shape == held.held.shape[1:] else None
+    members = n + (whole is not None)
+    products = torch.zeros(members, members, dtype=torch.float64, device=held.device)
     sums = torch.zeros(n, held.width, dtype=torch.float64, device=held.device)
-    rows = held.stripe(len(members))
+    rows = held.stripe(members)
     for start in range(0, held.neurons, rows):
-        part = torch.stack([member[start : start + rows].float().reshape(-1) for member in members])
-        products += (part @ part.T).double()
-        sums += part[:n].reshape(n, -1, held.width).sum(1, dtype=torch.float64)
+        part = held.held[:, start : start + rows].float()
+        sums += part.sum(1).double()  # of a few neurons
+        if whole is not None:
+            part = torch.cat((part, whole[None, start : start + rows].to(part)))
+        flat = part.flatten(1)
+        products += (flat @ flat.T).double()
     gram = products.cpu().numpy()
     means = [sums.cpu().numpy() / held.neurons]
     others = []
@@ -136,7 +141,7 @@ def _projection(held: _Role, shared: torch.Tensor | None, dense: torch.Tensor | 
         "width": held.width,
         "norm": np.sqrt(np.diagonal(gram)[:n]),
         "matrix_cosine": cosines,
-        "matrix_members": [*map(str, range(n)), *(["dense"] if whole else [])],
+        "matrix_members": [*map(str, range(n)), *(["dense"] if whole is not None else [])],
         "matrix_similarity": sim.mean_of_pairs(cosines[:n, :n], copies),
         "neuron_cosine": neuron_cosine,
         "neuron_members": [*map(str, range(n)), *others],

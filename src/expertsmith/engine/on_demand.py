@@ -17,7 +17,7 @@ from torch import nn
 
 from expertsmith.arch import Architecture
 from expertsmith.arch.base import split
-from expertsmith.errors import UserError
+from expertsmith.experts.weights import refuse_damaged
 
 if TYPE_CHECKING:
     from expertsmith.experts.inventory import Inventory
@@ -46,8 +46,7 @@ class Source:
                 layout = self.inventory.layout(claim)
                 assert layout is not None
                 values = self.inventory.rows(claim, expert).to(self.device)
-                if not bool(torch.isfinite(values.sum(dtype=torch.float32))) and not bool(values.isfinite().all()):
-                    raise UserError(f"{claim.info.name} has NaN or inf", "the checkpoint is damaged; download it again")
+                refuse_damaged(values, claim.info.name)
                 matrix = values.dim() > 1
                 for role, view in split(layout, values).items():
                     views[role, matrix].copy_(view)
