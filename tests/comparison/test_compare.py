@@ -86,6 +86,10 @@ WRONG = {
     "no ratio": ((["reap"], [], ["uniform"], []), "no ratio given"),
     "ratio above 1": ((["reap"], [1.5], ["uniform"], []), "at most 1.0"),
     "unknown budget": ((["reap"], [0.5], ["fair"], []), "no budget 'fair'"),
+    "option of another budget": ((["reap"], [0.5], ["uniform:samples=4"], []), "only sensitivity and esap"),
+    "unknown option of a search": ((["reap"], [0.5], ["sensitivity:generations=4"], []), "choose from levels, samples"),
+    "wrong option of a search": ((["reap"], [0.5], ["esap:samples=0"], []), "samples"),
+    "no generation would be new": ((["reap"], [0.5], ["esap:population=4,elites=4"], []), "fewer elites"),
     "unknown healing": ((["reap"], [0.5], ["uniform"], ["prayer"]), "no healing method"),
     "nothing left": ((["reap"], [0.5], ["threshold"], []), "no method to compare"),
 }
@@ -156,6 +160,19 @@ def test_plans_are_those_of_the_plan_command(found, checkpoints, data):
     assert json.loads((folder / row["plan"]).read_text()) == json.loads(plan.dumps())
     assert row["experts"] == list(plan.summary.experts)
     assert row["bytes"] == list(plan.summary.bytes)
+
+
+def test_a_searched_budget_takes_options(checkpoints, data, tmp_path):
+    source = checkpoints("qwen2_moe")
+    searches = [f"esap:generations=1,population={size},elites=1,samples=2" for size in (2, 3)]
+    made = api.compare(source, ["reap"], [0.5], data, data, tmp_path / "out", budgets=searches, **SHAPE)
+    assert [group["budget"] for group in made["groups"]] == ["esap population=2", "esap population=3"]
+    assert f"budget esap population=3 is {searches[1]}" in made["notes"]
+    options = {"generations": 1, "population": 3, "elites": 1, "samples": 2}
+    stats = tmp_path / "out" / "work" / "statistics"
+    plan = api.plan(source, "reap", 0.5, budget="esap", options=options, stats=stats, data=data, **SHAPE)
+    (row,) = (row for row in made["groups"][1]["rows"] if row["method"] == "reap")
+    assert json.loads((tmp_path / "out" / row["plan"]).read_text())["layers"] == json.loads(plan.dumps())["layers"]
 
 
 def test_footprint_sees_memory_and_time():

@@ -14,7 +14,7 @@ from expertsmith.experts.rules import parse_keep
 from expertsmith.healing.options import as_options, parse_healer
 from expertsmith.methods import Method, find, methods
 from expertsmith.methods.base import Budget
-from expertsmith.planning.budgets import SEARCHED
+from expertsmith.planning.budgets import SEARCHED, option_names, parse_options
 
 CELLS, WORK = "cells", "work"  # folders of a comparison
 BASELINE, SEEDS = "random", (0, 1, 2)
@@ -34,12 +34,12 @@ class Contender:
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of the table. `heal`: a healing method as the user wrote it, or None. `progressive`: chosen on statistics of its own, which
-    follow the choice layer by layer."""
+    """One entry of the table. `budget`: as the user wrote it, with the options of a search; `heal`: a healing method as the user wrote it, or
+    None. `progressive`: chosen on statistics of its own, which follow the choice layer by layer."""
 
     contender: Contender
     keep: float | int | None
-    budget: Budget
+    budget: str
     heal: str | None = None
     progressive: bool = False
 
@@ -48,7 +48,12 @@ class Cell:
         """What of its plan reads calibration text: the method, or the budget; None if nothing does."""
         if not self.contender.method.data_free:
             return self.contender.label
-        return f"budget {self.budget}" if self.budget in SEARCHED else None
+        return f"budget {self.budget}" if self.searched else None
+
+    @property
+    def searched(self) -> bool:
+        """Whether its budget is searched."""
+        return parse_budget(self.budget)[0] in SEARCHED
 
     @property
     def plan_name(self) -> str:
@@ -121,6 +126,25 @@ def parse_heal(text: str) -> tuple[str, dict[str, Any]]:
     return name, as_options(parse_healer(name, options))
 
 
+def parse_budget(text: str) -> tuple[str, dict[str, str]]:
+    """`NAME[:KEY=VALUE,…]` → a budget, and the options of its search.
+
+    Raises:
+        UserError: an unknown budget or option, or a wrong value.
+    """
+    name, options = split_options(text)
+    if name not in (allowed := get_args(Budget)):
+        raise UserError(f"there is no budget {name!r}", f"choose {' or '.join(allowed)}")
+    for key in options:
+        if key not in (known := option_names(name)):
+            raise UserError(
+                f"there is no option of budget {name} {key!r}",
+                f"choose from {', '.join(known)}" if known else "only sensitivity and esap have any",
+            )
+    parse_options(name, options)
+    return name, options
+
+
 def cells_of(
     asked: Sequence[str],
     keeps: Sequence[float | int | str],
@@ -134,10 +158,7 @@ def cells_of(
     Raises:
         UserError: as `contenders`, `parse_keep` and `parse_heal`; an unknown budget; no method besides the random draws.
     """
-    allowed = get_args(Budget)
-    for budget in budgets:
-        if budget not in allowed:
-            raise UserError(f"there is no budget {budget!r}", f"choose {' or '.join(allowed)}")
+    names = {budget: parse_budget(budget)[0] for budget in budgets}
     for way in heals:
         parse_heal(way)
     shares: list[float | int] = list(dict.fromkeys(map(parse_keep, keeps)))
@@ -145,10 +166,10 @@ def cells_of(
         raise UserError("no ratio given", "pass --keep 0.5 (repeatable)")
     cells, notes = [], []
     for entry in contenders(asked):
-        mine = [budget for budget in budgets if budget in entry.method.budgets]
+        mine = [budget for budget in names if names[budget] in entry.method.budgets]
         notes += [
             f"{entry.label} does not support budget {budget}, so it is not in the table"
-            for budget in budgets
+            for budget in names
             if budget not in mine and entry.method.name != BASELINE
         ]
         cells += [
@@ -166,7 +187,7 @@ def cells_of(
         )
     if all(cell.contender.method.name == BASELINE for cell in cells):
         raise UserError(
-            f"there is no method to compare with the random draws at budget {' or '.join(budgets)}",
+            f"there is no method to compare with the random draws at budget {' or '.join(names)}",
             "pass --method NAME, or another --budget",
         )
     return cells, notes

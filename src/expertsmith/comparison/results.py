@@ -22,10 +22,13 @@ def together(job: Comparison, held: Mapping[str, Mapping[str, Any]]) -> dict[str
 
     groups: dict[tuple[Any, str], list[Row]] = {}
     names = short_names(cell.contender.label for cell in job.cells)
+    budgets = short_names(cell.budget for cell in job.cells)
     for cell in job.cells:
         if cell.name in held:
-            groups.setdefault((cell.keep, cell.budget), []).append(_row(cell, names, held[cell.name]))
+            row = _row(cell, names[cell.contender.label], budgets[cell.budget], held[cell.name])
+            groups.setdefault((cell.keep, row["budget"]), []).append(row)
     told = [f"{name} is {label}" for label, name in names.items() if label != name and not label.startswith(f"{BASELINE}:")]
+    told += [f"budget {name} is {label}" for label, name in budgets.items() if label != name]
     inventory, checkpoint = job.inventory, job.inventory.checkpoint
     parameters, nbytes = inventory.size()
     any_row = next(row for rows in groups.values() for row in rows)
@@ -65,15 +68,15 @@ def together(job: Comparison, held: Mapping[str, Mapping[str, Any]]) -> dict[str
     }
 
 
-def _row(cell: Cell, names: Mapping[str, str], held: Mapping[str, Any]) -> Row:
+def _row(cell: Cell, name: str, budget: str, held: Mapping[str, Any]) -> Row:
     return {
-        "name": names[cell.contender.label] + (" progressive" if cell.progressive else ""),
+        "name": name + (" progressive" if cell.progressive else ""),
         "method": cell.contender.label,
         "title": cell.contender.method.title,
         "heal": cell.heal,
         **({"progressive": True} if cell.progressive else {}),
         "keep": cell.keep,
-        "budget": cell.budget,
+        "budget": budget,
         **{key: value for key, value in held.items() if key not in ("format", "version", "made_with")},
     }
 

@@ -17,14 +17,13 @@ from expertsmith.calibration.opening import open_model, token_data
 from expertsmith.calibration.spec import refuse_missing
 from expertsmith.checkpoint import open_checkpoint
 from expertsmith.checkpoint.output import refuse_other_model
-from expertsmith.comparison.cells import CELLS, WORK, Cell, cells_of, load, parse_heal, save
+from expertsmith.comparison.cells import CELLS, WORK, Cell, cells_of, load, parse_budget, parse_heal, save
 from expertsmith.comparison.judging import refuse_stream
 from expertsmith.comparison.results import original_file, statistics_folder
 from expertsmith.errors import UserError
 from expertsmith.experts.inventory import Inventory, take_inventory
 from expertsmith.experts.rules import keep_count
 from expertsmith.healing.options import LAYERWISE
-from expertsmith.planning.budgets import SEARCHED
 from expertsmith.planning.plan import Plan, load_plan
 from expertsmith.ranks import ALONE, ApartError, Ranks, current, refuse_several
 from expertsmith.views.progress import Progress, Silent
@@ -110,7 +109,7 @@ class Comparison:
             "method": cell.contender.method.name,
             "options": dict(cell.contender.options),
             "keep": cell.keep,
-            "budget": cell.budget,
+            "budget": cell.budget,  # with the options of its search
             **({"progressive": True} if cell.progressive else {}),  # left out, so that earlier cells stay valid
         }
 
@@ -303,7 +302,8 @@ def _plan(job: Comparison, cell: Cell, statistics: Any, calibrated: Mapping[str,
 
     method, target = cell.contender.method, _plan_file(job, cell)
     options: dict[str, Any] = {"stats": statistics} if method.reads == "statistics" else {}
-    runs = method.reads == "model" or cell.budget in SEARCHED
+    runs = method.reads == "model" or cell.searched
+    budget, search = parse_budget(cell.budget)
     if runs:
         options |= {"data": job.data, **job.shape, **job.where}
     place = cell.plan_name if method.reads == "model" else method.name  # weights are measured once for all ratios
@@ -314,8 +314,8 @@ def _plan(job: Comparison, cell: Cell, statistics: Any, calibrated: Mapping[str,
                 job.inventory,
                 method.name,
                 cell.keep,
-                budget=cell.budget,
-                options=cell.contender.options,
+                budget=budget,
+                options={**cell.contender.options, **search},
                 out=target,
                 overwrite=True,
                 work=job.folder / WORK / place,

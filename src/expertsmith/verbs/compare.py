@@ -46,6 +46,7 @@ def compare(
             "uniform, global, threshold (the methods' own, without --keep), sensitivity or esap (searched on --data). Repeatable.",
             "--budget",
             shown=False,
+            metavar="NAME[:KEY=VALUE,…]",
         ),
     ] = ("uniform",),
     heal: Annotated[
@@ -76,7 +77,7 @@ def compare(
         methods: `NAME[:KEY=VALUE,…]` each, or "all".
         keep: ratios or counts.
         eval_data: held-out text, `[DOMAIN=]SOURCE[:N]` each.
-        budgets: "uniform", "global", "threshold" (the methods' own, without keep), "sensitivity" or "esap" (searched on `data`, with their usual options).
+        budgets: "uniform", "global", "threshold" (the methods' own, without keep), "sensitivity" or "esap" (searched on `data`; their options follow, "esap:generations=5").
         heal: ways of healing, `NAME[:KEY=VALUE,…]`, each beside the cell without.
 
     A cell's plan is in `out/plans` (apply it to get that model). It is evaluated on the loaded original with the plan's experts masked and

@@ -98,6 +98,9 @@ def series_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 def svg(found: Mapping[str, Any]) -> str:
     """The picture as SVG text."""
     lines = series_of(found)
+    width = max(
+        WIDTH, WIDTH - RIGHT + 60 + max(7 * len(entry["name"]) for entry in lines)
+    )  # the longest name of a line has room
     values = [value for entry in lines for point in entry["points"] for value in point[1:]]
     low: float = min(0.0, *values)
     high: float = max(0.01, *values)
@@ -155,8 +158,8 @@ def svg(found: Mapping[str, Any]) -> str:
         f'<text class="soft" transform="rotate(-90)" x="{-(TOP + HEIGHT - BOTTOM) / 2:.0f}" y="15" text-anchor="middle">mean loss increase ± standard error, nats per token</text>'
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{name}">\n'
-        f'<style>{_style()}</style>\n<rect class="page" width="{WIDTH}" height="{HEIGHT}"/>\n' + "\n".join(parts) + "\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}" role="img" aria-label="{name}">\n'
+        f'<style>{_style()}</style>\n<rect class="page" width="{width}" height="{HEIGHT}"/>\n' + "\n".join(parts) + "\n</svg>\n"
     )
 
 
