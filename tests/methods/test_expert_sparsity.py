@@ -159,6 +159,32 @@ def test_choices_made_before_are_taken_over(model_type, progressive, known, chec
     assert again == whole
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize(("model_type", "reach"), [("mixtral", "users"), ("qwen2_moe", "scaled"), ("olmoe", "scaled")])
+def test_sets_with_the_same_effect_are_evaluated_once(model_type, reach, progressive, checkpoints, monkeypatch):
+    """Where the router normalises its weights, dropping an expert changes the tokens that use it; where it does not, the others' weights grow by one
+    factor. Both ways: a token is routed once for each state, and all losses are those of the sets one by one."""
+    loaded, data = load(checkpoints(model_type)), tokens()
+    sets = np.array(list(combinations(range(loaded.rules.num_experts), 4)))
+    routed: list[int] = []
+
+    def look(probe):
+        one_by_one = [probe.loss(drop) for drop in sets.tolist()]
+        assert probe._found_once() == reach
+        routed.clear()
+        found = probe.losses(sets)
+        assert found == pytest.approx(one_by_one, rel=1e-7)
+        return sum(routed) / probe._tables.tokens
+
+    stock = Probe._routes
+    monkeypatch.setattr(
+        Probe, "_routes", lambda self, logits, gone: routed.append(len(logits) * gone.shape[1]) or stock(self, logits, gone)
+    )
+    gone = {layer: (0, 1) for layer in loaded.model.moe_layers} if progressive else {}
+    for times in probe_all(loaded, data, look, drop=gone, progressive=progressive).values():
+        assert times < 35 < len(sets)  # 15 states, 5 ranks, and those of the check
+
+
 def test_hand_worked_error():
     """Outputs (3,0), (0,4), (1,1); weights .75 .25 0 become 0 .5 .5: the output moves by (-1.75, 1.5), squared 5.3125."""
     tables = Tables(2, 3, 2, torch.zeros(1, 3), vectors=False)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ class Chosen(Protocol):
 
 
 Result = TypeVar("Result", bound=Chosen)
+Reach = Literal[
+    "users", "scaled", "all"
+]  # what dropping an expert changes: the tokens that use it; all others' weights by one factor; more
 Route = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # logits, dropped → selected, weights
 
 
@@ -68,9 +71,9 @@ class Probe:
     calibration batches).
 
     Sets are evaluated in blocks of tokens x sets, limited by memory, and their losses are fetched together: a call waits for the device
-    once, not once a set. Two shortcuts apply if dropping an expert changes only the tokens that use it, which is tested numerically
-    (`_found_local`): `removals` re-routes a token only without each of its own experts, and sets with the same effect on a token are
-    evaluated once (`_by_state`).
+    once, not once a set. Two shortcuts depend on what dropping an expert does to the tokens that do not use it, which is tested numerically
+    (`_found_reach`). If it does nothing: `removals` re-routes a token only without each of its own experts. If that, or if all weights of a token
+    grow by one factor: sets with the same effect on a token are evaluated once (`_by_state`).
 
     Under `torchrun` every rank has the tables of its own tokens. Sums over tokens are added over the ranks, for all sets of a call
     together, before roots are taken; so every rank gets the same losses and must ask for the same sets in the same order.
@@ -82,7 +85,7 @@ class Probe:
         self._tables, self._route = tables, route
         self._ends: list[int] = np.cumsum(sizes).tolist()  # of the groups of tokens
         self._at_once = max(1, at_once(tables.logits.device) // max(tables.logits.shape[1], tables.pairs))  # routings
-        self._local: bool | None = False if rules.groups > 1 else None  # None: not known yet
+        self._reach: Reach | None = "all" if rules.groups > 1 else None  # None: not known yet
         self._promised: dict[tuple[int, ...], float] = {}
         taken = tables.selected[(tables.weights != 0) & (tables.selected < self.num_experts)]
         self.selections: Array = current().summed(torch.bincount(taken, minlength=self.num_experts)).cpu().numpy()
@@ -97,7 +100,7 @@ class Probe:
         value = float(self._fetch(self._one_by_one(self._gone([key]), nothing=not key))[0])
         rounding = max(SAME, 4 * torch.finfo(self._tables.logits.dtype).eps)  # equal logits in half precision: see _found_local
         if abs(value - self._promised.get(key, value)) > rounding * value:
-            self._local = False  # dropping an expert changed tokens that do not use it
+            self._reach = "all"  # dropping an expert changed tokens that do not use it
         return value
 
     def losses(self, dropped: Array) -> Array:
@@ -116,7 +119,8 @@ class Probe:
         sets = subsets(self.rules, count)
         each = ROUTED + ROUTED_EXPERT * self._tables.logits.shape[1] + MULTIPLIED * self._tables.pairs
         if self._few_states(count, sets):
-            return self.tokens * (self._states(count) * each + sets * LOOKED_UP)
+            more = 3 if self._found_once() == "scaled" else 1
+            return self.tokens * more * (self._states(count) * each + sets * LOOKED_UP)
         return self.tokens * sets * each
 
     def removals(self, dropped: Sequence[int]) -> dict[int, float]:
@@ -134,7 +138,7 @@ class Probe:
         if not any(allowed):
             return [{} for _ in keys]
         then = [{e: tuple(sorted((*key, e))) for e in experts} for key, experts in zip(keys, allowed, strict=True)]
-        if self._is_local():
+        if self._found_once() == "users":
             table = self._fetch(self._without_each(self._gone(keys), nothing=not keys[0]))
             values = {drop: float(row[e]) for row, drops in zip(table, then, strict=True) for e, drop in drops.items()}
             self._promised = values
@@ -143,30 +147,37 @@ class Probe:
             values = dict(zip(every, self._fetch(self._one_by_one(self._gone(every))).tolist(), strict=True))
         return [{e: values[drop] for e, drop in drops.items()} for drops in then]
 
-    def _is_local(self) -> bool:
-        if self._local is None:
-            self._local = all(current().gather(self._found_local()))
-        return self._local
+    def _found_once(self) -> Reach:
+        if self._reach is None:
+            found = current().gather(self._found_reach())
+            self._reach = found[0] if len(set(found)) == 1 else "all"
+        return self._reach
 
-    def _found_local(self) -> bool:
-        """Whether dropping an expert never changes a token that does not use it. Tested on float32 logits without ties: in a bfloat16
-        router, the last bit of the softmax's sum, or the order of two equal logits, also changes tokens that do not use the expert."""
+    def _found_reach(self) -> Reach:
+        """Which tokens dropping an expert changes. Tested on float32 logits without ties: in a bfloat16 router, the last bit of the
+        softmax's sum, or the order of two equal logits, also changes tokens that do not use the expert."""
         logits = self._tables.logits.float()
         apart = torch.finfo(self._tables.logits.dtype).eps * torch.rand(
             logits.shape, generator=torch.Generator().manual_seed(0)
         )
         logits = logits + apart.to(logits.device) * logits.abs().amax(1, keepdim=True)
-        experts = self._allowed(())
+        experts, shared = self._allowed(()), logits.shape[1] == self.num_experts
+        users = scaled = True
         gone, tried = self._gone([(), *((e,) for e in experts)]), torch.tensor(experts, device=logits.device)
         for rows in self._blocks(len(gone)):
             selected, weights = self._routes(logits[rows], gone[None])
             dense = weights.new_zeros(*weights.shape[:2], self._tables.columns).scatter_add_(2, selected, weights)
             before = dense[:, :1]
-            moved = (dense[:, 1:] - before).abs().amax(2) > SAME * before.abs().amax(2)
-            uses = (selected[:, 0, :, None] == tried).any(1)
-            if bool((moved & ~uses).any()):
-                return False
-        return True
+            others = ~(selected[:, 0, :, None] == tried).any(1)
+            factor = 1 / (1 - logits[rows].double().softmax(1)[:, tried, None]) if shared else torch.ones_like(dense[:, 1:, :1])
+            found = []
+            for wanted in (before, before * factor):
+                moved = (dense[:, 1:] - wanted).abs().amax(2) > SAME * wanted.abs().amax(2)
+                found.append(not bool((moved & others).any()))
+            users, scaled = users and found[0], scaled and shared and found[1]
+            if not (users or scaled):
+                return "all"
+        return "users" if users else "scaled"
 
     def _key(self, dropped: Sequence[int]) -> tuple[int, ...]:
         key = tuple(sorted(set(dropped)))
@@ -249,28 +260,41 @@ class Probe:
         """Whether `_by_state` is correct (as far as tested) and less work."""
         ranked = self._tables.logits.shape[1] == self.num_experts and self._tables.selected.shape[1] == self.rules.top_k
         few = count + self.rules.top_k <= RANKS and self._states(count) * 2 <= sets
-        return count > 0 and ranked and few and self._is_local()
+        if not (count > 0 and ranked and few):
+            return False
+        # weights in half precision are rounded after the factor, so it would not be exact
+        return self._found_once() == "users" or (self._found_once() == "scaled" and self._tables.logits.dtype == torch.float32)
 
     def _by_state(self, gone: torch.Tensor, count: int) -> torch.Tensor:
-        """The losses [sets] with `gone` [sets, E] dropped, `count` each, if dropping an expert changes only the tokens that use it.
+        """The losses [sets] with `gone` [sets, E] dropped, `count` each, if dropping an expert changes only the tokens that use it, or all
+        weights of the others by one factor.
 
         A set acts on a token only by its state: which of its first count + top_k ranks are dropped, up to its last selected expert. There
-        are `_states` of them, and each is routed once. Tokens without clear ranks, because logits are equal or experts do not move up
-        one by one, are re-routed for every set.
+        are `_states` of them, and each is routed once; the factor then follows from the share of the softmax that the set leaves. Tokens
+        without clear ranks, because logits are equal or experts do not move up one by one, are re-routed for every set.
         """
+        scaled = self._found_once() == "scaled"
         patterns = _Patterns(count, self.rules.top_k, gone.device)
         sums, chosen = self._sums(len(gone)), gone.T.float()
         width = max(1, min(len(gone), at_once(gone.device) // TOKENS))
         for rows in self._blocks(len(patterns.dropped), TOKENS):
             order, unclear = self._ranks(rows, count)
-            parts = torch.split(patterns.dropped, max(1, self._at_once // len(order)))
-            by_state = torch.cat([self._errors(rows, self._at_ranks(order, part)) for part in parts], 1)
+            states = [
+                self._at_ranks(order, part) for part in torch.split(patterns.dropped, max(1, self._at_once // len(order)))
+            ]
+            found = [self._scaled_errors(rows, part) if scaled else (self._errors(rows, part),) for part in states]
+            by_state = [torch.cat(parts, 1) for parts in zip(*found, strict=True)]
+            share = self._tables.logits[rows].double().softmax(1) if scaled else None
             value = torch.zeros(len(order), self.num_experts, device=gone.device)
             value.scatter_(1, order, patterns.value.expand_as(order))
             for first in range(0, len(gone), width):
                 sets = slice(first, first + width)
                 pattern = torch.mm(value, chosen[:, sets]).long()  # sums of different powers of two: exact
-                errors = by_state.gather(1, patterns.state[pattern])
+                state = patterns.state[pattern]
+                errors = by_state[0].gather(1, state)
+                if share is not None:
+                    left = torch.mm(share, 1 - chosen[:, sets].double())
+                    errors = ((errors / left - 2 * by_state[1].gather(1, state)) / left + by_state[2][:, :1]).clamp_min_(0)
                 for token in unclear:
                     parts = torch.split(gone[sets], self._at_once)
                     errors[token] = torch.cat(
@@ -278,6 +302,15 @@ class Probe:
                     )
                 self._add(sums[:, sets], rows, errors)
         return _norms(sums)
+
+    def _scaled_errors(self, rows: slice, gone: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(A, B, C) [tokens, sets]: with `gone` and further experts dropped that no token of its sets uses, the weights are those with `gone` alone
+        times kept / left, the shares of the softmax over all experts; and the error, a square in that factor, is A / left^2 - 2 B / left + C."""
+        selected, weights = self._routes(self._tables.logits[rows], gone)
+        share = self._tables.logits[rows].double().softmax(1)
+        kept = torch.where(gone, 0.0, share[:, None]).sum(2)
+        plus, minus, none = (self._tables.errors(rows, selected, weights * factor) for factor in (1, -1, 0))
+        return ((plus + minus) / 2 - none) * kept.square(), (minus - plus) / 4 * kept, none
 
     def _ranks(self, rows: slice, count: int) -> tuple[torch.Tensor, list[int]]:
         """The experts [tokens, top_k + count] in the order in which they move up as those before them are dropped (the first top_k in any
