@@ -180,7 +180,7 @@ def test_sets_with_the_same_effect_are_evaluated_once(model_type, reach, progres
     monkeypatch.setattr(
         Probe, "_routes", lambda self, logits, gone: routed.append(len(logits) * gone.shape[1]) or stock(self, logits, gone)
     )
-    gone = {layer: (0, 1) for layer in loaded.model.moe_layers} if progressive else {}
+    gone = dict.fromkeys(loaded.model.moe_layers, (0, 1)) if progressive else {}
     for times in probe_all(loaded, data, look, drop=gone, progressive=progressive).values():
         assert times < 35 < len(sets)  # 15 states, 5 ranks, and those of the check
 

@@ -167,6 +167,14 @@ def ranges(ids: list[int]) -> str:
     return " ".join(str(a) if a == b else f"{a}–{b}" for a, b in parts)
 
 
+def apart(tokens: int, of: int) -> str:
+    """What a verdict says of tokens whose outputs were apart in a free run."""
+    return (
+        f"the outputs of {tokens:,} of {of:,} tokens were apart when both models ran freely, as happens where two experts' scores are equal up to rounding; each "
+        "layer was then compared on the same inputs"
+    )
+
+
 def show_verdict(verdict: Verdict, layers: bool = False) -> None:
     """Print the result of `verify`; with `layers`, layer by layer."""
     if verdict.wrong_tensors or verdict.config_differs:
@@ -189,6 +197,8 @@ def show_verdict(verdict: Verdict, layers: bool = False) -> None:
             "[yellow]note[/yellow] multi-token prediction was compared byte for byte, but not its outputs: "
             + escape(verdict.mtp_not_compared)
         )
+    if verdict.apart:
+        line(f"[yellow]note[/yellow] {apart(verdict.apart, verdict.tokens)}")
     if layers:
         table = table_of("layer", "largest difference", "largest value")
         for row in verdict.layers:

@@ -7,7 +7,7 @@ from typing import Any
 
 from expertsmith.views.pages import figures, sheet
 from expertsmith.views.pages.evaluation import COLOURS, by_domain, noise, rise, rises
-from expertsmith.views.show import byte_count, count, layer_reason, neurons_kept, ranges, reason_title
+from expertsmith.views.show import apart, byte_count, count, layer_reason, neurons_kept, ranges, reason_title
 
 Found = Mapping[str, Any]
 WORDS = {"error": "refuses it", "warning": "with a warning", "": "no obstacle found"}  # lint's worst level for an engine
@@ -140,6 +140,7 @@ def _proof(found: Found) -> tuple[str, str, str, str, list[str]]:
         bytes_,
         f"layers: {len(held['layers'])} compared, logits: differ by {held['logits_difference']:.2g} of {held['logits_scale']:.3g}",
         f"allowed: {held['tolerance']:g}; {held['tokens']:,} tokens, {held['dtype']}",
+        *([apart(held["apart"], held["tokens"])] if held.get("apart") else []),
         *([f"multi-token prediction: bytes only, {held['mtp_not_compared']}"] if held["mtp_not_compared"] else []),
         *healed,
     ]
