@@ -46,9 +46,8 @@ class Chosen(Protocol):
 
 
 Result = TypeVar("Result", bound=Chosen)
-Reach = Literal[
-    "users", "scaled", "all"
-]  # what dropping an expert changes: the tokens that use it; all others' weights by one factor; more
+# what dropping an expert changes: the tokens that use it; the weights of all others too, by one factor; more
+Reach = Literal["users", "scaled", "all"]
 Route = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # logits, dropped → selected, weights
 
 
@@ -119,7 +118,7 @@ class Probe:
         sets = subsets(self.rules, count)
         each = ROUTED + ROUTED_EXPERT * self._tables.logits.shape[1] + MULTIPLIED * self._tables.pairs
         if self._few_states(count, sets):
-            more = 3 if self._found_once() == "scaled" else 1
+            more = 3 if self._found_once() == "scaled" else 1  # errors of a state, and values looked up for a set
             return self.tokens * more * (self._states(count) * each + sets * LOOKED_UP)
         return self.tokens * sets * each
 
