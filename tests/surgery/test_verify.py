@@ -9,7 +9,11 @@ import torch
 
 from conftest import DEVICE, random_model
 from expertsmith import api
+from expertsmith.checkpoint import open_checkpoint
+from expertsmith.engine import load_model
+from expertsmith.experts.inventory import take_inventory
 from expertsmith.surgery import verify as verifying
+from expertsmith.surgery.mask import masked
 
 NOISE = (
     5e-5  # relative, of what a layer passes on: less than `verify` allows, but it adds up, and some tokens choose other experts
@@ -81,3 +85,21 @@ def test_a_fault_in_the_output_stays_one(what, pair, monkeypatch):
     assert not verdict.passed
     assert verdict.apart == 0
     assert verdict.top1_agreement <= 1
+
+
+@pytest.mark.parametrize("fed", [False, True])
+def test_wrong_experts_are_seen_by_their_outputs_alone(fed, checkpoints, tmp_path):
+    """Same shapes, other experts: the forwards alone have to notice it, on their own inputs and on the same."""
+    source = checkpoints("qwen3_moe")
+    inventory = take_inventory(open_checkpoint(source))
+    made, other = (api.plan(source, "random", 4, options={"seed": seed}) for seed in (1, 2))
+    api.apply(source, made, tmp_path / "out")
+    models = [
+        load_model(checkpoint, inventory.architecture, dtype="float32", device=DEVICE)
+        for checkpoint in (inventory.checkpoint, open_checkpoint(tmp_path / "out"))
+    ]
+    verdict, found = verifying.Verdict(False, 1e-4, 0), verifying.Outputs()
+    with masked(models[0], other.kept, 8):
+        verifying._compare_forwards(*models, verifying.random_batches(128, 64), found, 1e-4, lambda n: None, fed)
+    verifying._add_up(verdict, [found])
+    assert verdict.largest > 1e-2
