@@ -140,7 +140,7 @@ def drawn(by_token: bool) -> list[tuple[list[int], int]]:
     own = current().share(BATCHES)
     local = list(torch.split(torch.arange(10 * len(own)), 10))
     replay: Any = SimpleNamespace(batches=[part.reshape(2, 5) for part in local], by_token=by_token)
-    tokens = refine._Tokens(current().share(MASKS), replay, 12)
+    tokens = refine.Tokens(current().share(MASKS), replay, 12)
     steps, every = tokens.draw(torch.Generator().manual_seed(3)), torch.cat([part.reshape(-1) for part in own])
     found = [next(steps) for _ in range(7)] + [tokens.all()]
     return [(sorted(int(every[row]) for part, _ in parts for row in part.reshape(-1)), count) for parts, count in found]

@@ -159,7 +159,7 @@ def draws(size: int, seed: int, count: int = 12, by_token: bool = True) -> list[
     """Tokens of some steps, out of four batches of 10 tokens, of which 8 count."""
     batches = [torch.arange(at, at + 10).reshape(2, 5) for at in range(0, 40, 10)]
     masks = [torch.tensor([[True] * 4 + [False]] * 2)] * 4
-    tokens = refine._Tokens(masks, SimpleNamespace(batches=batches, by_token=by_token), size)
+    tokens = refine.Tokens(masks, SimpleNamespace(batches=batches, by_token=by_token), size)
     drawn = tokens.draw(torch.Generator().manual_seed(seed))
     steps = []
     for _ in range(count):

@@ -281,9 +281,11 @@ class Probe:
             states = [
                 self._at_ranks(order, part) for part in torch.split(patterns.dropped, max(1, self._at_once // len(order)))
             ]
-            found = [self._scaled_errors(rows, part) if scaled else (self._errors(rows, part),) for part in states]
-            by_state = [torch.cat(parts, 1) for parts in zip(*found, strict=True)]
             share = self._tables.logits[rows].double().softmax(1) if scaled else None
+            found = [
+                self._scaled_errors(rows, part, share) if share is not None else (self._errors(rows, part),) for part in states
+            ]
+            by_state = [torch.cat(parts, 1) for parts in zip(*found, strict=True)]
             value = torch.zeros(len(order), self.num_experts, device=gone.device)
             value.scatter_(1, order, patterns.value.expand_as(order))
             for first in range(0, len(gone), width):
@@ -302,11 +304,10 @@ class Probe:
                 self._add(sums[:, sets], rows, errors)
         return _norms(sums)
 
-    def _scaled_errors(self, rows: slice, gone: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _scaled_errors(self, rows: slice, gone: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(A, B, C) [tokens, sets]: with `gone` and further experts dropped that no token of its sets uses, the weights are those with `gone` alone
-        times kept / left, the shares of the softmax over all experts; and the error, a square in that factor, is A / left^2 - 2 B / left + C."""
+        times kept / left, sums of `share`, the softmax over all experts; and the error, a square in that factor, is A / left^2 - 2 B / left + C."""
         selected, weights = self._routes(self._tables.logits[rows], gone)
-        share = self._tables.logits[rows].double().softmax(1)
         kept = torch.where(gone, 0.0, share[:, None]).sum(2)
         plus, minus, none = (self._tables.errors(rows, selected, weights * factor) for factor in (1, -1, 0))
         return ((plus + minus) / 2 - none) * kept.square(), (minus - plus) / 4 * kept, none

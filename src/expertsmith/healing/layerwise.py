@@ -29,7 +29,7 @@ from expertsmith.healing.experts import LayerExperts, Routed, Skip, Tapped
 from expertsmith.healing.halted import SMALL, Halted
 from expertsmith.healing.least_squares import Problem, Solution, solve
 from expertsmith.healing.options import LayerLocal, LeastSquares
-from expertsmith.healing.refine import Trained, refine, trained
+from expertsmith.healing.refine import Tokens, Trained, mean_error, refine, trained
 from expertsmith.healing.replay import Replay
 from expertsmith.healing.tail import wanted_change
 from expertsmith.healing.work import Work
@@ -184,9 +184,8 @@ class Layerwise:
 
 def held_mean(halted: Halted, replay: Replay | None) -> float:
     """Mean relative squared error of a layer's output on held-out tokens. A replay runs only these, if its layer works token by token."""
-    if replay is not None and replay.by_token:
-        rows = torch.cat([mask.reshape(-1) for mask in halted.held]).nonzero().squeeze(1)
-        return mean_of(halted, sum(float(replay.errors(part[None]).sum()) for part in torch.split(rows, AT_ONCE) if len(part)))
+    if replay is not None:
+        return mean_error(replay, Tokens(halted.held, replay, AT_ONCE))
     return mean_of(halted, sum(halted.held_error(call(), number) for number, call in enumerate(halted.calls)))
 
 

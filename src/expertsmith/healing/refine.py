@@ -113,10 +113,10 @@ class _Run:
         self.weights = [*matrices, *others]
         self.replay = replay
         train = [mask & ~held for mask, held in zip(halted.masks, halted.held, strict=True)]
-        self.train, self.held = (_Tokens(masks, self.replay, chosen.step_tokens) for masks in (train, halted.held))
+        self.train, self.held = (Tokens(masks, self.replay, chosen.step_tokens) for masks in (train, halted.held))
         self.start = [weight.detach().clone() for weight in self.weights]
         self.kept = self.start
-        self.best, self.best_step, self.last_step = self._held_error(), 0, 0
+        self.best, self.best_step, self.last_step = mean_error(replay, self.held), 0, 0
         self.seed = seed * 1009 + halted.index
 
     def descend(self, rate: float) -> None:
@@ -133,7 +133,7 @@ class _Run:
             optimizer.step()
             self.tick(1 / self.steps)
             if step % every == 0 or step == self.steps:
-                error = self._held_error()
+                error = mean_error(self.replay, self.held)
                 since, lowest, self.last_step = 0 if error < lowest else since + 1, min(lowest, error), step
                 if error < self.best:
                     self.best, self.best_step = error, step
@@ -163,15 +163,17 @@ class _Run:
                     weight.grad = torch.zeros_like(weight)
             self.ranks.add_up([weight.grad for weight in self.weights if weight.grad is not None])
 
-    @torch.no_grad()
-    def _held_error(self) -> float:
-        parts, count = self.held.all()
-        found = [(self.replay.errors(rows, number) * self.held.counts[rows.reshape(-1)]).sum() for rows, number in parts]
-        own = float(torch.stack(found).sum()) if found else 0.0
-        return self.ranks.total(own)[0] / count
+
+@torch.no_grad()
+def mean_error(replay: Replay, tokens: Tokens) -> float:
+    """The mean relative squared error of the layer's output at tokens of all ranks."""
+    parts, count = tokens.all()
+    found = [(replay.errors(rows, number) * tokens.counts[rows.reshape(-1)]).sum() for rows, number in parts]
+    own = float(torch.stack(found).sum()) if found else 0.0
+    return current().total(own)[0] / count
 
 
-class _Tokens:
+class Tokens:
     """The tokens that count, and how steps draw them: any tokens together, or whole batches. All ranks draw the same; a step's parts are this
     rank's of it, and its number of tokens is that of all ranks."""
 

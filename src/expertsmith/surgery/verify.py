@@ -304,13 +304,19 @@ def _largest_rows(parts: Sequence[Mapping[int, Mapping[str, float]]]) -> dict[in
     }
 
 
+def _hidden_in(call: Any) -> torch.Tensor:
+    """The hidden states among a decoder layer's arguments."""
+    found: torch.Tensor = call.args[0] if call.args else call.keywords["hidden_states"]
+    return found
+
+
 class _Recorded(Walk):
     """A walk that copies the inputs of a decoder layer."""
 
     inputs: dict[int, torch.Tensor]
 
     def _run(self, index: int, number: int, call: Any) -> Any:
-        self.inputs[number] = (call.args[0] if call.args else call.keywords["hidden_states"]).clone()
+        self.inputs[number] = _hidden_in(call).clone()
         return call()
 
 
@@ -320,7 +326,7 @@ class _Fed(Walk):
     inputs: dict[int, torch.Tensor]
 
     def _run(self, index: int, number: int, call: Any) -> Any:
-        own, theirs = call.args[0] if call.args else call.keywords["hidden_states"], self.inputs.pop(number)
+        own, theirs = _hidden_in(call), self.inputs.pop(number)
         given = theirs.to(own.device) if index else own  # what comes before the first layer is compared too
         return call.func(given, *call.args[1:], **call.keywords) if call.args else call(hidden_states=given)
 
